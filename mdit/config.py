@@ -1,0 +1,283 @@
+"""The recipe: what is learned, as frozen pydantic models read from one TOML file.
+
+A recipe never says how the run is laid out on machines: ZeRO stage, precision and micro-batch live in the DeepSpeed
+JSON (`mdit.parallel.settings`). Every key is checked; an unknown one is an error that names the file and the key.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.toml"
+
+
+class UserError(Exception):
+    """Something the user can mend. The launchers print it as one line and exit with code 2."""
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are errors, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Span = tuple[PositiveFloat, PositiveFloat]
+
+
+class ModelConfig(Section):
+    """Shape of MicroDiT (paper section 2 and appendix; names of the released code where they are plain).
+
+    `qkv_ratio` and `ffn_ratio` are the multipliers of `dim` at the first and the last block; between them the widths
+    grow linearly with depth. Block i (from 0) has experts when (i + 1) is a multiple of `experts_every_n`, except the
+    last block; `num_experts` 1 with `experts_every_n` 0 gives a dense model.
+    """
+
+    latent_size: PositiveInt
+    latent_channels: PositiveInt
+    patch_size: PositiveInt
+    dim: PositiveInt
+    depth: PositiveInt
+    head_dim: PositiveInt
+    multiple_of: PositiveInt
+    caption_length: PositiveInt
+    caption_channels: PositiveInt
+    pos_interp_scale: PositiveFloat
+    norm_eps: PositiveFloat
+    use_bias: bool
+    qkv_ratio: Span
+    ffn_ratio: Span
+    use_patch_mixer: bool
+    mixer_depth: NonNegativeInt
+    mixer_dim: PositiveInt
+    mixer_qkv_ratio: PositiveFloat
+    mixer_ffn_ratio: PositiveFloat
+    num_experts: PositiveInt
+    capacity_factor: PositiveFloat
+    experts_every_n: NonNegativeInt
+
+    @property
+    def num_patches(self) -> int:
+        return (self.latent_size // self.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _shapes_fit(self):
+        _require_multiple("latent_size", self.latent_size, "patch_size", self.patch_size)
+        _require_multiple("dim", self.dim, "head_dim", self.head_dim)
+        _require_multiple("dim", self.dim, "4 (sine and cosine of two axes)", 4)
+        if self.use_patch_mixer:
+            _require_multiple("mixer_dim", self.mixer_dim, "head_dim", self.head_dim)
+        if self.capacity_factor > self.num_experts:
+            raise ValueError(f"capacity_factor {self.capacity_factor} is above num_experts {self.num_experts}")
+        return self
+
+
+class NoiseConfig(Section):
+    """EDM noise (Karras et al. 2022, table 1): ln sigma ~ N(P_mean, P_std^2)."""
+
+    P_mean: float
+    P_std: PositiveFloat
+    sigma_data: PositiveFloat
+
+
+class EmojiSource(Section):
+    """Captioned scenes of one emoji on a plain background, drawn from pip packages (`mdit.sources.emoji`)."""
+
+    name: Literal["emoji"]
+    objects: PositiveInt | tuple[str, ...] = Field(description="how many objects, or their CLDR names")
+    styles: tuple[Literal["twemoji", "openmoji"], ...] = Field(min_length=1)
+    scenes: PositiveInt = Field(description="training pictures")
+    validation_scenes: PositiveInt = Field(description="pictures of held-out object x background pairs")
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the pairs that training never sees")
+    seed: NonNegativeInt
+
+
+class FolderSource(Section):
+    """A directory of pictures with a `captions.jsonl` beside them (`mdit.sources.folder`)."""
+
+    name: Literal["folder"]
+    path: str
+    validation_share: Annotated[float, Field(gt=0, lt=1)]
+
+
+class PrepareConfig(Section):
+    """How the training set is made when it is not there yet: source, frozen encoders, caption tokens."""
+
+    source: EmojiSource | FolderSource = Field(discriminator="name")
+    image_size: PositiveInt
+    image_encoder: str
+    text_encoder: str
+
+
+class DataConfig(Section):
+    """Directories of latent shards (`mdit-latents/1`). Several training directories are read as one set."""
+
+    train: Annotated[tuple[str, ...], Field(min_length=1)]
+    validation: str
+    caption_drop: Probability
+    prepare: PrepareConfig | None = None
+
+
+class TrainingConfig(Section):
+    num_steps: PositiveInt
+    global_batch_size: PositiveInt
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak."""
+
+    lr: PositiveFloat
+    betas: tuple[Probability, Probability]
+    eps: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: PositiveFloat
+    warmup_steps: NonNegativeInt
+    schedule: Literal["constant", "cosine"]
+    final_lr_ratio: Annotated[float, Field(gt=0, le=1)]
+
+    @model_validator(mode="after")
+    def _constant_has_no_floor(self):
+        if self.schedule == "constant" and self.final_lr_ratio != 1:
+            raise ValueError(f'final_lr_ratio is {self.final_lr_ratio} but schedule is "constant"; set it to 1.0')
+        return self
+
+
+class EMAConfig(Section):
+    """ema <- decay * ema + (1 - decay) * weights after every step from `start_step` on; until then ema is the weights."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)]
+    start_step: NonNegativeInt
+
+
+class ReportConfig(Section):
+    """When the run tells about itself, in steps. 0 turns a report off (a finished run always leaves a snapshot)."""
+
+    log_every: PositiveInt
+    validate_every: NonNegativeInt
+    sample_every: NonNegativeInt
+    snapshot_every: NonNegativeInt
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt
+    prompts: Literal["validation"] | tuple[str, ...] = Field(description="captions of the sample grids")
+    num_samples: PositiveInt = Field(description="pictures in a grid when the prompts are those of the validation set")
+    guidance: PositiveFloat
+    sampler_steps: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _prompts_given(self):
+        if self.prompts != "validation" and not self.prompts:
+            raise ValueError('prompts is an empty list; give at least one caption or "validation"')
+        return self
+
+
+class TrainConfig(Section):
+    """A whole recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    seed: NonNegativeInt
+    model: ModelConfig
+    noise: NoiseConfig
+    data: DataConfig
+    training: TrainingConfig
+    optim: OptimConfig
+    ema: EMAConfig | None = None
+    report: ReportConfig
+
+    @model_validator(mode="after")
+    def _every_expert_gets_tokens(self):
+        model, kept = self.model, kept_tokens(self.model.num_patches, self.training.mask_ratio)
+        if kept == 0:
+            raise ValueError(f"training.mask_ratio {self.training.mask_ratio} keeps none of {model.num_patches} patches")
+        if model.experts_every_n and int(model.capacity_factor * kept / model.num_experts) == 0:
+            raise ValueError(
+                f"model.capacity_factor {model.capacity_factor} gives {model.num_experts} experts no token of the "
+                f"{kept} that training.mask_ratio {self.training.mask_ratio} keeps"
+            )
+        return self
+
+
+def kept_tokens(num_patches: int, mask_ratio: float) -> int:
+    """Patches the backbone sees, rounded down as in the released code."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe: a TOML file, or the `config.json` that an earlier run left in its directory.
+
+    `overrides` are `key.sub=value` strings; the value is read as TOML and, failing that, as a bare string.
+    Raises UserError naming the file, the key and the value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    try:
+        values = json.loads(text)["recipe"] if path.suffix == ".json" else tomllib.loads(text)
+    except KeyError:
+        raise UserError(f'{path}: has no "recipe"; expected the config.json of a run') from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'TOML'}: {error}") from None
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_section(TrainConfig, values, path)
+
+
+def parse_section(section: type[Section], values: Any, path: str | Path):
+    """Check `values` against a section; all that is wrong comes in one UserError, one clause for each key."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(e, section) for e in error.errors())) from None
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: expected key.sub=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.split(".")
+    table = values
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: {parent} is not a table")
+    table[leaf] = value
+
+
+def _explain(error: dict, section: type[Section]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key} = {error['input']!r}{_nearest_key(error['loc'], section)}"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # from a validator of ours: it names the values itself
+        return f"{key}: {message}" if key else message
+    return f"{key} = {error['input']!r}: {message}"
+
+
+def _nearest_key(location: tuple, section: type[Section]) -> str:
+    import difflib
+
+    for part in location[:-1]:
+        field = section.model_fields.get(part)
+        section = field.annotation if field else section
+    known = getattr(section, "model_fields", {})
+    match = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:
+    if value % of:
+        raise ValueError(f"{name} {value} is not a multiple of {of_name} {of}")

@@ -1,0 +1,1 @@
+"""EDM: preconditioning, loss and sampler, for any callable network; knows no model."""

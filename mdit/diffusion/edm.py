@@ -1,0 +1,95 @@
+"""EDM preconditioning and loss (Karras et al. 2022, arXiv 2206.00364), with the loss on kept patches only.
+
+A network here is any callable net(x_NCHW, c_noise_N, captions_NLC, mask=...) -> (N, C, H, W).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from mdit.config import TrainConfig
+from mdit.masking import Mask, sample_mask
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_NCHW, sigma_N) -> (N, C, H, W)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Every random number of a step, for some samples of its global batch (float32; `keep_caption_N` bool)."""
+
+    sigma_N: Tensor
+    noise_NCHW: Tensor
+    keep_caption_N: Tensor
+    mask: Mask | None
+
+    def __getitem__(self, rows: slice) -> "Draw":
+        mask = None if self.mask is None else self.mask[rows]
+        return Draw(self.sigma_N[rows], self.noise_NCHW[rows], self.keep_caption_N[rows], mask)
+
+
+def draw(config: TrainConfig, step: int, samples: slice, device: torch.device | str = "cpu") -> Draw:
+    """Rows `samples` of what step `step` draws: a function of (seed, step, sample) and of nothing else.
+
+    The whole global batch is drawn and sliced, so any number of processes and any micro-batch sees the same numbers.
+    """
+    generator = generator_for(config.seed, "step", step, device=device)
+    n, model = config.training.global_batch_size, config.model
+    shape = (n, model.latent_channels, model.latent_size, model.latent_size)
+    sigma = (torch.randn(n, generator=generator, device=device) * config.noise.P_std + config.noise.P_mean).exp()
+    keep_caption = torch.rand(n, generator=generator, device=device) >= config.data.caption_drop
+    patch_noise = torch.rand(n, model.num_patches, generator=generator, device=device)
+    noise = torch.randn(shape, generator=generator, device=device)
+    mask = sample_mask(patch_noise[samples], config.training.mask_ratio)
+    return Draw(sigma[samples], noise[samples].clone(), keep_caption[samples], mask)
+
+
+def generator_for(*key, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that belongs to a key such as (seed, "step", 17)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def denoise(
+    net: Callable, x_NCHW: Tensor, sigma_N: Tensor, captions_NLC: Tensor, sigma_data: float, mask: Mask | None = None
+) -> Tensor:
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), in float32 outside the network (equation 7, table 1)."""
+    sigma = sigma_N.float().view(-1, 1, 1, 1)
+    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+    c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
+    c_noise = sigma.flatten().log() / 4
+    return c_skip * x_NCHW + c_out * net(c_in * x_NCHW, c_noise, captions_NLC, mask=mask).float()
+
+
+def edm_loss(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, draw: Draw, sigma_data: float) -> Tensor:
+    """Mean over samples and kept patches of lambda(sigma) |D(x + sigma n) - x|^2 (equation 8). A scalar, float32.
+
+    Deterministic given its arguments. Dropped captions are all zeros, as classifier-free guidance expects them.
+    """
+    latents = latents_NCHW.float()
+    captions = captions_NLC * draw.keep_caption_N.view(-1, 1, 1).to(captions_NLC.dtype)
+    sigma = draw.sigma_N.view(-1, 1, 1, 1)
+    noisy = latents + sigma * draw.noise_NCHW
+    denoised = denoise(net, noisy, draw.sigma_N, captions, sigma_data, draw.mask)
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    error = weight * (denoised - latents) ** 2
+    if draw.mask is None:
+        return error.mean()
+    kept = draw.mask.image(*latents.shape[-2:])
+    return (error * kept).sum() / (kept.sum() * latents.shape[1])
+
+
+def denoiser(net: Callable, captions_NLC: Tensor, sigma_data: float, guidance: float = 1.0) -> Denoiser:
+    """A denoiser for the sampler, with classifier-free guidance: D = D(zeros) + guidance * (D(caption) - D(zeros))."""
+    if guidance == 1:
+        return lambda x, sigma: denoise(net, x, sigma, captions_NLC, sigma_data)
+    both = torch.cat([captions_NLC, torch.zeros_like(captions_NLC)])
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        with_caption, without = denoise(net, x.repeat(2, 1, 1, 1), sigma.repeat(2), both, sigma_data).chunk(2)
+        return without + guidance * (with_caption - without)
+
+    return guided

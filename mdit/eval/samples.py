@@ -1,0 +1,108 @@
+"""Pictures from a network: latents by the EDM sampler, decoded, in a grid with their captions."""
+
+import math
+from typing import Callable, Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mdit.config import ReportConfig, TrainConfig, parse_section
+from mdit.diffusion.edm import denoiser, generator_for
+from mdit.diffusion.sampler import heun_sample
+
+MIN_CELL = 96  # pixels: smaller pictures are enlarged so that captions fit and eyes can judge
+FONT_SIZE, MAX_LINES, MARGIN = 11, 5, 6
+
+
+def sampling_options(config: TrainConfig, guidance: float | None, num_steps: int | None) -> dict:
+    """`guidance` and `num_steps` for sample_latents: as given, the recipe's where None. Checked as a recipe's are."""
+    given = {"guidance": guidance, "sampler_steps": num_steps}
+    values = config.report.model_dump() | {key: value for key, value in given.items() if value is not None}
+    report = parse_section(ReportConfig, values, "command line")
+    return {"guidance": report.guidance, "num_steps": report.sampler_steps}
+
+
+@torch.no_grad()
+def sample_latents(
+    net: Callable,
+    captions_NLC: Tensor,
+    *,
+    config: TrainConfig,
+    seed: int,
+    indices: Sequence[int],
+    guidance: float,
+    num_steps: int,
+    batch_size: int,
+) -> Tensor:
+    """(N, C, H, W) float32 latents of N captions, on the captions' device.
+
+    Picture i starts from noise drawn on the CPU from (seed, indices[i]) alone: the same on any device, in any batch.
+    """
+    model = config.model
+    shape = (model.latent_channels, model.latent_size, model.latent_size)
+    latents_NCHW = torch.empty(len(indices), *shape, device=captions_NLC.device)
+    for start in range(0, len(indices), batch_size):
+        rows = slice(start, start + batch_size)
+        noise = torch.stack([torch.randn(shape, generator=generator_for(seed, "sample", i)) for i in indices[rows]])
+        captions = captions_NLC[rows]
+        denoise = denoiser(net, captions, config.noise.sigma_data, guidance)
+        latents_NCHW[rows] = heun_sample(denoise, noise.to(captions.device), num_steps)
+    return latents_NCHW
+
+
+@torch.no_grad()
+def to_images(image_encoder, latents_NCHW: Tensor, batch_size: int = 16) -> Tensor:
+    """Decode to (N, H, W, 3) uint8 pictures on the CPU."""
+    return torch.cat([to_uint8(image_encoder.decode(batch)).cpu() for batch in latents_NCHW.split(batch_size)])
+
+
+def to_uint8(images_NCHW: Tensor) -> Tensor:
+    """[-1, 1] -> (N, H, W, C) uint8, values outside clipped."""
+    return (images_NCHW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def grid(images_NHWC: Tensor, captions: Sequence[str], columns: int | None = None) -> Image.Image:
+    """One picture of (N, H, W, 3) uint8 pictures, row by row, each above its caption; near a square by default."""
+    pictures = [_enlarged(Image.fromarray(image.numpy())) for image in images_NHWC.cpu()]
+    font = ImageFont.load_default(FONT_SIZE)
+    width, height = pictures[0].size
+    texts = ["\n".join(wrap(caption, font, width)) for caption in captions]
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    text_height = max(ruler.multiline_textbbox((0, 0), text, font=font)[3] for text in texts)
+    cell_width, cell_height = width + MARGIN, height + int(text_height) + 2 * MARGIN
+    columns = min(columns or math.isqrt(len(pictures) - 1) + 1, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    ink = ImageDraw.Draw(sheet)
+    for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        left, top = MARGIN + i % columns * cell_width, MARGIN + i // columns * cell_height
+        sheet.paste(picture, (left, top))
+        ink.multiline_text((left, top + height + MARGIN // 2), text, fill="black", font=font)
+    return sheet
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """At most MAX_LINES lines of at most `width` pixels; longer words are broken, a longer text ends in an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        separator = " " if lines[-1] else ""
+        if font.getlength(lines[-1] + separator + word) <= width:
+            lines[-1] += separator + word
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1][:-1] + "…"]
+    return lines
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    factor = -(-MIN_CELL // min(picture.size))
+    if factor == 1:
+        return picture
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)

@@ -1,0 +1,149 @@
+"""Validation loss at fixed noise levels, and how evenly the routers spread tokens over the experts."""
+
+import functools
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mdit.config import NoiseConfig, TrainConfig
+from mdit.diffusion.edm import Draw, edm_loss, generator_for
+from mdit.kernels import expert_choice
+from mdit.models.moe import ExpertChoice
+
+NUM_SIGMAS = 5
+
+
+def validation_sigmas(noise: NoiseConfig) -> list[float]:
+    """The 10, 30, 50, 70 and 90 % quantiles of training's ln sigma ~ N(P_mean, P_std^2), lowest first.
+
+    They are the middles of five equally probable bins, so the mean of the five losses estimates the loss that training
+    minimises (without mask and caption drop), and each of them alone tells about one range of noise.
+    """
+    quantiles = [(s + 0.5) / NUM_SIGMAS for s in range(NUM_SIGMAS)]
+    ln_sigma = NormalDist(noise.P_mean, noise.P_std)
+    return [math.exp(ln_sigma.inv_cdf(q)) for q in quantiles]
+
+
+@torch.no_grad()
+def validation_loss(
+    net: Callable,
+    latents_NCHW: Tensor,
+    captions_NLC: Tensor,
+    *,
+    config: TrainConfig,
+    indices: Sequence[int],
+    batch_size: int,
+) -> Tensor:
+    """EDM loss (Karras et al. 2022, equation 8) of every patch with its caption, summed over samples.
+
+    `indices` are the samples' places in the validation set: each draws its noise from (seed, place, sigma), so neither
+    batch size nor the split over ranks matters. Runs on the latents' device.
+
+    -> (NUM_SIGMAS,) float64 on that device: add over ranks, then divide by the number of samples of all of them.
+    """
+    sums = torch.zeros(NUM_SIGMAS, dtype=torch.float64, device=latents_NCHW.device)
+    for start in range(0, len(indices), batch_size):
+        rows = slice(start, start + batch_size)
+        latents, captions = latents_NCHW[rows].float(), captions_NLC[rows]
+        for s, sigma in enumerate(validation_sigmas(config.noise)):
+            draw = _draw(config.seed, indices[rows], s, sigma, latents)
+            sums[s] += edm_loss(net, latents, captions, draw, config.noise.sigma_data).double() * len(latents)
+    return sums
+
+
+def _draw(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Tensor) -> Draw:
+    noise = [
+        torch.randn(like_NCHW.shape[1:], generator=generator_for(seed, "validation", index, s)) for index in indices
+    ]
+    every = torch.ones(len(indices), dtype=torch.bool, device=like_NCHW.device)
+    return Draw(torch.full_like(like_NCHW[:, 0, 0, 0], sigma), torch.stack(noise).to(like_NCHW.device), every, None)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How one router, or all of them, spread tokens over experts.
+
+    unchosen       share of tokens that no expert chose (independent random choices at capacity factor 2 of 8: 10 %)
+    imbalance      standard deviation over mean of the number of experts a token gets: 0 is perfectly even (random
+                   choices: 0.61), sqrt(E / capacity_factor - 1) means that all experts chose the same tokens
+    router_weight  mean router probability of a (token, expert) choice; 1 / E is a router that does not tell them apart
+    """
+
+    unchosen: float
+    imbalance: float
+    router_weight: float
+
+
+class ExpertCoverage:
+    """Context manager: watches the routers of a model during forward passes.
+
+        with ExpertCoverage(model) as coverage:
+            validation_loss(model, ...)
+        coverage.by_block()["blocks.3.mlp"].unchosen
+
+    `totals` (blocks, 5) float64 are the sums that every metric is made of: with several ranks, all-reduce them first.
+    Hooks do not fire inside a compiled model: watch the model itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, ExpertChoice)}
+        device = next(model.parameters()).device
+        self.totals = torch.zeros(len(self.layers), 5, dtype=torch.float64, device=device)
+        self._hooks = []
+
+    def __enter__(self) -> "ExpertCoverage":
+        for sums, layer in zip(self.totals, self.layers.values()):
+            hook = functools.partial(_add_choices, sums, layer)
+            self._hooks.append(layer.gate.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def by_block(self) -> dict[str, Coverage]:
+        return {name: _coverage(row) for name, row in zip(self.layers, self.totals)}
+
+    def overall(self) -> Coverage:
+        return _coverage(self.totals.sum(dim=0))
+
+    def summary(self) -> dict[str, float]:
+        """The overall numbers for a log; empty for a model without experts."""
+        if not self.layers:
+            return {}
+        coverage = self.overall()
+        return {
+            "tokens_without_expert": coverage.unchosen,
+            "expert_imbalance": coverage.imbalance,
+            "router_weight": coverage.router_weight,
+        }
+
+
+@torch.no_grad()
+def _add_choices(sums: Tensor, layer: ExpertChoice, gate: nn.Module, args: tuple, logits_NTE: Tensor) -> None:
+    num_tokens = logits_NTE.shape[1]
+    weights_NEK, index_NEK = expert_choice.route(logits_NTE, layer.tokens_per_expert(num_tokens))
+    chosen_NET = torch.zeros_like(logits_NTE.transpose(1, 2), dtype=torch.float64).scatter(2, index_NEK, 1.0)
+    experts_NT = chosen_NET.sum(dim=1)
+    sums += torch.stack(
+        [
+            torch.ones_like(experts_NT).sum(),
+            (experts_NT == 0).double().sum(),
+            experts_NT.sum(),
+            (experts_NT**2).sum(),
+            weights_NEK.double().sum(),
+        ]
+    )
+
+
+def _coverage(sums: Tensor) -> Coverage:
+    tokens, unchosen, choices, squares, weights = sums.tolist()
+    if tokens == 0:
+        raise RuntimeError("no forward pass was watched; a compiled model does not call hooks")
+    mean = choices / tokens
+    variance = max(squares / tokens - mean**2, 0.0)
+    return Coverage(unchosen / tokens, variance**0.5 / mean, weights / choices)

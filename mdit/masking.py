@@ -1,0 +1,48 @@
+"""Deferred masking (paper section 2): which patches the backbone sees, shared by model and loss."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdit.config import kept_tokens
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Kept patches of every sample: `keep_NK` int64, indices into the T patches; `num_patches` is T."""
+
+    keep_NK: Tensor
+    num_patches: int
+
+    def __getitem__(self, rows: slice) -> "Mask":
+        return Mask(self.keep_NK[rows], self.num_patches)
+
+    def image(self, height: int, width: int) -> Tensor:
+        """(N, 1, H, W) float32: 1 at the pixels of kept patches, 0 elsewhere. Patches are square, row by row."""
+        patch = math.isqrt(height * width // self.num_patches)
+        kept = torch.zeros(len(self.keep_NK), self.num_patches, device=self.keep_NK.device)
+        kept = kept.scatter(1, self.keep_NK, 1.0).view(-1, 1, height // patch, width // patch)
+        return kept.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)
+
+
+def sample_mask(noise_NT: Tensor, mask_ratio: float) -> Mask | None:
+    """Keep the int(T * (1 - mask_ratio)) patches with the smallest of T uniform numbers; None when all are kept."""
+    num_patches = noise_NT.shape[1]
+    if mask_ratio == 0:
+        return None
+    keep_NK = noise_NT.argsort(dim=1)[:, : kept_tokens(num_patches, mask_ratio)]
+    return Mask(keep_NK, num_patches)
+
+
+def drop_tokens(x_NTD: Tensor, mask: Mask) -> Tensor:
+    """(N, T, D) -> (N, K, D): the kept tokens, in the mask's order."""
+    return x_NTD.gather(1, mask.keep_NK.unsqueeze(-1).expand(-1, -1, x_NTD.shape[-1]))
+
+
+def restore_tokens(x_NKD: Tensor, mask: Mask) -> Tensor:
+    """(N, K, D) -> (N, T, D): tokens back at their patches, zeros where patches were dropped."""
+    n, _, width = x_NKD.shape
+    index = mask.keep_NK.unsqueeze(-1).expand(-1, -1, width)
+    return x_NKD.new_zeros(n, mask.num_patches, width).scatter(1, index, x_NKD)

@@ -1,0 +1,1 @@
+"""Training: the loop, the DeepSpeed engine behind it, EMA, checkpoints for resume, and metrics."""

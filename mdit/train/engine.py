@@ -1,0 +1,133 @@
+"""DeepSpeed behind a few verbs: build, micro-step, and the float32 master weights as plain tensors.
+
+This is the only file that knows DeepSpeed's internals; everything else sees tensors and names. In ZeRO 1, 2 and 3 each
+rank's optimizer owns flat float32 partitions of the weights (`masters`), and the model's own parameters are copies of
+them in the computing dtype.
+"""
+
+import logging
+import warnings
+from typing import Iterator
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from pydantic import ValidationError
+from torch import Tensor
+
+from mdit.config import TrainConfig, UserError
+from mdit.dist import World
+from mdit.models import MicroDiT
+from mdit.train.optim import build_optimizer
+
+
+def check_zero_section(ds_config: dict, path) -> None:
+    """Let DeepSpeed's own schema judge `zero_optimization`, before anything is started."""
+    try:
+        DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"{path}: {key} = {first['input']!r}: {first['msg']}") from None
+
+
+class Engine:
+    """A MicroDiT under DeepSpeed. Call it like the model; `masters` are this rank's float32 partitions of its weights."""
+
+    def __init__(self, model: MicroDiT, config: TrainConfig, ds_config: dict, world: World) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+        # On a CPU DeepSpeed would compile a shared-memory op first: up to two minutes, and a lock that a kill leaves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        self.world = world
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if ds_config["bf16"]["enabled"] else {}
+        model.to(world.device)
+        optimizer = build_optimizer(model.parameters(), config.optim)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.zero = self.deepspeed.optimizer
+        self.masters: list[Tensor] = next(  # ZeRO 3; ZeRO 1 in bf16; ZeRO 1 and 2
+            getattr(self.zero, name)
+            for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
+            if hasattr(self.zero, name)
+        )
+        for name, parameter in self.deepspeed.module.named_parameters():
+            if name in exact:  # DeepSpeed takes its masters from the bf16 copies: give it back what rounding lost
+                safe_set_full_fp32_param(parameter, exact.pop(name).to(world.device))
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        return self.deepspeed(*args, **kwargs)
+
+    def micro_batches(self, share: int) -> Iterator[slice]:
+        """Rows of each micro-batch in this rank's share of a global batch."""
+        for start in range(0, share, self.micro_batch_size):
+            yield slice(start, start + self.micro_batch_size)
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self.zero.param_groups:
+            group["lr"] = value
+
+    def backward_and_step(self, loss: Tensor) -> None:
+        """Accumulate; the last micro-batch of a step also clips and updates the weights."""
+        self.deepspeed.backward(loss)
+        self.deepspeed.step()
+
+    def gradient_norm(self) -> float:
+        """Global norm before clipping, of the last optimizer step."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def full_weights(self, partitions: list[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 tensor on this device) of every parameter, from the masters or from partitions of the
+        same layout such as the EMA's. A collective: every rank has to run through it."""
+        held = None
+        if partitions is not None:
+            held = [master.detach().clone() for master in self.masters]
+            self._fill_masters(partitions)
+        try:
+            for name, parameter in self.deepspeed.module.named_parameters():
+                yield name, safe_get_full_fp32_param(parameter).view(getattr(parameter, "ds_shape", parameter.shape))
+        finally:
+            if held is not None:
+                self._fill_masters(held)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """This rank's masters and Adam moments, flat, by name."""
+        tensors = {}
+        for i, master in enumerate(self.masters):
+            tensors[f"master.{i}"] = master.detach()
+            for key, value in self.zero.optimizer.state.get(master, {}).items():
+                tensors[f"{key}.{i}"] = torch.as_tensor(value)
+        return tensors
+
+    def load_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `optimizer_state`, bit for bit; then the model's parameters are filled from the masters."""
+        self._fill_masters([tensors[f"master.{i}"] for i in range(len(self.masters))])
+        for i, master in enumerate(self.masters):
+            state = {key.removesuffix(f".{i}"): v for key, v in tensors.items() if key.endswith(f".{i}")}
+            state.pop("master")
+            if state:
+                self.zero.optimizer.state[master] = {k: v.to(master.device, copy=True) for k, v in state.items()}
+        self._refresh_parameters()
+
+    @torch.no_grad()
+    def _fill_masters(self, partitions: list[Tensor]) -> None:
+        for master, value in zip(self.masters, partitions, strict=True):
+            master.copy_(value)
+
+    def _refresh_parameters(self) -> None:
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        zero = self.zero
+        for i, master in enumerate(self.masters):
+            flat = zero.fp16_partitioned_groups_flat[i]
+            flat.data.copy_(master.data)
+            for part, value in zip(
+                zero.fp16_partitioned_groups[i], zero.unflatten(flat, zero.fp16_partitioned_groups[i])
+            ):
+                part.data = value.data
+        if zero.persistent_parameters:  # small ones stay whole on every rank between steps
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

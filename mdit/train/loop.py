@@ -1,0 +1,190 @@
+"""The training loop. Read it aloud: the rest of mdit is what its words mean."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from mdit.config import TrainConfig
+from mdit.data.loader import Batch, build_loader
+from mdit.diffusion.edm import draw, edm_loss
+from mdit.dist import StopSignal, World, logger
+from mdit.models import MicroDiT
+from mdit.parallel.apply import parallelize
+from mdit.parallel.settings import RunSettings
+from mdit.train.checkpoint import load_latest, save_training_state
+from mdit.train.ema import EMA
+from mdit.train.engine import Engine
+from mdit.train.evaluation import Evaluation
+from mdit.train.metrics import Metrics, Stopwatch, memory_gib
+from mdit.train.optim import learning_rate
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is settled before step 0. `initial_weights` is a state dict that --init_from asks for."""
+
+    config: TrainConfig
+    settings: RunSettings
+    ds_config: dict
+    run_dir: Path
+    world: World
+    initial_weights: dict[str, torch.Tensor] | None = None
+
+    @property
+    def layout(self) -> dict:
+        """What a checkpoint's partitions depend on."""
+        return {
+            "world_size": self.world.size,
+            "zero_stage": self.ds_config["zero_optimization"]["stage"],
+            "bf16": self.ds_config["bf16"]["enabled"],
+        }
+
+
+def train(run: Run) -> int:
+    """Train, or go on training, to the recipe's last step; returns the step reached. A collective over all ranks.
+
+    Stops early, with a checkpoint, when any rank receives SIGTERM or SIGUSR1.
+    """
+    config, world, report = run.config, run.world, run.config.report
+    checkpoints = run.run_dir / "checkpoints"
+
+    torch.manual_seed(config.seed)
+    model = MicroDiT(config.model)
+    if run.initial_weights is not None:
+        model.load_state_dict(run.initial_weights, strict=False)  # all but pos_embed: initial_weights has checked it
+    parallelize(model, run.settings)
+    engine = Engine(model, config, run.ds_config, world)
+    ema = EMA(config.ema, engine.masters) if config.ema else None
+    losses = LossAverage(world)
+
+    step = 0
+    if (found := load_latest(checkpoints, layout=run.layout, world=world)) is not None:
+        step, tensors = found
+        restore(engine, ema, losses, tensors)
+        logger.info(f"resuming at step {step} of {config.training.num_steps}")
+    first_step = step
+
+    evaluation = Evaluation(run.config, run.run_dir, world)
+    metrics = Metrics(run.run_dir, first_step=step, num_steps=config.training.num_steps, world=world)
+    stop, stopwatch = StopSignal(), Stopwatch(world.device)
+    loader = build_loader(
+        config.data.train,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        start_step=step,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
+
+    with loader:
+        while True:
+            done = step >= config.training.num_steps
+            stopping = stop.agreed(world)
+
+            def due(every: int) -> bool:
+                return step > first_step and every > 0 and (step % every == 0 or done)
+
+            if step > first_step and step % report.log_every == 0:
+                report_progress(step, engine, losses, stopwatch, config, metrics)
+            if due(report.validate_every) or due(report.sample_every) or due(report.snapshot_every) or done:
+                stopwatch.pause()
+                evaluation.run(
+                    step,
+                    engine,
+                    ema,
+                    metrics,
+                    validate=due(report.validate_every),
+                    sample=due(report.sample_every),
+                    snapshot=due(report.snapshot_every) or done,
+                )
+            if step > first_step and (step % report.checkpoint_every == 0 or done or stopping):
+                stopwatch.pause()
+                tensors = state_tensors(engine, ema, losses)
+                save_training_state(
+                    checkpoints, step, tensors, layout=run.layout, world=world, keep=report.keep_checkpoints
+                )
+            if done or stopping:
+                break
+
+            stopwatch.start()
+            losses.add(optimizer_step(engine, next(loader), step, config))
+            step += 1
+            if ema is not None:
+                ema.update(step)
+            stopwatch.count_step()
+            metrics.advance(step)
+
+    metrics.close()
+    return step
+
+
+def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig) -> torch.Tensor:
+    """One step on this rank's share of the global batch, micro-batch by micro-batch -> the share's mean loss."""
+    engine.set_learning_rate(learning_rate(step, config.training.num_steps, config.optim))
+    share = len(batch.latents_NCHW)
+    start = engine.world.rank * share
+    drawn = draw(config, step, slice(start, start + share), engine.world.device)
+    total = torch.zeros((), device=engine.world.device)
+    for rows in engine.micro_batches(share):
+        loss = edm_loss(
+            engine, batch.latents_NCHW[rows], batch.captions_NLC[rows], drawn[rows], config.noise.sigma_data
+        )
+        engine.backward_and_step(loss)
+        total += loss.detach() * (rows.stop - rows.start) / share
+    return total
+
+
+class LossAverage:
+    """Mean loss since the last report. Kept on the device, so that no step waits for a number."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.sum_and_count = torch.zeros(2, dtype=torch.float64, device=world.device)
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.sum_and_count[0] += loss
+        self.sum_and_count[1] += 1
+
+    def read(self) -> float:
+        """Over all ranks; starts anew. A collective."""
+        total = self.sum_and_count.clone()
+        torch.distributed.all_reduce(total)
+        self.sum_and_count.zero_()
+        return float(total[0] / total[1])
+
+
+def report_progress(
+    step: int, engine: Engine, losses: LossAverage, stopwatch: Stopwatch, config: TrainConfig, metrics: Metrics
+) -> None:
+    steps, seconds = stopwatch.read()
+    loss, images_per_second = losses.read(), steps * config.training.global_batch_size / seconds
+    metrics.show(loss, images_per_second)
+    metrics.write(
+        step,
+        {
+            "loss": loss,
+            "learning_rate": learning_rate(step - 1, config.training.num_steps, config.optim),
+            "gradient_norm": engine.gradient_norm(),
+            "images_per_second": images_per_second,
+            "step_seconds": seconds / steps,
+            "memory_gib": memory_gib(engine.world.device),
+        },
+    )
+
+
+def state_tensors(engine: Engine, ema: EMA | None, losses: LossAverage) -> dict[str, torch.Tensor]:
+    """All that this rank has to remember: randomness and the order of samples are functions of the step."""
+    averages = {f"ema.{i}": tensor for i, tensor in enumerate(ema.partitions)} if ema else {}
+    return engine.optimizer_state() | averages | {"loss_sum_and_count": losses.sum_and_count}
+
+
+def restore(engine: Engine, ema: EMA | None, losses: LossAverage, tensors: dict[str, torch.Tensor]) -> None:
+    losses.sum_and_count.copy_(tensors.pop("loss_sum_and_count"))
+    averages = {name: tensors.pop(name) for name in list(tensors) if name.startswith("ema.")}
+    if ema is not None:
+        for i, partition in enumerate(ema.partitions):
+            partition.copy_(averages[f"ema.{i}"])
+    engine.load_optimizer_state(tensors)

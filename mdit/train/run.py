@@ -1,0 +1,156 @@
+"""From the command line to a settled run: everything a user can get wrong is found here, before any step."""
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Sequence
+
+import torch
+
+from mdit import __version__
+from mdit.config import TrainConfig, UserError, kept_tokens, load_config
+from mdit.dist import World, logger
+from mdit.models import MicroDiT
+from mdit.models.flops import training_flops
+from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
+from mdit.prepare import is_prepared, prepare
+from mdit.snapshot import initial_weights, load_snapshot
+from mdit.train.checkpoint import latest_step
+from mdit.train.engine import check_zero_section
+from mdit.train.loop import Run
+
+PACKAGES = ("torch", "deepspeed", "triton", "transformers", "numpy")
+# What may change between two starts of one run: how often it reports, and how long it goes on.
+CHANGEABLE = ("report.", "training.num_steps")
+
+
+def plan_run(
+    recipe: Path,
+    ds_path: Path,
+    *,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    init_from: Path | None,
+    world: World,
+) -> Run:
+    """Read, check and resolve recipe, JSON, run directory and first weights. Raises UserError; writes nothing."""
+    config = load_config(recipe, overrides)
+    ds_json = load_ds_json(ds_path)
+    settings = load_run_settings(ds_json, ds_path)
+    bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    ds_config = resolve_ds_config(ds_json, config, world_size=world.size, bf16_works=bf16_works, path=ds_path)
+    check_zero_section(ds_config, ds_path)
+    run_dir = run_dir or Path("runs") / config.name
+    check_same_recipe(config, run_dir)
+    weights = None
+    if init_from is not None and latest_step(run_dir / "checkpoints") == 0:  # a run that has begun goes on from itself
+        weights = initial_weights(load_snapshot(init_from), config.model)
+    return Run(config, settings, ds_config, run_dir, world, weights)
+
+
+def check_same_recipe(config: TrainConfig, run_dir: Path) -> None:
+    """A run directory belongs to one recipe."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        return
+    before, now = (flatten(c.model_dump(mode="json")) for c in (load_config(path), config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
+            raise UserError(
+                f"{path}: this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
+                "choose another --run_dir"
+            )
+
+
+def finished(run: Run) -> bool:
+    """Say so when there is nothing left to do."""
+    step = latest_step(run.run_dir / "checkpoints")
+    if step < run.config.training.num_steps:
+        return False
+    logger.info(f"{run.run_dir}: finished at step {step}; snapshot {run.run_dir / 'snapshots' / 'latest'}")
+    return True
+
+
+def prepare_on_first(run: Run) -> None:
+    """Rank 0 makes the data if it is missing, the others wait for it; then rank 0 writes config.json."""
+    if run.world.is_first:
+        prepare(run.config, device=run.world.device)
+        write_config(run)
+        return
+    while not is_prepared(run.config):
+        time.sleep(0.5)
+    prepare(run.config)  # nothing left to make: checks that the data fit the recipe
+
+
+def write_config(run: Run) -> None:
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run.run_dir / "config.json.tmp"
+    temporary.write_text(json.dumps(description(run), indent=1) + "\n")
+    temporary.rename(run.run_dir / "config.json")
+
+
+def description(run: Run) -> dict:
+    """What config.json records. Its "recipe" part can be given to --recipe again."""
+    return {
+        "recipe": run.config.model_dump(mode="json", exclude_none=True),
+        "deepspeed": run.ds_config,
+        "mdit": run.settings.model_dump(mode="json"),
+        "world_size": run.world.size,
+        "versions": {"mdit": __version__, "python": platform.python_version()} | package_versions(),
+        "commit": commit(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout this package runs from; None when it is installed elsewhere."""
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return answer.stdout.strip() or None
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def describe(run: Run) -> str:
+    """The text of --dry_run."""
+    config, ds = run.config, run.ds_config
+    with torch.device("meta"):
+        model = MicroDiT(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    kept = kept_tokens(config.model.num_patches, config.training.mask_ratio)
+    gigaflops = training_flops(config.model, config.training.mask_ratio) / 1e9
+    lines = [
+        json.dumps(description(run), indent=1),
+        f"model: {parameters / 1e6:,.1f} M parameters, {config.model.num_patches} patches, {kept} kept",
+        f"compute: {gigaflops:,.1f} GFLOP an image, "
+        f"{gigaflops * config.training.global_batch_size * config.training.num_steps / 1e6:,.3f} PFLOP the run",
+        f"batch: {config.training.global_batch_size} = {run.world.size} processes x "
+        f"{ds['train_micro_batch_size_per_gpu']} samples x {ds['gradient_accumulation_steps']} accumulated",
+        f"data: {', '.join(config.data.train)} ({'there' if is_prepared(config) else 'not there yet'})",
+        f"run directory: {run.run_dir} (at step {latest_step(run.run_dir / 'checkpoints')})",
+    ]
+    return "\n".join(lines)

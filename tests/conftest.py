@@ -1,0 +1,20 @@
+"""Same numbers on every run: torch's global generator is seeded before each test, hypothesis tries fixed examples."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("mdit", deadline=None, derandomize=True, database=None, max_examples=50)
+hypothesis.settings.load_profile("mdit")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

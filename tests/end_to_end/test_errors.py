@@ -1,0 +1,135 @@
+"""What a user can get wrong: one clear line, exit code 2, nothing half-written."""
+
+import json
+import runpy
+import sys
+
+import pytest
+
+from tests.training import LAUNCHER, REPOSITORY, write_ds_json, write_recipe
+
+
+@pytest.fixture
+def good(tmp_path):
+    """Arguments of a run that would work."""
+    recipe, ds_json = write_recipe(tmp_path), write_ds_json(tmp_path / "ds.json")
+    return {"--recipe": str(recipe), "--ds_config": str(ds_json), "--run_dir": str(tmp_path / "run")}
+
+
+def launch(arguments, monkeypatch, capsys, *extra) -> tuple[int, str]:
+    """Run the launcher in this process (every mistake below is found before processes meet). -> exit code, stderr"""
+    argv = [part for pair in arguments.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", [str(LAUNCHER), *argv, *extra])
+    try:
+        runpy.run_path(str(LAUNCHER), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def edit(path, change):
+    content = json.loads(open(path).read())
+    change(content)
+    open(path, "w").write(json.dumps(content))
+
+
+def misspell_recipe_key(arguments):
+    edit(arguments["--recipe"], lambda c: c["recipe"]["training"].update(global_batchsize=8))
+    return ["recipe.json", "training.global_batchsize", "global_batch_size"]
+
+
+def misspell_json_key(arguments):
+    edit(arguments["--ds_config"], lambda c: c.update(gradient_cliping=1.0))
+    return ["ds.json", "gradient_cliping", "gradient_clipping"]
+
+
+def contradict_recipe(arguments):
+    edit(arguments["--ds_config"], lambda c: c.update(train_batch_size=16))
+    return ["ds.json", "train_batch_size = 16", "training.global_batch_size = 8"]
+
+
+def micro_batch_that_does_not_divide(arguments):
+    edit(arguments["--ds_config"], lambda c: c.update(train_micro_batch_size_per_gpu=3))
+    return ["ds.json", "train_micro_batch_size_per_gpu = 3", "8"]
+
+
+def missing_shards(arguments):
+    edit(arguments["--recipe"], lambda c: c["recipe"]["data"].update(train=["nowhere/shards"]))
+    return ["nowhere/shards", "docs/data.md"]
+
+
+def deleted_shard(arguments):
+    recipe = json.load(open(arguments["--recipe"]))["recipe"]
+    import pathlib
+
+    shard = next(pathlib.Path(recipe["data"]["train"][0]).glob("*.tar"))
+    shard.unlink()
+    return [shard.name]
+
+
+def shards_of_another_shape(arguments):
+    edit(arguments["--recipe"], lambda c: c["recipe"]["model"].update(caption_length=7))
+    return ["manifest.json", "caption_length", "7", "5"]
+
+
+def empty_prompts(arguments):
+    edit(arguments["--recipe"], lambda c: c["recipe"]["report"].update(prompts=[]))
+    return ["recipe.json", "prompts"]
+
+
+def no_recipe(arguments):
+    arguments["--recipe"] = "absent.toml"
+    return ["absent.toml"]
+
+
+def no_snapshot(arguments):
+    arguments["--init_from"] = "absent/snapshots/latest"
+    return ["absent/snapshots/latest"]
+
+
+def batch_larger_than_the_set(arguments):
+    edit(arguments["--recipe"], lambda c: c["recipe"]["training"].update(global_batch_size=128))
+    return ["64", "128"]
+
+
+MISTAKES = [
+    misspell_recipe_key, misspell_json_key, contradict_recipe, micro_batch_that_does_not_divide, missing_shards,
+    deleted_shard, shards_of_another_shape, empty_prompts, no_recipe, no_snapshot, batch_larger_than_the_set,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda f: f.__name__)
+def test_one_line_and_exit_code_2(mistake, good, tmp_path, monkeypatch, capsys):
+    parts = mistake(good)
+    code, err = launch(good, monkeypatch, capsys)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2, err
+    assert len(errors) == 1 and "Traceback" not in err
+    assert all(part in errors[0] for part in parts), errors[0]
+    assert not (tmp_path / "run").exists(), "nothing may be written"
+
+
+def test_processes_that_cannot_share_the_batch(good, tmp_path, monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    code, err = launch(good, monkeypatch, capsys)
+    assert code == 2 and "3 processes" in err and "global_batch_size 8" in err
+
+
+@pytest.mark.parametrize("stage", ["res_256_pretrain", "res_512_finetune"])
+def test_paper_recipe_without_data_names_the_ways_to_get_it(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, err = launch({"--recipe": str(REPOSITORY / "configs" / f"{stage}.toml")}, monkeypatch, capsys)
+    assert code == 2
+    assert "data/res_" in err and "precompute" in err and "docs/data.md" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_everything_and_writes_nothing(good, tmp_path, monkeypatch, capsys):
+    argv = [part for pair in good.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", [str(LAUNCHER), *argv, "--dry_run", "--set", "training.num_steps=77"])
+    runpy.run_path(str(LAUNCHER), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert '"num_steps": 77' in printed and "M parameters" in printed and '"stage": 2' in printed
+    assert not (tmp_path / "run").exists()

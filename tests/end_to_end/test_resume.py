@@ -1,0 +1,104 @@
+"""The same command again goes on where the run stopped, whatever stopped it."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mdit.train.checkpoint import complete_checkpoints
+from tests.training import command, environment, read_metrics, train, write_ds_json, write_recipe
+
+STEPS, EVERY = 60, 4
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_recipe(
+        folder,
+        training={"num_steps": STEPS},
+        report={"checkpoint_every": EVERY, "log_every": 3, "snapshot_every": 10, "validate_every": 20},
+    )
+    train(recipe, write_ds_json(folder / "ds.json"), folder / "run")
+    return recipe, folder / "ds.json", folder / "run"
+
+
+def final_state(run):
+    (newest, *_) = complete_checkpoints(run / "checkpoints")
+    assert newest.name == f"step_{STEPS:08d}"
+    return load_file(newest / "rank_00000.safetensors")
+
+
+def assert_same_run(run, expected):
+    ours, theirs = final_state(run), final_state(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert read_metrics(run) == read_metrics(expected)
+    assert read_metrics(run, "validation_loss") == read_metrics(expected, "validation_loss")
+    for kind in ("ema", "raw"):
+        name = f"snapshots/latest/{kind}.safetensors"
+        assert (run / name).read_bytes() == (expected / name).read_bytes()
+
+
+def steps_done(run):
+    try:
+        return len((run / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def test_killed_at_random_moments(undisturbed, tmp_path):
+    recipe, ds_json, expected = undisturbed
+    run, rng, kills = tmp_path / "run", random.Random(0), 0
+    while kills < 3:
+        process = subprocess.Popen(command(recipe, ds_json, run), env=environment(), stderr=subprocess.DEVNULL)
+        lines = steps_done(run)
+        while steps_done(run) <= lines and process.poll() is None:  # until it has gone on a little further
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills > 0
+    train(recipe, ds_json, run)
+    assert_same_run(run, expected)
+
+
+def test_stop_signal_leaves_a_checkpoint(undisturbed, tmp_path):
+    recipe, ds_json, expected = undisturbed
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(recipe, ds_json, run), env=environment(), stderr=subprocess.DEVNULL)
+    while steps_done(run) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 0
+    stopped_at = json.loads((complete_checkpoints(run / "checkpoints")[0] / "state.json").read_text())["step"]
+    assert 0 < stopped_at < STEPS
+    assert f"resuming at step {stopped_at}" in train(recipe, ds_json, run)
+    assert_same_run(run, expected)
+
+
+def test_finished_run_says_so(undisturbed):
+    recipe, ds_json, run = undisturbed
+    before = (run / "metrics.jsonl").read_bytes()
+    assert f"finished at step {STEPS}" in train(recipe, ds_json, run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
+    recipe, ds_json, expected = undisturbed
+    run = tmp_path / "run"
+    train(recipe, ds_json, run, "--set", "training.num_steps=8")
+    newest = complete_checkpoints(run / "checkpoints")[0] / "rank_00000.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    output = train(recipe, ds_json, run)
+    assert "step_00000008: damaged" in output and "resuming at step 4" in output

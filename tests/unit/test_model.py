@@ -1,0 +1,450 @@
+"""Layers and the whole network in float64 against formulas written out by hand.
+
+The formulas below take a state dict `w` and use elementary operations only. They are the paper's: adaLN blocks (DiT),
+q and k layer-normed over the full width, SwiGLU, expert choice as a loop, sine-cosine positions as in DiT.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mdit.diffusion.edm import Draw, edm_loss
+from mdit.masking import Mask, restore_tokens
+from mdit.models import MicroDiT
+from mdit.models import dit, layers
+from mdit.models.moe import ExpertChoice
+from recipes import tiny_model
+
+EPS = 1e-6
+
+
+def norm(x, weight=1.0):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / ((centred**2).mean(-1, keepdim=True) + EPS) ** 0.5 * weight
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def affine(w, name, x):
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+
+def part(w, prefix):
+    return {key.removeprefix(prefix + "."): value for key, value in w.items() if key.startswith(prefix + ".")}
+
+
+def softmax_attention(q, k, v, head_dim):
+    q, k = norm(q), norm(k)
+    out = []
+    for start in range(0, q.shape[-1], head_dim):
+        head = slice(start, start + head_dim)
+        weights = torch.exp(q[..., head] @ k[..., head].transpose(1, 2) / head_dim**0.5)
+        out.append(weights / weights.sum(-1, keepdim=True) @ v[..., head])
+    return torch.cat(out, dim=-1)
+
+
+def self_attention(w, x, head_dim):
+    qkv = affine(w, "qkv", x)
+    width = qkv.shape[-1] // 3
+    out = softmax_attention(qkv[..., :width], qkv[..., width : 2 * width], qkv[..., 2 * width :], head_dim)
+    return affine(w, "proj", out)
+
+
+def cross_attention(w, x, caption, head_dim):
+    q, kv = affine(w, "q_linear", x), affine(w, "kv_linear", caption)
+    width = q.shape[-1]
+    return affine(w, "proj", softmax_attention(q, kv[..., :width], kv[..., width:], head_dim))
+
+
+def swiglu(w, x):
+    a = affine(w, "w1", x)
+    return affine(w, "w3", a / (1 + torch.exp(-a)) * affine(w, "w2", x))
+
+
+def experts(w, x, capacity_factor):
+    num_experts = len(w["w1"])
+    taken = int(capacity_factor * x.shape[1] / num_experts)
+    scores = torch.exp(x @ w["gate.weight"].T)
+    scores = scores / scores.sum(-1, keepdim=True)
+    images = []
+    for n in range(len(x)):
+        tokens = [torch.zeros(x.shape[-1], dtype=x.dtype)] * x.shape[1]
+        for e in range(num_experts):
+            for t in scores[n, :, e].argsort(descending=True)[:taken].tolist():
+                tokens[t] = tokens[t] + scores[n, t, e] * (gelu(x[n, t] @ w["w1"][e]) @ w["w2"][e])
+        images.append(torch.stack(tokens))
+    return torch.stack(images)
+
+
+def block(w, x, caption, condition, config):
+    modulation = affine(w, "adaLN_modulation.1", gelu_tanh(condition))[:, None]
+    shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.split(x.shape[-1], dim=-1)
+    tokens = norm(x, w["norm1.weight"]) * (1 + scale_a) + shift_a
+    x = x + gate_a * self_attention(part(w, "attn"), tokens, config.head_dim)
+    x = x + cross_attention(part(w, "cross_attn"), norm(x, w["norm2.weight"]), caption, config.head_dim)
+    tokens = norm(x, w["norm3.weight"]) * (1 + scale_f) + shift_f
+    feed_forward = part(w, "mlp")
+    if "gate.weight" in feed_forward:
+        return x + gate_f * experts(feed_forward, tokens, config.capacity_factor)
+    return x + gate_f * swiglu(feed_forward, tokens)
+
+
+def caption_block(w, y, head_dim):
+    y = y + self_attention(part(w, "attn"), norm(y, w["norm1.weight"]), head_dim)
+    return y + swiglu(part(w, "mlp"), norm(y, w["norm2.weight"]))
+
+
+def mlp(w, x):
+    return affine(w, "fc2", norm(gelu_tanh(affine(w, "fc1", x)), w["norm.weight"]))
+
+
+def timestep(w, c_noise):
+    frequencies = torch.tensor([10000 ** (-i / 256) for i in range(256)], dtype=torch.float64)
+    angles = c_noise.double()[:, None] * frequencies
+    return affine(w, "mlp.2", gelu_tanh(affine(w, "mlp.0", torch.cat([torch.cos(angles), torch.sin(angles)], dim=1))))
+
+
+def final(w, x, condition):
+    shift, scale = affine(w, "adaLN_modulation.1", gelu_tanh(condition))[:, None].split(x.shape[-1], dim=-1)
+    return affine(w, "linear", norm(x, w["norm_final.weight"]) * (1 + scale) + shift)
+
+
+def sincos_table(grid, dim, interp_scale):
+    """DiT's table as numpy: the half of the column first, each half [sin, cos]."""
+
+    def axis(position):
+        angles = [position / 10000 ** (2 * i / (dim / 2)) for i in range(dim // 4)]
+        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+
+    return np.array([axis(c / interp_scale) + axis(r / interp_scale) for r in range(grid) for c in range(grid)])
+
+
+def pixels_of(patch, config):
+    """(rows, columns) of a patch in the latent image."""
+    p, grid = config.patch_size, config.latent_size // config.patch_size
+    row, column = patch // grid * p, patch % grid * p
+    return slice(row, row + p), slice(column, column + p)
+
+
+def network(w, config, latents, c_noise, caption, keep=None):
+    """The whole forward pass; `keep` lists the kept patches of every image."""
+    p, images = config.patch_size, []
+    for image in latents:
+        patches = [image[(slice(None), *pixels_of(i, config))].reshape(-1) for i in range(config.num_patches)]
+        images.append(torch.stack(patches))
+    x = torch.stack(images) @ w["x_embedder.proj.weight"].flatten(1).T + w["x_embedder.proj.bias"] + w["pos_embed"]
+    y = caption_block(part(w, "y_emb_preprocess"), mlp(part(w, "y_embedder.y_proj"), caption), config.head_dim)
+    condition = timestep(part(w, "t_embedder"), c_noise) + mlp(part(w, "pooled_y_emb_process"), y.mean(1))
+    if config.use_patch_mixer:
+        narrow = {name: part(w, f"patch_mixer_map_{name}") for name in ("xin", "xout", "y")}
+        x, y_mixer = (affine(m, "1", norm(z, m["0.weight"])) for m, z in ((narrow["xin"], x), (narrow["y"], y)))
+        for i in range(config.mixer_depth):
+            x = block(part(w, f"patch_mixer.{i}"), x, y_mixer, condition, config)
+    if keep is not None:
+        x = torch.stack([tokens[rows] for tokens, rows in zip(x, keep)])
+    if config.use_patch_mixer:
+        x = affine(narrow["xout"], "1", norm(x, narrow["xout"]["0.weight"]))
+    for i in range(config.depth):
+        x = block(part(w, f"blocks.{i}"), x, y, condition, config)
+    x = final(part(w, "final_layer"), x, condition)
+    out = torch.zeros_like(latents)
+    for n in range(len(latents)):
+        for k, patch in enumerate(range(config.num_patches) if keep is None else keep[n].tolist()):
+            out[(n, slice(None), *pixels_of(patch, config))] = x[n, k].reshape(p, p, -1).permute(2, 0, 1)
+    return out
+
+
+def randomised(module, std=0.3):
+    """In float64, with no weight at zero: the released initialisation would hide most of the network."""
+    module = module.double()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=std)
+    return module
+
+
+def weights_of(module):
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def assert_equal_with_gradients(ours, expected, inputs, tolerance=1e-10):
+    """Values, and gradients with respect to every input, along one random direction."""
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    cotangent = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, inputs, cotangent)
+    for gradient, correct in zip(torch.autograd.grad(ours, inputs, cotangent), wanted, strict=True):
+        torch.testing.assert_close(gradient, correct, rtol=tolerance, atol=tolerance * (1 + correct.abs().max().item()))
+
+
+def tensor(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def batch(config, n=2):
+    latents = tensor(n, config.latent_channels, config.latent_size, config.latent_size)
+    return latents, torch.randn(n), tensor(n, config.caption_length, config.caption_channels)
+
+
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_self_attention_is_softmax_attention_with_q_and_k_normed_over_the_full_width(width, use_bias):
+    module, x = randomised(layers.SelfAttention(12, width, 8, EPS, use_bias)), tensor(2, 5, 12)
+    w = weights_of(module)
+    assert_equal_with_gradients(module(x), self_attention(w, x, 8), [x, *w.values()])
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_cross_attention_attends_to_all_caption_tokens(use_bias):
+    module, x, caption = randomised(layers.CrossAttention(16, 8, EPS, use_bias)), tensor(2, 5, 16), tensor(2, 3, 16)
+    w = weights_of(module)
+    assert_equal_with_gradients(module(x, caption), cross_attention(w, x, caption, 8), [x, caption, *w.values()])
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_swiglu_gates_with_silu(use_bias):
+    module, x = randomised(layers.SwiGLU(12, 18, 8, use_bias)), tensor(2, 5, 12)
+    w = weights_of(module)
+    assert module.w1.out_features == 16  # two thirds of 18, rounded up to 8
+    assert_equal_with_gradients(module(x), swiglu(w, x), [x, *w.values()])
+
+
+def test_mlp_norms_after_gelu():
+    module, x = randomised(layers.Mlp(7, 12, EPS)), tensor(2, 5, 7)
+    w = weights_of(module)
+    assert_equal_with_gradients(module(x), mlp(w, x), [x, *w.values()])
+
+
+def test_experts_add_up_what_each_makes_of_its_best_tokens():
+    module, x = randomised(ExpertChoice(6, 8, 8, num_experts=3, capacity_factor=1.5)), tensor(2, 8, 6)
+    w = weights_of(module)
+    assert_equal_with_gradients(module(x), experts(w, x, 1.5), [x, *w.values()], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_block_modulates_attention_and_feed_forward_but_not_cross_attention(has_experts):
+    config = tiny_model()
+    module = dit.Block(config, dim=24, qkv_ratio=0.5, ffn_ratio=2.0, has_experts=has_experts, out_std=0.02)
+    module = randomised(module)
+    x, caption, condition = tensor(2, 16, 24), tensor(2, 5, 24), tensor(2, config.dim)
+    w = weights_of(module)
+    assert module.attn.qkv.out_features == 3 * 16  # 24 * 0.5 rounded up to 2 heads of 8
+    expected = block(w, x, caption, condition, config)
+    tolerance = 1e-5 if has_experts else 1e-10
+    inputs = [x, caption, condition, *w.values()]
+    assert_equal_with_gradients(module(x, caption, condition), expected, inputs, tolerance)
+
+
+def test_caption_block_is_a_plain_attention_block():
+    config = tiny_model()
+    module, y = randomised(dit.CaptionBlock(config)), tensor(2, 5, config.dim)
+    w = weights_of(module)
+    assert_equal_with_gradients(module(y), caption_block(w, y, config.head_dim), [y, *w.values()])
+
+
+def test_final_layer_modulates_its_norm():
+    module, x, condition = randomised(layers.FinalLayer(12, 16, EPS)), tensor(2, 5, 12), tensor(2, 12)
+    w = weights_of(module)
+    assert_equal_with_gradients(module(x, condition), final(w, x, condition), [x, condition, *w.values()])
+
+
+def test_timestep_embedder_has_256_frequencies_cosines_first():
+    module, c_noise = randomised(layers.TimestepEmbedder(12), std=0.05), torch.linspace(-1.6, 1.1, 7)
+    torch.testing.assert_close(module(c_noise), timestep(weights_of(module), c_noise), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid, dim, scale", [(4, 8, 1.0), (16, 64, 1.0), (32, 64, 2.0)])
+def test_position_embedding_is_dits_table_with_the_columns_half_first(grid, dim, scale):
+    table = layers.position_embedding(grid, dim, scale)
+    assert table.shape == (1, grid * grid, dim) and table.dtype == torch.float32
+    np.testing.assert_allclose(table[0].numpy(), sincos_table(grid, dim, scale), atol=1e-6)
+
+
+def test_position_embedding_at_double_resolution_passes_through_the_old_positions():
+    old, new = layers.position_embedding(4, 16, 1.0), layers.position_embedding(8, 16, 2.0)
+    assert torch.equal(new.view(8, 8, 16)[::2, ::2], old.view(4, 4, 16))
+
+
+def test_patch_embedding_is_its_convolution():
+    module, x = randomised(layers.PatchEmbed(2, 4, 12)), tensor(3, 4, 8, 6)
+    expected = module.proj(x).flatten(2).transpose(1, 2)
+    assert_equal_with_gradients(module(x), expected, [x, *module.parameters()])
+
+
+def test_unpatchify_inverts_cutting_into_patches():
+    config = tiny_model()
+    latents = torch.randn(2, config.latent_channels, config.latent_size, config.latent_size)
+    patches = []
+    for i in range(config.num_patches):
+        patch = latents[(slice(None), slice(None), *pixels_of(i, config))]
+        patches.append(patch.permute(0, 2, 3, 1).flatten(1))  # channels innermost, unlike the embedding's
+    assert torch.equal(MicroDiT(config).unpatchify(torch.stack(patches, dim=1)), latents)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all patches", "masked"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_bias": True},
+        {"use_patch_mixer": False},
+        {"experts_every_n": 0, "num_experts": 1, "capacity_factor": 1.0},
+    ],
+    ids=["tiny", "biases", "no mixer", "dense"],
+)
+def test_network_equals_the_formula_with_all_gradients(changes, masked):
+    config = tiny_model(**changes)
+    model = randomised(MicroDiT(config), std=0.15)
+    latents, c_noise, caption = batch(config)
+    mask = Mask(torch.rand(2, config.num_patches).argsort(1)[:, :6], config.num_patches) if masked else None
+    w = weights_of(model)
+    expected = network(w, config, latents, c_noise, caption, mask.keep_NK if masked else None)
+    inputs = [latents, caption, *model.parameters()]
+    assert_equal_with_gradients(model(latents, c_noise, caption, mask=mask), expected, inputs, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("use_patch_mixer", [True, False])
+def test_new_model_gives_zeros(use_patch_mixer):
+    config = tiny_model(use_patch_mixer=use_patch_mixer)
+    assert not MicroDiT(config)(*(t.float() for t in batch(config))).any()
+
+
+def test_new_blocks_let_only_cross_attention_through():
+    """Zero gates: whatever the other weights, a new block adds its cross-attention and nothing else."""
+    config = tiny_model()
+    for module in MicroDiT(config).blocks:
+        x, caption, condition = torch.randn(2, 16, 32), torch.randn(2, 5, 32), torch.randn(2, 32)
+        expected = x + module.cross_attn(module.norm2(x), caption)
+        assert torch.equal(module(x, caption, condition), expected)
+
+
+def test_same_seed_gives_the_same_weights():
+    config = tiny_model()
+    torch.manual_seed(3)
+    first = MicroDiT(config).state_dict()
+    torch.manual_seed(3)
+    second = MicroDiT(config).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_initial_standard_deviations_are_those_of_the_released_code():
+    config = tiny_model(dim=64, mixer_dim=48)
+    weights = MicroDiT(config).state_dict()
+    expected = {"t_embedder.mlp.2": 0.02, "pooled_y_emb_process.fc1": 0.02, "y_embedder.y_proj.fc2": 0.02}
+    expected |= {"y_emb_preprocess.attn.qkv": 0.02, "y_emb_preprocess.mlp.w2": 0.02}
+    expected |= {"y_emb_preprocess.attn.proj": 0, "y_emb_preprocess.mlp.w3": 0, "final_layer.linear": 0}
+    expected |= {"final_layer.adaLN_modulation.1": 0, "patch_mixer_map_xin.1": (2 / (64 + 48)) ** 0.5}
+    out_std = {f"blocks.{i}": 0.02 / (2 * (i + 1)) ** 0.5 for i in range(4)}  # falls with depth
+    out_std |= {f"patch_mixer.{i}": 0.02 / (2 * 4) ** 0.5 for i in range(2)}  # the backbone's depth, all alike
+    for name, std in out_std.items():
+        expected |= {f"{name}.adaLN_modulation.1": 0, f"{name}.attn.qkv": 0.02, f"{name}.attn.proj": std}
+        expected |= {f"{name}.cross_attn.q_linear": 0.02, f"{name}.cross_attn.kv_linear": 0.02}
+        expected |= {f"{name}.cross_attn.proj": std}
+        is_dense = f"{name}.mlp.w3.weight" in weights
+        expected |= {f"{name}.mlp.w2": std, f"{name}.mlp.w3": std} if is_dense else {f"{name}.mlp.gate": 0.02}
+    for name, std in expected.items():
+        assert weights[f"{name}.weight"].std().item() == pytest.approx(std, rel=0.12), name
+    assert weights["blocks.1.mlp.w1"].std().item() == pytest.approx(0.02, rel=0.12)
+    assert weights["blocks.1.mlp.w2"].std().item() == pytest.approx(out_std["blocks.1"], rel=0.12)
+    assert not any(value.any() for name, value in weights.items() if name.endswith("1.bias") and "adaLN" in name)
+
+
+def test_mask_that_keeps_every_patch_changes_nothing_whatever_its_order():
+    config = tiny_model()
+    model = randomised(MicroDiT(config), std=0.15)
+    latents, c_noise, caption = batch(config)
+    mask = Mask(torch.rand(2, config.num_patches).argsort(1), config.num_patches)
+    torch.testing.assert_close(
+        model(latents, c_noise, caption, mask=mask), model(latents, c_noise, caption), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_output_is_exactly_zero_at_dropped_patches_and_nowhere_else():
+    config = tiny_model()
+    mask = Mask(torch.tensor([[3, 9, 12], [0, 1, 15]]), config.num_patches)
+    out = randomised(MicroDiT(config))(*batch(config), mask=mask)
+    dropped = mask.image(8, 8).expand_as(out) == 0
+    assert not out[dropped].any() and out[~dropped].all()
+
+
+def test_masked_loss_has_no_gradient_with_respect_to_outputs_at_dropped_patches():
+    mask = Mask(torch.tensor([[3, 9, 12], [0, 1, 15]]), 16)
+    output = torch.randn(2, 4, 8, 8, requires_grad=True)
+    draw = Draw(torch.tensor([0.4, 2.0]), torch.randn(2, 4, 8, 8), torch.tensor([True, True]), mask)
+    loss = edm_loss(lambda *args, mask: output, torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), draw, 0.9)
+    (gradient,) = torch.autograd.grad(loss, output)
+    dropped = mask.image(8, 8).expand_as(output) == 0
+    assert not gradient[dropped].any() and gradient[~dropped].all()
+
+
+def gradient_at_a_dropped_patch(config):
+    """Of the output at the kept patches, with respect to the pixels of patch 5, which the mask drops."""
+    model = randomised(MicroDiT(config), std=0.15)
+    latents, c_noise, caption = batch(config)
+    mask = Mask(torch.tensor([[0, 3, 9, 12]] * 2), config.num_patches)
+    (gradient,) = torch.autograd.grad(model(latents, c_noise, caption, mask=mask).sum(), latents)
+    return gradient[(slice(None), slice(None), *pixels_of(5, config))]
+
+
+def test_patch_mixer_tells_kept_patches_about_dropped_ones():
+    assert (gradient_at_a_dropped_patch(tiny_model(use_patch_mixer=True)) != 0).all()
+
+
+def test_without_the_patch_mixer_dropped_patches_are_never_seen():
+    assert not gradient_at_a_dropped_patch(tiny_model(use_patch_mixer=False)).any()
+
+
+@pytest.mark.parametrize("use_patch_mixer", [True, False])
+def test_a_few_steps_lower_the_masked_loss_and_move_every_weight(use_patch_mixer):
+    config = tiny_model(use_patch_mixer=use_patch_mixer)
+    model = MicroDiT(config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    latents, caption = torch.randn(8, 4, 8, 8), torch.randn(8, 5, 12)
+    mask = Mask(torch.rand(8, 16).argsort(1)[:, :8], 16)
+    draw = Draw(torch.linspace(0.3, 2.0, 8), torch.randn(8, 4, 8, 8), torch.ones(8, dtype=torch.bool), mask)
+    losses = []
+    for _ in range(5):
+        loss = edm_loss(model, latents, caption, draw, 0.9)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[1] < losses[0] and losses[-1] < losses[1]
+    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+
+
+def test_output_has_the_weights_dtype():
+    config = tiny_model()
+    latents, c_noise, caption = batch(config)
+    assert MicroDiT(config).bfloat16()(latents.float(), c_noise, caption.half()).dtype == torch.bfloat16
+
+
+def test_restored_tokens_of_the_final_layer_land_on_their_pixels():
+    config = tiny_model()
+    mask = Mask(torch.tensor([[6]]), config.num_patches)
+    image = MicroDiT(config).unpatchify(restore_tokens(torch.ones(1, 1, 16), mask))
+    expected = torch.zeros(1, 4, 8, 8)
+    expected[:, :, 2:4, 4:6] = 1  # patch 6 of a 4 x 4 grid: row 1, column 2
+    assert torch.equal(image, expected)
+
+
+@pytest.mark.parametrize(
+    "first, last, count", [(0.5, 1.0, 28), (0.5, 4.0, 28), (0.5, 4.0, 16), (1.0, 1.0, 3), (0.5, 4.0, 1)]
+)
+def test_linspace_rounds_as_numpy(first, last, count):
+    assert dit.linspace(first, last, count) == np.linspace(first, last, count).tolist()
+
+
+def test_experts_sit_in_every_second_block_but_the_last():
+    model = MicroDiT(tiny_model(depth=6, mixer_depth=4))
+    assert [isinstance(b.mlp, ExpertChoice) for b in model.blocks] == [False, True, False, True, False, False]
+    assert [isinstance(b.mlp, ExpertChoice) for b in model.patch_mixer] == [False, True, False, True]

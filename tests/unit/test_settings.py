@@ -1,0 +1,109 @@
+"""The DeepSpeed JSON: filled from the recipe, never allowed to contradict it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdit.config import UserError, load_config
+from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
+from mdit.train.engine import check_zero_section
+from tests.recipes import tiny_config
+from tests.training import REPOSITORY
+
+CONFIG = tiny_config(training={"global_batch_size": 24})
+
+
+def resolve(ds_json, world_size=2, config=CONFIG, bf16_works=False):
+    zero = {"zero_optimization": {"stage": 2}}
+    return resolve_ds_config({**zero, **ds_json}, config, world_size=world_size, bf16_works=bf16_works, path="ds.json")
+
+
+def error_of(ds_json, **keys):
+    with pytest.raises(UserError) as caught:
+        resolve(ds_json, **keys)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("ds.json: ")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_shipped_json_resolves(name):
+    path = REPOSITORY / "configs" / f"{name}.json"
+    resolved = resolve_ds_config(load_ds_json(path), CONFIG, world_size=2, bf16_works=True, path=path)
+    check_zero_section(resolved, path)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["zero_optimization"]["stage"] == int(name[-1])
+    assert resolved["gradient_clipping"] == CONFIG.optim.max_grad_norm
+    assert resolved["bf16"]["enabled"] is True and resolved["data_types"]["grad_accum_dtype"] == "fp32"
+    assert "mdit" not in resolved
+
+
+def test_auto_bf16_follows_the_machine():
+    assert resolve({}, bf16_works=False)["bf16"]["enabled"] is False
+    assert resolve({"bf16": {"enabled": True}}, bf16_works=False)["bf16"]["enabled"] is True
+
+
+@given(st.integers(1, 8), st.integers(1, 12), st.sampled_from(["micro", "steps", "neither"]))
+def test_batch_sizes_multiply_to_the_global_batch(world_size, divisor, stated):
+    config = tiny_config(training={"global_batch_size": 12 * world_size})
+    size = 12 // max(d for d in range(1, divisor + 1) if 12 % d == 0)
+    keys = {"micro": {"train_micro_batch_size_per_gpu": size}, "steps": {"gradient_accumulation_steps": size}, "neither": {}}
+    got = resolve(keys[stated], world_size=world_size, config=config)
+    micro, steps = got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]
+    assert micro * steps * world_size == got["train_batch_size"] == 12 * world_size
+    if stated != "neither":
+        assert size == (micro if stated == "micro" else steps)
+
+
+@pytest.mark.parametrize("stage, micro", [("256_pretrain", 256), ("256_finetune", 64), ("512_pretrain", 64), ("512_finetune", 16)])
+def test_auto_micro_batch_keeps_16384_tokens(stage, micro):
+    config = load_config(REPOSITORY / "configs" / f"res_{stage}.toml")
+    assert resolve({}, world_size=8, config=config)["train_micro_batch_size_per_gpu"] == micro
+
+
+def test_misspelled_key_names_the_near_one():
+    assert "gradient_cliping" in (message := error_of({"gradient_cliping": 1.0})) and "gradient_clipping" in message
+
+
+@pytest.mark.parametrize(
+    "ds_json, parts",
+    [
+        ({"train_batch_size": 32}, ["train_batch_size = 32", "training.global_batch_size", "24"]),
+        ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "optim.max_grad_norm", "0.25"]),
+        ({"train_micro_batch_size_per_gpu": 5}, ["train_micro_batch_size_per_gpu = 5", "12"]),
+        ({"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 4}, ["6", "4", "24"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "[optim]"]),
+        ({"fp16": {"enabled": True}}, ["fp16", "bf16"]),
+        ({"bf16": {"enabled": "yes"}}, ["bf16.enabled", "'yes'"]),
+        ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage", "0"]),
+        ({"zero_optimization": {}}, ["zero_optimization.stage", "None"]),
+    ],
+)
+def test_contradiction_is_one_line(ds_json, parts):
+    message = error_of(ds_json)
+    assert all(part in message for part in parts), message
+
+
+def test_batch_that_processes_cannot_share():
+    message = error_of({}, world_size=5)
+    assert "24" in message and "5 processes" in message
+
+
+def test_zero_section_is_judged_by_deepspeed():
+    with pytest.raises(UserError, match="ds.json: zero_optimization.overlap_com"):
+        check_zero_section({"zero_optimization": {"stage": 2, "overlap_com": True}}, "ds.json")
+
+
+def test_own_section_is_strict():
+    assert load_run_settings({"mdit": {"compile": True}}, "ds.json").compile
+    with pytest.raises(UserError, match="ds.json: unknown key compil"):
+        load_run_settings({"mdit": {"compil": True}}, "ds.json")
+
+
+def test_unreadable_json(tmp_path):
+    with pytest.raises(UserError, match="absent.json"):
+        load_ds_json(tmp_path / "absent.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="bad.json: not valid JSON"):
+        load_ds_json(tmp_path / "bad.json")

@@ -1,0 +1,177 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mdit.snapshot
+from mdit.config import DEFAULT_RECIPE, UserError, load_config
+from mdit.models import MicroDiT
+from mdit.snapshot import initial_weights, load_model, load_snapshot, save_snapshot
+
+ENCODERS = {"image": {"id": "pixels"}, "text": {"id": "minilm"}}
+SMALL = [
+    "model.latent_size=8",
+    "model.dim=32",
+    "model.depth=2",
+    "model.head_dim=16",
+    "model.multiple_of=16",
+    "model.caption_length=4",
+    "model.caption_channels=12",
+    "model.mixer_dim=16",
+    "model.patch_size=2",
+]
+
+
+def small_config(*overrides):
+    return load_config(DEFAULT_RECIPE, [*SMALL, *overrides])
+
+
+def weights_of(config, seed):
+    torch.manual_seed(seed)
+    model = MicroDiT(config.model)
+    return {name: t + 0.01 * torch.randn_like(t) for name, t in model.state_dict().items()}
+
+
+def save(directory, config, step=1000, **changes):
+    values = dict(raw=weights_of(config, 0), ema=weights_of(config, 1), encoders=ENCODERS)
+    recipe = config.model_dump(mode="json", exclude_none=True)
+    return save_snapshot(directory, step=step, config_json={"recipe": recipe}, **{**values, **changes})
+
+
+def test_what_was_saved_is_loaded_bit_for_bit(tmp_path):
+    config = small_config()
+    assert save(tmp_path / "snapshots", config) == tmp_path / "snapshots" / "step_00001000"
+    snapshot = load_snapshot(tmp_path / "snapshots" / "latest")
+    assert (snapshot.step, snapshot.config, snapshot.encoders) == (1000, config, ENCODERS)
+    assert snapshot.path == tmp_path / "snapshots" / "step_00001000"
+    for kind, seed in (("raw", 0), ("ema", 1)):
+        expected, found = weights_of(config, seed), load_model(snapshot, kind).state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_loaded_model_computes_what_the_saved_one_did(tmp_path):
+    config = small_config()
+    model = MicroDiT(config.model)
+    model.load_state_dict(weights_of(config, 1))
+    inputs = torch.randn(2, 3, 8, 8), torch.randn(2), torch.randn(2, 4, 12)
+    loaded = load_model(load_snapshot(save(tmp_path, config)))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    torch.testing.assert_close(loaded(*inputs), model(*inputs).detach())
+
+
+def test_config_of_a_snapshot_is_a_recipe(tmp_path):
+    config = small_config()
+    assert load_config(save(tmp_path, config) / "config.json") == config
+
+
+def test_ema_falls_back_to_raw_only_when_the_recipe_has_none(tmp_path):
+    with_ema = small_config()
+    without = with_ema.model_copy(update={"ema": None})
+    raw = load_snapshot(save(tmp_path / "a", without, ema=None)).weights("ema")
+    assert torch.equal(raw["blocks.0.attn.qkv.weight"], weights_of(without, 0)["blocks.0.attn.qkv.weight"])
+    with pytest.raises(UserError, match="ema.safetensors"):
+        load_snapshot(save(tmp_path / "b", with_ema, ema=None)).weights("ema")
+
+
+def test_a_failed_save_leaves_the_former_snapshot_as_latest(tmp_path, monkeypatch):
+    config = small_config()
+    save(tmp_path, config, step=1)
+
+    def full_disk(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mdit.snapshot, "save_file", full_disk)
+        with pytest.raises(OSError):
+            save(tmp_path, config, step=2)
+    assert load_snapshot(tmp_path / "latest").step == 1
+    assert not (tmp_path / "step_00000002").exists()
+    save(tmp_path, config, step=2)  # and the debris is not in the way
+    assert load_snapshot(tmp_path / "latest").step == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+
+
+def test_a_snapshot_of_the_same_step_is_replaced(tmp_path):
+    config = small_config()
+    save(tmp_path, config)
+    save(tmp_path, config, raw=weights_of(config, 7))
+    found = load_snapshot(tmp_path / "latest").weights("raw")
+    assert torch.equal(found["final_layer.linear.weight"], weights_of(config, 7)["final_layer.linear.weight"])
+
+
+def test_latest_moves_with_its_directory(tmp_path):
+    save(tmp_path / "a", small_config())
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load_snapshot(tmp_path / "b" / "latest").step == 1000
+
+
+def test_not_a_snapshot(tmp_path):
+    save(tmp_path / "snapshots", small_config())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not a snapshot: it has no encoders.json; did you mean .*snapshots/latest\?"):
+        load_snapshot(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = save(tmp_path, small_config())
+    (path / "raw.safetensors").write_bytes((path / "raw.safetensors").read_bytes()[:-1])
+    with pytest.raises(UserError, match="raw.safetensors: cannot read"):
+        load_snapshot(path).weights("raw")
+    (path / "encoders.json").write_text('{"image": ')
+    with pytest.raises(UserError, match="encoders.json: not valid JSON"):
+        load_snapshot(path)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda w: w.pop("blocks.1.norm2.weight"), r"has no blocks.1.norm2.weight.*\(32,\)"),
+        (lambda w: w.update(extra=torch.zeros(3)), r"extra \(3,\) belongs to no part"),
+        (
+            lambda w: w.update({"blocks.1.norm2.weight": torch.zeros(16)}),
+            r"blocks.1.norm2.weight has shape \(16,\), the recipe's model needs \(32,\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_their_recipe(tmp_path, damage, message):
+    config = small_config()
+    path, weights = save(tmp_path, config), weights_of(config, 0)
+    damage(weights)
+    save_file(weights, path / "raw.safetensors")
+    with pytest.raises(UserError, match=rf"raw.safetensors: {message}"):
+        load_snapshot(path).weights("raw")
+
+
+def test_initial_weights_are_the_ema(tmp_path):
+    config = small_config()
+    weights = initial_weights(load_snapshot(save(tmp_path, config)), config.model)
+    assert weights.keys() == MicroDiT(config.model).state_dict().keys()
+    assert torch.equal(weights["pos_embed"], weights_of(config, 1)["pos_embed"])
+
+
+@pytest.mark.parametrize("change", ["model.latent_size=16", "model.pos_interp_scale=2.0"])
+def test_position_embedding_is_left_out_at_another_resolution(tmp_path, change):
+    new = small_config(change).model
+    weights = initial_weights(load_snapshot(save(tmp_path, small_config())), new)
+    missing, unexpected = MicroDiT(new).load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["pos_embed"], [])
+
+
+def test_another_model_is_refused_by_key_and_values(tmp_path):
+    snapshot = load_snapshot(save(tmp_path, small_config()))
+    other = small_config("model.depth=3", "model.head_dim=8").model
+    with pytest.raises(UserError, match=r"model.depth is 2, the new recipe's is 3; model.head_dim is 16.* is 8"):
+        initial_weights(snapshot, other)
+    initial_weights(snapshot, small_config("model.capacity_factor=1.0").model)  # changes no weight
+
+
+def test_the_recipe_is_checked(tmp_path):
+    path = save(tmp_path, small_config())
+    content = json.loads((path / "config.json").read_text())
+    content["recipe"]["model"]["dpth"] = 3
+    (path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="config.json: unknown key model.dpth"):
+        load_snapshot(path)

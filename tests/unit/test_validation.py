@@ -1,0 +1,149 @@
+import math
+
+import pytest
+import torch
+
+from mdit.config import DEFAULT_RECIPE, load_config
+from mdit.diffusion.edm import generator_for
+from mdit.eval.validation import NUM_SIGMAS, ExpertCoverage, validation_loss, validation_sigmas
+from mdit.models import MicroDiT
+from mdit.models.moe import ExpertChoice
+
+CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])
+COUNT = 7
+
+
+def net(x, c_noise, captions, mask=None):
+    """Depends on all its inputs; refuses a mask, since validation sees every patch."""
+    assert mask is None
+    return torch.tanh(x * captions.mean(dim=(1, 2)).view(-1, 1, 1, 1) + c_noise.view(-1, 1, 1, 1))
+
+
+def data():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(COUNT, 2, 8, 8, generator=generator), torch.randn(COUNT, 4, 6, generator=generator)
+
+
+def loss(latents, captions, indices, batch_size=3):
+    return validation_loss(net, latents, captions, config=CONFIG, indices=indices, batch_size=batch_size)
+
+
+def test_it_is_the_textbook_formula():
+    latents, captions = data()
+    noise = CONFIG.noise
+    expected = torch.zeros(NUM_SIGMAS, dtype=torch.float64)
+    for i in range(COUNT):
+        x, caption = latents[i : i + 1].double(), captions[i : i + 1].double()
+        for s, sigma in enumerate(validation_sigmas(noise)):
+            generator = generator_for(CONFIG.seed, "validation", 100 + i, s)
+            noisy = x + sigma * torch.randn(1, 2, 8, 8, generator=generator).double()
+            total = sigma**2 + noise.sigma_data**2
+            inner = net(noisy / math.sqrt(total), torch.tensor([math.log(sigma) / 4]).double(), caption)
+            denoised = noise.sigma_data**2 / total * noisy + sigma * noise.sigma_data / math.sqrt(total) * inner
+            expected[s] += total / (sigma * noise.sigma_data) ** 2 * ((denoised - x) ** 2).mean()
+    found = loss(latents, captions, range(100, 100 + COUNT))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_sigmas_are_the_middles_of_equally_probable_bins():
+    noise = CONFIG.noise
+    sample = (torch.randn(200_000, generator=torch.Generator().manual_seed(0)) * noise.P_std + noise.P_mean).exp()
+    for s, sigma in enumerate(validation_sigmas(noise)):
+        assert (sample < sigma).float().mean().item() == pytest.approx((s + 0.5) / NUM_SIGMAS, abs=0.005)
+
+
+def test_independent_of_batch_size_and_split():
+    latents, captions = data()
+    whole = loss(latents, captions, range(COUNT), batch_size=64)
+    torch.testing.assert_close(loss(latents, captions, range(COUNT), batch_size=2), whole, rtol=1e-6, atol=0)
+    ranks = [list(range(rank, COUNT, 3)) for rank in range(3)]
+    parts = sum(loss(latents[mine], captions[mine], mine) for mine in ranks)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+
+
+def test_a_rank_without_samples_adds_nothing():
+    latents, captions = data()
+    assert torch.equal(loss(latents[:0], captions[:0], []), torch.zeros(NUM_SIGMAS, dtype=torch.float64))
+
+
+class Router(torch.nn.Module):
+    """Logits as given, whatever the tokens."""
+
+    def __init__(self, logits_NTE):
+        super().__init__()
+        self.logits_NTE = torch.nn.Parameter(logits_NTE)
+
+    def forward(self, x_NTD):
+        return self.logits_NTE
+
+
+def watched(logits_NTE, capacity_factor):
+    num_tokens, num_experts = logits_NTE.shape[1:]
+    layer = ExpertChoice(4, 8, 8, num_experts, capacity_factor)
+    layer.init_weights(0.02)
+    layer.gate = Router(logits_NTE)
+    with ExpertCoverage(torch.nn.Sequential(layer)) as coverage:
+        layer(torch.randn(1, num_tokens, 4))
+    return coverage
+
+
+def test_a_perfect_router_is_even():
+    logits = 20 * torch.eye(4).repeat(2, 1).unsqueeze(0)  # token t goes to expert t % 4, with certainty
+    found = watched(logits, capacity_factor=1.0).overall()
+    assert (found.unchosen, found.imbalance) == (0, 0)
+    assert found.router_weight == pytest.approx(1)
+
+
+def test_a_hand_made_choice():
+    """Experts 0 and 1 both take tokens 0 and 1, expert 2 takes tokens 2 and 3, nobody takes 4 and 5."""
+    logits = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]).unsqueeze(0)
+    found = watched(logits, capacity_factor=1.0).overall()
+    assert found.unchosen == pytest.approx(2 / 6)
+    assert found.imbalance == pytest.approx(math.sqrt(4 / 6))  # experts a token: 2 2 1 1 0 0
+    assert found.router_weight == pytest.approx((4 * math.e / (2 * math.e + 1) + 2 * math.e / (math.e + 2)) / 6)
+
+
+def test_collapse_is_the_stated_maximum():
+    """Each token's logits are equal over experts, so all experts break the tie alike: on the same tokens."""
+    coverage = watched(torch.zeros(1, 8, 4), capacity_factor=2.0)
+    found = coverage.overall()
+    assert found.unchosen == pytest.approx(0.5)
+    assert found.imbalance == pytest.approx(math.sqrt(4 / 2 - 1))
+    assert found.router_weight == pytest.approx(1 / 4)
+    assert coverage.summary() == {
+        "tokens_without_expert": found.unchosen,
+        "expert_imbalance": found.imbalance,
+        "router_weight": found.router_weight,
+    }
+
+
+def test_every_expert_block_is_watched_and_ranks_add_up():
+    model = MicroDiT(load_config(DEFAULT_RECIPE).model)
+
+    def watch(*inputs):
+        with ExpertCoverage(model) as coverage:
+            for x in inputs:
+                model(x, torch.zeros(1), torch.zeros(1, 16, 384))
+        return coverage
+
+    inputs = torch.randn(2, 1, 3, 32, 32)
+    whole, first, second = watch(*inputs), watch(inputs[0]), watch(inputs[1])
+    assert list(whole.by_block()) == ["patch_mixer.1.mlp", "blocks.1.mlp", "blocks.3.mlp"]
+    first.totals += second.totals
+    torch.testing.assert_close(first.totals, whole.totals)
+    assert whole.totals[:, 0].tolist() == [2 * 64] * 3 and whole.totals[:, 2].tolist() == [2 * 64 * 2.0] * 3
+    model(inputs[0], torch.zeros(1), torch.zeros(1, 16, 384))  # no hook is left behind
+    torch.testing.assert_close(first.totals, whole.totals)
+
+
+def test_nothing_watched_is_said():
+    model = MicroDiT(load_config(DEFAULT_RECIPE).model)
+    with ExpertCoverage(model) as coverage:
+        pass
+    with pytest.raises(RuntimeError, match="no forward pass was watched"):
+        coverage.summary()
+    dense = MicroDiT(load_config(DEFAULT_RECIPE, ["model.experts_every_n=0"]).model)
+    with ExpertCoverage(dense) as coverage:
+        pass
+    assert coverage.summary() == {}
