@@ -19,6 +19,11 @@ class Mask:
     def __getitem__(self, rows: slice) -> "Mask":
         return Mask(self.keep_NK[rows], self.num_patches)
 
+    def rows(self) -> Tensor:
+        """(N * K,) int64: the kept tokens' rows in x_NTD.flatten(0, 1). Moving whole rows is the fast path of torch."""
+        first_N = torch.arange(len(self.keep_NK), device=self.keep_NK.device) * self.num_patches
+        return (self.keep_NK + first_N.unsqueeze(1)).flatten()
+
     def image(self, height: int, width: int) -> Tensor:
         """(N, 1, H, W) float32: 1 at the pixels of kept patches, 0 elsewhere. Patches are square, row by row."""
         patch = math.isqrt(height * width // self.num_patches)
@@ -38,11 +43,11 @@ def sample_mask(noise_NT: Tensor, mask_ratio: float) -> Mask | None:
 
 def drop_tokens(x_NTD: Tensor, mask: Mask) -> Tensor:
     """(N, T, D) -> (N, K, D): the kept tokens, in the mask's order."""
-    return x_NTD.gather(1, mask.keep_NK.unsqueeze(-1).expand(-1, -1, x_NTD.shape[-1]))
+    return x_NTD.flatten(0, 1).index_select(0, mask.rows()).unflatten(0, mask.keep_NK.shape)
 
 
 def restore_tokens(x_NKD: Tensor, mask: Mask) -> Tensor:
     """(N, K, D) -> (N, T, D): tokens back at their patches, zeros where patches were dropped."""
     n, _, width = x_NKD.shape
-    index = mask.keep_NK.unsqueeze(-1).expand(-1, -1, width)
-    return x_NKD.new_zeros(n, mask.num_patches, width).scatter(1, index, x_NKD)
+    everywhere = x_NKD.new_zeros(n * mask.num_patches, width)
+    return everywhere.index_copy(0, mask.rows(), x_NKD.flatten(0, 1)).unflatten(0, (n, mask.num_patches))

@@ -63,7 +63,7 @@ def tiny_model(**changes) -> ModelConfig:
 
 
 def tiny_config(**changes) -> TrainConfig:
-    """The tiny recipe; a table given by name is merged into its section: tiny_config(seed=1, training={"num_steps": 9})."""
+    """The tiny recipe, changed: tiny_config(seed=1, training={"num_steps": 9}) leaves the rest of [training] alone."""
     recipe = dict(TINY)
     for key, value in changes.items():
         recipe[key] = {**recipe[key], **value} if isinstance(value, dict) and recipe.get(key) else value

@@ -68,9 +68,8 @@ class Evaluation:
             )
         torch.distributed.all_reduce(sums)
         losses = (sums / count).tolist()
-        by_rank = gather(coverage.summary(), self.world)
-        covered = {key: sum(part[key] for part in by_rank) / len(by_rank) for key in by_rank[0]}
-        return {"validation_loss": sum(losses) / len(losses), **covered}
+        torch.distributed.all_reduce(coverage.totals)
+        return {"validation_loss": sum(losses) / len(losses), **coverage.summary()}
 
     def draw_grid(self, model: MicroDiT):
         """The prompts' pictures on rank 0, None elsewhere. A collective."""

@@ -12,6 +12,8 @@ import torch
 
 from mdit import __version__
 from mdit.config import TrainConfig, UserError, kept_tokens, load_config
+from mdit.data.order import GlobalOrder
+from mdit.data.shards import open_dataset
 from mdit.dist import World, logger
 from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
@@ -75,14 +77,15 @@ def finished(run: Run) -> bool:
 
 
 def prepare_on_first(run: Run) -> None:
-    """Rank 0 makes the data if it is missing, the others wait for it; then rank 0 writes config.json."""
-    if run.world.is_first:
-        prepare(run.config, device=run.world.device)
-        write_config(run)
-        return
-    while not is_prepared(run.config):
+    """Rank 0 makes the data if it is missing, the others wait for it; all check it; then rank 0 writes config.json."""
+    config = run.config
+    while not (run.world.is_first or is_prepared(config)):
         time.sleep(0.5)
-    prepare(run.config)  # nothing left to make: checks that the data fit the recipe
+    prepare(config, device=run.world.device)
+    shard_sizes = [size for directory in config.data.train for size in open_dataset(directory).shard_sizes]
+    GlobalOrder(shard_sizes, config.training.global_batch_size, config.seed)  # refuses a set smaller than a batch
+    if run.world.is_first:
+        write_config(run)
 
 
 def write_config(run: Run) -> None:

@@ -107,4 +107,4 @@ def test_error_in_low_precision_is_at_most_twice_that_of_the_one_hot_form(dtype)
 
 def test_number_of_tokens_per_expert_is_rounded_down():
     assert layer(num_experts=8, capacity_factor=2.0).tokens_per_expert(64) == 16
-    assert layer(num_experts=3, capacity_factor=1.0).tokens_per_expert(64) == 21
+    assert layer(num_experts=3, capacity_factor=1.0).tokens_per_expert(65) == 21

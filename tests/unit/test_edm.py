@@ -161,9 +161,8 @@ def test_samples_of_a_batch_differ():
 
 def test_drawn_numbers_have_the_recipes_distribution():
     n = 8192
-    config = tiny_config(
-        model={"latent_size": 4}, noise={"P_mean": 0.3, "P_std": 0.6}, training={"global_batch_size": n, "mask_ratio": 0.5}
-    )
+    training = {"global_batch_size": n, "mask_ratio": 0.5}
+    config = tiny_config(model={"latent_size": 4}, noise={"P_mean": 0.3, "P_std": 0.6}, training=training)
     d = whole(config)
     log_sigma = d.sigma_N.log()
     assert log_sigma.mean().item() == pytest.approx(0.3, abs=4 * 0.6 / n**0.5)
@@ -212,7 +211,8 @@ def test_guidance_one_is_the_plain_denoiser():
         calls.append(len(args[0]))
         return net(*args, **kwargs)
 
-    assert torch.equal(denoiser(counting, captions, SIGMA_DATA, 1.0)(x, sigma), denoise(net, x, sigma, captions, SIGMA_DATA))
+    plain = denoise(net, x, sigma, captions, SIGMA_DATA)
+    assert torch.equal(denoiser(counting, captions, SIGMA_DATA, 1.0)(x, sigma), plain)
     assert calls == [3]
 
 

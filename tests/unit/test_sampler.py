@@ -1,4 +1,4 @@
-"""The sampler on data whose denoiser is known: x ~ N(mu, s^2) gives D(x; sigma) = (s^2 x + sigma^2 mu) / (s^2 + sigma^2).
+"""The sampler on data x ~ N(mu, s^2), whose denoiser is D(x; sigma) = (s^2 x + sigma^2 mu) / (s^2 + sigma^2).
 
 The probability-flow ODE then has the solution x(0) = mu + (x(sigma_max) - mu) s / sqrt(s^2 + sigma_max^2).
 """

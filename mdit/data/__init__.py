@@ -1,0 +1,1 @@
+"""Latents on disk: the shard format, the global order of samples, and reading ahead."""

@@ -1,0 +1,68 @@
+"""The order of samples: a function of (seed, step), with no reader's state behind it.
+
+Every epoch shuffles the shards, cuts them into windows of `group` shards and shuffles the samples of each window: random
+enough for samples that were shuffled when written, and a reader touches few shards at a time.
+"""
+
+from functools import lru_cache
+from typing import Sequence
+
+import numpy as np
+
+from mdit.config import UserError
+
+SHARDS, WINDOW = 0, 1  # what a random stream is for
+
+
+class GlobalOrder:
+    """Which samples make up each global batch. The samples that fill no whole batch at an epoch's end are left out of
+    that epoch. Knows nothing of ranks: a rank takes its rows of the batch.
+
+    Raises UserError when there are fewer samples than one global batch.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], global_batch_size: int, seed: int, group: int = 64) -> None:
+        self.shard_starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
+        self.global_batch_size, self.seed, self.group = global_batch_size, seed, group
+        self.samples = int(self.shard_starts[-1])
+        self.steps_per_epoch = self.samples // global_batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"data.train: {self.samples} samples do not fill one batch of "
+                f"training.global_batch_size = {global_batch_size}"
+            )
+        # Consecutive steps share them; a batch may reach over the end of a window.
+        self._windows = lru_cache(maxsize=1)(self._windows)
+        self._window = lru_cache(maxsize=2)(self._window)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Sample numbers of one global batch, (global_batch_size,) int64; `step` counts from 0 over all epochs."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        position = step_in_epoch * self.global_batch_size
+        end = position + self.global_batch_size
+        _, window_starts = self._windows(epoch)
+        window = int(np.searchsorted(window_starts, position, side="right")) - 1
+        parts = []
+        while position < end:
+            start = window_starts[window]
+            parts.append(self._window(epoch, window)[position - start : end - start])
+            position += len(parts[-1])
+            window += 1
+        return np.concatenate(parts)
+
+    def _windows(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The shards of every window of an epoch, and the position in the epoch at which each window starts."""
+        shards = self._rng(epoch, SHARDS).permutation(len(self.shard_starts) - 1)
+        windows = [shards[i : i + self.group] for i in range(0, len(shards), self.group)]
+        sizes = np.diff(self.shard_starts)
+        starts = np.concatenate([[0], np.cumsum([sizes[window].sum() for window in windows])])
+        return windows, starts
+
+    def _window(self, epoch: int, number: int) -> np.ndarray:
+        windows, _ = self._windows(epoch)
+        samples = np.concatenate([np.arange(*self.shard_starts[shard : shard + 2]) for shard in windows[number]])
+        self._rng(epoch, WINDOW, number).shuffle(samples)
+        return samples
+
+    def _rng(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=stream))

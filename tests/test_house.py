@@ -1,0 +1,214 @@
+"""The house keeps its floors: who may import whom, where a heavy package may be named, and how large a doorway may be.
+
+A part is a module or package of mdit, or one of the folders beside it. It imports from lower floors and from itself,
+never from above and never from a neighbour; imports inside functions count like all others. See docs/architecture.md.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FLOORS = [  # from the ground up
+    {"config"},
+    {"dist", "masking", "kernels"},
+    {"models", "diffusion"},
+    {"parallel", "data", "sources", "encoders", "snapshot"},
+    {"prepare", "eval"},
+    {"train"},
+    {"launchers", "tools"},
+    {"tests"},
+]
+FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+BESIDE_MDIT = {"launchers", "tools", "tests"}
+
+ONLY_IN = {  # package: the files that may name it; tests may name all
+    "deepspeed": ["mdit/train/engine.py", "mdit/parallel/expert.py"],
+    "megatron": ["mdit/parallel/tensor.py"],
+    "triton": ["kernels/*/triton_impl.py"],
+    "transformers": ["mdit/encoders/*"],
+    "diffusers": ["mdit/encoders/*"],
+    "open_clip": ["mdit/encoders/*"],
+    "nvidia.dali": ["mdit/data/dali.py"],
+}
+
+
+def part_of(path: str) -> str:
+    """mdit/models/dit.py -> models; mdit/config.py -> config; kernels/adaln/__init__.py -> kernels."""
+    folders = path.removesuffix(".py").split("/")
+    return folders[1] if folders[0] == "mdit" else folders[0]
+
+
+def imported_modules(source: str, path: str) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import in a file, wherever it stands; relative ones made absolute."""
+    package = path.replace("kernels/", "mdit/kernels/", 1) if path.startswith("kernels/") else path
+    package = package.split("/")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__", "importorskip") and isinstance(node.args[0].value, str):
+                found.append((node.lineno, node.args[0].value))
+    return found
+
+
+def complaints(source: str, path: str) -> list[str]:
+    """What is wrong with the imports of the file at `path` (relative to the root, with slashes)."""
+    part, found = part_of(path), []
+    if part not in FLOOR_OF and path != "mdit/__init__.py":
+        found.append(f"{path}: {part} stands on no floor; give it one in {Path(__file__).name}")
+    for line, module in imported_modules(source, path):
+        names = module.split(".")
+        target = names[1] if names[0] == "mdit" and len(names) > 1 else names[0] if names[0] in BESIDE_MDIT else None
+        if names[0] == "kernels":
+            found.append(f"{path}:{line}: imports {module}; this folder is called mdit.kernels")
+        elif target in FLOOR_OF and target != part and FLOOR_OF[target] >= FLOOR_OF.get(part, -1):
+            found.append(f"{path}:{line}: {part} imports {module}, which is not on a lower floor")
+        for package, allowed in ONLY_IN.items():
+            named = module == package or module.startswith(package + ".")
+            if named and part != "tests" and not any(fnmatch(path, pattern) for pattern in allowed):
+                found.append(f"{path}:{line}: imports {module}; {package} belongs in {', '.join(allowed)}")
+    return found
+
+
+def python_files() -> list[str]:
+    folders = ("mdit", "kernels", "launchers", "tools", "tests")
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    return [file.relative_to(ROOT).as_posix() for file in files]
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_modules_import_only_from_lower_floors_or_their_own_part():
+    found = [complaint for path in python_files() for complaint in complaints((ROOT / path).read_text(), path)]
+    assert not found, "\n".join(["", *found])
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("mdit/models/dit.py", "from mdit.train.loop import train"),
+        ("mdit/models/dit.py", "import mdit.train.loop as loop"),
+        ("mdit/models/dit.py", "from mdit import train"),
+        ("mdit/models/dit.py", "from mdit.diffusion import edm"),
+        ("mdit/models/dit.py", "from ..diffusion import edm"),
+        ("mdit/models/dit.py", "def f():\n    from mdit.diffusion.edm import draw"),
+        ("mdit/models/dit.py", "if TYPE_CHECKING:\n    import mdit.parallel"),
+        ("mdit/models/dit.py", "import importlib\nimportlib.import_module('mdit.train')"),
+        ("mdit/config.py", "from mdit.masking import Mask"),
+        ("mdit/masking.py", "from mdit.dist import World"),
+        ("kernels/adaln/__init__.py", "from mdit.models.layers import modulate"),
+        ("kernels/adaln/__init__.py", "from ...models.layers import modulate"),
+        ("mdit/data/loader.py", "from mdit.encoders.image import encode"),
+        ("mdit/prepare.py", "from mdit.eval.frechet import frechet"),
+        ("mdit/eval/frechet.py", "from mdit.train.loop import train"),
+        ("mdit/train/loop.py", "from launchers.train import main"),
+        ("mdit/train/loop.py", "import tests.recipes"),
+        ("tools/cost.py", "import launchers.train"),
+        ("mdit/models/moe.py", "from kernels import expert_choice"),
+        ("mdit/novelty.py", "import torch"),
+        ("mdit/train/loop.py", "import deepspeed"),
+        ("mdit/train/loop.py", "def f():\n    from deepspeed.utils import groups"),
+        ("launchers/train.py", "import deepspeed"),
+        ("mdit/parallel/apply.py", "from megatron.core import parallel_state"),
+        ("kernels/adaln/__init__.py", "import triton.language as tl"),
+        ("kernels/adaln/reference.py", "import triton"),
+        ("mdit/sources/emoji.py", "from transformers import AutoModel"),
+        ("mdit/eval/frechet.py", "import open_clip"),
+        ("tools/export.py", "from diffusers import AutoencoderKL"),
+        ("mdit/data/loader.py", "from nvidia.dali import fn"),
+        ("mdit/data/loader.py", "from nvidia import dali"),
+    ],
+)
+def test_an_import_that_breaks_the_rules_is_found(path, source):
+    (complaint,) = complaints(source, path)
+    assert complaint.startswith(path)
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("mdit/models/dit.py", "import torch\nfrom mdit.config import ModelConfig\nfrom mdit.models.layers import Mlp"),
+        ("mdit/models/dit.py", "from .layers import Mlp\nfrom ..masking import Mask\nfrom mdit.kernels import adaln"),
+        ("mdit/models/dit.py", "from mdit import __version__"),
+        ("mdit/masking.py", "from mdit.config import kept_tokens"),
+        ("mdit/train/engine.py", "import deepspeed\nfrom mdit.eval.validation import validate"),
+        ("mdit/parallel/tensor.py", "from megatron.core import parallel_state"),
+        ("mdit/data/dali.py", "from nvidia.dali import fn"),
+        ("mdit/encoders/text.py", "def f():\n    import transformers"),
+        ("kernels/adaln/triton_impl.py", "import triton\nimport triton.language as tl"),
+        ("kernels/adaln/__init__.py", "from .reference import adaln\nfrom mdit.kernels import dispatch"),
+        ("launchers/train.py", "from mdit.train.loop import train"),
+        ("tests/unit/test_engine.py", "import deepspeed\nimport mdit.train.engine\nimport launchers.train"),
+        ("mdit/train/metrics.py", "import tritonclient\nimport deepspeed_fork"),  # other packages that begin alike
+        ("mdit/__init__.py", "import torch"),
+    ],
+)
+def test_an_import_that_keeps_the_rules_is_left_alone(path, source):
+    assert complaints(source, path) == []
+
+
+def test_the_check_sees_the_files_of_this_checkout():
+    assert {"mdit/models/dit.py", "kernels/expert_choice/reference.py", "tests/test_house.py"} <= {*python_files()}
+    imports = imported_modules((ROOT / "mdit/models/dit.py").read_text(), "mdit/models/dit.py")
+    assert "mdit.masking.Mask" in [module for _, module in imports]
+
+
+def test_importing_the_models_needs_torch_and_little_else():
+    program = "import sys, torch; before = {*sys.modules}; import mdit.models; print(*{*sys.modules} - before)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    imported = {module.split(".")[0] for module in ran.stdout.split()} - sys.stdlib_module_names
+    little = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+    assert {name for name in imported if not name.startswith("_")} <= {"mdit", "torch", "numpy", *little}
+
+
+def test_no_file_is_called_after_nothing():
+    nothing = {"utils", "util", "misc", "helpers", "helper", "common"}
+    named = [path for path in python_files() if nothing & set(path.removesuffix(".py").split("/"))]
+    assert not named
+
+
+def test_launchers_are_doorways():
+    scripts = [path for path in (ROOT / "launchers").rglob("*") if path.suffix in (".py", ".sh", ".sbatch")]
+    lengths = {path.name: len(path.read_text().splitlines()) for path in scripts}
+    assert not {name: length for name, length in lengths.items() if length >= 80}
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home/\w+)/")
+
+
+@pytest.mark.parametrize("folder", [b"root", b"work", b"home/someone"])
+@pytest.mark.parametrize("before", [b"", b"cd ", b"open('", b"--out="])
+def test_a_path_of_somebodys_machine_is_recognised(folder, before):
+    assert MACHINE_PATH.search(before + b"/" + folder + b"/x")
+
+
+@pytest.mark.parametrize("text", [b"https://host/work/x", b"docs/work/x", b"~/root/x", b"/workspace/x"])
+def test_other_paths_are_not(text):
+    assert not MACHINE_PATH.search(text)
+
+
+def test_no_tracked_file_names_a_path_of_somebodys_machine():
+    named = [path.relative_to(ROOT).as_posix() for path in tracked_files() if MACHINE_PATH.search(path.read_bytes())]
+    assert not named
