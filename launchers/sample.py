@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mdit.config import UserError
 from mdit.dist import identify
-from mdit.encoders import build_image_encoder, build_text_encoder_from
-from mdit.eval.samples import grid, sample_latents, sampling_options, to_images
+from mdit.encoders import build_text_encoder_from
+from mdit.eval.samples import draw_pictures, grid, sampling_options
 from mdit.snapshot import load_model, load_snapshot
 
 
@@ -43,17 +43,9 @@ def draw(args: argparse.Namespace) -> None:
     check_png_path(args.out)
     snapshot, device = load_snapshot(args.snapshot), identify().device
     options = sampling_options(snapshot.config, args.guidance, args.num_steps)
-    captions_NLC = build_text_encoder_from(snapshot.encoders["text"]).encode(prompts).to(device)
-    latents_NCHW = sample_latents(
-        load_model(snapshot, args.weights, device),
-        captions_NLC,
-        config=snapshot.config,
-        seed=args.seed,
-        indices=range(len(prompts)),
-        batch_size=16,
-        **options,
-    )
-    grid(to_images(build_image_encoder(snapshot.encoders["image"]), latents_NCHW), prompts).save(args.out)
+    captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(prompts)
+    model = load_model(snapshot, args.weights, device)
+    grid(draw_pictures(snapshot, model, captions_NLC, args.seed, options), prompts).save(args.out)
     print(args.out)
 
 

@@ -5,7 +5,8 @@
 
 `import` takes the state dict of the network alone (the published files), of the whole latent-diffusion model, or a
 Composer checkpoint of it. Size, channels and resolution are recognised from the shapes. Only tensors are ever read: a
-file that would have to be unpickled is refused. Weights are stored as float32; a round trip gives the same bits.
+file that would have to be unpickled is refused. Weights are stored as float32: a round
+trip of float32 weights gives the same bits.
 """
 
 import argparse
@@ -27,9 +28,13 @@ PRESETS = {"xl_2": presets.xl_2, "tiny_2": presets.tiny_2}
 FIRST_LAYER = "x_embedder.proj.weight"
 CAPTION_LAYER = "y_embedder.y_proj.fc1.weight"
 
-# What the released models were trained with, by latent channels: their `create_latent_diffusion`.
-AUTOENCODERS = {4: "stabilityai/stable-diffusion-xl-base-1.0", 16: "ostris/vae-kl-f8-d16"}
-TEXT_ENCODER = "hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
+# What the released models' latents are decoded and their captions embedded with (`create_latent_diffusion`), by latent
+# channels. An autoencoder without a scale here brings its own. Caption embeddings were not standardised.
+IMAGE_ENCODERS = {
+    4: {"id": "stabilityai/stable-diffusion-xl-base-1.0", "scale": 0.13025, "shift": 0.0},
+    16: {"id": "ostris/vae-kl-f8-d16"},
+}
+TEXT_ENCODER = "apple/DFN5B-CLIP-ViT-H-14-378"
 
 
 def import_checkpoint(source: Path, out: Path) -> None:
@@ -70,19 +75,22 @@ def load_tensors(source: Path) -> dict[str, Any]:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it would run {blocked[1]}" if blocked else "damaged, or not written by torch.save"
         raise UserError(f"{source}: refused, since it is no plain file of tensors: {reason}") from None
-    state = content.get("state", {}).get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict):
-        raise UserError(f"{source}: holds a {type(state).__name__}, not a state dict")
-    return state
+    for key in ("state", "model"):  # a Composer checkpoint
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds a {type(content).__name__}, not a state dict")
+    return {str(key): value for key, value in content.items()}
 
 
 def network_weights(state: dict[str, Any], source: Path) -> tuple[dict[str, Tensor], int]:
-    """The transformer's entries without their common prefix (`dit.`, `state.model.dit.`), and how many others there are."""
+    """The transformer's tensors without their prefix (`dit.`, `state.model.dit.`), and the number of other entries."""
     prefixes = [key.removesuffix(FIRST_LAYER) for key in state if key.endswith(FIRST_LAYER)]
     if len(prefixes) != 1:
         raise UserError(f"{source}: {FIRST_LAYER} occurs {len(prefixes)} times; a MicroDiT has it once")
     prefix = prefixes[0]
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     return own, len(state) - len(own)
 
 
@@ -111,10 +119,13 @@ def recipe_for(model: ModelConfig, source: Path) -> TrainConfig:
 
 
 def encoders_for(model: ModelConfig) -> dict[str, Any]:
-    """What the released code decodes latents and embeds captions with."""
-    if model.latent_channels not in AUTOENCODERS:
-        raise UserError(f"no autoencoder of {model.latent_channels} channels is known; known: {AUTOENCODERS}")
-    return {"image": {"id": AUTOENCODERS[model.latent_channels]}, "text": {"id": TEXT_ENCODER}}
+    """Descriptions for `mdit.encoders`, as a latent data set's manifest has them."""
+    if model.latent_channels not in IMAGE_ENCODERS:
+        raise UserError(f"no autoencoder of {model.latent_channels} channels is known, only of {list(IMAGE_ENCODERS)}")
+    channels = model.caption_channels
+    text = {"id": TEXT_ENCODER, "max_tokens": model.caption_length, "channels": channels}
+    as_it_is = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    return {"image": IMAGE_ENCODERS[model.latent_channels], "text": text | as_it_is}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ Every file is written under a temporary name, synced and renamed, and never chan
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Sequence
 
@@ -144,7 +145,8 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._tar is not None:
-            self._file.close()
+            with suppress(OSError), self._file:  # a full disk may be why we are here
+                self._tar.close()
 
     @property
     def _shard_name(self) -> str:

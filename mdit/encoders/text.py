@@ -6,6 +6,7 @@ from typing import Any, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import UserError
@@ -66,12 +67,15 @@ class TextEncoder:
     @torch.no_grad()
     def _embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The tower's last hidden state, (N, L, C) float32, and which tokens are real, (N, L) bool."""
+        padding = "longest" if self.zero_padding else "max_length"  # the tower need not see what becomes 0
         tokens = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            list(captions), padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.tower.device)
         mask = {"attention_mask": tokens.attention_mask} if self.zero_padding else {}
         hidden_NLC = self.tower(input_ids=tokens.input_ids, **mask).last_hidden_state
-        return hidden_NLC.float().cpu(), tokens.attention_mask.bool().cpu()
+        left_out = self.max_tokens - hidden_NLC.shape[1]
+        real_NL = F.pad(tokens.attention_mask.bool(), (0, left_out))
+        return F.pad(hidden_NLC.float(), (0, 0, 0, left_out)).cpu(), real_NL.cpu()
 
 
 def build_text_encoder(name: str, *, max_tokens: int, device: torch.device | str = "cpu") -> TextEncoder:

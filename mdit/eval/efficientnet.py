@@ -100,7 +100,7 @@ def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
     with torch.device("meta"):
         model = EfficientNetLite0()
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # twice as fast on a CPU
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ from torch import Tensor
 from mdit.config import ReportConfig, TrainConfig, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
 from mdit.diffusion.sampler import heun_sample
+from mdit.encoders import build_image_encoder
+from mdit.models import MicroDiT
+from mdit.snapshot import Snapshot
 
 MIN_CELL = 96  # pixels: smaller pictures are enlarged so that captions fit and eyes can judge
 FONT_SIZE, MAX_LINES, MARGIN = 11, 5, 6
@@ -55,6 +58,22 @@ def sample_latents(
 def to_images(image_encoder, latents_NCHW: Tensor, batch_size: int = 16) -> Tensor:
     """Decode to (N, H, W, 3) uint8 pictures on the CPU."""
     return torch.cat([to_uint8(image_encoder.decode(batch)).cpu() for batch in latents_NCHW.split(batch_size)])
+
+
+def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, seed: int, options: dict) -> Tensor:
+    """(N, H, W, 3) uint8 pictures of a snapshot's model on the CPU; `options` are those of sampling_options."""
+    device = model.pos_embed.device
+    image_encoder = build_image_encoder(snapshot.encoders["image"], device)
+    latents_NCHW = sample_latents(
+        model,
+        captions_NLC.to(device),
+        config=snapshot.config,
+        seed=seed,
+        indices=range(len(captions_NLC)),
+        batch_size=16,
+        **options,
+    )
+    return to_images(image_encoder, latents_NCHW)
 
 
 def to_uint8(images_NCHW: Tensor) -> Tensor:

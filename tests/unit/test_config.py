@@ -10,7 +10,7 @@ import pytest
 
 from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, kept_tokens, load_config
 from mdit.models import presets
-from recipes import TINY, tiny_config, tiny_model
+from tests.recipes import TINY, tiny_config, tiny_model
 
 CONFIGS = DEFAULT_RECIPE.parent
 RECIPES = sorted(CONFIGS.glob("*.toml"))

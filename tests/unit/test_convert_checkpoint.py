@@ -73,6 +73,7 @@ def test_channels_resolution_and_recipe_are_recognised(tmp_path):
     assert snapshot.config.name == "res_512_finetune" and snapshot.config.ema is None
     assert snapshot.config.noise.P_std == 0.6
     assert snapshot.encoders["image"]["id"] == "ostris/vae-kl-f8-d16"
+    assert len(snapshot.encoders["text"]["mean"]) == 24
 
 
 @pytest.mark.parametrize("size, preset", [("xl_2", xl_2), ("tiny_2", tiny_2)])
@@ -96,6 +97,7 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
         ({"x_embedder.proj.weight": torch.zeros(5, 4, 2, 2)}, "has no y_embedder.y_proj.fc1.weight"),
         ({"model": torch.zeros(2)}, "x_embedder.proj.weight occurs 0 times"),
         ([torch.zeros(2)], "holds a list"),
+        ({0: torch.zeros(2), "state": 1}, "x_embedder.proj.weight occurs 0 times"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mdit.diffusion.edm import Draw, denoise, denoiser, draw, edm_loss, generator_for
 from mdit.masking import Mask
-from recipes import tiny_config
+from tests.recipes import tiny_config
 
 SIGMA_DATA = 0.9
 SEED_OF_STEP_17 = 9168107782540815465  # half of blake2b-64 of "(0, 'step', 17)", little-endian

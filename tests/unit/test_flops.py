@@ -7,7 +7,7 @@ from mdit.masking import sample_mask
 from mdit.models import MicroDiT
 from mdit.models.flops import forward_flops, training_flops
 from mdit.models.presets import xl_2
-from recipes import tiny_model
+from tests.recipes import tiny_model
 
 
 @pytest.mark.parametrize(

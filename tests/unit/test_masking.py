@@ -49,7 +49,7 @@ def test_mask_image_marks_the_pixels_of_kept_patches_row_by_row():
 
 def test_mask_image_agrees_with_the_models_patches():
     from mdit.models import MicroDiT
-    from recipes import tiny_model
+    from tests.recipes import tiny_model
 
     model = MicroDiT(tiny_model())
     mask = Mask(torch.tensor([[3, 8, 13]]), num_patches=16)

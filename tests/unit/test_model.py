@@ -15,7 +15,7 @@ from mdit.masking import Mask, restore_tokens
 from mdit.models import MicroDiT
 from mdit.models import dit, layers
 from mdit.models.moe import ExpertChoice
-from recipes import tiny_model
+from tests.recipes import tiny_model
 
 EPS = 1e-6
 

@@ -1,13 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from mdit.config import DEFAULT_RECIPE, load_config
+from mdit.config import DEFAULT_RECIPE, TrainConfig, load_config
+from mdit.data.shards import ShardWriter, open_dataset, read_samples
 from mdit.diffusion.edm import generator_for
+from mdit.eval.evaluate import evaluate
 from mdit.eval.validation import NUM_SIGMAS, ExpertCoverage, validation_loss, validation_sigmas
 from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoice
+from mdit.snapshot import Snapshot
 
 CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])
 COUNT = 7
@@ -147,3 +151,22 @@ def test_nothing_watched_is_said():
     with ExpertCoverage(dense) as coverage:
         pass
     assert coverage.summary() == {}
+
+
+def test_a_snapshot_without_scenes_gets_its_validation_loss(tmp_path):
+    values = load_config(DEFAULT_RECIPE, [f"data.validation={tmp_path / 'set'}", "model.depth=2"]).model_dump()
+    values["data"]["prepare"] = None
+    config = TrainConfig.model_validate(values)
+    description = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none"}}
+    with ShardWriter(tmp_path / "set", (3, 32, 32), (16, 384), description, {}) as writer:
+        for i in range(3):
+            latent, embedding = np.full((3, 32, 32), 0.5 * i), np.full((16, 384), 0.1)
+            writer.write(f"sample-{i}", latent, embedding, f"caption {i}")
+    model = MicroDiT(config.model).eval().requires_grad_(False)
+    snapshot = Snapshot(tmp_path, 0, config, description)
+    found = evaluate(snapshot, model, num_pictures=8, seed=0, options={"guidance": 2.0, "num_steps": 2})
+    assert found.pictures_NHWC.shape == (3, 32, 32, 3) and found.captions == ["caption 0", "caption 1", "caption 2"]
+    latents, captions, _ = read_samples(open_dataset(tmp_path / "set"), range(3))
+    sums = validation_loss(model, latents, captions, config=config, indices=range(3), batch_size=3)
+    assert found.scores["validation_loss"] == pytest.approx(sums.mean().item() / 3)
+    assert found.lines == [f"validation loss {found.scores['validation_loss']:.4f} over 3 samples"]

@@ -1,0 +1,72 @@
+"""What a snapshot is worth, as `launchers/evaluate.py` reports it: pictures with their captions, and numbers."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mdit.config import EmojiSource
+from mdit.data.shards import open_dataset, read_samples
+from mdit.encoders import build_text_encoder_from
+from mdit.eval.efficientnet import load_efficientnet
+from mdit.eval.emoji_score import SceneJudge, held_out_scenes, render
+from mdit.eval.samples import draw_pictures
+from mdit.eval.validation import validation_loss
+from mdit.models import MicroDiT
+from mdit.snapshot import Snapshot
+from mdit.sources.emoji import EmojiScenes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`pictures_NHWC` uint8; `scores` for a file; `lines` say the same to a reader."""
+
+    pictures_NHWC: Tensor
+    captions: list[str]
+    scores: dict[str, Any]
+    lines: list[str]
+
+
+def evaluate(
+    snapshot: Snapshot, model: MicroDiT, *, num_pictures: int, seed: int, options: dict[str, Any]
+) -> Evaluation:
+    """By scenes of known truth where the recipe has them, else by validation loss. `options`: sampling_options."""
+    prepare = snapshot.config.data.prepare
+    if prepare is not None and isinstance(prepare.source, EmojiSource):
+        return evaluate_scenes(snapshot, model, num_pictures, seed, options)
+    return evaluate_validation(snapshot, model, num_pictures, seed, options)
+
+
+def evaluate_scenes(snapshot: Snapshot, model: MicroDiT, count: int, seed: int, options: dict[str, Any]) -> Evaluation:
+    """Scores of `count` pictures of pairs that training never saw (`mdit.eval.emoji_score`)."""
+    prepare, device = snapshot.config.data.prepare, model.pos_embed.device
+    source = EmojiScenes(prepare.source, prepare.image_size)
+    judge = SceneJudge(source, load_efficientnet(device))
+    scenes = held_out_scenes(source, count)
+    captions = [scene.caption for scene in scenes]
+    captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(captions)
+    pictures_NHWC = draw_pictures(snapshot, model, captions_NLC, seed, options)
+    drawn, true = judge.score(pictures_NHWC, scenes), judge.score(render(source, scenes), scenes)
+    scores = {"drawn": asdict(drawn), "true": asdict(true), "chance": asdict(judge.chance)}
+    lines = [f"{count} pictures of object x background pairs that training never saw"]
+    for what in ("background", "object"):
+        right, ceiling, chance = (share[what] for share in scores.values())
+        lines.append(f"{what:10} {right:6.1%} right (true pictures score {ceiling:.1%}, chance {chance:.1%})")
+    return Evaluation(pictures_NHWC, captions, scores, lines)
+
+
+def evaluate_validation(
+    snapshot: Snapshot, model: MicroDiT, count: int, seed: int, options: dict[str, Any]
+) -> Evaluation:
+    """Loss and pictures of the first `count` validation samples (all, where there are fewer)."""
+    dataset, device = open_dataset(snapshot.config.data.validation), model.pos_embed.device
+    indices = range(min(count, dataset.samples))
+    latents_NCHW, captions_NLC, captions = read_samples(dataset, indices)
+    latents_NCHW, captions_NLC = latents_NCHW.to(device), captions_NLC.to(device)
+    sums = validation_loss(model, latents_NCHW, captions_NLC, config=snapshot.config, indices=indices, batch_size=16)
+    losses = (sums / len(indices)).tolist()
+    loss = sum(losses) / len(losses)
+    scores = {"validation_loss": loss, "validation_loss_by_sigma": losses}
+    pictures_NHWC = draw_pictures(snapshot, model, captions_NLC, seed, options)
+    lines = [f"validation loss {loss:.4f} over {len(indices)} samples"]
+    return Evaluation(pictures_NHWC, captions, scores, lines)

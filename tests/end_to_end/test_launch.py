@@ -1,0 +1,99 @@
+"""The command lines of the README, as typed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training import REPOSITORY, environment
+
+# The quickstart's own recipe and data path, smaller in every number.
+SMALL = [
+    "data.prepare.source.objects=4", "data.prepare.source.scenes=48", "data.prepare.source.validation_scenes=8",
+    "model.dim=32", "model.depth=2", "model.head_dim=8", "model.multiple_of=16", "model.mixer_dim=16",
+    "model.mixer_depth=1", "training.num_steps=4", "training.global_batch_size=8", "report.log_every=2",
+    "report.validate_every=4", "report.sample_every=4", "report.num_samples=4", "report.sampler_steps=2",
+]  # fmt: skip
+
+
+def run(*arguments: str, cwd: Path, timeout: int = 200) -> str:
+    done = subprocess.run(arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """`deepspeed launchers/train.py --ds_config configs/zero2.json`, on emoji scenes that it makes itself."""
+    folder = tmp_path_factory.mktemp("launch")
+    for name in ("launchers", "configs"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    sets = [part for item in SMALL for part in ("--set", item)]
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    output = run(deepspeed, "launchers/train.py", "--ds_config", "configs/zero2.json", *sets, cwd=folder)
+    return folder, output
+
+
+def test_run_directory_holds_everything(trained):
+    folder, output = trained
+    run_dir = folder / "runs" / "quickstart"
+    recorded = json.loads((run_dir / "config.json").read_text())
+    assert recorded["recipe"]["training"]["num_steps"] == 4
+    assert recorded["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert {"torch", "deepspeed", "python", "mdit"} <= recorded["versions"].keys()
+    assert (run_dir / "samples" / "step_00000004.png").stat().st_size > 1000
+    assert (run_dir / "snapshots" / "latest" / "ema.safetensors").exists()
+    assert "images/s" in output, "the progress bar"
+
+
+def test_tensorboard_has_every_scalar_and_the_grid(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0] / "runs" / "quickstart" / "tensorboard"))
+    events.Reload()
+    scalars = {
+        "loss", "learning_rate", "gradient_norm", "images_per_second", "step_seconds", "memory_gib",
+        "validation_loss", "tokens_without_expert", "expert_imbalance",
+    }  # fmt: skip
+    assert scalars <= set(events.Tags()["scalars"])
+    assert [image.step for image in events.Images("samples")] == [4]
+
+
+def test_sample_and_evaluate(trained):
+    folder, _ = trained
+    snapshot = "runs/quickstart/snapshots/latest"
+    run(
+        sys.executable, "launchers/sample.py", "--snapshot", snapshot, "--prompt", "a red apple on a blue background",
+        "--prompt", "a banana on white", "--out", "grid.png", "--guidance", "2.5", "--num_steps", "2", "--seed", "0",
+        cwd=folder,
+    )  # fmt: skip
+    assert (folder / "grid.png").stat().st_size > 1000
+    output = run(
+        sys.executable, "launchers/evaluate.py", "--snapshot", snapshot, "--out", "evaluation", "--num_pictures", "4",
+        "--num_steps", "2", cwd=folder,
+    )  # fmt: skip
+    assert "grid.png" in output and "background" in output
+    assert json.loads((folder / "evaluation" / "scores.json").read_text())
+
+
+def test_run_config_is_itself_a_recipe(trained):
+    folder, _ = trained
+    output = run(
+        sys.executable, "launchers/train.py", "--recipe", "runs/quickstart/config.json", "--dry_run", cwd=folder
+    )
+    assert '"num_steps": 4' in output and "at step 4" in output
+
+
+@pytest.mark.skipif("SLURM_JOB_ID" in os.environ, reason="inside a Slurm job already")
+def test_start_under_srun_variables(trained):
+    """What srun sets for the one task of a step is enough to start; a finished run needs no second one."""
+    folder, _ = trained
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    done = subprocess.run(
+        [sys.executable, "launchers/train.py", *[part for item in SMALL for part in ("--set", item)]],
+        cwd=folder, env={**environment(), **slurm}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0 and "finished at step 4" in done.stderr, done.stderr

@@ -1,0 +1,259 @@
+"""Making sets: all or nothing, once, alike, and only what the recipe asks for."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import mdit.prepare
+from launchers import precompute
+from mdit.config import UserError
+from mdit.data.shards import open_dataset, read_samples
+from mdit.encoders import build_image_encoder, build_text_encoder_from
+from mdit.prepare import CaptionCache, is_prepared, prepare
+from mdit.sources import open_source
+from tests.recipes import tiny_config
+from tests.training import write_shards
+from tests.unit.test_sources import write_folder
+
+EMOJI = dict(name="emoji", objects=4, styles=("twemoji",), scenes=60, validation_scenes=8, held_out=0.1, seed=0)
+MODEL = {"latent_size": 8, "latent_channels": 3, "caption_length": 12, "caption_channels": 384}
+
+
+def recipe(folder, source=EMOJI, model=MODEL, prepare=None, **data):
+    made_from = {"source": source, "image_size": 8, "image_encoder": "pixels", "text_encoder": "minilm"}
+    paths = {"train": (str(folder / "train"),), "validation": str(folder / "validation")}
+    return tiny_config(model=model, data={**paths, "prepare": {**made_from, **(prepare or {})}, **data})
+
+
+def make(config):
+    prepare(config, progress=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Both sets of the recipe, made once."""
+    path = tmp_path_factory.mktemp("data")
+    make(recipe(path))
+    return path
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_sets_hold_every_sample_once_encoded_and_shuffled(folder):
+    config = recipe(folder)
+    assert is_prepared(config)
+    source = open_source(config.data.prepare.source, 8)
+    for name, split in (("train", source.training), ("validation", source.validation)):
+        dataset = open_dataset(folder / name)
+        latents, captions, texts = read_samples(dataset, range(dataset.samples))
+        assert sorted(texts) == sorted(split.captions)
+        text_encoder = build_text_encoder_from(dataset.encoders["text"])
+        expected = text_encoder.encode(texts[:5])
+        torch.testing.assert_close(captions[:5].float(), expected, atol=1e-2, rtol=1e-2)
+        decoded = build_image_encoder(dataset.encoders["image"]).decode(latents)
+        pixels = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        assert {(s.caption, np.asarray(s.image).tobytes()) for s in split} == {
+            (text, image.tobytes()) for text, image in zip(texts, pixels)
+        }
+    assert texts != split.captions
+    assert sorted(p.name for p in folder.iterdir()) == ["train", "validation"]
+
+
+def test_the_same_recipe_makes_the_same_bytes(folder, tmp_path):
+    make(recipe(tmp_path))
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_sets_that_are_there_are_left_alone(folder, monkeypatch):
+    before = contents(folder)
+    monkeypatch.setattr(mdit.prepare, "open_source", None)  # would fail if anything were made
+    make(recipe(folder))
+    assert contents(folder) == before
+
+
+def test_a_set_that_is_missing_is_embedded_like_the_one_that_is_there(folder, tmp_path):
+    make(recipe(tmp_path, train=(str(tmp_path / "train"), str(folder / "train")), source={**EMOJI, "objects": 5}))
+    assert open_dataset(tmp_path / "train").encoders == open_dataset(folder / "train").encoders
+
+
+def test_an_interrupted_call_leaves_no_set_and_the_next_one_makes_it(folder, tmp_path, monkeypatch):
+    written = []
+
+    def interrupt(self, *sample, write=mdit.prepare.ShardWriter.write):
+        written.append(write(self, *sample))
+        if len(written) == 20:  # the validation set and some of the training set
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(mdit.prepare.ShardWriter, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make(recipe(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["validation"] and not is_prepared(recipe(tmp_path))
+    monkeypatch.undo()
+    make(recipe(tmp_path))
+    assert contents(tmp_path) == contents(folder)
+
+
+KILLED = """
+import os, signal, sys
+import mdit.prepare
+from pathlib import Path
+from tests.unit.test_prepare import make, recipe
+def kill(self, *sample, write=mdit.prepare.ShardWriter.write):
+    write(self, *sample)
+    os.kill(os.getpid(), signal.SIGKILL)
+mdit.prepare.ShardWriter.write = kill
+make(recipe(Path(sys.argv[1])))
+"""
+
+
+def test_a_killed_call_leaves_nothing_that_looks_like_a_set(folder, tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == [".validation.partial"]
+    make(recipe(tmp_path))
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_of_two_calls_at_once_one_makes_the_sets(folder, tmp_path):
+    program = "import sys; from pathlib import Path; from tests.unit.test_prepare import make, recipe; "
+    other = subprocess.Popen([sys.executable, "-c", program + "make(recipe(Path(sys.argv[1])))", tmp_path])
+    make(recipe(tmp_path))
+    assert other.wait(timeout=120) == 0
+    assert contents(tmp_path) == contents(folder)
+
+
+# --- refused, by name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"source": {**EMOJI, "objects": 5}}, "validation/manifest.json: was made with source.objects = 4, .* is 5"),
+        ({"source": {**EMOJI, "scenes": 61}}, "made with source.scenes = 60, but the recipe's is 61"),
+        ({"prepare": {"image_size": 16}}, "made with image_size = 8, but the recipe's is 16"),
+        ({"prepare": {"text_encoder": "other"}}, "made with text_encoder = 'minilm', but the recipe's is 'other'"),
+        ({"model": {**MODEL, "latent_size": 16}}, "manifest.json: .* recipe's model.latent_size = 16 and not 8"),
+        ({"model": {**MODEL, "latent_channels": 4}}, "manifest.json: .* recipe's model.latent_channels = 4 and not 3"),
+        ({"model": {**MODEL, "caption_length": 9}}, "manifest.json: .* recipe's model.caption_length = 9 and not 12"),
+        ({"model": {**MODEL, "caption_channels": 12}}, "manifest.json: .* model.caption_channels = 12 and not 384"),
+    ],
+)
+def test_a_changed_recipe_is_noticed(folder, change, message):
+    with pytest.raises(UserError, match=message):
+        make(recipe(folder, **change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prepare": {"image_size": 16}}, r"image_encoder gives latents of shape \(3, 16, 16\).* model.latent_size = 8"),
+        ({"model": {**MODEL, "caption_channels": 12}}, "text_encoder gives .* model.caption_channels = 12 and not 384"),
+        ({"source": {**EMOJI, "objects": ("no such thing",)}}, "'no such thing' is no emoji"),
+        ({"source": {"name": "folder", "path": "nowhere", "validation_share": 0.1}}, "nowhere/captions.jsonl: cannot read"),
+    ],
+)
+def test_nothing_is_written_for_a_recipe_that_cannot_be_made(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        make(recipe(tmp_path, **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_picture_is_found_before_anything_is_written(tmp_path):
+    pictures = write_folder(tmp_path / "pictures")
+    (pictures / "sub" / "picture 39.png").write_bytes(b"\x89PNG")
+    source = {"name": "folder", "path": str(pictures), "validation_share": 0.2}
+    with pytest.raises(UserError, match="captions.jsonl:40: cannot read the picture .*picture 39.png"):
+        make(recipe(tmp_path / "data", source=source))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_of_pictures_becomes_sets(tmp_path):
+    source = {"name": "folder", "path": str(write_folder(tmp_path / "pictures")), "validation_share": 0.2}
+    make(recipe(tmp_path / "data", source=source))
+    sizes = [open_dataset(tmp_path / "data" / name).samples for name in ("train", "validation")]
+    assert sum(sizes) == 40 and min(sizes) > 0
+
+
+def test_missing_shards_without_a_way_to_make_them(tmp_path):
+    with pytest.raises(UserError, match="train/manifest.json: is missing.*launchers/precompute.py.*docs/data.md"):
+        prepare(recipe(tmp_path).model_copy(update={"data": recipe(tmp_path).data.model_copy(update={"prepare": None})}))
+
+
+def test_shards_brought_along_need_no_prepare_section(tmp_path):
+    config = tiny_config(data={"train": (str(tmp_path / "train"),), "validation": str(tmp_path / "validation")})
+    for name in ("train", "validation"):
+        write_shards(tmp_path / name, config, 4, seed=0)
+    make(config)
+
+
+def test_a_further_directory_is_not_made(folder, tmp_path):
+    train = (str(tmp_path / "train"), str(tmp_path / "further"))
+    with pytest.raises(UserError, match="further/manifest.json: is missing"):
+        make(recipe(tmp_path, train=train))
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_in_the_way_are_not_removed(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="train: holds files but no manifest.json"):
+        make(recipe(tmp_path))
+    assert (tmp_path / "train" / "thesis.txt").read_text() == "mine"
+
+
+def test_training_and_validation_in_one_directory(tmp_path):
+    with pytest.raises(UserError, match="data.train and data.validation are both"):
+        make(recipe(tmp_path, validation=str(tmp_path / "train")))
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the set"):
+        make(recipe(tmp_path / "file"))
+
+
+# --- captions are embedded once
+
+
+class CountingEncoder:
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, captions):
+        self.asked += captions
+        return torch.tensor([[[float(caption)]] for caption in captions])
+
+
+def test_a_caption_is_embedded_once_while_it_is_in_use():
+    encoder = CountingEncoder()
+    cache = CaptionCache(encoder, capacity=40)
+    for batch in (["1", "2", "1"], ["2", "3"], ["1"]):
+        assert [float(e) for e in cache(batch)] == [float(caption) for caption in batch]
+    assert encoder.asked == ["1", "2", "3"]
+    cache([str(i) for i in range(100, 139)])  # 40 captions are kept: "1" and these 39
+    assert len(cache._embeddings) == 40
+    cache(["1"])
+    assert encoder.asked.count("1") == 1
+    cache(["2"])
+    assert encoder.asked.count("2") == 2
+
+
+# --- the launcher
+
+
+def test_precompute_says_what_is_there_and_verifies_it(folder, tmp_path, capsys):
+    path = tmp_path / "recipe.json"
+    path.write_text('{"recipe": ' + recipe(folder).model_dump_json(exclude_none=True) + "}")
+    precompute.main(["--recipe", str(path), "--verify"])
+    out = capsys.readouterr().out
+    assert f"{folder}/train: 60 samples in 1 shards" in out and out.count("checksums right") == 2
+    with pytest.raises(SystemExit) as stop:
+        precompute.main(["--recipe", str(path), "--set", "data.prepare.image_size=16"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
