@@ -17,7 +17,7 @@ from mdit.dist import configure_logging, identify
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="its [data] section is what counts")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one recipe key")
     parser.add_argument("--verify", action="store_true", help="read every shard again and compare its checksum")
     return parser.parse_args(arguments)
 

@@ -4,10 +4,11 @@ A recipe never says how the run is laid out on machines: ZeRO stage, precision a
 JSON (`mdit.parallel.settings`). Every key is checked; an unknown one is an error that names the file and the key.
 """
 
+import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Sequence
+from typing import Annotated, Any, Literal, Sequence, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,13 +22,14 @@ class UserError(Exception):
 class Section(BaseModel):
     """Base of every part of a recipe: unknown keys are errors, values cannot change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Span = tuple[PositiveFloat, PositiveFloat]
 
 
@@ -36,7 +38,7 @@ class ModelConfig(Section):
 
     `qkv_ratio` and `ffn_ratio` are the multipliers of `dim` at the first and the last block; between them the widths
     grow linearly with depth. Block i (from 0) has experts when (i + 1) is a multiple of `experts_every_n`, except the
-    last block; `num_experts` 1 with `experts_every_n` 0 gives a dense model.
+    last block; the mixer's blocks likewise, its last one included. `experts_every_n` 0 gives a dense model.
     """
 
     latent_size: PositiveInt
@@ -134,7 +136,7 @@ class OptimConfig(Section):
     """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak."""
 
     lr: PositiveFloat
-    betas: tuple[Probability, Probability]
+    betas: tuple[Decay, Decay]
     eps: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: PositiveFloat
@@ -216,15 +218,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
     try:
-        values = json.loads(text)["recipe"] if path.suffix == ".json" else tomllib.loads(text)
-    except KeyError:
+        values = json.loads(content)["recipe"] if path.suffix == ".json" else tomllib.loads(content.decode())
+    except (KeyError, TypeError):
         raise UserError(f'{path}: has no "recipe"; expected the config.json of a run') from None
     except ValueError as error:
         raise UserError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'TOML'}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f'{path}: "recipe" is not a table')
     for override in overrides:
         _apply_override(values, override)
     return parse_section(TrainConfig, values, path)
@@ -233,9 +237,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def parse_section(section: type[Section], values: Any, path: str | Path):
     """Check `values` against a section; all that is wrong comes in one UserError, one clause for each key."""
     try:
-        return section.model_validate(values)
+        # As JSON, where a list may become a tuple though all else is strict: "3" is no number and 1 no truth value.
+        return section.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(e, section) for e in error.errors())) from None
+        clauses = {_written(e, values): _explain(e, values, section) for e in error.errors()}
+        raise UserError(f"{path}: " + "; ".join(clauses.values())) from None
 
 
 def _apply_override(values: dict, override: str) -> None:
@@ -255,10 +261,11 @@ def _apply_override(values: dict, override: str) -> None:
     table[leaf] = value
 
 
-def _explain(error: dict, section: type[Section]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _explain(error: dict, values: Any, section: type[Section]) -> str:
+    key = _written(error, values)
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key} = {error['input']!r}{_nearest_key(error['loc'], section)}"
+        match = difflib.get_close_matches(error["loc"][-1], _known_keys(error["loc"], section), n=1)
+        return f"unknown key {key} = {error['input']!r}" + (f" (did you mean {match[0]}?)" if match else "")
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")
@@ -267,15 +274,32 @@ def _explain(error: dict, section: type[Section]) -> str:
     return f"{key} = {error['input']!r}: {message}"
 
 
-def _nearest_key(location: tuple, section: type[Section]) -> str:
-    import difflib
+def _written(error: dict, values: Any) -> str:
+    """The key as the recipe has it: without the names that pydantic gives to the branches of a union."""
+    key = []
+    for part in error["loc"]:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            if error["type"] != "missing" or part != error["loc"][-1]:
+                continue
+        key.append(str(part))
+    return ".".join(key)
 
+
+def _known_keys(location: tuple, section: type[Section]) -> list[str]:
+    """The keys that may stand beside the last part of a location."""
+    sections = [section]
     for part in location[:-1]:
-        field = section.model_fields.get(part)
-        section = field.annotation if field else section
-    known = getattr(section, "model_fields", {})
-    match = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
+        inside = [s for parent in sections if part in parent.model_fields for s in _sections(parent, part)]
+        sections = inside or sections  # no field: pydantic's name for a branch of a union
+    return [key for section in sections for key in section.model_fields]
+
+
+def _sections(parent: type[Section], key: str) -> list[type[Section]]:
+    """The sections that a key takes: one, none, or those of a union."""
+    annotation = parent.model_fields[key].annotation
+    return [s for s in (annotation, *get_args(annotation)) if isinstance(s, type) and issubclass(s, Section)]
 
 
 def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:

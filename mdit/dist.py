@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
+from mdit.config import UserError
+
 logger = logging.getLogger("mdit")
 
 
@@ -34,7 +36,7 @@ def identify() -> World:
     this process is a step's task and not the batch shell), and nothing at all (one process).
     """
     env = os.environ
-    if "RANK" in env:
+    if "RANK" in env and "WORLD_SIZE" in env:
         rank, size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         rank, size, local_rank = (int(env[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
@@ -45,7 +47,15 @@ def identify() -> World:
 
 
 def start(world: World) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs). One process alone gets a group of one, on no open port."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs). One process alone gets a group of one, on no open port.
+
+    Raises UserError when several processes have no MASTER_ADDR to meet at (deepspeed and torchrun set it).
+    """
+    if world.size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"MASTER_ADDR is not set, so {world.size} processes cannot find each other; under srun: export "
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500'
+        )
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -77,6 +87,6 @@ class StopSignal:
         """True on every rank once any rank has seen a signal. A collective when there is more than one rank."""
         if world.size == 1:
             return self.seen
-        flag = torch.tensor(float(self.seen), device=world.device)
+        flag = torch.tensor(float(self.seen))  # on the CPU, through gloo: a GPU goes on undisturbed
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)

@@ -20,6 +20,7 @@ from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_
 from mdit.sources import Sample, Split, open_source
 
 BATCH_SIZE = 32
+LOOK_AHEAD = 32 * BATCH_SIZE
 CAPTION_CACHE_BYTES = 256 * 2**20
 
 
@@ -40,11 +41,11 @@ def prepare(config: TrainConfig, progress: bool = True, device: torch.device | s
     if missing := _missing(config):
         if config.data.prepare is None:
             raise UserError(
-                f"{missing[0] / MANIFEST}: is missing, and the recipe has no [data.prepare] to make it from. Bring latent "
-                "shards, or make them from your own pictures with launchers/precompute.py: see docs/data.md"
+                f"{missing[0] / MANIFEST}: is missing, and the recipe has no [data.prepare] to make it from. Bring "
+                "latent shards, or make them from your own pictures with launchers/precompute.py: see docs/data.md"
             )
         if others := [path for path in missing if path not in _makeable(config)]:
-            raise UserError(f"{others[0] / MANIFEST}: is missing; [data.prepare] makes data.train[0] only: see docs/data.md")
+            raise UserError(f"{others[0] / MANIFEST}: is missing; only the first of data.train is made: docs/data.md")
         _make_missing(config, progress, device)
     sets = [open_dataset(directory) for directory in dict.fromkeys(_directories(config))]
     for dataset in sets:
@@ -76,7 +77,7 @@ def _fingerprint(config: TrainConfig, split: str) -> dict[str, Any]:
 def _make_missing(config: TrainConfig, progress: bool, device: torch.device | str) -> None:
     recipe, model = config.data.prepare, config.model
     if len(_makeable(config)) == 1:
-        raise UserError(f"data.train and data.validation are both {config.data.validation!r}; give each its own directory")
+        raise UserError(f"data.train and data.validation are both {config.data.validation!r}; give each a directory")
     image_encoder = build_image_encoder(recipe.image_encoder, device)
     _require("data.prepare.image_encoder", "latents", image_encoder.latent_shape(recipe.image_size), _latents(config))
     text_encoder = _text_encoder(config, device)
@@ -86,17 +87,18 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
     if text_encoder.mean_C is None:
         text_encoder.fit(source.training.captions)
     encoders = {"image": image_encoder.describe(), "text": text_encoder.describe()}
-    embed = CaptionCache(text_encoder, CAPTION_CACHE_BYTES // (2 * model.caption_length * model.caption_channels))
+    kept = CAPTION_CACHE_BYTES // (2 * model.caption_length * model.caption_channels)
+    embed = CaptionCache(text_encoder, max(kept, LOOK_AHEAD))
     for directory, split in _makeable(config).items():
         try:
             with _alone(directory) as temporary:
                 if (directory / MANIFEST).exists():
                     continue
-                samples = getattr(source, split)
-                with ShardWriter(
-                    temporary, _latents(config), _embeddings(config), encoders, _fingerprint(config, split)
-                ) as writer:
-                    _write(samples, writer, image_encoder, embed, tqdm(total=len(samples), desc=str(directory), disable=not progress))
+                samples, fingerprint = getattr(source, split), _fingerprint(config, split)
+                bar = tqdm(total=len(samples), desc=str(directory), disable=not progress)
+                shapes = _latents(config), _embeddings(config)
+                with bar, ShardWriter(temporary, *shapes, encoders, fingerprint) as writer:
+                    _write(samples, writer, image_encoder, embed, bar)
                 temporary.rename(directory)
         except OSError as error:
             raise UserError(f"{directory}: cannot write the set: {error}") from None
@@ -105,14 +107,16 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
 def _write(samples: Split, writer: ShardWriter, image_encoder: ImageEncoder, embed: "CaptionCache", bar: tqdm) -> None:
     """In a shuffled order, always the same."""
     order = np.random.default_rng(0).permutation(len(samples))
-    with bar:
-        for start in range(0, len(order), BATCH_SIZE):
-            batch = [samples[int(index)] for index in order[start : start + BATCH_SIZE]]
-            latents = image_encoder.encode(_to_tensor(batch)).cpu().numpy()
-            embeddings = embed([sample.caption for sample in batch])
-            for sample, latent, embedding in zip(batch, latents, embeddings, strict=True):
-                writer.write(sample.key, latent, embedding, sample.caption)
-            bar.update(len(batch))
+    captions = samples.captions
+    for start in range(0, len(order), BATCH_SIZE):
+        if start % LOOK_AHEAD == 0:  # a few large calls of the text tower instead of many small ones
+            embed([captions[index] for index in order[start : start + LOOK_AHEAD]])
+        batch = [samples[int(index)] for index in order[start : start + BATCH_SIZE]]
+        latents = image_encoder.encode(_to_tensor(batch)).cpu().numpy()
+        embeddings = embed([sample.caption for sample in batch])
+        for sample, latent, embedding in zip(batch, latents, embeddings, strict=True):
+            writer.write(sample.key, latent, embedding, sample.caption)
+        bar.update(len(batch))
 
 
 def _to_tensor(batch: Sequence[Sample]) -> Tensor:
@@ -125,7 +129,7 @@ class CaptionCache:
     """Embeds captions, each distinct one once as long as it stays among the last `capacity` ones in use."""
 
     def __init__(self, encoder: TextEncoder, capacity: int) -> None:
-        self.encoder, self.capacity = encoder, max(capacity, BATCH_SIZE)
+        self.encoder, self.capacity = encoder, capacity
         self._embeddings: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def __call__(self, captions: Sequence[str]) -> list[np.ndarray]:

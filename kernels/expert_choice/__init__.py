@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def route(logits_NTE: Tensor, tokens_per_expert: int) -> tuple[Tensor, Tensor]:
-    """-> (g_NEK float32 router weights, index_NEK int64 tokens), in descending order of weight."""
-    probabilities = logits_NTE.float().softmax(dim=-1)
+    """-> (g_NEK router weights in at least float32, index_NEK int64 tokens), in descending order of weight."""
+    probabilities = logits_NTE.softmax(dim=-1, dtype=torch.promote_types(logits_NTE.dtype, torch.float32))
     weights_NEK, index_NEK = probabilities.transpose(1, 2).topk(tokens_per_expert, dim=-1)
     return weights_NEK, index_NEK
 

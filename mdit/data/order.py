@@ -1,7 +1,7 @@
 """The order of samples: a function of (seed, step), with no reader's state behind it.
 
-Every epoch shuffles the shards, cuts them into windows of `group` shards and shuffles the samples of each window: random
-enough for samples that were shuffled when written, and a reader touches few shards at a time.
+Every epoch shuffles the shards, cuts them into windows of `group` shards and shuffles the samples of each window:
+random enough for samples that were shuffled when written, and a reader touches few shards at a time.
 """
 
 from functools import lru_cache

@@ -269,7 +269,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise ShardError(f"{path}: cannot read the manifest of a latent set: {error.strerror}; see docs/data.md") from None
+        raise ShardError(f"{path}: cannot read the manifest of a set: {error.strerror}; see docs/data.md") from None
     except ValueError as error:
         raise ShardError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:

@@ -33,7 +33,8 @@ class Draw:
 def draw(config: TrainConfig, step: int, samples: slice, device: torch.device | str = "cpu") -> Draw:
     """Rows `samples` of what step `step` draws: a function of (seed, step, sample) and of nothing else.
 
-    The whole global batch is drawn and sliced, so any number of processes and any micro-batch sees the same numbers.
+    The whole global batch is drawn and sliced, so any number of processes and any micro-batch sees the same numbers; a
+    CPU and a GPU draw different ones. Call it once a step: 512 px at a batch of 2,048 are 134 MB before the slice.
     """
     generator = generator_for(config.seed, "step", step, device=device)
     n, model = config.training.global_batch_size, config.model

@@ -93,7 +93,8 @@ def _load_autoencoder(name: str):
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise UserError(f"data.prepare.image_encoder = {name!r} needs diffusers ({error}): pip install diffusers") from None
+        reason = f"data.prepare.image_encoder = {name!r} needs diffusers ({error})"
+        raise UserError(f"{reason}: pip install diffusers") from None
     problems = []
     for folder in ({"subfolder": "vae"}, {}):
         try:
@@ -103,5 +104,5 @@ def _load_autoencoder(name: str):
             problems.append(str(error).split("\n")[0])
     raise UserError(
         f"data.prepare.image_encoder = {name!r}: expected pixels, or the local path or hub id of a diffusers "
-        f"AutoencoderKL, cannot load it: {problems[-1]}"
+        f"AutoencoderKL, cannot load it: {problems[0 if (local / 'vae').is_dir() else -1]}"
     )

@@ -85,8 +85,8 @@ def build_text_encoder(name: str, *, max_tokens: int, device: torch.device | str
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
         raise UserError(f"{key}: there is no such directory")
     tower, tokenizer = _load(path if path.is_dir() else name, key)
-    if max_tokens > tower.config.max_position_embeddings:
-        raise UserError(f"{key} takes {tower.config.max_position_embeddings} tokens, but model.caption_length = {max_tokens}")
+    if max_tokens > (most := tower.config.max_position_embeddings):
+        raise UserError(f"{key} takes {most} tokens, but model.caption_length = {max_tokens}")
     tower = tower.to(device).eval().requires_grad_(False)
     return TextEncoder(name, tower, tokenizer, max_tokens, zero_padding=name == "minilm")
 

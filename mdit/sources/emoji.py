@@ -33,8 +33,8 @@ BACKGROUNDS = {
 }
 # The first objects of every set: well known, and apart in colour and shape. The other emoji follow.
 FAMILIAR = tuple(
-    "red apple|banana|soccer ball|sunflower|octopus|frog|pig face|basketball|red heart|panda|grapes|pizza|rocket|cactus|"
-    "mushroom|lady beetle|doughnut|penguin|wrapped gift|jack-o-lantern|fire|watermelon|tractor|carrot|butterfly|"
+    "red apple|banana|soccer ball|sunflower|octopus|frog|pig face|basketball|red heart|panda|grapes|pizza|rocket|"
+    "cactus|mushroom|lady beetle|doughnut|penguin|wrapped gift|jack-o-lantern|fire|watermelon|tractor|carrot|butterfly|"
     "crescent moon|house|guitar|birthday cake|robot|rainbow|tiger face|umbrella|green apple|crown|snowman|honeybee|"
     "blue book|pineapple|hot beverage|lollipop|four leaf clover".split("|")
 )
@@ -182,7 +182,7 @@ def choose_objects(wanted: int | tuple[str, ...], known: list[str]) -> tuple[str
     """The named ones, or so many: FAMILIAR first, then all others in an order that never changes."""
     if isinstance(wanted, int):
         if wanted > len(known):
-            raise UserError(f"data.prepare.source.objects = {wanted}, but only {len(known)} emoji are drawn in all styles")
+            raise UserError(f"data.prepare.source.objects = {wanted}, but all styles draw only {len(known)} emoji")
         others = sorted(set(known) - set(FAMILIAR), key=lambda name: xxhash.xxh3_64_intdigest(name.encode()))
         return tuple([name for name in FAMILIAR if name in known] + others)[:wanted]
     for name in wanted:
@@ -196,7 +196,7 @@ def choose_objects(wanted: int | tuple[str, ...], known: list[str]) -> tuple[str
 
 
 def split_pairs(objects: tuple[str, ...], held_out: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """-> training pairs, held-out pairs, both shuffled. Held-out ones are spread evenly over objects and backgrounds."""
+    """-> training pairs, held-out pairs, both shuffled; held-out ones evenly spread over objects and backgrounds."""
     rng = _rng(seed, PAIRS)
     shuffled, backgrounds = rng.permutation(objects), rng.permutation(list(BACKGROUNDS))
     # Every object once with its own background, then every object with the next one, and so on.
@@ -231,5 +231,6 @@ def _svg(folder: Path, character: str, style: str) -> Path | None:
 def _package(name: str) -> Path:
     """Where an installed package lies."""
     if (spec := importlib.util.find_spec(name)) is None:
-        raise UserError(f'data.prepare.source.name = "emoji" needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}')
+        package = PACKAGES[name]
+        raise UserError(f'data.prepare.source.name = "emoji" needs the package {package}: pip install {package}')
     return Path(spec.origin).parent

@@ -25,7 +25,7 @@ class Entry:
 
 
 class PictureFolder:
-    """`training` and `validation` pictures. All pictures of a file go to the same split, whatever else is in the folder.
+    """`training` and `validation` pictures. A picture's split depends on its file name alone.
 
     Raises UserError naming the line of captions.jsonl for everything that is wrong, pictures included: they are all
     decoded once here, so that a set is never half written when a broken one is met.

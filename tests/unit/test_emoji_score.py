@@ -7,7 +7,7 @@ import torch
 
 from mdit.config import DEFAULT_RECIPE, load_config
 from mdit.encoders import build_text_encoder
-from mdit.eval.efficientnet import image_features, load_efficientnet, normalise
+from mdit.eval.efficientnet import SameConv2d, image_features, load_efficientnet, normalise
 from mdit.eval.emoji_score import SceneJudge, Scores, held_out_scenes, nearest_backgrounds, render
 from mdit.models import MicroDiT
 from mdit.snapshot import save_snapshot
@@ -63,6 +63,12 @@ def test_every_background_is_known_by_its_border(source):
     assert nearest_backgrounds(noisy.clamp(0, 255).to(torch.uint8)) == list(BACKGROUNDS)
 
 
+def test_a_sprite_may_touch_the_border():
+    image = torch.tensor(BACKGROUNDS["pink"], dtype=torch.uint8).expand(1, 32, 32, 3).clone()
+    image[:, :, :5] = torch.tensor(BACKGROUNDS["black"])  # a third of the border
+    assert nearest_backgrounds(image) == ["pink"]
+
+
 def test_one_picture_cannot_stand_for_all(source, judge):
     """The same picture for every caption gets chance: each object is asked for once."""
     scenes = held_out_scenes(source, 5)
@@ -77,6 +83,14 @@ def test_efficientnet_knows_its_classes():
     images = render(source, [type(s)(type(s.pair)(n, "white"), s.style, "") for s, n in zip(scenes, source.objects)])
     logits = load_efficientnet()(normalise(images))[:, [954, 949]]  # ImageNet's banana and strawberry
     assert logits.argmax(dim=1).tolist() == [0, 1]
+
+
+def test_padding_is_tensorflows():
+    """Stride 2, kernel 3, four pixels: the one pixel of padding is right and below."""
+    conv = SameConv2d(1, 1, 3, stride=2)
+    torch.nn.init.ones_(conv.weight)
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert conv(x)[0, 0].tolist() == [[45.0, 39.0], [66.0, 50.0]]
 
 
 def test_features_do_not_depend_on_the_batch(source):

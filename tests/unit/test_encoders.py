@@ -69,7 +69,10 @@ def test_minilm_token_embeddings_are_standardised_and_padding_is_zero(minilm):
         assert (row[length:] == 0).all() and (row[:length] != 0).any(dim=1).all()
     real = torch.cat([row[:length] for row, length in zip(embeddings, lengths)])
     torch.testing.assert_close(real.mean(0), torch.zeros(384), atol=1e-5, rtol=0)
-    torch.testing.assert_close(real.std(0, unbiased=False), torch.ones(384), atol=1e-4, rtol=0)
+    std_C = real.std(0, unbiased=False)
+    alive = std_C > 0.5  # the tower's last norm switches three dimensions off
+    assert alive.sum() == 381 and (std_C[~alive] < 1e-3).all()
+    torch.testing.assert_close(std_C[alive], torch.ones(381), atol=1e-4, rtol=0)
 
 
 def test_minilm_agrees_with_the_tower_itself(minilm):
@@ -190,7 +193,8 @@ def test_a_path_that_is_not_there_or_holds_nothing(build, tmp_path):
 
 
 def test_weights_that_are_pickles_are_not_loaded(clip_path, autoencoder_path, tmp_path):
-    for source, build in ((clip_path, lambda p: build_text_encoder(p, max_tokens=5)), (autoencoder_path, build_image_encoder)):
+    text = lambda path: build_text_encoder(path, max_tokens=5)  # noqa: E731
+    for source, build in ((clip_path, text), (autoencoder_path, build_image_encoder)):
         copy = tmp_path / source.name
         copy.mkdir()
         for file in source.iterdir():

@@ -152,10 +152,10 @@ def test_a_changed_recipe_is_noticed(folder, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prepare": {"image_size": 16}}, r"image_encoder gives latents of shape \(3, 16, 16\).* model.latent_size = 8"),
+        ({"prepare": {"image_size": 16}}, r"image_encoder gives .*\(3, 16, 16\).* model.latent_size = 8"),
         ({"model": {**MODEL, "caption_channels": 12}}, "text_encoder gives .* model.caption_channels = 12 and not 384"),
         ({"source": {**EMOJI, "objects": ("no such thing",)}}, "'no such thing' is no emoji"),
-        ({"source": {"name": "folder", "path": "nowhere", "validation_share": 0.1}}, "nowhere/captions.jsonl: cannot read"),
+        ({"source": {"name": "folder", "path": "nowhere", "validation_share": 0.1}}, "nowhere/captions.jsonl: cannot"),
     ],
 )
 def test_nothing_is_written_for_a_recipe_that_cannot_be_made(tmp_path, change, message):
@@ -182,7 +182,7 @@ def test_a_folder_of_pictures_becomes_sets(tmp_path):
 
 def test_missing_shards_without_a_way_to_make_them(tmp_path):
     with pytest.raises(UserError, match="train/manifest.json: is missing.*launchers/precompute.py.*docs/data.md"):
-        prepare(recipe(tmp_path).model_copy(update={"data": recipe(tmp_path).data.model_copy(update={"prepare": None})}))
+        make(tiny_config(data={"train": (str(tmp_path / "train"),), "validation": str(tmp_path / "validation")}))
 
 
 def test_shards_brought_along_need_no_prepare_section(tmp_path):
@@ -234,7 +234,7 @@ def test_a_caption_is_embedded_once_while_it_is_in_use():
     encoder = CountingEncoder()
     cache = CaptionCache(encoder, capacity=40)
     for batch in (["1", "2", "1"], ["2", "3"], ["1"]):
-        assert [float(e) for e in cache(batch)] == [float(caption) for caption in batch]
+        assert [e.item() for e in cache(batch)] == [float(caption) for caption in batch]
     assert encoder.asked == ["1", "2", "3"]
     cache([str(i) for i in range(100, 139)])  # 40 captions are kept: "1" and these 39
     assert len(cache._embeddings) == 40

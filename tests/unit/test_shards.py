@@ -62,7 +62,8 @@ def test_plain_tarfile_finds_the_bytes_where_the_index_says(directory):
         with tarfile.open(directory / shard.file) as tar:
             members = tar.getmembers()
             for emb, lat, txt in zip(members[0::3], members[1::3], members[2::3]):
-                assert (emb.name, lat.name, txt.name) == tuple(f"key-{i:03d}.{e}" for e in ("emb.bin", "lat.bin", "txt"))
+                names = [f"key-{i:03d}.{kind}" for kind in ("emb.bin", "lat.bin", "txt")]
+                assert [emb.name, lat.name, txt.name] == names
                 row = dataset.index[i]
                 assert (emb.offset_data, lat.offset_data) == (row["embedding"], row["latent"])
                 assert (txt.offset_data, txt.size) == (row["text"], row["text_bytes"])
