@@ -17,9 +17,13 @@ DEFAULT_JSON = DEFAULT_RECIPE.parent / "zero2.json"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json")
+    parser.add_argument(
+        "--recipe", type=Path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json"
+    )
     parser.add_argument("--ds_config", type=Path, default=DEFAULT_JSON, help="how it is run: a DeepSpeed JSON")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe"
+    )
     parser.add_argument("--run_dir", type=Path, help="default: runs/<recipe name>")
     parser.add_argument("--init_from", type=Path, metavar="SNAPSHOT", help="start from these weights")
     parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, run nothing")

@@ -7,8 +7,9 @@ JSON (`mdit.parallel.settings`). Every key is checked; an unknown one is an erro
 import difflib
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Sequence, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -152,7 +153,7 @@ class OptimConfig(Section):
 
 
 class EMAConfig(Section):
-    """ema <- decay * ema + (1 - decay) * weights after every step from `start_step` on; until then ema is the weights."""
+    """ema <- decay * ema + (1 - decay) * weights after each step beyond `start_step`; until then ema is the weights."""
 
     decay: Annotated[float, Field(gt=0, lt=1)]
     start_step: NonNegativeInt
@@ -196,7 +197,9 @@ class TrainConfig(Section):
     def _every_expert_gets_tokens(self):
         model, kept = self.model, kept_tokens(self.model.num_patches, self.training.mask_ratio)
         if kept == 0:
-            raise ValueError(f"training.mask_ratio {self.training.mask_ratio} keeps none of {model.num_patches} patches")
+            raise ValueError(
+                f"training.mask_ratio {self.training.mask_ratio} keeps none of {model.num_patches} patches"
+            )
         if model.experts_every_n and int(model.capacity_factor * kept / model.num_experts) == 0:
             raise ValueError(
                 f"model.capacity_factor {model.capacity_factor} gives {model.num_experts} experts no token of the "

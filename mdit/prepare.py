@@ -4,9 +4,10 @@ import fcntl
 import os
 import shutil
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from mdit.config import TrainConfig, UserError
 from mdit.data.loader import require_same_kind
 from mdit.data.shards import MANIFEST, LatentSet, ShardWriter, open_dataset, read_manifest
 from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.files import sync
 from mdit.sources import Sample, Split, open_source
 
 BATCH_SIZE = 32
@@ -100,6 +102,7 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
                 with bar, ShardWriter(temporary, *shapes, encoders, fingerprint) as writer:
                     _write(samples, writer, image_encoder, embed, bar)
                 temporary.rename(directory)
+                sync(directory.parent)
         except OSError as error:
             raise UserError(f"{directory}: cannot write the set: {error}") from None
 
@@ -121,8 +124,8 @@ def _write(samples: Split, writer: ShardWriter, image_encoder: ImageEncoder, emb
 
 def _to_tensor(batch: Sequence[Sample]) -> Tensor:
     """(N, 3, H, W) float32 in [-1, 1]."""
-    images_NHWC = torch.from_numpy(np.stack([np.asarray(sample.image) for sample in batch]))
-    return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
+    images_NHWC = np.stack([np.asarray(sample.image) for sample in batch]).astype(np.float32)
+    return torch.from_numpy(images_NHWC / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 class CaptionCache:

@@ -10,7 +10,6 @@ A directory appears under its name only when all of it is on disk. Nothing here 
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mdit.config import ModelConfig, TrainConfig, UserError, load_config
+from mdit.files import sync
 from mdit.models import MicroDiT
 
 WeightKind = Literal["ema", "raw"]
@@ -73,7 +73,7 @@ def save_snapshot(
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
     link.replace(path.parent / "latest")
-    _sync(path.parent)
+    sync(path.parent)
     return path
 
 
@@ -98,11 +98,11 @@ def write_snapshot(
     (partial / "config.json").write_text(json.dumps({**config_json, "step": step}, indent=2) + "\n")
     (partial / "encoders.json").write_text(json.dumps(encoders, indent=2) + "\n")
     for file in (*partial.iterdir(), partial):
-        _sync(file)
+        sync(file)
     if path.exists():
         path.rename(replaced)
     partial.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -165,11 +165,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,7 @@
 """The smallest complete recipe, for tests: 16 patches of 2 x 2 latent pixels, every kind of block, nothing large."""
 
+import json
+
 from mdit.config import ModelConfig, TrainConfig
 
 TINY = {
@@ -67,4 +69,4 @@ def tiny_config(**changes) -> TrainConfig:
     recipe = dict(TINY)
     for key, value in changes.items():
         recipe[key] = {**recipe[key], **value} if isinstance(value, dict) and recipe.get(key) else value
-    return TrainConfig(**recipe)
+    return TrainConfig.model_validate_json(json.dumps(recipe))  # where a list may stand for a tuple

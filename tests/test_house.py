@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # from the ground up
     {"config"},
-    {"dist", "masking", "kernels"},
+    {"dist", "files", "masking", "kernels"},
     {"models", "diffusion"},
     {"parallel", "data", "sources", "encoders", "snapshot"},
     {"prepare", "eval"},

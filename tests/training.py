@@ -55,7 +55,17 @@ def command(recipe: Path, ds_json: Path, run_dir: Path, *extra: str, processes: 
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*start, str(LAUNCHER), "--recipe", str(recipe), "--ds_config", str(ds_json), "--run_dir", str(run_dir), *extra]
+    return [
+        *start,
+        str(LAUNCHER),
+        "--recipe",
+        str(recipe),
+        "--ds_config",
+        str(ds_json),
+        "--run_dir",
+        str(run_dir),
+        *extra,
+    ]
 
 
 def environment() -> dict[str, str]:

@@ -21,8 +21,10 @@ def route(logits_NTE: Tensor, tokens_per_expert: int) -> tuple[Tensor, Tensor]:
 
 def gather_tokens(x_NTD: Tensor, index_NEK: Tensor) -> Tensor:
     """-> (E, N * K, D): each expert's tokens in one block, as a batched matmul over experts wants them."""
-    return x_NTD.flatten(0, 1).index_select(0, _flat_index(index_NEK, x_NTD.shape[1])).unflatten(
-        0, (index_NEK.shape[1], -1)
+    return (
+        x_NTD.flatten(0, 1)
+        .index_select(0, _flat_index(index_NEK, x_NTD.shape[1]))
+        .unflatten(0, (index_NEK.shape[1], -1))
     )
 
 

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-def expert_choice(
-    x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int
-) -> Tensor:
+def expert_choice(x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int) -> Tensor:
     """Router, dispatch, GELU experts and combination as (N, E, K, T) einsums. -> (N, T, D)"""
     probabilities = torch.einsum("ntd,ed->nte", x_NTD, router_ED).softmax(dim=-1)
     g_NEK, index_NEK = probabilities.transpose(1, 2).topk(tokens_per_expert, dim=-1)

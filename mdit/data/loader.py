@@ -1,7 +1,7 @@
 """From directories of shards to this rank's batches, in the global order, from any step on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 import torch

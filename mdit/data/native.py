@@ -4,8 +4,8 @@ import itertools
 import queue
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -68,9 +68,7 @@ def _new_buffer(dataset: LatentSet, num_rows: int, pinned: bool) -> Buffer:
     def empty(shape: Sequence[int]) -> Tensor:
         return torch.empty(num_rows, *shape, dtype=torch.float16, pin_memory=pinned)
 
-    return Buffer(
-        empty(dataset.latent_shape), empty(dataset.embedding_shape), torch.cuda.Event() if pinned else None
-    )
+    return Buffer(empty(dataset.latent_shape), empty(dataset.embedding_shape), torch.cuda.Event() if pinned else None)
 
 
 def _fill_buffers(datasets, rows, start_step: int, free, filled, stopped: threading.Event) -> None:

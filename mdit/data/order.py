@@ -4,8 +4,8 @@ Every epoch shuffles the shards, cuts them into windows of `group` shards and sh
 random enough for samples that were shuffled when written, and a reader touches few shards at a time.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Sequence
 
 import numpy as np
 

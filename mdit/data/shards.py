@@ -7,20 +7,20 @@
 Every file is written under a temporary name, synced and renamed, and never changed afterwards.
 """
 
-import hashlib
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import webdataset
-import xxhash
 from torch import Tensor
 
 from mdit.config import NonNegativeInt, PositiveInt, Section, UserError, parse_section
+from mdit.files import checksum, sync
 
 FORMAT = "mdit-latents/1"
 MANIFEST, INDEX = "manifest.json", "index.npy"
@@ -174,7 +174,7 @@ class ShardWriter:
         temporary = self.directory / f"{name}.tmp"
         entry = FileEntry(file=name, samples=samples, bytes=temporary.stat().st_size, xxh3=checksum(temporary))
         temporary.rename(self.directory / name)
-        sync_directory(self.directory)
+        sync(self.directory)
         return entry
 
 
@@ -287,21 +287,6 @@ def read_samples(dataset: LatentSet, samples: Sequence[int]) -> tuple[Tensor, Te
     captions = torch.empty(len(samples), *dataset.embedding_shape, dtype=torch.float16)
     rows = zip(samples, latents.numpy(), captions.numpy())
     return latents, captions, [dataset.read_into(sample, latent, caption) for sample, latent, caption in rows]
-
-
-def checksum(path: Path) -> str:
-    """xxh3 (64 bits) of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _padded(size: int) -> int:

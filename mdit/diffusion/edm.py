@@ -4,8 +4,8 @@ A network here is any callable net(x_NCHW, c_noise_N, captions_NLC, mask=...) ->
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor

@@ -1,8 +1,9 @@
 """Captions to token embeddings, standardised per dimension: MiniLM from a pip package, or a CLIP text model."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch

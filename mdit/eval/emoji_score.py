@@ -9,8 +9,8 @@ The captions name object x background pairs that training never saw together. Tw
 Beside them stand chance, and what true renderings of the same captions get: the best that the measure can give.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 import torch

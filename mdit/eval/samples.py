@@ -1,7 +1,7 @@
 """Pictures from a network: latents by the EDM sampler, decoded, in a grid with their captions."""
 
 import math
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont

@@ -2,9 +2,9 @@
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """MicroDiT (arXiv 2407.15811, section 2): patch-mixer, deferred masking, sparse backbone.
 
-    latents (N, C, H, W) -> patches (N, T, D) -> patch-mixer sees all T -> drop to K kept ones -> backbone -> (N, C, H, W)
+    latents (N, C, H, W) -> patches (N, T, D) -> patch-mixer sees all T -> drop to K kept -> backbone -> (N, C, H, W)
 
 Parameter and buffer names and shapes are exactly those of the released checkpoints.
 """
@@ -104,7 +104,7 @@ class CaptionProjection(nn.Module):
 
 
 class MicroDiT(nn.Module):
-    """The network F(c_in * x; c_noise, caption) inside EDM's preconditioning. Weights are drawn from torch's global RNG."""
+    """The network F(c_in * x; c_noise, caption) inside EDM's preconditioning. Torch's global RNG draws the weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class MicroDiT(nn.Module):
         self.init_weights()
 
     def forward(self, x_NCHW: Tensor, c_noise_N: Tensor, caption_NLC: Tensor, *, mask: Mask | None = None) -> Tensor:
-        """-> (N, C, H, W) in the parameters' dtype. With a mask, the backbone sees kept patches; the others are zero."""
+        """-> (N, C, H, W) in the parameters' dtype. With a mask the backbone sees kept patches; the others are zero."""
         dtype = self.final_layer.linear.weight.dtype
         x = (self.x_embedder(x_NCHW.to(dtype)) + self.pos_embed).to(dtype)
         y = self.y_emb_preprocess(self.y_embedder(caption_NLC.to(dtype)))

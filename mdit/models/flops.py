@@ -3,11 +3,11 @@
 The convention behind every MFU in this project: 2 FLOPs per multiply-add, backward twice the forward.
 """
 
+import torch
+
 from mdit.config import ModelConfig, kept_tokens
 from mdit.models.dit import Block, CaptionBlock, MicroDiT
 from mdit.models.moe import ExpertChoice
-
-import torch
 
 
 def training_flops(config: ModelConfig, mask_ratio: float) -> int:
@@ -41,7 +41,9 @@ def attention(tokens: int, keys: int, width: int) -> int:
 
 def block_flops(block: Block, tokens: int, caption: int) -> int:
     cross = block.cross_attn
-    flops = tokens * (linear(block.attn) + linear(cross.q_linear) + linear(cross.proj)) + caption * linear(cross.kv_linear)
+    flops = tokens * (linear(block.attn) + linear(cross.q_linear) + linear(cross.proj)) + caption * linear(
+        cross.kv_linear
+    )
     flops += attention(tokens, tokens, block.attn.proj.in_features)
     flops += attention(tokens, caption, cross.proj.in_features) + linear(block.adaLN_modulation)
     if isinstance(block.mlp, ExpertChoice):

@@ -154,7 +154,7 @@ class FinalLayer(nn.Module):
 
 
 def position_embedding(grid_size: int, dim: int, interp_scale: float) -> Tensor:
-    """2-D sine-cosine positions of a square grid, (1, T, D) float32; `interp_scale` 2 squeezes a doubled grid to fit."""
+    """Sine-cosine positions of a square grid, (1, T, D) float32; `interp_scale` 2 squeezes a doubled grid to fit."""
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     position = torch.arange(grid_size, dtype=torch.float64) / interp_scale
     angles = torch.outer(position, omega)

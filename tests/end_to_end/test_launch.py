@@ -14,7 +14,7 @@ from tests.training import REPOSITORY, environment
 SMALL = [
     "data.prepare.source.objects=4", "data.prepare.source.scenes=48", "data.prepare.source.validation_scenes=8",
     "model.dim=32", "model.depth=2", "model.head_dim=8", "model.multiple_of=16", "model.mixer_dim=16",
-    "model.mixer_depth=1", "training.num_steps=4", "training.global_batch_size=8", "report.log_every=2",
+    "model.mixer_depth=2", "training.num_steps=4", "training.global_batch_size=8", "report.log_every=2",
     "report.validate_every=4", "report.sample_every=4", "report.num_samples=4", "report.sampler_steps=2",
 ]  # fmt: skip
 

@@ -20,7 +20,12 @@ SMALL = [
 
 def overrides(stage: str, folder) -> list[str]:
     size = 8 if "256" in stage else 16
-    sets = [*SMALL, f"model.latent_size={size}", f'data.train=["{folder}/{size}"]', f'data.validation="{folder}/{size}"']
+    sets = [
+        *SMALL,
+        f"model.latent_size={size}",
+        f'data.train=["{folder}/{size}"]',
+        f'data.validation="{folder}/{size}"',
+    ]
     if "512" in stage:
         sets.append("ema.start_step=1")
     return sets

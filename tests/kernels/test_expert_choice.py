@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from mdit.kernels import expert_choice
 from mdit.kernels.expert_choice.reference import expert_choice as one_hot_expert_choice
+
 from mdit.models.moe import ExpertChoice
 
 MULTIPLE_OF = 8

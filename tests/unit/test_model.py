@@ -12,8 +12,7 @@ import torch
 
 from mdit.diffusion.edm import Draw, edm_loss
 from mdit.masking import Mask, restore_tokens
-from mdit.models import MicroDiT
-from mdit.models import dit, layers
+from mdit.models import MicroDiT, dit, layers
 from mdit.models.moe import ExpertChoice
 from tests.recipes import tiny_model
 

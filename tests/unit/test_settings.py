@@ -48,7 +48,11 @@ def test_auto_bf16_follows_the_machine():
 def test_batch_sizes_multiply_to_the_global_batch(world_size, divisor, stated):
     config = tiny_config(training={"global_batch_size": 12 * world_size})
     size = 12 // max(d for d in range(1, divisor + 1) if 12 % d == 0)
-    keys = {"micro": {"train_micro_batch_size_per_gpu": size}, "steps": {"gradient_accumulation_steps": size}, "neither": {}}
+    keys = {
+        "micro": {"train_micro_batch_size_per_gpu": size},
+        "steps": {"gradient_accumulation_steps": size},
+        "neither": {},
+    }
     got = resolve(keys[stated], world_size=world_size, config=config)
     micro, steps = got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]
     assert micro * steps * world_size == got["train_batch_size"] == 12 * world_size
@@ -56,7 +60,9 @@ def test_batch_sizes_multiply_to_the_global_batch(world_size, divisor, stated):
         assert size == (micro if stated == "micro" else steps)
 
 
-@pytest.mark.parametrize("stage, micro", [("256_pretrain", 256), ("256_finetune", 64), ("512_pretrain", 64), ("512_finetune", 16)])
+@pytest.mark.parametrize(
+    "stage, micro", [("256_pretrain", 256), ("256_finetune", 64), ("512_pretrain", 64), ("512_finetune", 16)]
+)
 def test_auto_micro_batch_keeps_16384_tokens(stage, micro):
     config = load_config(REPOSITORY / "configs" / f"res_{stage}.toml")
     assert resolve({}, world_size=8, config=config)["train_micro_batch_size_per_gpu"] == micro
