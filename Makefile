@@ -12,7 +12,9 @@ export HF_HUB_OFFLINE ?= 1
 
 train: install
 	$(BIN)/deepspeed launchers/train.py --ds_config configs/zero2.json
-	$(BIN)/python launchers/evaluate.py --snapshot $(RUN)/snapshots/latest --out $(RUN)/evaluation
+	@test $(RUN)/evaluation/scores.json -nt $(RUN)/snapshots/latest/config.json || \
+		$(BIN)/python launchers/evaluate.py --snapshot $(RUN)/snapshots/latest --out $(RUN)/evaluation
+	@echo "Pictures of prompts that training never saw: $(RUN)/evaluation/grid.png"
 
 test: install
 	$(BIN)/python -m pytest

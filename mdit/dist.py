@@ -59,6 +59,9 @@ def start(world: World) -> None:
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share a CPU share its cores
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     options = {"timeout": timedelta(minutes=30)}
     if world.size == 1:

