@@ -1,10 +1,13 @@
 """What a user can get wrong: one clear line, exit code 2, nothing half-written."""
 
 import json
+import pathlib
 import runpy
+import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from tests.training import LAUNCHER, REPOSITORY, write_ds_json, write_recipe
 
@@ -61,8 +64,6 @@ def missing_shards(arguments):
 
 def deleted_shard(arguments):
     recipe = json.load(open(arguments["--recipe"]))["recipe"]
-    import pathlib
-
     shard = next(pathlib.Path(recipe["data"]["train"][0]).glob("*.tar"))
     shard.unlink()
     return [shard.name]
@@ -93,10 +94,50 @@ def batch_larger_than_the_set(arguments):
     return ["64", "128"]
 
 
+def ask_for_a_folder(arguments, captions: str):
+    """Make the recipe prepare its own sets from a folder of pictures with this captions.jsonl."""
+    folder = pathlib.Path(arguments["--recipe"]).parent / "pictures"
+    folder.mkdir()
+    (folder / "captions.jsonl").write_text(captions)
+    Image.new("RGB", (9, 9), "red").save(folder / "good.png")
+    (folder / "torn.png").write_bytes((folder / "good.png").read_bytes()[:40])
+    source = {"name": "folder", "path": str(folder), "validation_share": 0.5}
+    prepare = {"source": source, "image_size": 8, "image_encoder": "pixels", "text_encoder": "minilm"}
+    sets = {"train": [str(folder.parent / "made/train")], "validation": str(folder.parent / "made/validation")}
+
+    def change(content):
+        content["recipe"]["data"].update(prepare=prepare, **sets)
+        content["recipe"]["model"].update(latent_channels=3, caption_channels=384)
+
+    edit(arguments["--recipe"], change)
+
+
+def unreadable_picture(arguments):
+    lines = [{"file": name, "caption": "a picture"} for name in ("good.png", "torn.png")]
+    ask_for_a_folder(arguments, "".join(json.dumps(line) + "\n" for line in lines))
+    return ["torn.png", "captions.jsonl:2"]
+
+
+def empty_caption_file(arguments):
+    ask_for_a_folder(arguments, "")
+    return ["captions.jsonl"]
+
+
 MISTAKES = [
-    misspell_recipe_key, misspell_json_key, contradict_recipe, micro_batch_that_does_not_divide, missing_shards,
-    deleted_shard, shards_of_another_shape, empty_prompts, no_recipe, no_snapshot, batch_larger_than_the_set,
-]  # fmt: skip
+    misspell_recipe_key,
+    misspell_json_key,
+    contradict_recipe,
+    micro_batch_that_does_not_divide,
+    missing_shards,
+    deleted_shard,
+    unreadable_picture,
+    empty_caption_file,
+    shards_of_another_shape,
+    empty_prompts,
+    no_recipe,
+    no_snapshot,
+    batch_larger_than_the_set,
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda f: f.__name__)
@@ -107,7 +148,7 @@ def test_one_line_and_exit_code_2(mistake, good, tmp_path, monkeypatch, capsys):
     assert code == 2, err
     assert len(errors) == 1 and "Traceback" not in err
     assert all(part in errors[0] for part in parts), errors[0]
-    assert not (tmp_path / "run").exists(), "nothing may be written"
+    assert not (tmp_path / "run").exists() and not list(tmp_path.glob("made/*")), "nothing may be written"
 
 
 def test_processes_that_cannot_share_the_batch(good, tmp_path, monkeypatch, capsys):
@@ -124,6 +165,17 @@ def test_paper_recipe_without_data_names_the_ways_to_get_it(stage, tmp_path, mon
     assert code == 2
     assert "data/res_" in err and "precompute" in err and "docs/data.md" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prompts", [[], ["--prompt", " "]], ids=["none", "blank"])
+def test_sampling_without_a_prompt(prompts, tmp_path):
+    """The prompts are checked before the snapshot is looked for."""
+    launcher = REPOSITORY / "launchers" / "sample.py"
+    arguments = ["--snapshot", str(tmp_path), "--out", str(tmp_path / "grid.png"), *prompts]
+    done = subprocess.run([sys.executable, launcher, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "prompt" in done.stderr
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_dry_run_prints_everything_and_writes_nothing(good, tmp_path, monkeypatch, capsys):
