@@ -18,6 +18,7 @@ from mdit.models.layers import (
     SelfAttention,
     SwiGLU,
     TimestepEmbedder,
+    add_gated,
     layer_norm,
     modulate,
     position_embedding,
@@ -58,9 +59,9 @@ class Block(nn.Module):
 
     def forward(self, x_NTD: Tensor, caption_NLD: Tensor, condition_ND: Tensor) -> Tensor:
         shift1, scale1, gate1, shift3, scale3, gate3 = self.adaLN_modulation(condition_ND).chunk(6, dim=1)
-        x = x_NTD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_NTD), shift1, scale1))
+        x = add_gated(x_NTD, gate1, self.attn(modulate(self.norm1(x_NTD), shift1, scale1)))
         x = x + self.cross_attn(self.norm2(x), caption_NLD)
-        return x + gate3.unsqueeze(1) * self.mlp(modulate(self.norm3(x), shift3, scale3))
+        return add_gated(x, gate3, self.mlp(modulate(self.norm3(x), shift3, scale3)))
 
     def init_weights(self) -> None:
         for layer in (self.attn, self.cross_attn, self.mlp):

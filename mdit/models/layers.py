@@ -16,7 +16,13 @@ def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
 
 
 def modulate(x_NTD: Tensor, shift_ND: Tensor, scale_ND: Tensor) -> Tensor:
-    return x_NTD * (1 + scale_ND.unsqueeze(1)) + shift_ND.unsqueeze(1)
+    """x * (1 + scale) + shift, in one pass."""
+    return torch.addcmul(shift_ND.unsqueeze(1), x_NTD, 1 + scale_ND.unsqueeze(1))
+
+
+def add_gated(x_NTD: Tensor, gate_ND: Tensor, y_NTD: Tensor) -> Tensor:
+    """x + gate * y, in one pass."""
+    return torch.addcmul(x_NTD, gate_ND.unsqueeze(1), y_NTD)
 
 
 def attend(q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int, eps: float) -> Tensor:
