@@ -52,7 +52,7 @@ class Evaluation:
             )
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(coverage.totals)
-        metrics.write(step, {"validation_loss": float(sums.mean() / count), **coverage.summary()})
+        metrics.write(step, "validation", {"validation_loss": float(sums.mean() / count), **coverage.summary()})
 
     def sample(self, step: int, engine: Engine, ema: EMA | None, metrics: Metrics) -> None:
         """The prompts' pictures as a grid, in samples/ and on TensorBoard. A collective."""

@@ -178,6 +178,7 @@ def report_progress(
     metrics.show(loss, images_per_second)
     metrics.write(
         step,
+        "train",
         {
             "loss": loss,
             "learning_rate": learning_rate(step - 1, config.training.num_steps, config.optim),

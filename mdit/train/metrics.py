@@ -27,14 +27,14 @@ class Metrics:
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and one scalar for each value."""
+    def write(self, step: int, group: str, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl; on TensorBoard one scalar "group/name" for each value."""
         if not self.active:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            self.board.add_scalar(f"{group}/{name}", value, step)
 
     def write_image(self, step: int, name: str, image: Image) -> None:
         if self.active:
