@@ -1,5 +1,4 @@
 import importlib.util
-import json
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from mdit.config import UserError
 from mdit.models import MicroDiT
 from mdit.models.presets import tiny_2, xl_2
 from mdit.snapshot import load_model, load_snapshot
+from tests.released import released
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
@@ -78,8 +78,7 @@ def test_channels_resolution_and_recipe_are_recognised(tmp_path):
 
 @pytest.mark.parametrize("size, preset", [("xl_2", xl_2), ("tiny_2", tiny_2)])
 def test_published_shapes_are_recognised(size, preset):
-    published = json.loads((ROOT / "tests/unit/released_parameters.json").read_text())[size]
-    weights = {name: torch.empty(shape, device="meta") for name, shape in published.items()}
+    weights = {name: torch.empty(shape, device="meta") for name, shape in released(size).items()}
     assert convert.recognise(weights, "x.pt") == (size, preset(32))
 
 

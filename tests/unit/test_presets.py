@@ -1,14 +1,10 @@
-"""The presets against names and shapes taken from the released code (released_parameters.json)."""
-
-import json
-from pathlib import Path
+"""The presets against the names and shapes of the released checkpoints."""
 
 import pytest
 import torch
 
 from mdit.models import MicroDiT, presets
-
-RELEASED = json.loads((Path(__file__).parent / "released_parameters.json").read_text())
+from tests.released import released
 
 
 def on_meta(config):
@@ -19,7 +15,7 @@ def on_meta(config):
 @pytest.mark.parametrize("name", ["tiny_2", "xl_2"])
 def test_names_and_shapes_are_those_of_the_released_checkpoints(name):
     state = on_meta(getattr(presets, name)()).state_dict()
-    assert {key: list(value.shape) for key, value in state.items()} == RELEASED[name]
+    assert {key: list(value.shape) for key, value in state.items()} == released(name)
 
 
 @pytest.mark.parametrize("name, millions", [("tiny_2", 200.7), ("xl_2", 1165)])
