@@ -55,7 +55,7 @@ def test_stage_ran(runs, stage):
     assert (runs / stage / "snapshots" / "latest" / "ema.safetensors").exists() == ("512" in stage)
 
 
-@pytest.mark.parametrize("before, after", zip(STAGES, STAGES[1:]))
+@pytest.mark.parametrize("before, after", list(zip(STAGES, STAGES[1:])))
 def test_stage_starts_from_the_one_before(runs, before, after):
     old = load_file(runs / before / "snapshots/latest/raw.safetensors")
     new = load_file(runs / after / "snapshots/latest/raw.safetensors")

@@ -123,7 +123,7 @@ def test_collapse_is_the_stated_maximum():
 
 
 def test_every_expert_block_is_watched_and_ranks_add_up():
-    model = MicroDiT(load_config(DEFAULT_RECIPE).model)
+    model = MicroDiT(load_config(DEFAULT_RECIPE, ["model.depth=6", "model.mixer_depth=2"]).model)
 
     def watch(*inputs):
         with ExpertCoverage(model) as coverage:
