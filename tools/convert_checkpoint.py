@@ -5,8 +5,7 @@
 
 `import` takes the state dict of the network alone (the published files), of the whole latent-diffusion model, or a
 Composer checkpoint of it. Size, channels and resolution are recognised from the shapes. Only tensors are ever read: a
-file that would have to be unpickled is refused. Weights are stored as float32: a round
-trip of float32 weights gives the same bits.
+file that would have to be unpickled is refused. Weights are stored as float32, and those come back bit for bit.
 """
 
 import argparse
