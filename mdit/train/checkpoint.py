@@ -54,12 +54,7 @@ def load_latest(directory: Path, *, layout: dict, world: World) -> tuple[int, di
     written by another layout (world size, ZeRO stage, precision): its partitions would not fit.
     """
     for path in complete_checkpoints(directory):
-        state = json.loads((path / "state.json").read_text())
-        if state["layout"] != layout:
-            raise UserError(
-                f"{path}: written with {state['layout']}, but this run has {layout}; resume with the same layout, or "
-                "start a new --run_dir with --init_from and the run's snapshot"
-            )
+        state = read_state(path, layout)
         file = path / rank_file(world.rank)
         entry = state["files"][file.name]
         whole = file.exists() and file.stat().st_size == entry["bytes"] and checksum(file) == entry["xxh3"]
@@ -67,6 +62,17 @@ def load_latest(directory: Path, *, layout: dict, world: World) -> tuple[int, di
             return state["step"], load_file(file)
         logger.warning(f"{path}: damaged (a file is missing or its checksum is wrong); trying the one before")
     return None
+
+
+def read_state(path: Path, layout: dict) -> dict:
+    """A checkpoint's state.json. Raises UserError naming both layouts when it was written by another one."""
+    state = json.loads((path / "state.json").read_text())
+    if state["layout"] != layout:
+        raise UserError(
+            f"{path}: written with {state['layout']}, but this run has {layout}; resume with the same layout, or "
+            "start a new --run_dir with --init_from and the run's snapshot"
+        )
+    return state
 
 
 def latest_step(directory: Path) -> int:

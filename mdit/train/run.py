@@ -20,7 +20,7 @@ from mdit.models.flops import training_flops
 from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
 from mdit.prepare import is_prepared, prepare
 from mdit.snapshot import initial_weights, load_snapshot
-from mdit.train.checkpoint import latest_step
+from mdit.train.checkpoint import complete_checkpoints, latest_step, read_state
 from mdit.train.engine import check_zero_section
 from mdit.train.loop import Run
 
@@ -50,7 +50,10 @@ def plan_run(
     weights = None
     if init_from is not None and latest_step(run_dir / "checkpoints") == 0:  # a run that has begun goes on from itself
         weights = initial_weights(load_snapshot(init_from), config.model)
-    return Run(config, settings, ds_config, run_dir, world, weights)
+    run = Run(config, settings, ds_config, run_dir, world, weights)
+    for newest in complete_checkpoints(run_dir / "checkpoints")[:1]:
+        read_state(newest, run.layout)  # refuses another layout now, before config.json is written again
+    return run
 
 
 def check_same_recipe(config: TrainConfig, run_dir: Path) -> None:

@@ -92,6 +92,17 @@ def test_finished_run_says_so(undisturbed):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_another_layout_is_refused_and_nothing_is_written(undisturbed, tmp_path):
+    recipe, _, run = undisturbed
+    before = (run / "config.json").read_bytes()
+    other = command(recipe, write_ds_json(tmp_path / "ds.json", stage=3), run, "--set", "training.num_steps=99")
+    done = subprocess.run(other, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "'zero_stage': 2" in errors[0] and "'zero_stage': 3" in errors[0]
+    assert (run / "config.json").read_bytes() == before
+
+
 def test_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
     recipe, ds_json, expected = undisturbed
     run = tmp_path / "run"
