@@ -85,7 +85,7 @@ def train(run: Run) -> int:
             stopping = stop.agreed(world)
 
             if step > first_step:  # what was due at the first step was done before the run stopped there
-                if step % report.log_every == 0:
+                if step % report.log_every == 0 or done:
                     report_progress(step, engine, losses, stopwatch, config, metrics)
                 if due := due_at(step, report, done=done, stopping=stopping):
                     stopwatch.pause()
