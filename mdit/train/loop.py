@@ -35,9 +35,11 @@ class Run:
     @property
     def layout(self) -> dict:
         """What a checkpoint's partitions depend on."""
+        zero = dict(self.ds_config["zero_optimization"])
         return {
             "world_size": self.world.size,
-            "zero_stage": self.ds_config["zero_optimization"]["stage"],
+            "zero_stage": zero.pop("stage"),
+            "zero_options": zero,  # some of them reorder or cut partitions, which would go unnoticed
             "bf16": self.ds_config["bf16"]["enabled"],
         }
 
