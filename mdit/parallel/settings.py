@@ -19,8 +19,6 @@ KNOWN_KEYS = {
     "gradient_clipping",
     "zero_optimization",
     "bf16",
-    "data_types",
-    "communication_data_type",
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "steps_per_print",
@@ -31,7 +29,12 @@ KNOWN_KEYS = {
     "flops_profiler",
     "mdit",
 }
-RECIPE_KEYS = {"optimizer": "[optim]", "scheduler": "[optim]", "fp16": 'no section: fp16 is not supported, use "bf16"'}
+REFUSED_KEYS = {
+    "optimizer": "the recipe's [optim] decides",
+    "scheduler": "the recipe's [optim] decides",
+    "fp16": 'not supported, use "bf16"',
+    "data_types": "gradients are always accumulated in float32",
+}
 
 # The paper's micro-batches of xl_2 on one H100 (256, 64, 64 and 16 images) are all 16,384 kept tokens.
 AUTO_TOKENS = 16_384
@@ -73,8 +76,8 @@ def resolve_ds_config(
     unknown key, a value that contradicts the recipe, and a global batch that the processes cannot share evenly.
     """
     for key in ds_json:
-        if key in RECIPE_KEYS:
-            raise UserError(f"{path}: key {key} does not belong in the JSON; the recipe decides: {RECIPE_KEYS[key]}")
+        if key in REFUSED_KEYS:
+            raise UserError(f"{path}: key {key} does not belong in the JSON: {REFUSED_KEYS[key]}")
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             raise UserError(f"{path}: unknown key {key}" + (f" (did you mean {near[0]}?)" if near else ""))
@@ -85,7 +88,7 @@ def resolve_ds_config(
     clip = config.optim.max_grad_norm
     _agree(ds_json, "gradient_clipping", clip, "optim.max_grad_norm", path)
     resolved["gradient_clipping"] = clip
-    resolved["data_types"] = {"grad_accum_dtype": "fp32"} | ds_json.get("data_types", {})
+    resolved["data_types"] = {"grad_accum_dtype": "fp32"}
     resolved.setdefault("steps_per_print", 10**9)  # the loop reports
     # The optimizer is torch's AdamW, made from the recipe; DeepSpeed shards whatever it is handed.
     resolved.setdefault("zero_allow_untested_optimizer", True)
@@ -99,6 +102,9 @@ def _zero_section(ds_json: dict, path) -> dict:
     if stage not in (1, 2, 3):
         # Stage 0 accumulates bf16 gradients in bf16; stage 1 on one process costs the same and does not.
         raise UserError(f"{path}: zero_optimization.stage = {stage!r}: expected 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if (section := zero.get(key)) and section.get("device") == "nvme":
+            raise UserError(f'{path}: zero_optimization.{key}.device = \'nvme\': expected "cpu" or "none"')
     return dict(zero)
 
 

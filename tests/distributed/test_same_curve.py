@@ -24,6 +24,7 @@ LAYOUTS = {
     "2 processes, ZeRO-2, micro-batch of 1": dict(processes=2, stage=2, micro_batch=1),
     "2 processes, ZeRO-3": dict(processes=2, stage=3, micro_batch=2),
     "ZeRO-3 alone": dict(processes=1, stage=3),
+    "optimizer in host memory": dict(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}}),
     "activation checkpointing": dict(processes=1, stage=2, mdit={"activation_checkpointing": "block"}),
 }
 
@@ -32,7 +33,7 @@ LAYOUTS = {
 def test_layout_keeps_losses_and_weights(baseline, tmp_path, name):
     recipe, expected = baseline
     layout = dict(LAYOUTS[name])
-    processes = layout.pop("processes")
+    processes = layout.pop("processes", 1)
     train(recipe, write_ds_json(tmp_path / "ds.json", **layout), tmp_path / "run", processes=processes)
 
     for key in ("loss", "validation_loss", "gradient_norm"):

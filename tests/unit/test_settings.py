@@ -1,14 +1,18 @@
 """The DeepSpeed JSON: filled from the recipe, never allowed to contradict it."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mdit.config import UserError, load_config
-from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
+from mdit.dist import World
+from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings, resolve_ds_config
 from mdit.train.engine import check_zero_section
+from mdit.train.loop import Run
 from tests.recipes import tiny_config
 from tests.training import REPOSITORY
 
@@ -81,6 +85,8 @@ def test_misspelled_key_names_the_near_one():
         ({"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 4}, ["6", "4", "24"]),
         ({"optimizer": {"type": "Adam"}}, ["optimizer", "[optim]"]),
         ({"fp16": {"enabled": True}}, ["fp16", "bf16"]),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ["data_types", "float32"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param.device", "nvme"]),
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled", "'yes'"]),
         ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage", "0"]),
         ({"zero_optimization": {}}, ["zero_optimization.stage", "None"]),
@@ -113,3 +119,12 @@ def test_unreadable_json(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match="bad.json: not valid JSON"):
         load_ds_json(tmp_path / "bad.json")
+
+
+def test_options_that_cut_partitions_are_part_of_a_checkpoints_layout():
+    world = World(0, 1, 0, torch.device("cpu"))
+    plain, cut = (
+        Run(CONFIG, RunSettings(), resolve({"zero_optimization": {"stage": 3, **options}}), Path("run"), world).layout
+        for options in ({}, {"sub_group_size": 1000})
+    )
+    assert plain != cut and plain["zero_stage"] == cut["zero_stage"] == 3
