@@ -28,12 +28,12 @@ FIRST_LAYER = "x_embedder.proj.weight"
 CAPTION_LAYER = "y_embedder.y_proj.fc1.weight"
 
 # What the released models' latents are decoded and their captions embedded with (`create_latent_diffusion`), by latent
-# channels. An autoencoder without a scale here brings its own. Caption embeddings were not standardised.
+# channels. An autoencoder without a scale here brings its own.
 IMAGE_ENCODERS = {
     4: {"id": "stabilityai/stable-diffusion-xl-base-1.0", "scale": 0.13025, "shift": 0.0},
     16: {"id": "ostris/vae-kl-f8-d16"},
 }
-TEXT_ENCODER = "apple/DFN5B-CLIP-ViT-H-14-378"
+TEXT_ENCODER = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
 
 
 def import_checkpoint(source: Path, out: Path) -> None:
@@ -121,10 +121,8 @@ def encoders_for(model: ModelConfig) -> dict[str, Any]:
     """Descriptions for `mdit.encoders`, as a latent data set's manifest has them."""
     if model.latent_channels not in IMAGE_ENCODERS:
         raise UserError(f"no autoencoder of {model.latent_channels} channels is known, only of {list(IMAGE_ENCODERS)}")
-    channels = model.caption_channels
-    text = {"id": TEXT_ENCODER, "max_tokens": model.caption_length, "channels": channels}
-    as_it_is = {"mean": [0.0] * channels, "std": [1.0] * channels}
-    return {"image": IMAGE_ENCODERS[model.latent_channels], "text": text | as_it_is}
+    text = {"id": TEXT_ENCODER, "max_tokens": model.caption_length, "channels": model.caption_channels}
+    return {"image": IMAGE_ENCODERS[model.latent_channels], "text": text}
 
 
 def main() -> None:

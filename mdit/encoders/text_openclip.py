@@ -1,0 +1,58 @@
+"""The text tower of an open_clip model, as the paper's code uses it: every token after the final norm, none pooled."""
+
+import pickle
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdit.config import UserError
+
+PREFIX = "openclip:"
+INSTALL = "pip install 'open_clip_torch>=3', with the torchvision that belongs to your torch"
+HAVE_WEIGHTS = ("hf-hub:", "local-dir:")
+
+
+class OpenClipTower:
+    """See `mdit.encoders.text.Tower`. Captions are padded with token 0, and no padding is masked, as in training."""
+
+    def __init__(self, model, tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        text = getattr(model, "text", model)
+        self.channels: int = text.token_embedding.embedding_dim
+        self.default_tokens = self.most_tokens = int(text.context_length)
+
+    def __call__(self, captions: list[str], max_tokens: int) -> tuple[Tensor, None]:
+        ids_NL = self.tokenizer(captions, context_length=max_tokens)
+        # The tower wants all its positions filled; its causal mask keeps the first ones from seeing what is added.
+        ids_NL = F.pad(ids_NL, (0, self.most_tokens - max_tokens)).to(self.model.logit_scale.device)
+        output = self.model.forward_intermediates(
+            text=ids_NL, text_indices=1, normalize_intermediates=True, intermediates_only=True
+        )
+        return output["text_intermediates"][-1][:, :max_tokens], None
+
+
+def load_openclip(identifier: str, key: str, device: torch.device | str, dtype: torch.dtype) -> OpenClipTower:
+    """From "hf-hub:OWNER/NAME", "local-dir:PATH", or "MODEL:TAG" of open_clip's own list of pretrained models.
+
+    Weights are safetensors, or files that torch.load reads with weights_only. `key` begins every message of the
+    UserError that is raised when there is no such tower.
+    """
+    try:
+        import open_clip
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+        raise UserError(f"{key}: needs open_clip ({error}): {INSTALL}") from None
+    name, tag = (identifier, "") if identifier.startswith(HAVE_WEIGHTS) else identifier.partition(":")[::2]
+    if name == identifier and not identifier.startswith(HAVE_WEIGHTS):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = f"one of {', '.join(tags)}" if tags else "but open_clip knows no weights of that model"
+        raise UserError(f"{key}: expected {PREFIX}hf-hub:ID, {PREFIX}local-dir:PATH or {PREFIX}{name}:TAG, {known}")
+    try:
+        model = open_clip.create_model_from_pretrained(name, tag or None, return_transform=False, weights_only=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{key}: open_clip cannot load it: {str(error).strip().splitlines()[0]}") from None
+    if not hasattr(getattr(model, "text", model), "forward_intermediates"):
+        raise UserError(f"{key}: its text tower is a model of transformers; give the id of that one")
+    model.visual = None  # gives its memory back
+    return OpenClipTower(model.to(device, dtype).eval().requires_grad_(False), tokenizer)

