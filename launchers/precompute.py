@@ -1,24 +1,44 @@
-"""Make a recipe's latent shards, or check those that are there.
+"""Make latent shards, or check those that are there: of a recipe, or of a data set as it was downloaded.
 
-    python launchers/precompute.py --recipe configs/quickstart.toml
-    python launchers/precompute.py --recipe configs/quickstart.toml --verify
+    python launchers/precompute.py --recipe configs/quickstart.toml [--verify]
+    deepspeed launchers/precompute.py --source cc12m --root downloads/cc12m --out data/cc12m \\
+        --image_size 256 --image_size 512 --image_encoder ID_OR_PATH --text_encoder ID_OR_PATH
 
-Training makes missing shards by itself; this is for doing it beforehand. See docs/data.md.
+Also under torchrun, srun and plain python, on any number of machines at once. The same command again goes on where it
+stopped. Training makes the shards of a recipe by itself. See docs/data.md.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from mdit.config import DEFAULT_RECIPE, UserError, load_config
+from mdit.config import UserError
 from mdit.dist import configure_logging, identify
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="its [data] section is what counts")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one recipe key")
-    parser.add_argument("--verify", action="store_true", help="read every shard again and compare its checksum")
+    add = parser.add_argument
+    add("--recipe", type=Path, help="its [data] section is what counts; default: configs/quickstart.toml")
+    add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one recipe key")
+    add("--source", metavar="NAME", help="instead of a recipe: cc12m, webdataset, folder, ...")
+    add("--root", type=Path, metavar="DIR", help="where it was downloaded to")
+    add("--out", type=Path, metavar="DIR", help="sets are written to DIR/256, DIR/512, ...")
+    add("--image_size", type=int, action="append", help="in pixels; may be given several times")
+    add("--image_encoder", metavar="ID_OR_PATH", help="pixels, or a diffusers AutoencoderKL")
+    add("--text_encoder", metavar="ID_OR_PATH", help="minilm, openclip:ID, CLIP, T5, or a set to take it over from")
+    add("--caption_length", type=int, help="tokens; default: the text encoder's")
+    add("--split", help="default: train")
+    add("--caption_key", help="the field with the captions, where there may be several")
+    add("--limit", type=int, help="take the first so many pictures only")
+    add("--min_side", type=int, help="leave out pictures with a shorter side; default: the smallest image size")
+    add("--embeddings", choices=("f16", "i8b64"), help="how caption embeddings are stored; default: f16")
+    add("--precision", choices=("float32", "bfloat16"), help="of the image encoder; default: float32")
+    add("--batch_size", type=int, help="pictures in the encoder at a time; default: 32")
+    add("--shard_bytes", type=int, help="size of a shard; default: 10^9")
+    add("--decoder", choices=("auto", "pillow", "dali"), help="default: dali where it works on a GPU, else pillow")
+    add("--verify", action="store_true", help="read every shard again and compare its checksums")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args(arguments)
 
 
@@ -26,24 +46,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     world = identify()
     configure_logging(world)
+    begun = False
     try:
-        config = load_config(args.recipe, args.set)
-        from mdit.data.shards import open_dataset
-        from mdit.prepare import prepare
+        from mdit.prepare.command import describe, plan_sets
 
-        prepare(config, device=world.device)
-        for directory in dict.fromkeys((*config.data.train, config.data.validation)):
-            dataset = open_dataset(directory)
-            if args.verify:
-                dataset.verify()
-            size = sum(shard.bytes for shard in dataset.manifest.shards)
-            print(
-                f"{directory}: {dataset.samples:,} samples in {len(dataset.shard_sizes)} shards, {size / 1e6:,.1f} MB, "
-                f"latents {dataset.latent_shape}, caption embeddings {dataset.embedding_shape}"
-                + (", checksums right" if args.verify else "")
-            )
+        make_sets = plan_sets(args, world)
+        begun = True
+        for directory in make_sets():
+            print(describe(directory, args.verify), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if world.is_first or begun:  # until then all processes see the same error
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

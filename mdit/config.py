@@ -116,15 +116,24 @@ class PrepareConfig(Section):
     image_size: PositiveInt
     image_encoder: str
     text_encoder: str
+    embeddings: Literal["f16", "i8b64"] = Field("f16", description="how caption embeddings are stored: docs/data.md")
 
 
 class DataConfig(Section):
-    """Directories of latent shards (`mdit-latents/1`). Several training directories are read as one set."""
+    """Directories of latent shards (`mdit-latents/1`). Several training directories are read as one set, in proportion
+    to their sizes; with `weights`, one for each, every batch holds them in that proportion."""
 
     train: Annotated[tuple[str, ...], Field(min_length=1)]
+    weights: tuple[PositiveFloat, ...] | None = None
     validation: str
     caption_drop: Probability
     prepare: PrepareConfig | None = None
+
+    @model_validator(mode="after")
+    def _a_weight_each(self):
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(f"weights has {len(self.weights)} values, but train has {len(self.train)} directories")
+        return self
 
 
 class TrainingConfig(Section):

@@ -35,7 +35,7 @@ ONLY_IN = {  # package: the files that may name it; tests may name all
     "transformers": ["mdit/encoders/*"],
     "diffusers": ["mdit/encoders/*"],
     "open_clip": ["mdit/encoders/*"],
-    "nvidia.dali": ["mdit/data/dali.py"],
+    "nvidia.dali": ["mdit/data/dali.py", "mdit/prepare/dali.py"],
 }
 
 
@@ -117,7 +117,7 @@ def test_modules_import_only_from_lower_floors_or_their_own_part():
         ("kernels/adaln/__init__.py", "from mdit.models.layers import modulate"),
         ("kernels/adaln/__init__.py", "from ...models.layers import modulate"),
         ("mdit/data/loader.py", "from mdit.encoders.image import encode"),
-        ("mdit/prepare.py", "from mdit.eval.frechet import frechet"),
+        ("mdit/prepare/recipe.py", "from mdit.eval.frechet import frechet"),
         ("mdit/eval/frechet.py", "from mdit.train.loop import train"),
         ("mdit/train/loop.py", "from launchers.train import main"),
         ("mdit/train/loop.py", "import tests.recipes"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdit.data.shards import ShardWriter
+from mdit.data.writer import ShardWriter
 from tests.recipes import tiny_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -1,68 +1,22 @@
 """From directories of shards to this rank's batches, in the global order, from any step on."""
 
+import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mdit.config import UserError
-from mdit.data.native import ReadAhead
-from mdit.data.order import GlobalOrder
+from mdit.data.native import NativeLoader
+from mdit.data.order import build_order
+from mdit.data.read_ahead import Batch, ReadAhead
 from mdit.data.shards import MANIFEST, LatentSet, open_dataset
+from mdit.dist import logger
 
+__all__ = ["Batch", "build_loader", "choose_engine", "require_same_kind"]
 
-@dataclass(frozen=True)
-class Batch:
-    """This rank's rows of one global batch.
-
-    `latents_NCHW` and `captions_NLC` are fp16 on the loader's device, `texts` the captions themselves, `samples` the
-    (N,) int64 sample numbers over all directories, `step` the optimizer step they belong to.
-    """
-
-    latents_NCHW: Tensor
-    captions_NLC: Tensor
-    texts: list[str]
-    samples: np.ndarray
-    step: int
-
-
-class Loader:
-    """An endless iterator of Batch over all epochs, and a context manager; close() stops its thread."""
-
-    def __init__(self, read_ahead: ReadAhead, device: torch.device) -> None:
-        self._read_ahead, self._device = read_ahead, device
-
-    def __iter__(self) -> "Loader":
-        return self
-
-    def __next__(self) -> Batch:
-        """Raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed."""
-        if not self._read_ahead.close.alive:
-            raise StopIteration
-        try:
-            buffer = self._read_ahead.take()
-        except Exception:
-            self.close()
-            raise
-        latents_NCHW, captions_NLC = (
-            host.to(self._device, non_blocking=True, copy=True) for host in (buffer.latents_NCHW, buffer.captions_NLC)
-        )
-        if buffer.copied is not None:
-            buffer.copied.record()
-        batch = Batch(latents_NCHW, captions_NLC, buffer.texts, buffer.samples, buffer.step)
-        self._read_ahead.give_back(buffer)
-        return batch
-
-    def close(self) -> None:
-        self._read_ahead.close()
-
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
+Engine = Literal["native", "dali"]
 
 
 def build_loader(
@@ -74,11 +28,14 @@ def build_loader(
     rank: int,
     world_size: int,
     device: torch.device | str,
-) -> Loader:
-    """Rank r of W yields rows [r * G / W, (r + 1) * G / W) of every global batch of G samples, from `start_step` on.
+    weights: Sequence[float] | None = None,
+    engine: Literal["auto", "native", "dali"] = "auto",
+):
+    """An endless iterator of Batch and a context manager: rank r of W yields rows [r * G / W, (r + 1) * G / W) of every
+    global batch of G samples, from `start_step` on. Engines differ in how they move bytes, never in what arrives.
 
-    Raises UserError when the directories do not fit together, when G is not a multiple of W or when the set is smaller
-    than G; ShardError when shards are missing or damaged.
+    Raises UserError when the directories do not fit together, when G is not a multiple of W, when a set is smaller than
+    its share of G or when the engine is not there; ShardError when shards are missing or damaged.
     """
     if global_batch_size % world_size:
         raise UserError(
@@ -87,22 +44,40 @@ def build_loader(
     datasets = [open_dataset(directory) for directory in directories]
     for other in datasets[1:]:
         require_same_kind(datasets[0], other)
-    shard_sizes = [size for dataset in datasets for size in dataset.shard_sizes]
-    order = GlobalOrder(shard_sizes, global_batch_size, seed)
+    order = build_order([dataset.shard_sizes for dataset in datasets], weights, global_batch_size, seed)
     share = global_batch_size // world_size
 
     def rows(step: int) -> np.ndarray:
         return order.batch(step)[rank * share : (rank + 1) * share]
 
     device = torch.device(device)
-    return Loader(ReadAhead(datasets, rows, share, start_step, pinned=device.type == "cuda"), device)
+    chosen, reason = choose_engine(engine, device)
+    logger.info(f"data engine: {chosen} ({reason})")
+    read_ahead = ReadAhead(datasets, rows, start_step, pinned=device.type == "cuda")
+    if chosen == "dali":
+        from mdit.data.dali import DaliLoader
+
+        return DaliLoader(read_ahead, share, device)
+    return NativeLoader(read_ahead, device)
+
+
+def choose_engine(wanted: Literal["auto", "native", "dali"], device: torch.device) -> tuple[Engine, str]:
+    """-> the engine and why. Raises UserError when DALI is asked for and not installed."""
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if wanted == "dali" and not installed:
+        raise UserError("mdit.data_engine = 'dali', but DALI is not installed: pip install nvidia-dali-cuda130")
+    if wanted != "auto":
+        return wanted, "asked for"
+    if device.type != "cuda":
+        return "native", "no GPU"
+    return ("dali", "installed, and a GPU is there") if installed else ("native", "DALI is not installed")
 
 
 def require_same_kind(one: LatentSet, other: LatentSet) -> None:
     """Raise UserError unless two sets have the same shapes and were made by the same encoders."""
     paths = f"{one.directory / MANIFEST} and {other.directory / MANIFEST}"
-    for name in ("latent_shape", "embedding_shape"):
-        first, second = getattr(one, name), getattr(other, name)
+    for name in ("latent_shape", "embedding_shape", "embeddings"):
+        first, second = getattr(one.layout, name), getattr(other.layout, name)
         if first != second:
             raise UserError(f"{paths}: {name} is {first} and {second}; one model cannot read both")
     for name in sorted(one.encoders.keys() | other.encoders.keys()):

@@ -1,98 +1,40 @@
-"""Reading ahead: a thread fills recycled buffers with this rank's rows of the coming batches. Every platform."""
+"""The engine that needs nothing but torch: a rank's rows as tensors, on any device."""
 
-import itertools
-import queue
-import threading
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
 import torch
-from torch import Tensor
 
-from mdit.data.shards import LatentSet
-
-NUM_BUFFERS = 3  # one with the consumer, two ahead
+from mdit.data.read_ahead import Batch, ReadAhead
 
 
-@dataclass
-class Buffer:
-    """Host memory for one batch, pinned when it is to be copied to a GPU; `copied` marks the end of that copy."""
+class NativeLoader:
+    """An endless iterator of Batch over all epochs, and a context manager; close() stops its threads.
 
-    latents_NCHW: Tensor
-    captions_NLC: Tensor
-    copied: torch.cuda.Event | None
-    texts: list[str] = field(default_factory=list)
-    samples: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    step: int = -1
-
-
-class ReadAhead:
-    """Buffers filled for `start_step`, `start_step + 1`, ... without end.
-
-    `rows(step)` gives the sample numbers to read for a step, counted over all `datasets` as if they were one.
+    On a CPU a batch is a view of the buffer it was read into, which is used again once nobody holds the batch. To a GPU
+    it is copied from pinned memory, in the order of the current stream and without waiting.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[LatentSet],
-        rows: Callable[[int], np.ndarray],
-        num_rows: int,
-        start_step: int,
-        pinned: bool,
-    ) -> None:
-        self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
-        self._filled: queue.SimpleQueue[Buffer | Exception] = queue.SimpleQueue()
-        for _ in range(NUM_BUFFERS):
-            self._free.put(_new_buffer(datasets[0], num_rows, pinned))
-        stopped = threading.Event()
-        arguments = (datasets, rows, start_step, self._free, self._filled, stopped)
-        thread = threading.Thread(target=_fill_buffers, args=arguments, name="mdit-read-ahead", daemon=True)
-        # Runs once: on close(), when this object is forgotten, or at the interpreter's exit.
-        self.close = weakref.finalize(self, _stop, stopped, self._free, thread)
-        thread.start()
+    def __init__(self, read_ahead: ReadAhead, device: torch.device) -> None:
+        self._read_ahead, self._device = read_ahead, device
 
-    def take(self) -> Buffer:
-        """Wait for the next filled buffer. Raises what went wrong in the thread."""
-        filled = self._filled.get()
-        if isinstance(filled, Exception):
-            raise filled
-        return filled
+    def __iter__(self) -> "NativeLoader":
+        return self
 
-    def give_back(self, buffer: Buffer) -> None:
-        self._free.put(buffer)
+    def __next__(self) -> Batch:
+        """Raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed."""
+        buffer = self._read_ahead.take()
+        texts, samples, step = buffer.texts, buffer.samples, buffer.step
+        if buffer.copied is None:
+            rows = self._read_ahead.lend(buffer)
+        else:
+            rows = buffer.rows.to(self._device, non_blocking=True)
+            buffer.copied.record()
+            self._read_ahead.give_back(buffer)
+        return Batch(*self._read_ahead.layout.split(rows), texts, samples, step)
 
+    def close(self) -> None:
+        self._read_ahead.close()
 
-def _new_buffer(dataset: LatentSet, num_rows: int, pinned: bool) -> Buffer:
-    def empty(shape: Sequence[int]) -> Tensor:
-        return torch.empty(num_rows, *shape, dtype=torch.float16, pin_memory=pinned)
+    def __enter__(self) -> "NativeLoader":
+        return self
 
-    return Buffer(empty(dataset.latent_shape), empty(dataset.embedding_shape), torch.cuda.Event() if pinned else None)
-
-
-def _fill_buffers(datasets, rows, start_step: int, free, filled, stopped: threading.Event) -> None:
-    first_samples = np.cumsum([0, *(dataset.samples for dataset in datasets)])
-    try:
-        for step in itertools.count(start_step):
-            buffer = free.get()
-            if stopped.is_set():
-                return
-            if buffer.copied is not None:
-                buffer.copied.synchronize()  # the GPU may still be reading this memory
-            buffer.step, buffer.samples = step, rows(step)
-            numbers = np.searchsorted(first_samples, buffer.samples, side="right") - 1
-            targets = zip(buffer.latents_NCHW.numpy(), buffer.captions_NLC.numpy(), strict=True)
-            buffer.texts = [
-                datasets[number].read_into(int(sample - first_samples[number]), latent, caption)
-                for number, sample, (latent, caption) in zip(numbers, buffer.samples, targets, strict=True)
-            ]
-            filled.put(buffer)
-    except Exception as error:
-        filled.put(error)
-
-
-def _stop(stopped: threading.Event, free: queue.SimpleQueue, thread: threading.Thread) -> None:
-    stopped.set()
-    free.put(None)  # wakes the thread if it waits for a buffer
-    thread.join()
+    def __exit__(self, *error) -> None:
+        self.close()

@@ -1,36 +1,38 @@
-"""The on-disk format `mdit-latents/1`: fp16 latents and caption embeddings in plain tar shards. See docs/data.md.
+"""The on-disk format `mdit-latents/1`: latents and caption embeddings in plain tar shards. See docs/data.md.
 
-    manifest.json        written last: shapes, encoders, every file's size and xxh3; without it there is no set
-    index.npy            one INDEX_DTYPE row a sample, in the order of writing
-    shard_00000.tar      KEY.emb.bin  KEY.lat.bin  KEY.txt, one after the other for every sample
+    manifest.json          written last: shapes, encoders, every file's size and xxh3; without it there is no set
+    index.npy              one INDEX_DTYPE row a sample, in the order of writing
+    shard_00012_000.tar    KEY.emb.bin  KEY.lat.bin  KEY.txt, one after the other for every sample
+    shard_00012_000.idx    where they are, as DALI's webdataset reader wants it
 
-Every file is written under a temporary name, synced and renamed, and never changed afterwards.
+Every file is written under a temporary name, synced and renamed, and never changed afterwards (`mdit.data.writer`).
 """
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import webdataset
+import xxhash
 from torch import Tensor
 
 from mdit.config import NonNegativeInt, PositiveInt, Section, UserError, parse_section
-from mdit.files import checksum, sync
+from mdit.data.quantise import BLOCK, dequantise, stored_bytes
+from mdit.files import checksum
 
 FORMAT = "mdit-latents/1"
 MANIFEST, INDEX = "manifest.json", "index.npy"
-DTYPE = "<f2"
 TAR_BLOCK = 512
-# Byte offsets of each member's data in its shard, and the caption's length in bytes.
-INDEX_DTYPE = np.dtype(
-    [("shard", "<i4"), ("text_bytes", "<i4"), ("embedding", "<i8"), ("latent", "<i8"), ("text", "<i8")]
-)
-MAX_OPEN_SHARDS = 256
+# Where a sample's first header is in its shard, the length of its caption in bytes, and the xxh3 of all bytes from that
+# header to the caption's last.
+INDEX_DTYPE = np.dtype([("shard", "<i4"), ("text_bytes", "<i4"), ("offset", "<i8"), ("xxh3", "<u8")])
+MAX_OPEN_SHARDS = 512
+SECONDS_BETWEEN_LOOKS = 1.0  # at whether an open shard is still the file of that name
 
 
 class ShardError(UserError):
@@ -38,7 +40,9 @@ class ShardError(UserError):
 
 
 class Member(Section):
-    dtype: Literal["<f2"]
+    """`f16` is little-endian IEEE half; `i8b64` is described in `mdit.data.quantise`."""
+
+    dtype: Literal["f16", "i8b64"]
     shape: tuple[PositiveInt, ...]
 
 
@@ -47,221 +51,275 @@ class Members(Section):
     emb: Member
 
 
+class Layout(Section):
+    """What a sample is: latents (C, H, W) in fp16, a caption embedding (L, C) in fp16 or 8 bits.
+
+    A *row* is the part of a sample that all samples of a set share in length: from its first tar header to the caption,
+    headers and padding included. So one read and one checksum cover everything.
+    """
+
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    embedding_shape: tuple[PositiveInt, PositiveInt]
+    embeddings: Literal["f16", "i8b64"] = "f16"
+
+    @cached_property
+    def embedding_bytes(self) -> int:
+        length, channels = self.embedding_shape
+        return stored_bytes(length, channels) if self.embeddings == "i8b64" else 2 * length * channels
+
+    @cached_property
+    def latent_bytes(self) -> int:
+        channels, height, width = self.latent_shape
+        return 2 * channels * height * width
+
+    @cached_property
+    def latent_at(self) -> int:
+        """Of the latents' first byte in a row. The embedding comes first, behind one header."""
+        return 2 * TAR_BLOCK + padded(self.embedding_bytes)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        return self.latent_at + padded(self.latent_bytes) + TAR_BLOCK
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, row_bytes) uint8 -> latents (N, C, H, W) and caption embeddings (N, L, C), both fp16, on the device of
+        the rows. Views of the rows, but for embeddings in 8 bits."""
+        stored = rows[:, TAR_BLOCK : TAR_BLOCK + self.embedding_bytes]
+        latents = rows[:, self.latent_at : self.latent_at + self.latent_bytes].view(torch.float16)
+        if self.embeddings == "i8b64":
+            captions = dequantise(stored, *self.embedding_shape)
+        else:
+            captions = stored.view(torch.float16).unflatten(1, self.embedding_shape)
+        return latents.unflatten(1, self.latent_shape), captions
+
+    def check(self) -> None:
+        """Raise UserError when 8-bit blocks do not fit the width."""
+        if self.embeddings == "i8b64" and self.embedding_shape[1] % BLOCK:
+            raise UserError(
+                f"embeddings = 'i8b64' has blocks of {BLOCK} values, which do not fit "
+                f"{self.embedding_shape[1]} channels"
+            )
+
+
 class FileEntry(Section):
     file: str
-    samples: NonNegativeInt
+    samples: PositiveInt
     bytes: NonNegativeInt
     xxh3: str
 
 
 class Manifest(Section):
     """What manifest.json holds. `encoders` says how to embed a new caption and how to decode latents; `fingerprint`
-    holds the settings that the set was made from."""
+    holds the settings that the set was made from; `dali_indexes` belong to the shards in their order."""
 
     format: Literal["mdit-latents/1"]
     members: Members
     encoders: dict[str, dict[str, Any]]
     fingerprint: dict[str, Any]
-    samples: NonNegativeInt
+    samples: PositiveInt
     index: FileEntry
     shards: tuple[FileEntry, ...]
-
-
-class ShardWriter:
-    """Writes one set into a new directory. Leaving the `with` block by an exception leaves no manifest.
-
-    Latents are (C, H, W) and embeddings (L, C), both stored as little-endian fp16. A shard is closed when it reaches
-    `shard_bytes`. Raises UserError when the directory already holds something.
-    """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        latent_shape: Sequence[int],
-        embedding_shape: Sequence[int],
-        encoders: dict[str, dict[str, Any]],
-        fingerprint: dict[str, Any],
-        shard_bytes: int = 10**9,
-    ) -> None:
-        self.directory = Path(directory)
-        self.latent_shape, self.embedding_shape = tuple(latent_shape), tuple(embedding_shape)
-        self.encoders, self.fingerprint, self.shard_bytes = encoders, fingerprint, shard_bytes
-        self._shards: list[FileEntry] = []
-        self._rows: list[tuple[int, ...]] = []
-        self._tar: webdataset.TarWriter | None = None
-        self._shard_samples = 0
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if any(self.directory.iterdir()):
-            raise UserError(f"{self.directory}: is not empty, and shards are never rewritten; choose another directory")
-
-    def write(self, key: str, latent: np.ndarray, embedding: np.ndarray, caption: str) -> None:
-        """Append one sample. `key` is unique and holds no dot. Raises UserError when a value is not finite in fp16."""
-        if "." in key:
-            raise ValueError(f"key {key!r} holds a dot, which ends a key in a tar of samples")
-        latent = self._stored(key, "latents", latent, self.latent_shape)
-        embedding = self._stored(key, "caption embedding", embedding, self.embedding_shape)
-        text = caption.encode()
-        if self._tar is None:
-            self._file = open(self.directory / f"{self._shard_name}.tmp", "wb")
-            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
-        start = self._tar.tarstream.offset
-        # TarWriter sorts members by name: emb.bin, lat.bin, txt. Each is a header block and data padded to blocks.
-        self._tar.write({"__key__": key, "emb.bin": embedding, "lat.bin": latent, "txt": text})
-        embedding_at = start + TAR_BLOCK
-        latent_at = embedding_at + _padded(len(embedding)) + TAR_BLOCK
-        text_at = latent_at + _padded(len(latent)) + TAR_BLOCK
-        self._rows.append((len(self._shards), len(text), embedding_at, latent_at, text_at))
-        self._shard_samples += 1
-        if text_at + _padded(len(text)) >= self.shard_bytes:
-            self._close_shard()
-
-    def close(self) -> None:
-        """Finish the last shard, then write index and manifest."""
-        if self._tar is not None:
-            self._close_shard()
-        index = np.array(self._rows, dtype=INDEX_DTYPE)
-        with open(self.directory / f"{INDEX}.tmp", "wb") as file:
-            np.save(file, index, allow_pickle=False)
-            entry = self._publish(file, INDEX, len(index))
-        manifest = Manifest(
-            format=FORMAT,
-            members=Members(
-                lat=Member(dtype=DTYPE, shape=self.latent_shape), emb=Member(dtype=DTYPE, shape=self.embedding_shape)
-            ),
-            encoders=self.encoders,
-            fingerprint=self.fingerprint,
-            samples=len(index),
-            index=entry,
-            shards=tuple(self._shards),
-        )
-        with open(self.directory / f"{MANIFEST}.tmp", "wb") as file:
-            file.write(json.dumps(manifest.model_dump(mode="json"), indent=1).encode())
-            self._publish(file, MANIFEST, len(index))
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
-            self.close()
-        elif self._tar is not None:
-            with suppress(OSError), self._file:  # a full disk may be why we are here
-                self._tar.close()
+    dali_indexes: tuple[FileEntry, ...]
 
     @property
-    def _shard_name(self) -> str:
-        return f"shard_{len(self._shards):05d}.tar"
+    def layout(self) -> Layout:
+        lat, emb = self.members.lat, self.members.emb
+        return Layout(latent_shape=lat.shape, embedding_shape=emb.shape, embeddings=emb.dtype)
 
-    def _stored(self, key: str, what: str, values: np.ndarray, shape: tuple[int, ...]) -> bytes:
-        if values.shape != shape:
-            raise ValueError(f"sample {key}: {what} of shape {values.shape}, expected {shape}")
-        with np.errstate(over="ignore"):
-            stored = np.asarray(values, dtype=DTYPE)
-        if not np.isfinite(stored).all():
-            raise UserError(f"{self.directory}: sample {key}: {what} not finite in fp16")
-        return stored.tobytes()
 
-    def _close_shard(self) -> None:
-        self._tar.close()
-        with self._file:
-            self._shards.append(self._publish(self._file, self._shard_name, self._shard_samples))
-        self._tar, self._shard_samples = None, 0
+class Place(NamedTuple):
+    """Where a sample is: its number in the set, and its row of the index."""
 
-    def _publish(self, file, name: str, samples: int) -> FileEntry:
-        """Sync the file that is open under its temporary name, then give it its own."""
-        file.flush()
-        os.fsync(file.fileno())
-        temporary = self.directory / f"{name}.tmp"
-        entry = FileEntry(file=name, samples=samples, bytes=temporary.stat().st_size, xxh3=checksum(temporary))
-        temporary.rename(self.directory / name)
-        sync(self.directory)
-        return entry
+    sample: int
+    shard: int
+    text_bytes: int
+    offset: int
+    xxh3: int
+
+
+class Index:
+    """index.npy, read where it is needed: a map of it would end the process by a signal when the file is cut short."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            mapped = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # the parser of a header raises what its tokenizer raises
+            raise ShardError(f"{path}: not a numpy file: {error}") from None
+        if mapped.dtype != INDEX_DTYPE or mapped.ndim != 1:
+            raise ShardError(f"{path}: has rows of {mapped.dtype.descr}, expected {INDEX_DTYPE.descr}")
+        self._start, self._length = mapped.offset, len(mapped)
+        self._file = open(path, "rb", buffering=0)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """(N,) sample numbers -> (N,) INDEX_DTYPE. Raises ShardError when the file is no longer whole."""
+        size, descriptor = INDEX_DTYPE.itemsize, self._file.fileno()
+        try:
+            found = b"".join([os.pread(descriptor, size, self._start + size * sample) for sample in samples.tolist()])
+        except OSError as error:
+            raise ShardError(f"{self.path}: cannot read the index: {error.strerror}") from None
+        if len(found) != size * len(samples):
+            raise ShardError(f"{self.path}: the index was cut short while it was in use")
+        return np.frombuffer(found, INDEX_DTYPE)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class OpenShard:
+    """A file descriptor, and what the file of that name looked like when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from None
+        self.identity = _identity(os.fstat(self.descriptor))
+        self.looked = time.monotonic()
+
+    def look(self) -> None:
+        """Raise ShardError when another file has taken the name, or this one was written to."""
+        now = time.monotonic()
+        if now - self.looked < SECONDS_BETWEEN_LOOKS:
+            return
+        self.looked = now
+        try:
+            found = _identity(os.stat(self.path))
+        except OSError as error:
+            raise ShardError(f"{self.path}: the shard has gone while it was in use: {error.strerror}") from None
+        if found != self.identity:
+            raise ShardError(f"{self.path}: the shard was replaced or written to while it was in use")
 
 
 class LatentSet:
-    """One directory of shards: `samples`, `latent_shape` (C, H, W), `embedding_shape` (L, C), `encoders`,
-    `fingerprint`, `shard_sizes` in samples. Not for several threads at once."""
+    """One directory of shards: `layout`, `samples`, `encoders`, `fingerprint`, `shard_sizes` in samples."""
 
-    def __init__(self, directory: Path, manifest: Manifest, index: np.ndarray) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, index: Index) -> None:
         self.directory, self.manifest, self.index = directory, manifest, index
+        self.layout = manifest.layout
         self.samples: int = manifest.samples
         self.shard_sizes = [shard.samples for shard in manifest.shards]
-        self.latent_shape, self.embedding_shape = manifest.members.lat.shape, manifest.members.emb.shape
+        self.latent_shape, self.embedding_shape = self.layout.latent_shape, self.layout.embedding_shape
         self.encoders, self.fingerprint = manifest.encoders, manifest.fingerprint
-        self._descriptors: dict[int, int] = {}  # of open shards, the least recently used first
+        self._shard_starts = np.cumsum([0, *self.shard_sizes])
+        self._shard_bytes = np.array([shard.bytes for shard in manifest.shards])
+        self._open: dict[int, OpenShard] = {}  # the least recently asked for first
 
-    def read_into(self, sample: int, latent: np.ndarray, embedding: np.ndarray) -> str:
-        """Read a sample into two contiguous fp16 arrays and return its caption. Raises ShardError."""
-        row = self.index[sample]
-        text = bytearray(int(row["text_bytes"]))
-        # One request for the three members and the padding and headers between them.
-        gap = int(row["latent"]) - int(row["embedding"]) - embedding.nbytes
-        second_gap = int(row["text"]) - int(row["latent"]) - latent.nbytes
-        if gap < 0 or second_gap < 0:
-            raise self._damaged(sample, "the index has overlapping members")
-        parts = [embedding, bytearray(gap), latent, bytearray(second_gap), text]
-        wanted = int(row["text"]) + len(text) - int(row["embedding"])
-        found = os.preadv(self._descriptor(int(row["shard"])), parts, int(row["embedding"]))
+    def locate(self, samples: Iterable[int]) -> list[Place]:
+        """Look up samples, open their shards and look after those that are open. Others may be closed, so not while a
+        `read_row` is going on. Raises ShardError."""
+        samples = np.fromiter(samples, np.int64)
+        rows = self.index.rows(samples)
+        shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
+        last_offsets = self._shard_bytes[shards] - self.layout.row_bytes - rows["text_bytes"]
+        possible = (rows["shard"] == shards) & (rows["text_bytes"] >= 0)
+        possible &= (rows["offset"] >= 0) & (rows["offset"] <= last_offsets)
+        if not possible.all():
+            wrong = int(np.argmin(possible))
+            raise self._impossible(samples[wrong], shards[wrong], rows[wrong])
+        self._open_shards(np.unique(shards).tolist())
+        return list(map(Place._make, zip(samples.tolist(), *(rows[name].tolist() for name in INDEX_DTYPE.names))))
+
+    def read_row(self, place: Place, row: memoryview | np.ndarray) -> str:
+        """Read a sample's row into `row` (`layout.row_bytes` writable bytes), compare its checksum and return its
+        caption. From any number of threads, after `locate`. Raises ShardError."""
+        text = bytearray(place.text_bytes)
+        wanted = self.layout.row_bytes + place.text_bytes
+        try:
+            found = os.preadv(self._open[place.shard].descriptor, [row, text], place.offset)
+        except OSError as error:
+            raise self._damaged(place, str(error.strerror)) from None
         if found != wanted:
-            raise self._damaged(sample, f"{found} of {wanted} bytes are there")
+            raise self._damaged(place, f"{found} of {wanted} bytes are there")
+        digest = xxhash.xxh3_64(row)
+        digest.update(text)
+        if digest.intdigest() != place.xxh3:
+            raise self._damaged(place, f"xxh3 is {digest.hexdigest()}, but {INDEX} says {place.xxh3:016x}")
         try:
             return text.decode()
         except UnicodeDecodeError:
-            raise self._damaged(sample, "the caption is not UTF-8") from None
+            raise self._damaged(place, "the caption is not UTF-8") from None
 
-    def verify(self) -> None:
-        """Read every file again and compare its checksum. Raises ShardError naming the file and both values."""
-        for entry in (self.manifest.index, *self.manifest.shards):
+    def check_sizes(self) -> None:
+        """Raise ShardError when a file is missing or not of its size, naming the first sample that is cut off."""
+        for shard, entry in enumerate(self.manifest.shards):
             path = self.directory / entry.file
+            if (found := _size(path, entry)) != entry.bytes:
+                first, end = self._shard_starts[shard : shard + 2].tolist()
+                rows = self.index.rows(np.arange(first, end))
+                whole = int(np.sum(rows["offset"] + self.layout.row_bytes + rows["text_bytes"] <= found))
+                cut_off = f"; sample {first + whole} of the set is cut off" if first + whole < end else ""
+                raise ShardError(f"{path}: has {found} bytes, but {MANIFEST} says {entry.bytes}{cut_off}")
+        for entry in self.manifest.dali_indexes:
+            _require_size(self.directory / entry.file, entry)
+
+    def check_shard(self, shard: int) -> None:
+        """Read a shard and its DALI index whole. Raises ShardError naming the first damaged sample, if it is one."""
+        row = np.empty(self.layout.row_bytes, np.uint8)
+        for place in self.locate(range(*self._shard_starts[shard : shard + 2])):
+            self.read_row(place, row)
+        for entry in (self.manifest.shards[shard], self.manifest.dali_indexes[shard]):
+            path = self.directory / entry.file
+            _require_size(path, entry)
             if (found := checksum(path)) != entry.xxh3:
                 raise ShardError(f"{path}: xxh3 is {found}, but {MANIFEST} says {entry.xxh3}")
 
+    def verify(self) -> None:
+        """Read everything. Raises the ShardError of the first damaged shard."""
+        for shard in range(len(self.shard_sizes)):
+            self.check_shard(shard)
+
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        self.index.close()
+        while self._open:
+            os.close(self._open.popitem()[1].descriptor)
 
     def __del__(self) -> None:
         self.close()
 
-    def _descriptor(self, shard: int) -> int:
-        if (descriptor := self._descriptors.pop(shard, None)) is None:
-            if len(self._descriptors) == MAX_OPEN_SHARDS:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            path = self.directory / self.manifest.shards[shard].file
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from None
-        self._descriptors[shard] = descriptor
-        return descriptor
+    def _open_shards(self, wanted: list[int]) -> None:
+        for shard in wanted:
+            opened = self._open.pop(shard, None) or OpenShard(self.directory / self.manifest.shards[shard].file)
+            self._open[shard] = opened
+            opened.look()
+        while len(self._open) > max(MAX_OPEN_SHARDS, len(wanted)):
+            os.close(self._open.pop(next(iter(self._open))).descriptor)
 
-    def _damaged(self, sample: int, what: str) -> ShardError:
-        path = self.directory / self.manifest.shards[int(self.index[sample]["shard"])].file
-        return ShardError(f"{path}: sample {sample} of the set is damaged: {what}")
+    def _impossible(self, sample: int, shard: int, row: np.void) -> ShardError:
+        entry = self.manifest.shards[shard]
+        return ShardError(
+            f"{self.directory / entry.file}: sample {sample} of the set cannot be read: {INDEX} says shard "
+            f"{row['shard']}, byte {row['offset']} and {row['text_bytes']} bytes of caption, but {MANIFEST} says shard "
+            f"{shard} of {entry.bytes} bytes"
+        )
+
+    def _damaged(self, place: Place, what: str) -> ShardError:
+        path = self.directory / self.manifest.shards[place.shard].file
+        return ShardError(f"{path}: sample {place.sample} of the set is damaged: {what}")
 
 
-def open_dataset(directory: str | Path) -> LatentSet:
-    """Open a set after checking manifest, sizes and index. Raises ShardError naming the file and both values."""
+def open_dataset(directory: str | Path, *, check_sizes: bool = True) -> LatentSet:
+    """Open a set after checking its manifest, the index and the size of every file. Raises ShardError naming the file
+    and both values. Without `check_sizes`, shards are looked at no sooner than they are read."""
     directory = Path(directory)
     manifest = read_manifest(directory)
-    for entry in (manifest.index, *manifest.shards):
-        path = directory / entry.file
-        if not path.is_file():
-            raise ShardError(f"{path}: is missing, but {MANIFEST} lists it with {entry.samples} samples")
-        if (size := path.stat().st_size) != entry.bytes:
-            raise ShardError(f"{path}: has {size} bytes, but {MANIFEST} says {entry.bytes}")
     index_path = directory / manifest.index.file
-    try:
-        index = np.load(index_path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # plain rows are faster
-    except (ValueError, OSError) as error:
-        raise ShardError(f"{index_path}: not a numpy file: {error}") from None
-    if index.dtype != INDEX_DTYPE:
-        raise ShardError(f"{index_path}: has rows of {index.dtype.descr}, expected {INDEX_DTYPE.descr}")
+    _require_size(index_path, manifest.index)
+    if (found := checksum(index_path)) != manifest.index.xxh3:
+        raise ShardError(f"{index_path}: xxh3 is {found}, but {MANIFEST} says {manifest.index.xxh3}")
+    index = Index(index_path)
     shard_samples = sum(shard.samples for shard in manifest.shards)
     for what, found in (("rows in the index", len(index)), ("samples in its shards", shard_samples)):
         if found != manifest.samples:
             raise ShardError(f"{directory / MANIFEST}: samples is {manifest.samples}, but there are {found} {what}")
-    return LatentSet(directory, manifest, index)
+    dataset = LatentSet(directory, manifest, index)
+    if check_sizes:
+        dataset.check_sizes()
+    return dataset
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -276,18 +334,43 @@ def read_manifest(directory: str | Path) -> Manifest:
         found = values.get("format") if isinstance(values, dict) else values
         raise ShardError(f"{path}: format is {found!r}, expected {FORMAT!r}")
     try:
-        return parse_section(Manifest, values, path)
+        manifest = parse_section(Manifest, values, path)
+        manifest.layout.check()
     except UserError as error:
         raise ShardError(str(error)) from None
+    if len(manifest.shards) != len(manifest.dali_indexes):
+        raise ShardError(f"{path}: has {len(manifest.shards)} shards, but {len(manifest.dali_indexes)} DALI indexes")
+    return manifest
 
 
-def read_samples(dataset: LatentSet, samples: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+def read_samples(dataset: LatentSet, samples: Iterable[int]) -> tuple[Tensor, Tensor, list[str]]:
     """-> latents (N, C, H, W) fp16, caption embeddings (N, L, C) fp16, captions. Raises ShardError."""
-    latents = torch.empty(len(samples), *dataset.latent_shape, dtype=torch.float16)
-    captions = torch.empty(len(samples), *dataset.embedding_shape, dtype=torch.float16)
-    rows = zip(samples, latents.numpy(), captions.numpy())
-    return latents, captions, [dataset.read_into(sample, latent, caption) for sample, latent, caption in rows]
+    samples = list(samples)
+    rows = np.empty((len(samples), dataset.layout.row_bytes), np.uint8)
+    texts = []
+    for sample, row in zip(samples, rows):
+        [place] = dataset.locate([sample])
+        texts.append(dataset.read_row(place, row))
+    latents, captions = dataset.layout.split(torch.from_numpy(rows))
+    return latents.contiguous(), captions.contiguous(), texts
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """To whole blocks of a tar."""
     return -(-size // TAR_BLOCK) * TAR_BLOCK
+
+
+def _size(path: Path, entry: FileEntry) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        raise ShardError(f"{path}: is missing, but {MANIFEST} lists it, of {entry.samples} samples") from None
+
+
+def _require_size(path: Path, entry: FileEntry) -> None:
+    if (found := _size(path, entry)) != entry.bytes:
+        raise ShardError(f"{path}: has {found} bytes, but {MANIFEST} says {entry.bytes}")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,44 +1,160 @@
-"""Where pictures and captions come from. One file each; every source is a deterministic function of its config."""
+"""Where pictures and captions come from: one file for each set, all of them read in the same way.
 
-from collections.abc import Sequence
+A source gives its pictures in parts, in an order that no file system and no chance decides. What cannot be used is not
+left out in silence but comes as a `Rejected` with a reason.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
+import numpy as np
 from PIL import Image
 
-from mdit.config import EmojiSource, FolderSource
+from mdit.config import EmojiSource, FolderSource, UserError
+
+SOURCES = (
+    "sa1b",
+    "cc12m",
+    "textcaps",
+    "journeydb",
+    "diffusiondb",
+    "coco",
+    "huggingface",
+    "webdataset",
+    "folder",
+    "mds",
+    "emoji",
+)
+WITH_CAPTION_KEY = ("cc12m", "huggingface", "webdataset", "folder", "mds")
+SPLITS = {"coco": ("validation",)}  # those that are not named have "train" alone
+SPLITS |= dict.fromkeys(("textcaps", "journeydb", "huggingface", "emoji"), ("train", "validation"))
+
+Reason = Literal[
+    "no caption",  # there is none, or it is blank
+    "unreadable caption",  # not the text or the JSON that it should be
+    "missing picture",  # the captions name it, but it is not there
+    "unreadable picture",  # its file or archive member cannot be read
+    "unsafe",  # rated above the limit (diffusiondb)
+    "not rated",  # it may be unsafe (diffusiondb)
+    "unreadable latents",  # not as many bytes as they should have (mds)
+    "damaged archive",  # what comes behind the damage is lost
+]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """`key` is unique in its split and holds no dot; `image` is RGB, image_size x image_size."""
+class Picture:
+    """`image` holds an encoded file's bytes (JPEG, PNG, WebP, ...) or is a decoded RGB picture. `caption` is stripped
+    and never empty. `origin` says in reports where the picture comes from: "00012.tar/000120003"."""
 
-    key: str
-    image: Image.Image
+    origin: str
+    image: bytes | Image.Image
     caption: str
 
 
+@dataclass(frozen=True)
+class Rejected:
+    origin: str
+    reason: Reason
+
+
+class Part(Protocol):
+    """A piece of a source that one process reads from beginning to end, in bounded memory. Iterating again gives the
+    same. `name` is unique in the source."""
+
+    name: str
+
+    def __iter__(self) -> Iterator[Picture | Rejected]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Parts in a fixed order; a part that is there keeps its name when more of the set is downloaded. `pictures` is
+    how many the parts give and reject in all, where that is known without reading everything."""
+
+    parts: Sequence[Part]
+    pictures: int | None
+
+
 class Split(Protocol):
-    """Samples made when asked for, in any order; `captions` needs no picture to be made."""
+    """Pictures in any order, for sets that a recipe makes; `captions` needs no picture to be made."""
 
     captions: Sequence[str]
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Picture: ...
 
 
-class Source(Protocol):
+class RecipeSource(Protocol):
     training: Split
     validation: Split
 
 
-def open_source(config: EmojiSource | FolderSource, image_size: int) -> Source:
-    """Raises UserError for everything that is wrong with the source, before the first sample is made."""
+def open_source(config: EmojiSource | FolderSource, image_size: int) -> RecipeSource:
+    """Raises UserError for everything that is wrong with the source, before the first picture is made."""
     if isinstance(config, EmojiSource):
         from mdit.sources.emoji import EmojiScenes
 
         return EmojiScenes(config, image_size)
     from mdit.sources.folder import PictureFolder
 
-    return PictureFolder(config, image_size)
+    return PictureFolder(config)
+
+
+def open_named_source(name: str, root: Path | None, *, split: str = "train", caption_key: str | None = None) -> Source:
+    """Open one of SOURCES as it was downloaded to `root` (for "huggingface" also a hub id, for "emoji" None).
+
+    `split` is "train" or "validation". `caption_key` names the field or column with the caption where there may be
+    several. Raises UserError for what the source does not take, and when files are missing, naming where they were
+    looked for and how to get them.
+    """
+    if name not in SOURCES:
+        nearest = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else f"; there are {', '.join(SOURCES)}"
+        raise UserError(f"--source {name}: is not known{hint}")
+    splits = SPLITS.get(name, ("train",))
+    if split not in splits:
+        raise UserError(f"--split {split}: {name} has no such split; it has {' and '.join(splits)}")
+    if caption_key is not None and name not in WITH_CAPTION_KEY:
+        raise UserError(f"--caption_key {caption_key}: {name} has one caption a picture and takes no key")
+    if (root is None) != (name == "emoji"):
+        raise UserError(f"--source {name} {'needs --root' if root is None else 'is drawn and takes no --root'}")
+    chosen = {} if root is None else {"root": root}
+    if len(splits) > 1:
+        chosen["split"] = split
+    if name in WITH_CAPTION_KEY:
+        chosen["caption_key"] = caption_key
+    return importlib.import_module(f"mdit.sources.{name}").open_pictures(**chosen)
+
+
+def captioned(origin: str, image: bytes | Image.Image, caption: str | None) -> Picture | Rejected:
+    """A picture, unless its caption is missing or blank."""
+    caption = (caption or "").strip()
+    return Picture(origin, image, caption) if caption else Rejected(origin, "no caption")
+
+
+def slices(split: Sequence[Picture | Rejected], per_part: int, seed: int | None = None) -> list[Part]:
+    """A random-access split cut in parts of at most `per_part`, nearly equal; shuffled when there is a seed."""
+    order = np.arange(len(split)) if seed is None else np.random.default_rng(seed).permutation(len(split))
+    pieces = np.array_split(order, -(-len(split) // per_part)) if len(split) else []
+    return [Slice(f"{number:05d}", split, piece) for number, piece in enumerate(pieces)]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    name: str
+    split: Sequence[Picture | Rejected]
+    indices: np.ndarray
+
+    def __iter__(self) -> Iterator[Picture | Rejected]:
+        return (self.split[int(index)] for index in self.indices)
+
+
+def not_found(root: Path, what: str, how: str) -> UserError:
+    """The error for a directory that does not hold what a source needs: what it looked for, and how to get it."""
+    what = f"found no {what}" if root.is_dir() else "there is no such directory"
+    return UserError(f"{root}: {what}; {how} (see docs/data.md)")

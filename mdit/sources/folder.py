@@ -1,18 +1,69 @@
-"""Your own pictures: a directory with a `captions.jsonl` of lines {"file": "a/b.png", "caption": "..."}."""
+"""Your own pictures: a directory with a `captions.jsonl` of lines {"file": "a/b.png", "caption": "..."}.
+
+A recipe wants every one of them: what is wrong is an error that names the line, before anything is written. By
+`--source folder` what cannot be used is left out and reported, and the directory may hold millions.
+"""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mdit.config import FolderSource, UserError
 from mdit.dist import logger
-from mdit.sources import Sample
+from mdit.sources import Picture, Rejected, Source, not_found
+from mdit.sources.files import read_object, read_picture, reading, text
 
 CAPTIONS = "captions.jsonl"
+LINES_PER_PART = 5000
+
+
+def open_pictures(root: Path, caption_key: str | None) -> Source:
+    """Counts the lines and reads none of them: a part does, and rejects what cannot be used."""
+    path = root / CAPTIONS
+    if not path.is_file():
+        raise not_found(root, CAPTIONS, 'write it, a line {"file": ..., "caption": ...} for each picture')
+    starts, offset, count = [], 0, 0
+    with reading(path) as lines:
+        for count, line in enumerate(lines, start=1):
+            if count % LINES_PER_PART == 1:
+                starts.append(offset)
+            offset += len(line)
+    if not starts:
+        raise UserError(f"{path}: is empty; expected one caption a line")
+    return Source(
+        [Lines(f"{n:05d}", path, n, start, caption_key or "caption") for n, start in enumerate(starts)], count
+    )
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The `number`-th LINES_PER_PART lines of captions.jsonl, from byte `start` on."""
+
+    name: str
+    captions: Path
+    number: int
+    start: int
+    caption_key: str
+
+    def __iter__(self) -> Iterator[Picture | Rejected]:
+        with reading(self.captions) as lines:
+            lines.seek(self.start)
+            for number in range(LINES_PER_PART * self.number + 1, LINES_PER_PART * (self.number + 1) + 1):
+                if not (line := lines.readline()):
+                    return
+                yield self._read(f"{CAPTIONS}:{number}", line)
+
+    def _read(self, origin: str, line: bytes) -> Picture | Rejected:
+        if (values := read_object(line)) is None:
+            return Rejected(origin, "unreadable caption")
+        if not isinstance(values.get("file"), str) or not values["file"].strip():
+            return Rejected(origin, "missing picture")
+        return read_picture(self.captions.parent / values["file"], origin, text(values.get(self.caption_key)))
 
 
 @dataclass(frozen=True)
@@ -31,12 +82,12 @@ class PictureFolder:
     decoded once here, so that a set is never half written when a broken one is met.
     """
 
-    def __init__(self, config: FolderSource, image_size: int) -> None:
+    def __init__(self, config: FolderSource) -> None:
         folder = Path(config.path)
         entries = read_captions(folder)
         logger.info(f"{folder}: checking {len(entries)} pictures")
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(lambda entry: open_picture(folder, entry).close(), entries):
+            for _ in pool.map(lambda entry: check_picture(folder, entry), entries):
                 pass
         validation = [entry for entry in entries if _uniform(entry.file) < config.validation_share]
         training = [entry for entry in entries if _uniform(entry.file) >= config.validation_share]
@@ -46,21 +97,25 @@ class PictureFolder:
                     f"{folder / CAPTIONS}: data.prepare.source.validation_share = {config.validation_share} of "
                     f"{len(entries)} pictures leaves none for {what}"
                 )
-        self.training, self.validation = (Pictures(folder, part, image_size) for part in (training, validation))
+        self.training, self.validation = Pictures(folder, training), Pictures(folder, validation)
 
 
 class Pictures:
-    """Pictures of one split, decoded when asked for; their key is the line in captions.jsonl."""
+    """Pictures of one split, read when asked for; their origin is the line in captions.jsonl."""
 
-    def __init__(self, folder: Path, entries: list[Entry], image_size: int) -> None:
-        self.folder, self.entries, self.image_size = folder, entries, image_size
+    def __init__(self, folder: Path, entries: list[Entry]) -> None:
+        self.folder, self.entries = folder, entries
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Picture:
         entry = self.entries[index]
-        return Sample(f"{entry.line:09d}", crop(open_picture(self.folder, entry), self.image_size), entry.caption)
+        where, path = f"{CAPTIONS}:{entry.line}", self.folder / entry.file
+        try:
+            return Picture(where, path.read_bytes(), entry.caption)
+        except OSError as error:
+            raise UserError(f"{self.folder / where}: cannot read the picture {path}: {error}") from None
 
     @property
     def captions(self) -> list[str]:
@@ -95,24 +150,16 @@ def _entry(where: str, number: int, line: str) -> Entry:
     return Entry(number, values["file"], values["caption"].strip())
 
 
-def open_picture(folder: Path, entry: Entry) -> Image.Image:
-    """Decode a picture as RGB: upright, on white where it is transparent. Raises UserError naming file and line."""
+def check_picture(folder: Path, entry: Entry) -> None:
+    """Decode a picture and forget it. Raises UserError naming file and line."""
     path, where = folder / entry.file, f"{folder / CAPTIONS}:{entry.line}"
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        with Image.open(path) as image:
+            image.load()
     except FileNotFoundError:
         raise UserError(f"{where}: there is no picture {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: cannot read the picture {path}: {error}") from None
-
-
-def crop(image: Image.Image, size: int) -> Image.Image:
-    """The square in the middle, as wide as the shorter side, resized to size x size."""
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
 
 
 def _uniform(file: str) -> float:

@@ -79,6 +79,8 @@ def train(run: Run) -> int:
         rank=world.rank,
         world_size=world.size,
         device=world.device,
+        weights=config.data.weights,
+        engine=run.settings.data_engine,
     )
 
     with loader:
@@ -110,7 +112,9 @@ def train(run: Run) -> int:
                 break
 
             stopwatch.start()
-            losses.add(optimizer_step(engine, next(loader), step, config))
+            with stopwatch.waiting():
+                batch = next(loader)
+            losses.add(optimizer_step(engine, batch, step, config))
             step += 1
             if ema is not None:
                 ema.update(step)
@@ -175,7 +179,7 @@ class LossAverage:
 def report_progress(
     step: int, engine: Engine, losses: LossAverage, stopwatch: Stopwatch, config: TrainConfig, metrics: Metrics
 ) -> None:
-    steps, seconds = stopwatch.read()
+    steps, seconds, waited = stopwatch.read()
     loss, images_per_second = losses.read(), steps * config.training.global_batch_size / seconds
     metrics.show(loss, images_per_second)
     metrics.write(
@@ -187,6 +191,7 @@ def report_progress(
             "gradient_norm": engine.gradient_norm(),
             "images_per_second": images_per_second,
             "step_seconds": seconds / steps,
+            "data_wait_share": waited / seconds,
             "memory_gib": memory_gib(engine.world.device),
         },
     )

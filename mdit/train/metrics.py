@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,7 +61,7 @@ class Stopwatch:
     """Time spent in optimizer steps since the last reading; reports, snapshots and checkpoints are not counted."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.steps, self.started = device, 0.0, 0, None
+        self.device, self.seconds, self.waited, self.steps, self.started = device, 0.0, 0.0, 0, None
 
     def start(self) -> None:
         if self.started is None:
@@ -67,6 +69,13 @@ class Stopwatch:
 
     def count_step(self) -> None:
         self.steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the host waits for data in. A GPU may be busy with the step before meanwhile."""
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
 
     def pause(self) -> None:
         """Wait for the device, so that the steps counted are the steps done."""
@@ -76,10 +85,10 @@ class Stopwatch:
             self.seconds += time.perf_counter() - self.started
             self.started = None
 
-    def read(self) -> tuple[int, float]:
-        """(steps, seconds) since the last reading."""
+    def read(self) -> tuple[int, float, float]:
+        """(steps, seconds, of these seconds waited for data) since the last reading."""
         self.pause()
-        reading, self.seconds, self.steps = (self.steps, self.seconds), 0.0, 0
+        reading, self.seconds, self.waited, self.steps = (self.steps, self.seconds, self.waited), 0.0, 0.0, 0
         return reading
 
 

@@ -12,7 +12,8 @@ import torch
 
 from mdit import __version__
 from mdit.config import TrainConfig, UserError, kept_tokens, load_config
-from mdit.data.order import GlobalOrder
+from mdit.data.loader import choose_engine
+from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
 from mdit.dist import World, logger
 from mdit.models import MicroDiT
@@ -45,6 +46,7 @@ def plan_run(
     bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
     ds_config = resolve_ds_config(ds_json, config, world_size=world.size, bf16_works=bf16_works, path=ds_path)
     check_zero_section(ds_config, ds_path)
+    choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
     run_dir = run_dir or Path("runs") / config.name
     check_same_recipe(config, run_dir)
     weights = None
@@ -85,8 +87,9 @@ def prepare_on_first(run: Run) -> None:
     while not (run.world.is_first or is_prepared(config)):
         time.sleep(0.5)
     prepare(config, device=run.world.device)
-    shard_sizes = [size for directory in config.data.train for size in open_dataset(directory).shard_sizes]
-    GlobalOrder(shard_sizes, config.training.global_batch_size, config.seed)  # refuses a set smaller than a batch
+    shard_sizes = [open_dataset(directory).shard_sizes for directory in config.data.train]
+    # Refuses a set that is smaller than its share of a batch.
+    build_order(shard_sizes, config.data.weights, config.training.global_batch_size, config.seed)
     if run.world.is_first:
         write_config(run)
 

@@ -163,7 +163,7 @@ def test_paper_recipe_without_data_names_the_ways_to_get_it(stage, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     code, err = launch({"--recipe": str(REPOSITORY / "configs" / f"{stage}.toml")}, monkeypatch, capsys)
     assert code == 2
-    assert "data/res_" in err and "precompute" in err and "docs/data.md" in err
+    assert "data/sa1b/" in err and "precompute" in err and "docs/data.md" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -399,7 +399,7 @@ def test_the_four_stages_see_686_million_samples():
 
 def test_diffusiondb_is_left_out_at_512_px_and_nothing_else_is():
     def sets(name):
-        return {Path(directory).name for directory in stage(name).data.train}
+        return {Path(directory).parent.name for directory in stage(name).data.train}
 
     assert "diffusiondb" in sets("res_256_pretrain")
     for name in ("res_512_pretrain", "res_512_finetune"):

@@ -1,32 +1,19 @@
-"""Reading in order: every rank its rows, from any step, with errors that reach the consumer and threads that end."""
+"""What `build_loader` refuses, which engine it takes, and how its threads go about reading."""
 
-import os
-import subprocess
-import sys
+import importlib.util
 import threading
-from itertools import islice
+import time
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mdit.config import UserError
-from mdit.data.loader import build_loader
-from mdit.data.order import GlobalOrder
-from mdit.data.shards import ShardError, ShardWriter, open_dataset
-
-ENCODERS = {"image": {"id": "pixels", "scale": 1.0}, "text": {"id": "none"}}
-
-
-def write_set(directory, samples, *, first=0, shape=(2, 4, 4), encoders=ENCODERS):
-    """Sample i holds the number i everywhere."""
-    with ShardWriter(directory, shape, (3, 4), encoders, {}, shard_bytes=30_000) as writer:
-        for i in range(first, first + samples):
-            latent, embedding = np.full(shape, i, np.float16), np.full((3, 4), -i, np.float16)
-            writer.write(f"{i:05d}", latent, embedding, f"number {i}")
-    return str(directory)
+from mdit.data import read_ahead
+from mdit.data.loader import build_loader, choose_engine
+from mdit.data.native import NativeLoader
+from mdit.data.shards import LatentSet, open_dataset
+from tests.latent_sets import ENCODERS, is_right, write_set
 
 
 @pytest.fixture(scope="module")
@@ -35,107 +22,17 @@ def directories(tmp_path_factory):
     return [write_set(folder / "a", 40), write_set(folder / "b", 27, first=40)]
 
 
-def loader(directories, *, start_step=0, rank=0, world_size=1, batch=8, seed=0):
+def loader(directories, *, batch=8, world_size=1, **options):
     return build_loader(
         directories,
         global_batch_size=batch,
-        seed=seed,
-        start_step=start_step,
-        rank=rank,
+        seed=0,
+        start_step=0,
+        rank=0,
         world_size=world_size,
         device="cpu",
+        **options,
     )
-
-
-def take(count, *args, **kwargs):
-    with loader(*args, **kwargs) as batches:
-        return list(islice(batches, count))
-
-
-def test_batches_hold_what_the_order_says(directories):
-    sizes = [size for directory in directories for size in open_dataset(directory).shard_sizes]
-    order = GlobalOrder(sizes, 8, seed=5)
-    batches = take(20, directories, seed=5)  # more than two epochs of 8 batches
-    assert [batch.step for batch in batches] == list(range(20))
-    for step, batch in enumerate(batches):
-        assert np.array_equal(batch.samples, order.batch(step))
-        assert batch.latents_NCHW.shape == (8, 2, 4, 4) and batch.latents_NCHW.dtype == torch.float16
-        assert batch.captions_NLC.shape == (8, 3, 4) and batch.captions_NLC.dtype == torch.float16
-        ids = torch.from_numpy(batch.samples).half()
-        assert (batch.latents_NCHW == ids[:, None, None, None]).all()
-        assert (batch.captions_NLC == -ids[:, None, None]).all()
-        assert batch.texts == [f"number {i}" for i in batch.samples]
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 40), st.integers(0, 3))
-def test_ranks_together_read_the_global_batch_from_any_step(directories, world_size, start_step, seed):
-    whole = take(3, directories, seed=seed, start_step=start_step)
-    parts = [
-        take(3, directories, seed=seed, start_step=start_step, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    for step, batch in enumerate(whole):
-        assert batch.step == start_step + step
-        assert np.array_equal(batch.samples, np.concatenate([part[step].samples for part in parts]))
-        assert torch.equal(batch.latents_NCHW, torch.cat([part[step].latents_NCHW for part in parts]))
-
-
-def test_resuming_gives_the_batches_that_would_have_come(directories):
-    straight = take(12, directories)
-    for start in (1, 7, 8, 11):
-        resumed = take(12 - start, directories, start_step=start)
-        for a, b in zip(straight[start:], resumed, strict=True):
-            assert a.texts == b.texts and torch.equal(a.captions_NLC, b.captions_NLC)
-
-
-def test_a_batch_stays_as_it_is_while_later_ones_are_read(directories):
-    with loader(directories) as batches:
-        first = next(batches)
-        before = first.latents_NCHW.clone()
-        for _ in range(10):
-            next(batches)
-    assert torch.equal(first.latents_NCHW, before)
-
-
-def test_a_damaged_shard_reaches_the_consumer(tmp_path):
-    directory = write_set(tmp_path / "set", 40)
-    with loader([directory], batch=40) as batches:
-        next(batches)
-        for shard in sorted((tmp_path / "set").glob("*.tar")):
-            os.truncate(shard, 1000)
-        with pytest.raises(ShardError, match=r"shard_0000\d.tar: sample \d+ of the set is damaged"):
-            for _ in range(10):  # some batches were read before the shards were cut
-                next(batches)
-        with pytest.raises(StopIteration):
-            next(batches)
-
-
-def test_closing_ends_the_thread(directories):
-    def running():
-        return [thread for thread in threading.enumerate() if thread.name == "mdit-read-ahead"]
-
-    batches = loader(directories)
-    next(batches)
-    assert len(running()) == 1
-    batches.close()
-    batches.close()
-    assert not running()
-    with pytest.raises(StopIteration):
-        next(batches)
-    forgotten = loader(directories)
-    del forgotten
-    assert not running()
-
-
-def test_the_interpreter_ends_with_a_loader_open(directories):
-    program = (
-        "from mdit.data.loader import build_loader\n"
-        f"batches = build_loader({directories!r}, global_batch_size=8, seed=0, start_step=0, rank=0, world_size=1,"
-        " device='cpu')\nprint(next(batches).step)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 def test_a_batch_that_the_ranks_cannot_share(directories):
@@ -143,9 +40,11 @@ def test_a_batch_that_the_ranks_cannot_share(directories):
         loader(directories, world_size=3)
 
 
-def test_a_set_smaller_than_a_batch(directories):
+def test_a_set_smaller_than_a_batch_or_its_share(directories):
     with pytest.raises(UserError, match="67 samples .*global_batch_size = 68"):
         loader(directories, batch=68)
+    with pytest.raises(UserError, match=r"data.train\[1\]: 27 samples, but data.weights gives it 30"):
+        loader(directories, batch=60, weights=[1, 1])
 
 
 def test_directories_that_do_not_fit_together(tmp_path, directories):
@@ -155,14 +54,70 @@ def test_directories_that_do_not_fit_together(tmp_path, directories):
     other_scale = {**ENCODERS, "image": {"id": "pixels", "scale": 2.0}}
     with pytest.raises(UserError, match=r"encoders.image.scale is 1.0 and 2.0"):
         loader([directories[0], write_set(tmp_path / "scale", 4, encoders=other_scale)])
+    with pytest.raises(UserError, match="embeddings is f16 and i8b64"):
+        loader([directories[0], write_set(tmp_path / "bits", 4, embeddings="i8b64")])
 
 
-@pytest.mark.gpu
-def test_batches_arrive_whole_on_a_gpu(directories):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    arguments = dict(global_batch_size=8, seed=0, start_step=0, rank=0, world_size=1)
-    with build_loader(directories, device="cuda", **arguments) as batches:
-        for batch, expected in zip(batches, take(30, directories)):
-            assert batch.latents_NCHW.is_cuda and torch.equal(batch.latents_NCHW.cpu(), expected.latents_NCHW)
-            assert torch.equal(batch.captions_NLC.cpu(), expected.captions_NLC)
+@pytest.mark.parametrize(
+    "wanted, device, installed, engine",
+    [
+        ("auto", "cpu", True, "native"),
+        ("auto", "cuda", False, "native"),
+        ("auto", "cuda", True, "dali"),
+        ("native", "cuda", True, "native"),
+        ("dali", "cpu", True, "dali"),
+    ],
+)
+def test_the_engine_that_is_taken(monkeypatch, wanted, device, installed, engine):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert choose_engine(wanted, torch.device(device))[0] == engine
+
+
+def test_dali_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="data_engine = 'dali', but DALI is not installed: pip install"):
+        choose_engine("dali", torch.device("cpu"))
+
+
+def test_buffers_are_used_again_once_nobody_holds_the_batch(directories):
+    with loader(directories) as batches:
+        assert isinstance(batches, NativeLoader)
+        held, seen = next(batches), set()
+        for _ in range(40):
+            batch = next(batches)
+            assert batch.latents_NCHW.data_ptr() != held.latents_NCHW.data_ptr()
+            seen.add(batch.latents_NCHW.data_ptr())
+        assert len(seen) <= read_ahead.AHEAD + 2  # read ahead, the one in hand and the one before it
+        assert is_right(held)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_threads_read_side_by_side_where_reading_is_slow(directories, monkeypatch, slow):
+    monkeypatch.setattr(read_ahead, "SLOW", 0 if slow else 1e9)
+    readers, read_row = [], LatentSet.read_row
+
+    def watched(*args):
+        readers.append(threading.current_thread().name)
+        time.sleep(0.001)
+        return read_row(*args)
+
+    monkeypatch.setattr(LatentSet, "read_row", watched)
+    with loader(directories, batch=32) as batches:
+        assert all(is_right(next(batches)) for _ in range(4))
+    first, later = readers[:32], readers[32:]
+    assert len(set(first)) > 1  # nothing is known yet
+    assert len(set(later)) > 1 if slow else set(later) == {"mdit-read-ahead"}
+
+
+def test_whatever_goes_wrong_in_the_threads_reaches_the_consumer(directories):
+    def rows(step):
+        if step == 3:
+            raise ZeroDivisionError("no such step")
+        return np.arange(8)
+
+    reading = read_ahead.ReadAhead([open_dataset(directories[0])], rows, start_step=1, pinned=False)
+    assert [reading.take().step for _ in range(2)] == [1, 2]
+    with pytest.raises(ZeroDivisionError, match="no such step"):
+        reading.take()
+    with pytest.raises(StopIteration):
+        reading.take()

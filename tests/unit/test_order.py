@@ -1,4 +1,4 @@
-"""The order of samples: a function of (seed, step), a permutation within every epoch."""
+"""The order of samples: a function of (seed, step), a permutation within every epoch, of one set or of several."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdit.config import UserError
-from mdit.data.order import GlobalOrder
+from mdit.data.order import GlobalOrder, MixedOrder, build_order, quotas
 
 shard_lists = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 
@@ -73,3 +73,86 @@ def test_the_order_never_changes():
 def test_a_set_smaller_than_one_batch_names_both_numbers():
     with pytest.raises(UserError, match="63 samples .*global_batch_size = 64"):
         GlobalOrder([40, 23], 64, seed=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(1, 300))
+def test_a_batch_is_shared_out_by_weight_to_the_nearest_whole_sample(weights, batch):
+    shares = np.array(weights) / sum(weights) * batch
+    if (np.floor(shares) == 0).any():  # such a set may get none
+        weights, batch = [1.0] * len(weights), batch + len(weights)
+        shares = np.full(len(weights), batch / len(weights))
+    counts = quotas(weights, batch)
+    assert sum(counts) == batch
+    assert (np.abs(counts - shares) < 1).all()
+
+
+def test_quotas_by_hand():
+    assert quotas([1, 1, 2], 8) == [2, 2, 4]
+    assert quotas([1, 1, 1], 8) == [3, 3, 2]  # ties go to the first
+    assert quotas([0.7, 0.2, 0.1], 2048) == [1434, 409, 205]  # 1433.6, 409.6, 204.8: two are missing
+
+
+mixtures = st.lists(st.tuples(shard_lists, st.integers(1, 5)), min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixtures, st.integers(0, 2**40), st.integers(0, 20))
+def test_a_mixed_batch_holds_the_quota_of_every_set_and_depends_on_the_step_alone(mixture, seed, step):
+    sets = [shard_sizes for shard_sizes, _ in mixture]
+    weights = [min(weight, sum(shard_sizes)) for shard_sizes, weight in mixture]
+    batch_size = sum(weights)
+    ends = np.cumsum([sum(shard_sizes) for shard_sizes in sets])
+    order = MixedOrder(sets, weights, batch_size, seed)
+    batch = order.batch(step)
+    assert batch.shape == (batch_size,) and batch.dtype == np.int64
+    assert np.bincount(np.searchsorted(ends, batch, side="right"), minlength=len(sets)).tolist() == weights
+    order.batch(step + 7)
+    assert np.array_equal(order.batch(step), batch)
+    assert np.array_equal(MixedOrder(sets, weights, batch_size, seed).batch(step), batch)
+
+
+def test_every_set_of_a_mixture_goes_through_its_own_epochs():
+    sets, quota = [[30, 10], [25]], [8, 5]  # 5 batches are an epoch of either
+    order = MixedOrder(sets, quota, 13, seed=1)
+    epochs = [np.concatenate([order.batch(step) for step in range(5 * epoch, 5 * epoch + 5)]) for epoch in range(3)]
+    for epoch in epochs:
+        assert np.array_equal(np.sort(epoch), np.arange(65))
+    assert not np.array_equal(epochs[0], epochs[1])
+    half = MixedOrder(sets, [4, 5], 9, seed=1)  # the first set takes twice as long
+    seen = np.concatenate([half.batch(step) for step in range(10)])
+    counts = np.bincount(seen, minlength=65)
+    assert (counts[:40] == 1).all() and (counts[40:] == 2).all()
+
+
+def test_sets_are_spread_over_a_mixed_batch_and_drawn_independently():
+    order = MixedOrder([[100], [100]], [1, 1], 64, seed=0)
+    batches = [order.batch(step) for step in range(3)]
+    for batch in batches:
+        first_half = (batch[:32] < 100).sum()  # a rank of two processes sees both sets
+        assert 8 <= first_half <= 24
+        assert not np.array_equal(np.sort(batch[batch < 100]), np.sort(batch[batch >= 100] - 100))
+
+
+def test_the_mixed_order_never_changes():
+    order = MixedOrder([[4, 3], [5]], [2, 1], 3, seed=3)
+    assert [order.batch(step).tolist() for step in (0, 1, 5)] == [[10, 4, 2], [1, 9, 3], [10, 6, 2]]
+
+
+def test_without_weights_several_sets_are_read_as_one():
+    assert isinstance(build_order([[7, 5], [9]], [1, 1], 4, seed=3), MixedOrder)
+    one = build_order([[7, 5], [9]], None, 4, seed=3)
+    assert np.array_equal(one.batch(3), GlobalOrder([7, 5, 9], 4, seed=3).batch(3))
+
+
+def test_a_share_that_is_no_sample_and_a_set_smaller_than_its_share():
+    with pytest.raises(UserError, match=r"data.weights\[1\] = 0.01 of 1.01 is not one sample .*global_batch_size = 8"):
+        build_order([[50], [50]], [1, 0.01], 8, seed=0)
+    with pytest.raises(UserError, match=r"data.train\[1\]: 3 samples, but data.weights gives it 4 of every batch"):
+        build_order([[50], [2, 1]], [1, 1], 8, seed=0)
+
+
+def test_seeking_in_a_large_set_touches_one_window():
+    order = GlobalOrder([6000] * 6167, 2048, seed=0)  # 37 million
+    batch = order.batch(order.steps_per_epoch * 5 // 2)
+    assert len(np.unique(batch)) == 2048 and len(np.unique(batch // 6000)) <= 2 * order.group

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import mdit.prepare
+import mdit.data.writer
+import mdit.prepare.recipe
 from launchers import precompute
 from mdit.config import UserError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_image_encoder, build_text_encoder_from
-from mdit.prepare import CaptionCache, is_prepared, prepare
+from mdit.prepare import is_prepared, prepare
 from mdit.sources import open_source
 from tests.recipes import tiny_config
 from tests.training import write_shards
@@ -72,7 +73,7 @@ def test_the_same_recipe_makes_the_same_bytes(folder, tmp_path):
 
 def test_sets_that_are_there_are_left_alone(folder, monkeypatch):
     before = contents(folder)
-    monkeypatch.setattr(mdit.prepare, "open_source", None)  # would fail if anything were made
+    monkeypatch.setattr(mdit.prepare.recipe, "open_source", None)  # would fail if anything were made
     make(recipe(folder))
     assert contents(folder) == before
 
@@ -85,15 +86,16 @@ def test_a_set_that_is_missing_is_embedded_like_the_one_that_is_there(folder, tm
 def test_an_interrupted_call_leaves_no_set_and_the_next_one_makes_it(folder, tmp_path, monkeypatch):
     written = []
 
-    def interrupt(self, *sample, write=mdit.prepare.ShardWriter.write):
+    def interrupt(self, *sample, write=mdit.data.writer.PartWriter.write):
         written.append(write(self, *sample))
         if len(written) == 20:  # the validation set and some of the training set
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(mdit.prepare.ShardWriter, "write", interrupt)
+    monkeypatch.setattr(mdit.data.writer.PartWriter, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(recipe(tmp_path))
-    assert [p.name for p in tmp_path.iterdir()] == ["validation"] and not is_prepared(recipe(tmp_path))
+    names = {".train.lock", ".train.partial", "validation"}
+    assert {p.name for p in tmp_path.iterdir()} == names and not is_prepared(recipe(tmp_path))
     monkeypatch.undo()
     make(recipe(tmp_path))
     assert contents(tmp_path) == contents(folder)
@@ -101,13 +103,14 @@ def test_an_interrupted_call_leaves_no_set_and_the_next_one_makes_it(folder, tmp
 
 KILLED = """
 import os, signal, sys
-import mdit.prepare
+import mdit.data.writer
+import mdit.prepare.recipe
 from pathlib import Path
 from tests.unit.test_prepare import make, recipe
-def kill(self, *sample, write=mdit.prepare.ShardWriter.write):
+def kill(self, *sample, write=mdit.data.writer.PartWriter.write):
     write(self, *sample)
     os.kill(os.getpid(), signal.SIGKILL)
-mdit.prepare.ShardWriter.write = kill
+mdit.data.writer.PartWriter.write = kill
 make(recipe(Path(sys.argv[1])))
 """
 
@@ -115,7 +118,7 @@ make(recipe(Path(sys.argv[1])))
 def test_a_killed_call_leaves_nothing_that_looks_like_a_set(folder, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], timeout=120)
     assert done.returncode == -signal.SIGKILL
-    assert [p.name for p in tmp_path.iterdir()] == [".validation.partial"]
+    assert {p.name for p in tmp_path.iterdir()} == {".validation.lock", ".validation.partial"}
     make(recipe(tmp_path))
     assert contents(tmp_path) == contents(folder)
 
@@ -137,6 +140,7 @@ def test_of_two_calls_at_once_one_makes_the_sets(folder, tmp_path):
         ({"source": {**EMOJI, "objects": 5}}, "validation/manifest.json: was made with source.objects = 4, .* is 5"),
         ({"source": {**EMOJI, "scenes": 61}}, "made with source.scenes = 60, but the recipe's is 61"),
         ({"prepare": {"image_size": 16}}, "made with image_size = 8, but the recipe's is 16"),
+        ({"prepare": {"embeddings": "i8b64"}}, "made with embeddings = 'f16', but the recipe's is 'i8b64'; remove "),
         ({"prepare": {"text_encoder": "other"}}, "made with text_encoder = 'minilm', but the recipe's is 'other'"),
         ({"model": {**MODEL, "latent_size": 16}}, "manifest.json: .* recipe's model.latent_size = 16 and not 8"),
         ({"model": {**MODEL, "latent_channels": 4}}, "manifest.json: .* recipe's model.latent_channels = 4 and not 3"),
@@ -147,6 +151,18 @@ def test_of_two_calls_at_once_one_makes_the_sets(folder, tmp_path):
 def test_a_changed_recipe_is_noticed(folder, change, message):
     with pytest.raises(UserError, match=message):
         make(recipe(folder, **change))
+
+
+def test_a_recipe_that_changed_after_an_interruption_is_noticed(tmp_path, monkeypatch):
+    def interrupt(*sample):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mdit.data.writer.PartWriter, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make(recipe(tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"\.validation.partial/plan.json: was begun with source.objects = 4, .* is 5"):
+        make(recipe(tmp_path, source={**EMOJI, "objects": 5}))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +194,18 @@ def test_a_folder_of_pictures_becomes_sets(tmp_path):
     make(recipe(tmp_path / "data", source=source))
     sizes = [open_dataset(tmp_path / "data" / name).samples for name in ("train", "validation")]
     assert sum(sizes) == 40 and min(sizes) > 0
+
+
+def test_embeddings_in_8_bits(folder, tmp_path):
+    make(recipe(tmp_path, prepare={"embeddings": "i8b64"}))
+    small, large = (open_dataset(path / "validation") for path in (tmp_path, folder))
+    assert small.layout.embeddings == "i8b64" and small.layout.embedding_bytes < 0.6 * large.layout.embedding_bytes
+    (latents, captions, texts), (latents_f16, captions_f16, texts_f16) = (
+        read_samples(s, range(8)) for s in (small, large)
+    )
+    assert texts == texts_f16 and torch.equal(latents, latents_f16)
+    assert not torch.equal(captions, captions_f16)
+    assert (captions.float() - captions_f16.float()).abs().max() < 0.01 * captions_f16.float().abs().max()
 
 
 def test_missing_shards_without_a_way_to_make_them(tmp_path):
@@ -216,32 +244,6 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the set"):
         make(recipe(tmp_path / "file"))
-
-
-# --- captions are embedded once
-
-
-class CountingEncoder:
-    def __init__(self):
-        self.asked = []
-
-    def encode(self, captions):
-        self.asked += captions
-        return torch.tensor([[[float(caption)]] for caption in captions])
-
-
-def test_a_caption_is_embedded_once_while_it_is_in_use():
-    encoder = CountingEncoder()
-    cache = CaptionCache(encoder, capacity=40)
-    for batch in (["1", "2", "1"], ["2", "3"], ["1"]):
-        assert [e.item() for e in cache(batch)] == [float(caption) for caption in batch]
-    assert encoder.asked == ["1", "2", "3"]
-    cache([str(i) for i in range(100, 139)])  # 40 captions are kept: "1" and these 39
-    assert len(cache._embeddings) == 40
-    cache(["1"])
-    assert encoder.asked.count("1") == 1
-    cache(["2"])
-    assert encoder.asked.count("2") == 2
 
 
 # --- the launcher

@@ -1,5 +1,6 @@
 """The on-disk format: what is written can be read by anyone, and what is damaged is refused by name."""
 
+import importlib.util
 import json
 import os
 import tarfile
@@ -7,10 +8,13 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+import xxhash
 
 from mdit.config import UserError
 from mdit.data import shards
-from mdit.data.shards import ShardError, ShardWriter, open_dataset, read_samples
+from mdit.data.shards import Layout, ShardError, open_dataset, read_samples
+from mdit.data.writer import PartWriter, ShardWriter, finish_set, written_parts
+from mdit.files import checksum
 
 LATENT, EMBEDDING = (3, 4, 4), (5, 6)
 ENCODERS = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "mean": [0.25]}}
@@ -56,33 +60,82 @@ def test_samples_come_back_as_they_were_written(directory):
         assert texts[row] == text
 
 
-def test_plain_tarfile_finds_the_bytes_where_the_index_says(directory):
-    dataset, i = open_dataset(directory), 0
-    for shard in dataset.manifest.shards:
-        with tarfile.open(directory / shard.file) as tar:
-            members = tar.getmembers()
-            for emb, lat, txt in zip(members[0::3], members[1::3], members[2::3]):
-                names = [f"key-{i:03d}.{kind}" for kind in ("emb.bin", "lat.bin", "txt")]
-                assert [emb.name, lat.name, txt.name] == names
-                row = dataset.index[i]
-                assert (emb.offset_data, lat.offset_data) == (row["embedding"], row["latent"])
-                assert (txt.offset_data, txt.size) == (row["text"], row["text_bytes"])
-                latent, embedding, text = sample(i)
-                assert tar.extractfile(lat).read() == latent.astype("<f2").tobytes()
-                assert tar.extractfile(emb).read() == embedding.astype("<f2").tobytes()
-                assert tar.extractfile(txt).read().decode() == text
-                i += 1
-    assert i == 23
+def members(directory, dataset):
+    """Four readers of one set: for each, (embedding bytes, latent bytes, caption) of every sample in order."""
+    tars = [directory / shard.file for shard in dataset.manifest.shards]
+    layout = dataset.layout
+    row = np.empty(layout.row_bytes, np.uint8)
+    ours = []
+    for i in range(dataset.samples):
+        [place] = dataset.locate([i])
+        text = dataset.read_row(place, row)
+        embedding, latent = row[512:][: layout.embedding_bytes], row[layout.latent_at :][: layout.latent_bytes]
+        ours.append((embedding.tobytes(), latent.tobytes(), text.encode()))
+    plain = []
+    for path in tars:
+        with tarfile.open(path) as tar:
+            files = [(member.name.split(".", 1)[1], tar.extractfile(member).read()) for member in tar]
+        assert [kind for kind, _ in files[:3]] == ["emb.bin", "lat.bin", "txt"]
+        plain += [tuple(content for _, content in files[i : i + 3]) for i in range(0, len(files), 3)]
+    urls = [str(path) for path in tars]
+    web = [(item["emb.bin"], item["lat.bin"], item["txt"]) for item in webdataset.WebDataset(urls, shardshuffle=False)]
+    return {"ours": ours, "tarfile": plain, "webdataset": web} | dali_members(urls, dataset)
 
 
-def test_webdataset_reads_the_same_bytes(directory):
+def dali_members(urls, dataset):
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        return {}
+    from nvidia.dali import fn, pipeline_def, types
+
+    indexes = [str(dataset.directory / entry.file) for entry in dataset.manifest.dali_indexes]
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def pipeline():
+        kinds = ["emb.bin", "lat.bin", "txt"]
+        return tuple(
+            fn.readers.webdataset(
+                paths=urls, index_paths=indexes, ext=kinds, dtypes=[types.UINT8] * 3, missing_component_behavior="error"
+            )
+        )
+
+    reader = pipeline()
+    reader.build()
+    return {
+        "dali": [tuple(np.array(out[0]).tobytes() for out in reader.run()) for _ in range(dataset.samples)],
+    }
+
+
+@pytest.mark.parametrize("embeddings", ["f16", "i8b64"])
+def test_four_readers_find_the_same_bytes(tmp_path, embeddings):
+    with ShardWriter(tmp_path / "set", LATENT, (5, 64), ENCODERS, {}, 20_000, embeddings) as out:
+        for i in range(23):
+            latent, _, text = sample(i)
+            out.write(f"key-{i:03d}", latent, np.random.default_rng(i).normal(size=(5, 64)), text)
+    dataset = open_dataset(tmp_path / "set")
+    found = members(tmp_path / "set", dataset)
+    assert len(dataset.shard_sizes) > 1 and len(found["ours"]) == 23
+    for reader, read in found.items():
+        assert read == found["ours"], reader
+    for i, (embedding, latent, text) in enumerate(found["ours"]):
+        assert latent == sample(i)[0].astype("<f2").tobytes() and text.decode() == sample(i)[2]
+        values = np.random.default_rng(i).normal(size=(5, 64)).astype("<f2")
+        if embeddings == "f16":
+            assert embedding == values.tobytes()
+        else:
+            blocks, scales = np.frombuffer(embedding[:320], np.int8), np.frombuffer(embedding[320:], "<f2")
+            read = blocks.reshape(5, 64) * scales[:, None].astype(np.float64)
+            assert np.abs(read - values).max() <= np.abs(values).max() / 127
+
+
+def test_webdataset_finds_keys_and_kinds(directory):
     urls = [str(path) for path in sorted(directory.glob("*.tar"))]
     found = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert len(found) == 23
-    for i, item in enumerate(found):
-        latent, embedding, text = sample(i)
-        assert item["__key__"] == f"key-{i:03d}" and item["txt"].decode() == text
-        assert item["lat.bin"] == latent.tobytes() and item["emb.bin"] == embedding.tobytes()
+    assert [item["__key__"] for item in found] == [f"key-{i:03d}" for i in range(23)]
+
+
+def test_eight_bits_need_whole_blocks(tmp_path):
+    with pytest.raises(UserError, match="blocks of 64 values, which do not fit 6 channels"):
+        ShardWriter(tmp_path / "set", LATENT, EMBEDDING, ENCODERS, {}, embeddings="i8b64")
 
 
 def test_the_same_samples_give_the_same_files(directory, tmp_path):
@@ -137,52 +190,157 @@ def test_wrong_shapes_and_keys_are_refused(tmp_path):
 
 
 def test_truncated_shard(directory):
-    path = directory / "shard_00001.tar"
+    path = directory / "shard_00000_001.tar"
     size = path.stat().st_size
     os.truncate(path, size - 100)
-    with pytest.raises(ShardError, match=rf"shard_00001.tar: has {size - 100} bytes, but manifest.json says {size}"):
+    with pytest.raises(
+        ShardError, match=rf"shard_00000_001.tar: has {size - 100} bytes, but manifest.json says {size}"
+    ):
         open_dataset(directory)
 
 
 def test_a_shard_cut_after_opening_names_file_and_sample(directory):
     dataset = open_dataset(directory)
-    os.truncate(directory / "shard_00000.tar", 3000)
-    with pytest.raises(ShardError, match="shard_00000.tar: sample 2 of the set is damaged: .* bytes are there"):
+    read_samples(dataset, [0])
+    os.truncate(directory / "shard_00000_000.tar", 3000)
+    with pytest.raises(ShardError, match="shard_00000_000.tar: sample 2 of the set is damaged: .* bytes are there"):
         read_samples(dataset, [2])
 
 
 def test_missing_shard(directory):
-    (directory / "shard_00002.tar").unlink()
-    with pytest.raises(ShardError, match="shard_00002.tar: is missing, but manifest.json lists it"):
+    (directory / "shard_00000_002.tar").unlink()
+    with pytest.raises(ShardError, match="shard_00000_002.tar: is missing, but manifest.json lists it"):
         open_dataset(directory)
 
 
 def test_a_shard_that_goes_missing_later(directory):
     dataset = open_dataset(directory)
-    (directory / "shard_00000.tar").unlink()
-    with pytest.raises(ShardError, match="shard_00000.tar: cannot open"):
+    (directory / "shard_00000_000.tar").unlink()
+    with pytest.raises(ShardError, match="shard_00000_000.tar: cannot open"):
         read_samples(dataset, [0])
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "what, at", [("first header", 3), ("embedding", 520), ("header between", 1100), ("caption", 2048)]
+)
+def test_a_flipped_bit_is_found_by_reading(directory, what, at):
+    dataset = open_dataset(directory)
+    flip(directory / "shard_00000_000.tar", at)
+    with pytest.raises(ShardError, match="shard_00000_000.tar: sample 0 of the set is damaged: xxh3 is"):
+        read_samples(dataset, [0])
+    assert read_samples(dataset, [1])[2] == [sample(1)[2]]
 
 
 def test_caption_that_is_not_utf8(directory):
     dataset = open_dataset(directory)
-    with open(directory / "shard_00000.tar", "r+b") as file:
-        file.seek(int(dataset.index[1]["text"]))
-        file.write(b"\xff")
-    with pytest.raises(ShardError, match="shard_00000.tar: sample 1 of the set is damaged: the caption"):
-        read_samples(dataset, [1])
-
-
-def test_verify_finds_a_flipped_bit(directory):
+    path, [place] = directory / "shard_00000_000.tar", dataset.locate([0])
+    content = bytearray(path.read_bytes())
+    content[dataset.layout.row_bytes] = 0xFF
+    path.write_bytes(content)
+    end = dataset.layout.row_bytes + place.text_bytes
+    index = np.load(directory / "index.npy")
+    index[0]["xxh3"] = xxhash.xxh3_64_intdigest(bytes(content[:end]))  # a writer that is not ours
+    np.save(directory / "index.npy", index)
+    edit_manifest(directory, lambda m: m["index"].update(xxh3=checksum(directory / "index.npy")))
     dataset = open_dataset(directory)
-    dataset.verify()
-    with open(directory / "shard_00001.tar", "r+b") as file:
-        file.seek(600)
-        byte = file.read(1)[0]
-        file.seek(600)
-        file.write(bytes([byte ^ 1]))
-    with pytest.raises(ShardError, match="shard_00001.tar: xxh3 is .* but manifest.json says"):
+    with pytest.raises(ShardError, match="shard_00000_000.tar: sample 0 of the set is damaged: the caption"):
+        read_samples(dataset, [0])
+
+
+def test_a_shard_replaced_while_it_is_open(directory, monkeypatch):
+    monkeypatch.setattr(shards, "SECONDS_BETWEEN_LOOKS", 0)
+    dataset, path = open_dataset(directory), directory / "shard_00000_000.tar"
+    read_samples(dataset, [0])
+    content = path.read_bytes()
+    path.rename(directory / "before.tar")
+    path.write_bytes(content[::-1])
+    with pytest.raises(ShardError, match="shard_00000_000.tar: the shard was replaced"):
+        read_samples(dataset, [0])
+    path.unlink()
+    with pytest.raises(ShardError, match="shard_00000_000.tar: the shard has gone"):
+        read_samples(dataset, [0])
+
+
+def test_verify_finds_damage_in_every_kind_of_file(directory):
+    open_dataset(directory).verify()
+    first = directory / "shard_00000_001.tar"
+    flip(first, 600)
+    with pytest.raises(ShardError, match=r"shard_00000_001.tar: sample \d+ of the set is damaged"):
         open_dataset(directory).verify()
+    flip(first, 600)
+    flip(first, first.stat().st_size - 1)  # the tar's trailer, which belongs to no sample
+    with pytest.raises(ShardError, match="shard_00000_001.tar: xxh3 is .* but manifest.json says"):
+        open_dataset(directory).verify()
+    flip(first, first.stat().st_size - 1)
+    flip(directory / "shard_00000_001.idx", 9)
+    with pytest.raises(ShardError, match="shard_00000_001.idx: xxh3 is .* but manifest.json says"):
+        open_dataset(directory).verify()
+
+
+def write_part(directory, part, *, report=None, **options):
+    """Samples 10 * part to 10 * part + 9; part 2 has none."""
+    with PartWriter(directory, part, Layout(latent_shape=LATENT, embedding_shape=EMBEDDING), **options) as out:
+        for i in range(10 * part, 10 * part + 10 if part != 2 else 0):
+            out.write(f"{part}-{i:03d}", *sample(i))
+        out.report.update(report or {})
+
+
+def finish(directory):
+    layout = Layout(latent_shape=LATENT, embedding_shape=EMBEDDING)
+    return finish_set(directory, 4, layout, ENCODERS, {"objects": 3})
+
+
+def test_parts_join_to_a_set_whatever_their_order_and_interruptions(tmp_path):
+    for name, parts in {"a": (0, 1, 2, 3), "b": (3, 1, 0, 2)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "b":
+            with (
+                pytest.raises(KeyboardInterrupt),
+                PartWriter(folder, 1, Layout(latent_shape=LATENT, embedding_shape=EMBEDDING), 2000) as out,
+            ):
+                for i in range(5):
+                    out.write(f"{i}", *sample(i + 50))
+                raise KeyboardInterrupt
+            assert list(folder.glob("shard_00001_*")) and not written_parts(folder)
+        for part in parts:
+            write_part(folder, part, report={"seen": part}, shard_bytes=20_000)
+        assert written_parts(folder) == {part: {"seen": part} for part in range(4)}
+        finish(folder)
+    names = sorted(os.listdir(tmp_path / "a"))
+    assert names == sorted(os.listdir(tmp_path / "b"))
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    dataset = open_dataset(tmp_path / "a")
+    dataset.verify()
+    wanted = [*range(20), *range(30, 40)]
+    assert read_samples(dataset, range(30))[2] == [sample(i)[2] for i in wanted]
+
+
+def test_finishing_again_changes_nothing(tmp_path):
+    for part in range(4):
+        write_part(tmp_path, part)
+    record = (tmp_path / "part_00003.json").read_bytes()
+    manifest = finish(tmp_path)
+    (tmp_path / "part_00003.json").write_bytes(record)  # killed before the last record was removed
+    assert finish(tmp_path) == manifest and not list(tmp_path.glob("part_*"))
+
+
+def test_a_complete_part_is_not_written_again(tmp_path):
+    write_part(tmp_path, 0)
+    with pytest.raises(ValueError, match="part 0 is complete"):
+        write_part(tmp_path, 0)
+
+
+def test_a_set_without_samples(tmp_path):
+    write_part(tmp_path, 2)
+    with pytest.raises(UserError, match="not a single sample"):
+        finish_set(tmp_path, 0, Layout(latent_shape=LATENT, embedding_shape=EMBEDDING), {}, {})
 
 
 @pytest.mark.parametrize(
@@ -191,9 +349,11 @@ def test_verify_finds_a_flipped_bit(directory):
         (lambda m: m.update(format="mdit-latents/9"), "format is 'mdit-latents/9', expected 'mdit-latents/1'"),
         (lambda m: m.update(colour="blue"), "unknown key colour"),
         (lambda m: m.pop("shards"), "missing key shards"),
-        (lambda m: m["members"]["lat"].update(dtype="<f4"), "members.lat.dtype = '<f4'"),
+        (lambda m: m["members"]["lat"].update(dtype="f32"), "members.lat.dtype = 'f32'"),
         (lambda m: m.update(samples=24), "samples is 24, but there are 23 rows in the index"),
         (lambda m: m["shards"][0].update(samples=1), "samples is 23, but there are .* samples in its shards"),
+        (lambda m: m["shards"][0].update(samples=0), "shards.0.samples = 0"),
+        (lambda m: m["dali_indexes"].pop(), "shards, but"),
     ],
 )
 def test_foreign_manifest(directory, change, message):
@@ -201,6 +361,15 @@ def test_foreign_manifest(directory, change, message):
     with pytest.raises(ShardError, match=message) as caught:
         open_dataset(directory)
     assert "manifest.json" in str(caught.value)
+
+
+def test_index_of_another_set(directory, tmp_path):
+    with writer(tmp_path / "other") as out:
+        for i in range(23):
+            out.write(f"key-{i:03d}", *sample(i + 1))
+    (directory / "index.npy").write_bytes((tmp_path / "other" / "index.npy").read_bytes())
+    with pytest.raises(ShardError, match="index.npy: xxh3 is .* but manifest.json says"):
+        open_dataset(directory)
 
 
 def test_manifest_that_is_no_json(directory):
@@ -212,7 +381,8 @@ def test_manifest_that_is_no_json(directory):
 def test_index_that_is_a_pickle_is_never_loaded(directory):
     path = directory / "index.npy"
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    edit_manifest(directory, lambda m: m["index"].update(bytes=path.stat().st_size))
+    entry = {"bytes": path.stat().st_size, "xxh3": checksum(path)}
+    edit_manifest(directory, lambda m: m["index"].update(entry))
     with pytest.raises(ShardError, match="index.npy"):
         open_dataset(directory)
 
@@ -220,7 +390,8 @@ def test_index_that_is_a_pickle_is_never_loaded(directory):
 def test_index_of_another_kind(directory):
     path = directory / "index.npy"
     np.save(path, np.zeros(23))
-    edit_manifest(directory, lambda m: m["index"].update(bytes=path.stat().st_size))
+    entry = {"bytes": path.stat().st_size, "xxh3": checksum(path)}
+    edit_manifest(directory, lambda m: m["index"].update(entry))
     with pytest.raises(ShardError, match="index.npy: has rows of"):
         open_dataset(directory)
 

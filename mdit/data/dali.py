@@ -1,0 +1,108 @@
+"""The engine that leaves staging, the copy to the GPU and dequantisation to a DALI pipeline.
+
+The threads that feed the native engine feed it too, in the same order. DALI never opens a file: its own reader of tars
+ends the process by a signal where a shard is cut short, and passes flipped bits. Samples are of one shape, so there is
+nothing to pad.
+"""
+
+import math
+
+import torch
+from nvidia.dali import Pipeline, fn, types
+
+from mdit.data.quantise import BLOCK
+from mdit.data.read_ahead import Batch, Buffer, ReadAhead
+from mdit.data.shards import TAR_BLOCK, Layout
+
+WORDS = {8: types.INT64, 4: types.INT32, 2: types.INT16}  # by their bytes
+
+
+class DaliLoader:
+    """An endless iterator of Batch over all epochs, and a context manager; close() stops its threads.
+
+    While a batch is used, the next one is copied and dequantised.
+    """
+
+    def __init__(self, read_ahead: ReadAhead, num_rows: int, device: torch.device) -> None:
+        self._read_ahead, self._on_gpu = read_ahead, device.type == "cuda"
+        device_id = None
+        if self._on_gpu:
+            device_id = torch.cuda.current_device() if device.index is None else device.index
+        self._pipeline = build_pipeline(read_ahead.layout, num_rows, device_id)
+        self._running: Buffer | None = None
+        self._copying: list[tuple] = []  # outputs that torch may still be reading, each with an event behind that
+
+    def __iter__(self) -> "DaliLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        """Raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed."""
+        buffer = self._running or self._start(self._read_ahead.take())
+        outputs = self._pipeline.share_outputs()  # waits until they are there
+        self._pipeline.release_outputs()
+        # DALI's outputs stay as they are for as long as they are held; float32 ones are rounded here (build_pipeline).
+        tensors = [torch.from_dlpack(output[0]).to(torch.float16, copy=self._on_gpu) for output in outputs]
+        if self._on_gpu:
+            # DALI knows nothing of torch's stream, where kernels queue up that read a batch: what goes out is a copy.
+            self._copying = [(held, copied) for held, copied in self._copying if not copied.query()]
+            self._copying.append((outputs, torch.cuda.current_stream().record_event()))
+        batch = Batch(*tensors, buffer.texts, buffer.samples, buffer.step)
+        self._read_ahead.give_back(buffer)
+        self._running = None
+        if (following := self._read_ahead.take_filled()) is not None:
+            self._start(following)
+        return batch
+
+    def _start(self, buffer: Buffer) -> Buffer:
+        self._pipeline.feed_input("rows", [buffer.rows.numpy()])
+        self._pipeline.schedule_run()
+        self._running = buffer
+        return buffer
+
+    def close(self) -> None:
+        self._read_ahead.close()
+        for _, copied in self._copying:
+            copied.synchronize()
+        self._pipeline = self._running = None  # ends DALI's threads
+
+    def __enter__(self) -> "DaliLoader":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def build_pipeline(layout: Layout, num_rows: int, device_id: int | None) -> Pipeline:
+    """From "rows" (N, row_bytes) uint8 in host memory to latents (N, C, H, W) fp16 and caption embeddings (N, L, C), on
+    the GPU of that number, or the CPU where it is None. Embeddings of 8 bits come out in float32, where their products
+    are exact: DALI's CPU operators round ties to fp16 away from zero, torch rounds them to even.
+
+    A batch is one sample of DALI's, which costs less than one for each row.
+    """
+    length, channels = layout.embedding_shape
+    values_bytes = length * channels if layout.embeddings == "i8b64" else layout.embedding_bytes
+    # Slices are copied word by word: the wider, the faster.
+    word = math.gcd(8, layout.latent_bytes, values_bytes, layout.embedding_bytes)
+
+    def cut(start: int, size: int, dtype: types.DALIDataType, shape: list[int]):
+        return fn.reinterpret(words[:, start // word : (start + size) // word], dtype=dtype, shape=shape)
+
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    with pipeline:
+        # Without a copy: the buffer is not given back before the outputs are there.
+        rows = fn.external_source(name="rows", dtype=types.UINT8, ndim=2, no_copy=True)
+        if device_id is not None:
+            rows = rows.gpu()
+        words = fn.reinterpret(rows, dtype=WORDS[word], shape=[num_rows, layout.row_bytes // word])
+        latents = cut(layout.latent_at, layout.latent_bytes, types.FLOAT16, [num_rows, *layout.latent_shape])
+        if layout.embeddings == "i8b64":
+            blocks = num_rows * length * channels // BLOCK
+            values = cut(TAR_BLOCK, values_bytes, types.INT8, [blocks, BLOCK])
+            scales = cut(TAR_BLOCK + values_bytes, layout.embedding_bytes - values_bytes, types.FLOAT16, [blocks, 1])
+            products = values * fn.cast(scales, dtype=types.FLOAT)
+            captions = fn.reshape(products, shape=[num_rows, length, channels])
+        else:
+            captions = cut(TAR_BLOCK, values_bytes, types.FLOAT16, [num_rows, length, channels])
+        pipeline.set_outputs(latents, captions)
+    pipeline.build()
+    return pipeline

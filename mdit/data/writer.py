@@ -1,0 +1,281 @@
+"""Writing `mdit-latents/1` part by part: several processes may write parts of one set, and be killed at any moment.
+
+A part's shards appear under their names as they fill; its record (part_00012.json and .npy) comes last and makes it
+complete. `finish_set` joins the records to index.npy and manifest.json. Bytes depend on the samples alone.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+import xxhash
+
+from mdit.config import Section, UserError, parse_section
+from mdit.data.quantise import quantise
+from mdit.data.shards import (
+    FORMAT,
+    INDEX,
+    INDEX_DTYPE,
+    MANIFEST,
+    FileEntry,
+    Layout,
+    Manifest,
+    Member,
+    Members,
+    padded,
+    read_manifest,
+)
+from mdit.files import checksum, sync
+
+SHARD_BYTES = 10**9
+
+
+class NotFinite(UserError):
+    """A sample with a value that is not finite in fp16."""
+
+
+class PartRecord(Section):
+    """What part_00012.json holds."""
+
+    report: dict[str, Any]
+    shards: tuple[FileEntry, ...]
+    dali_indexes: tuple[FileEntry, ...]
+
+
+class PartWriter:
+    """One part of a set. The part is complete once the `with` block has been left without an exception.
+
+    A shard is closed when it reaches `shard_bytes`. `report` is kept in the part's record and may be filled until then.
+    What a killed writer of the same part left is removed. Raises ValueError when the part is complete already.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        part: int,
+        layout: Layout,
+        shard_bytes: int = SHARD_BYTES,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        layout.check()
+        self.directory, self.part, self.layout, self.shard_bytes = Path(directory), part, layout, shard_bytes
+        self.report = {} if report is None else report
+        if is_written(self.directory, part):
+            raise ValueError(f"{self.directory}: part {part} is complete")
+        for left in [*self.directory.glob(f"shard_{part:05d}_*"), *self.directory.glob(f"part_{part:05d}.*")]:
+            left.unlink()
+        self._shards: list[FileEntry] = []
+        self._dali_indexes: list[FileEntry] = []
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._keys: list[str] = []  # of the open shard
+        self._tar: webdataset.TarWriter | None = None
+
+    def write(self, key: str, latent: np.ndarray, embedding: np.ndarray, caption: str) -> None:
+        """Append one sample: latent (C, H, W), embedding (L, C), any float dtype. `key` is unique in the set and holds
+        no dot. Raises NotFinite, with nothing written, when a value is not finite in fp16."""
+        if "." in key:
+            raise ValueError(f"key {key!r} holds a dot, which ends a key in a tar of samples")
+        latent = self._half(key, "latents", latent, self.layout.latent_shape).tobytes()
+        half = self._half(key, "caption embedding", embedding, self.layout.embedding_shape)
+        embedding = quantise(half) if self.layout.embeddings == "i8b64" else half.tobytes()
+        text = caption.encode()
+        if self._tar is None:
+            self._file = open(self.directory / f"{self._name}.tar.tmp", "w+b")
+            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+        offset = self._tar.tarstream.offset
+        # TarWriter sorts members by name: emb.bin, lat.bin, txt. Each is a header block and data padded to blocks.
+        self._tar.write({"__key__": key, "emb.bin": embedding, "lat.bin": latent, "txt": text})
+        self._keys.append(key)
+        self._rows.append((len(self._shards), len(text), offset, 0))
+        if offset + self.layout.row_bytes + padded(len(text)) >= self.shard_bytes:
+            self._close_shard()
+
+    def close(self) -> None:
+        """Finish the last shard, then write the record."""
+        if self._tar is not None:
+            self._close_shard()
+        record = PartRecord(
+            report=self.report, shards=tuple(self._shards), dali_indexes=tuple(self._dali_indexes)
+        ).model_dump(mode="json")
+        path = _record_path(self.directory, self.part)
+        with open(path.with_suffix(".npy"), "wb") as file:
+            np.save(file, np.array(self._rows, dtype=INDEX_DTYPE), allow_pickle=False)
+            _sync_file(file)
+        _publish(path, json.dumps(record).encode(), samples=1)
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self.close()
+        elif self._tar is not None:
+            with suppress(OSError), self._file:  # a full disk may be why we are here
+                self._tar.close()
+
+    @property
+    def _name(self) -> str:
+        return f"shard_{self.part:05d}_{len(self._shards):03d}"
+
+    def _half(self, key: str, what: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        if values.shape != shape:
+            raise ValueError(f"sample {key}: {what} of shape {values.shape}, expected {shape}")
+        with np.errstate(over="ignore"):
+            stored = np.asarray(values, dtype="<f2")
+        if not np.isfinite(stored).all():
+            raise NotFinite(f"{self.directory}: sample {key}: {what} not finite in fp16")
+        return stored
+
+    def _close_shard(self) -> None:
+        self._tar.close()
+        samples, first = len(self._keys), len(self._rows) - len(self._keys)
+        with self._file:
+            self._file.flush()
+            for number in range(first, len(self._rows)):
+                shard, text_bytes, offset, _ = self._rows[number]
+                sample = os.pread(self._file.fileno(), self.layout.row_bytes + text_bytes, offset)
+                self._rows[number] = (shard, text_bytes, offset, xxhash.xxh3_64_intdigest(sample))
+            entry = _rename(self._file, self.directory / f"{self._name}.tar", samples)
+        dali_index = "".join([f"v1.2 {samples}\n", *map(self._dali_line, self._keys, self._rows[first:])])
+        self._dali_indexes.append(_publish(self.directory / f"{self._name}.idx", dali_index.encode(), samples))
+        self._shards.append(entry)
+        self._tar, self._keys = None, []
+
+    def _dali_line(self, key: str, row: tuple[int, int, int, int]) -> str:
+        """`extension offset size name` of every member, as DALI's wds2idx writes them."""
+        _, text_bytes, offset, _ = row
+        layout = self.layout
+        members = (
+            ("emb.bin", offset + 512, layout.embedding_bytes),
+            ("lat.bin", offset + layout.latent_at, layout.latent_bytes),
+            ("txt", offset + layout.row_bytes, text_bytes),
+        )
+        return " ".join(f"{extension} {at} {size} {key}.{extension}" for extension, at, size in members) + "\n"
+
+
+def is_written(directory: str | Path, part: int) -> bool:
+    """Whether the part is complete."""
+    return _record_path(Path(directory), part).exists()
+
+
+def written_parts(directory: str | Path, known: dict[int, dict[str, Any]] | None = None) -> dict[int, dict[str, Any]]:
+    """Part -> its report, of the parts that are complete. What is `known` is not read again."""
+    found = dict(known or {})
+    for path in sorted(Path(directory).glob("part_*.json")):
+        match = re.fullmatch(r"part_(\d+)\.json", path.name)
+        if match and int(match[1]) not in found:
+            found[int(match[1])] = _read_record(path).report
+    return found
+
+
+def finish_set(
+    directory: str | Path,
+    num_parts: int,
+    layout: Layout,
+    encoders: dict[str, dict[str, Any]],
+    fingerprint: dict[str, Any],
+) -> Manifest:
+    """Join all parts to a set; after a kill, again. For one process at a time. Raises UserError for a set without
+    samples."""
+    directory = Path(directory)
+    if not (directory / MANIFEST).exists():
+        records = [_read_record(_record_path(directory, part)) for part in range(num_parts)]
+        index = _join_indexes(directory, records)
+        manifest = Manifest(
+            format=FORMAT,
+            members=Members(
+                lat=Member(dtype="f16", shape=layout.latent_shape),
+                emb=Member(dtype=layout.embeddings, shape=layout.embedding_shape),
+            ),
+            encoders=encoders,
+            fingerprint=fingerprint,
+            samples=index.samples,
+            index=index,
+            shards=tuple(shard for record in records for shard in record.shards),
+            dali_indexes=tuple(entry for record in records for entry in record.dali_indexes),
+        )
+        content = json.dumps(manifest.model_dump(mode="json"), indent=1)
+        _publish(directory / MANIFEST, content.encode(), index.samples)
+    for path in [*directory.glob("part_*.json"), *directory.glob("part_*.npy")]:
+        path.unlink()
+    return read_manifest(directory)
+
+
+class ShardWriter(PartWriter):
+    """A whole set from one process, in a new directory. Leaving the `with` block by an exception leaves no manifest.
+
+    Raises UserError when the directory already holds something.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        latent_shape: Sequence[int],
+        embedding_shape: Sequence[int],
+        encoders: dict[str, dict[str, Any]],
+        fingerprint: dict[str, Any],
+        shard_bytes: int = SHARD_BYTES,
+        embeddings: str = "f16",
+    ) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise UserError(f"{directory}: is not empty, and shards are never rewritten; choose another directory")
+        layout = Layout(latent_shape=tuple(latent_shape), embedding_shape=tuple(embedding_shape), embeddings=embeddings)
+        self._encoders, self._fingerprint = encoders, fingerprint
+        super().__init__(directory, 0, layout, shard_bytes)
+
+    def close(self) -> None:
+        super().close()
+        finish_set(self.directory, 1, self.layout, self._encoders, self._fingerprint)
+
+
+def _join_indexes(directory: Path, records: list[PartRecord]) -> FileEntry:
+    samples = sum(shard.samples for record in records for shard in record.shards)
+    if samples == 0:
+        raise UserError(f"{directory}: not a single sample was written")
+    with open(directory / f"{INDEX}.tmp", "wb") as file:
+        header = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (samples,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        first_shard = 0
+        for part, record in enumerate(records):
+            rows = np.load(_record_path(directory, part).with_suffix(".npy"), allow_pickle=False)
+            rows["shard"] += first_shard
+            file.write(rows.tobytes())
+            first_shard += len(record.shards)
+        return _rename(file, directory / INDEX, samples)
+
+
+def _record_path(directory: Path, part: int) -> Path:
+    return directory / f"part_{part:05d}.json"
+
+
+def _read_record(path: Path) -> PartRecord:
+    return parse_section(PartRecord, json.loads(path.read_text()), path)
+
+
+def _publish(path: Path, content: bytes, samples: int) -> FileEntry:
+    with open(path.with_name(f"{path.name}.tmp"), "wb") as file:
+        file.write(content)
+        return _rename(file, path, samples)
+
+
+def _rename(file, path: Path, samples: int) -> FileEntry:
+    """Sync the file that is open under its temporary name, then give it its own."""
+    _sync_file(file)
+    temporary = path.with_name(f"{path.name}.tmp")
+    entry = FileEntry(file=path.name, samples=samples, bytes=temporary.stat().st_size, xxh3=checksum(temporary))
+    temporary.rename(path)
+    sync(path.parent)
+    return entry
+
+
+def _sync_file(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())

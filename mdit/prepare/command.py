@@ -1,0 +1,176 @@
+"""What launchers/precompute.py does with its flags."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mdit.config import DEFAULT_RECIPE, UserError, load_config
+from mdit.data.shards import MANIFEST, open_dataset, read_manifest
+from mdit.data.writer import SHARD_BYTES
+from mdit.dist import World, logger
+from mdit.encoders import build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.prepare.decode import build_decoder
+from mdit.prepare.imported import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
+from mdit.prepare.in_progress import check_set, is_finished
+from mdit.prepare.precompute import Job, Maker, precompute
+from mdit.prepare.recipe import prepare
+from mdit.prepare.report import read_report, summary
+from mdit.prepare.towers import Towers
+from mdit.sources import Source, open_named_source
+from mdit.sources.mds import holds_latents, open_latents
+
+WHOSE = "this command's"
+FOR_BOTH = ("recipe", "set", "verify", "local_rank")  # flags that go without --source
+FOR_PICTURES = ("split", "caption_key", "caption_length", "min_side", "precision", "batch_size", "decoder")
+NUMBERS = ("image_size", "min_side", "limit", "batch_size", "shard_bytes", "caption_length")
+BATCH_SIZE = 32
+
+
+def plan_sets(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:
+    """Check all flags, open the source and load the encoders. -> what makes the sets as far as other processes do not,
+    and returns those that are finished and that this process is to tell about. Both raise UserError."""
+    return _plan_recipe(args, world) if args.source is None else _plan_source(args, world)
+
+
+def _plan_recipe(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:
+    if given := [name for name, value in vars(args).items() if value is not None and name not in FOR_BOTH]:
+        raise UserError(f"--{given[0]}: needs --source")
+    config = load_config(args.recipe or DEFAULT_RECIPE, args.set)
+
+    def make() -> list[Path]:
+        prepare(config, progress=world.is_first, device=world.device)
+        directories = dict.fromkeys(map(Path, (*config.data.train, config.data.validation)))
+        return list(directories) if world.is_first else []
+
+    return make
+
+
+def describe(directory: Path, verify: bool) -> str:
+    """A set in a line, and what was left out in another. With `verify` all of it is read. Raises ShardError."""
+    dataset = open_dataset(directory)
+    if verify:
+        dataset.verify()
+    size = sum(shard.bytes for shard in dataset.manifest.shards)
+    text = (
+        f"{directory}: {dataset.samples:,} samples in {len(dataset.shard_sizes)} shards, {size / 1e6:,.1f} MB, "
+        f"latents {dataset.latent_shape}, caption embeddings {dataset.embedding_shape}"
+    ) + (", checksums right" if verify else "")
+    report = read_report(directory)
+    return text + (f"\n{directory}: {summary(report)}" if report and report["rejected"] else "")
+
+
+def _plan_source(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:
+    imports = args.source == "mds" and args.root is not None and holds_latents(args.root)
+    _check_flags(args, imports)
+    made_from = _made_from(args, imports)
+    sets = {size: args.out / str(size) for size in sorted(set(args.image_size))}
+    for size, directory in sets.items():
+        check_set(directory, {**made_from, "image_size": size}, WHOSE)
+    finished = [directory for directory in sets.values() if is_finished(directory)]
+    for directory in finished:
+        logger.info(f"{directory}: is there already")
+    unfinished = {size: directory for size, directory in sets.items() if directory not in finished}
+    jobs = (_imports if imports else _encodings)(args, world, unfinished, made_from) if unfinished else []
+
+    def make() -> list[Path]:
+        return [*(finished if world.is_first else []), *(path for job in jobs for path in _finished_by(job))]
+
+    return make
+
+
+def _finished_by(job: tuple[Job, Maker]) -> list[Path]:
+    outcome = precompute(*job)
+    for directory, parts in outcome.left.items():
+        what = f"parts that other processes are making: {parts}" if parts else "another process is finishing it"
+        logger.info(f"{directory}: {what}")
+    return list(outcome.finished)
+
+
+def _check_flags(args: argparse.Namespace, imports: bool) -> None:
+    if args.recipe is not None or args.set:
+        raise UserError(f"--{'set' if args.set else 'recipe'}: goes without --source {args.source}")
+    needed = ("out", "image_size") if imports else ("out", "image_size", "image_encoder", "text_encoder")
+    for name in needed:
+        if getattr(args, name) is None:
+            raise UserError(f"--{name}: is missing; --source {args.source} needs it")
+    for name in NUMBERS:
+        numbers = getattr(args, name)
+        for number in numbers if isinstance(numbers, list) else [numbers]:
+            if number is not None and number < 1:
+                raise UserError(f"--{name} {number}: must be at least 1")
+    for name in FOR_PICTURES if imports else ():
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} {getattr(args, name)}: changes nothing; {args.root} holds latents, not pictures")
+
+
+def _made_from(args: argparse.Namespace, imports: bool) -> dict[str, Any]:
+    """What a set's fingerprint says, and its image size. Not where the source lies, but what it is called there."""
+    made_from = {
+        "source": args.source,
+        "root": args.root and args.root.absolute().name,
+        "limit": args.limit,
+        "embeddings": args.embeddings or "f16",
+    }
+    if imports:
+        encoders = {"image_encoder": args.image_encoder or IMAGE_ENCODER}
+        return made_from | encoders | {"text_encoder": args.text_encoder or TEXT_ENCODER}
+    return made_from | {
+        "split": args.split or "train",
+        "caption_key": args.caption_key,
+        "min_side": args.min_side or min(args.image_size),
+        "image_encoder": args.image_encoder,
+        "text_encoder": _text_description(args).get("id", args.text_encoder),
+        "caption_length": _text_description(args).get("max_tokens", args.caption_length),
+        "precision": args.precision or "float32",
+    }
+
+
+def _text_description(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the text encoder, where --text_encoder is a set that is there. Else nothing."""
+    directory = Path(args.text_encoder)
+    if not (directory / MANIFEST).exists():
+        return {}
+    description = read_manifest(directory).encoders["text"]
+    if args.caption_length not in (None, description["max_tokens"]):
+        raise UserError(
+            f"--caption_length {args.caption_length}: the captions of {directory} have {description['max_tokens']}"
+        )
+    return description
+
+
+def _encodings(args, world: World, sets: dict[int, Path], made_from: dict[str, Any]) -> list[tuple[Job, Maker]]:
+    source = open_named_source(args.source, args.root, split=args.split or "train", caption_key=args.caption_key)
+    decoder = build_decoder(tuple(sets), made_from["min_side"], world.device, engine=args.decoder or "auto")
+    image_encoder = build_image_encoder(args.image_encoder, world.device, precision=made_from["precision"])
+    if description := _text_description(args):
+        text_encoder = build_text_encoder_from(description, world.device)
+    else:
+        text_encoder = build_text_encoder(args.text_encoder, max_tokens=args.caption_length, device=world.device)
+    overlap = world.device.type == "cuda"
+    towers = Towers(image_encoder, text_encoder, decoder, args.batch_size or BATCH_SIZE, overlap)
+    return [(_job(args, world, source, sets, made_from), towers)]
+
+
+def _imports(args, world: World, sets: dict[int, Path], made_from: dict[str, Any]) -> list[tuple[Job, Maker]]:
+    """One for each image size, as each has latents of its own."""
+    jobs = []
+    for size, directory in sets.items():
+        parts = open_latents(args.root, size)
+        source = Source(parts, sum(part.samples for part in parts))
+        maker = ImportedLatents(parts[0], made_from["image_encoder"], made_from["text_encoder"])
+        jobs.append((_job(args, world, source, {size: directory}, made_from), maker))
+    return jobs
+
+
+def _job(args, world: World, source: Source, sets: dict[int, Path], made_from: dict[str, Any]) -> Job:
+    return Job(
+        source=source,
+        sets=sets,
+        made_from=made_from,
+        whose=WHOSE,
+        embeddings=made_from["embeddings"],
+        shard_bytes=args.shard_bytes or SHARD_BYTES,
+        limit=args.limit,
+        progress=world.is_first,
+    )

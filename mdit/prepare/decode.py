@@ -1,0 +1,166 @@
+"""Pictures to square RGB tensors: turned upright, laid on white where transparent, cropped as in the paper's code.
+
+The crop is that of torchvision's Resize(size, bicubic) and CenterCrop(size), which the paper's code uses: the shorter
+side is resized to `size` with an antialiased bicubic filter, then the middle square is cut out. Pillow's decoder gives
+bit for bit what torchvision gives on Pillow pictures; `mdit.prepare.dali` has the same crop on a GPU.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from mdit.config import UserError
+from mdit.dist import logger
+
+TOO_SMALL = "too small"
+NOT_DECODABLE = "not decodable"
+
+MOST_THREADS = 16
+# Beyond this ratio of the sides only the middle of a picture is resized, lest a strip of 1 x 100,000 fill the memory.
+STRIP = 32
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """`images` maps each image size to uint8 (n, size, size, 3) RGB on the decoder's device: row i is the picture at
+    `kept[i]` of those given, ascending. `rejected` maps the others to "too small" or "not decodable"."""
+
+    images: dict[int, Tensor]
+    kept: list[int]
+    rejected: dict[int, str]
+
+
+class Decoder(Protocol):
+    def __call__(self, pictures: Sequence[bytes | Image.Image]) -> Decoded:
+        """Decode each picture once for all image sizes. What is wrong with a picture is in the result, never raised."""
+
+
+def build_decoder(image_sizes: Sequence[int], min_side: int, device: torch.device, *, engine: str = "auto") -> Decoder:
+    """A decoder of pictures whose shorter side is at least `min_side` pixels.
+
+    `engine` is "pillow", "dali", or "auto": DALI where it works and `device` is a GPU, else Pillow; the log says which
+    and why. Raises UserError when "dali" is asked for and does not work here.
+    """
+    pillow = PillowDecoder(image_sizes, min_side, device)
+    if engine == "pillow":
+        return _chosen(pillow, "Pillow", "asked for")
+    if engine == "auto" and device.type != "cuda":
+        return _chosen(pillow, "Pillow", f"{device} is no GPU")
+    from mdit.prepare.dali import DaliDecoder, DaliUnavailable
+
+    try:
+        dali = DaliDecoder(pillow)
+    except DaliUnavailable as error:
+        if engine == "dali":
+            raise UserError(f"decoder 'dali': {error}; see docs/data.md") from None
+        return _chosen(pillow, "Pillow", str(error))
+    return _chosen(dali, "DALI", f"on {device}")
+
+
+def _chosen(decoder: Decoder, name: str, reason: str) -> Decoder:
+    logger.info(f"pictures are decoded by {name} ({reason})")
+    return decoder
+
+
+class PillowDecoder:
+    """Threads, one a core up to MOST_THREADS: Pillow lets go of the interpreter while it decodes and resizes."""
+
+    def __init__(self, image_sizes: Sequence[int], min_side: int, device: torch.device) -> None:
+        self.image_sizes, self.min_side, self.device = tuple(image_sizes), min_side, device
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = min(cores, MOST_THREADS)
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+
+    def __call__(self, pictures: Sequence[bytes | Image.Image]) -> Decoded:
+        decoded = all(isinstance(picture, Image.Image) for picture in pictures)
+        results = map(self.decode, pictures) if decoded else self.pool.map(self.decode, pictures)
+        return gather(list(results), self.image_sizes, self.device)
+
+    def decode(self, picture: bytes | Image.Image) -> dict[int, np.ndarray] | str:
+        """Image size -> uint8 (size, size, 3), or the reason of rejection."""
+        try:
+            image = open_header(picture)
+            if min(image.size) < self.min_side:
+                return TOO_SMALL
+            image = upright_rgb(image)
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ):  # Pillow's plugins raise nearly anything on damaged files: struct.error, EOFError, KeyError...
+            return NOT_DECODABLE
+        return {size: np.asarray(crop(image, size)) for size in self.image_sizes}
+
+
+def gather(results: Sequence[dict[int, np.ndarray] | str], sizes: Sequence[int], device: torch.device) -> Decoded:
+    """What `PillowDecoder.decode` made of each picture, as one batch."""
+    kept = [i for i, result in enumerate(results) if not isinstance(result, str)]
+    rejected = {i: result for i, result in enumerate(results) if isinstance(result, str)}
+    images = {}
+    for size in sizes:
+        rows = np.stack([results[i][size] for i in kept]) if kept else np.empty((0, size, size, 3), np.uint8)
+        images[size] = torch.from_numpy(rows).to(device)
+    return Decoded(images, kept, rejected)
+
+
+def open_header(picture: bytes | Image.Image) -> Image.Image:
+    """Size, mode and format; pixels are decoded when they are asked for. Raises what Pillow raises."""
+    if isinstance(picture, Image.Image):
+        return picture
+    return Image.open(io.BytesIO(picture))
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's number for how the picture is turned, 1 to 8; 1 is upright, and so is a picture with damaged EXIF data."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode. Raises ValueError for pixels that are no colours (32-bit integers, floats), and what Pillow raises."""
+    if orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def placement(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """(width, height) of a picture resized so that its shorter side is `size`, and (left, top) of the square in its
+    middle; rounded as torchvision does."""
+    if width <= height:
+        resized = size, int(size * height / width)
+    else:
+        resized = int(size * width / height), size
+    left, top = (int(round((side - size) / 2)) for side in resized)
+    return *resized, left, top
+
+
+def source_box(width: int, height: int, size: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of that square in the picture's own pixels."""
+    new_width, new_height, left, top = placement(width, height, size)
+    x, y = width / new_width, height / new_height
+    return left * x, top * y, (left + size) * x, (top + size) * y
+
+
+def crop(image: Image.Image, size: int) -> Image.Image:
+    """The square in the middle, `size` x `size`; of a picture that is this square already, its very pixels."""
+    if max(image.size) > STRIP * min(image.size):
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=source_box(*image.size, size))
+    width, height, left, top = placement(*image.size, size)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))

@@ -1,0 +1,150 @@
+"""Make a recipe's training and validation sets when they are not there: pictures and captions -> latent shards."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdit.config import TrainConfig, UserError
+from mdit.data.loader import require_same_kind
+from mdit.data.shards import MANIFEST, LatentSet, open_dataset, read_manifest
+from mdit.dist import logger
+from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.prepare.decode import build_decoder
+from mdit.prepare.in_progress import check_set, is_finished
+from mdit.prepare.precompute import Job, precompute
+from mdit.prepare.report import summary
+from mdit.prepare.towers import Towers
+from mdit.sources import Source, open_source, slices
+
+WHOSE = "the recipe's"
+BATCH_SIZE = 32
+PICTURES_PER_PART = {"emoji": 20_000, "folder": 2_000}  # scenes are quick to make, and repeat their captions
+
+
+def is_prepared(config: TrainConfig) -> bool:
+    """Whether every set of the recipe has its manifest."""
+    return not _missing(config)
+
+
+def prepare(config: TrainConfig, progress: bool = True, device: torch.device | str = "cpu") -> None:
+    """Make `data.validation` and `data.train[0]` where they are missing, then check all sets against the recipe.
+
+    A set appears under its name when all of it is on disk; after an interruption the same call goes on with the parts
+    that are missing. Of several calls at once, each makes some of the parts, and all return when all are made. Where
+    the recipe has some set already, its text statistics are used for the missing ones too, so that all captions are
+    embedded alike.
+
+    Raises UserError when a set cannot be made or does not fit the recipe, in shape or in what it was made from.
+    """
+    if missing := _missing(config):
+        if config.data.prepare is None:
+            raise UserError(
+                f"{missing[0] / MANIFEST}: is missing, and the recipe has no [data.prepare] to make it from. Bring "
+                "latent shards, or make them from your own pictures with launchers/precompute.py: see docs/data.md"
+            )
+        if others := [path for path in missing if path not in _makeable(config)]:
+            raise UserError(f"{others[0] / MANIFEST}: is missing; only the first of data.train is made: docs/data.md")
+        _make_missing(config, progress, device)
+    sets = [open_dataset(directory) for directory in dict.fromkeys(_directories(config))]
+    for dataset in sets:
+        _check_shapes(dataset, config)
+        require_same_kind(sets[0], dataset)
+    if config.data.prepare is not None:
+        for directory, split in _makeable(config).items():
+            check_set(directory, _made_from(config, split), WHOSE)
+
+
+def _directories(config: TrainConfig) -> list[Path]:
+    return [Path(directory) for directory in (*config.data.train, config.data.validation)]
+
+
+def _missing(config: TrainConfig) -> list[Path]:
+    return [directory for directory in _directories(config) if not is_finished(directory)]
+
+
+def _makeable(config: TrainConfig) -> dict[Path, str]:
+    """Directory -> split. Validation first: the small set shows soonest whether all is well."""
+    return {Path(config.data.validation): "validation", Path(config.data.train[0]): "training"}
+
+
+def _made_from(config: TrainConfig, split: str) -> dict[str, Any]:
+    made_from = config.data.prepare.model_dump(mode="json")
+    return {"split": split, "caption_length": config.model.caption_length, **made_from}
+
+
+def _make_missing(config: TrainConfig, progress: bool, device: torch.device | str) -> None:
+    recipe = config.data.prepare
+    if len(_makeable(config)) == 1:
+        raise UserError(f"data.train and data.validation are both {config.data.validation!r}; give each a directory")
+    for directory, split in _makeable(config).items():
+        check_set(directory, _made_from(config, split), WHOSE)
+    image_encoder = build_image_encoder(recipe.image_encoder, device)
+    _require("data.prepare.image_encoder", "latents", image_encoder.latent_shape(recipe.image_size), _latents(config))
+    text_encoder = _text_encoder(config, device)
+    shape = (text_encoder.max_tokens, text_encoder.channels)
+    _require("data.prepare.text_encoder", "caption embeddings", shape, _embeddings(config))
+    device = torch.device(device)
+    decoder = build_decoder([recipe.image_size], min_side=1, device=device)
+    towers = Towers(image_encoder, text_encoder, decoder, BATCH_SIZE, overlap=device.type == "cuda")
+    source = open_source(recipe.source, recipe.image_size)
+    for directory, split in _makeable(config).items():
+        if is_finished(directory):
+            continue
+        samples = getattr(source, split)
+        job = Job(
+            source=Source(slices(samples, PICTURES_PER_PART[recipe.source.name], seed=0), len(samples)),
+            sets={recipe.image_size: directory},
+            made_from=_made_from(config, split),
+            whose=WHOSE,
+            embeddings=recipe.embeddings,
+            captions=lambda: source.training.captions,
+            progress=progress,
+        )
+        while not (outcome := precompute(job, towers)).finished:  # whoever is at the last parts may still be killed
+            job = replace(job, progress=False)
+            time.sleep(0.5)
+        if outcome.finished[directory]["rejected"]:
+            logger.info(f"{directory}: {summary(outcome.finished[directory])}")
+
+
+def _text_encoder(config: TrainConfig, device: torch.device | str) -> TextEncoder:
+    """With the statistics of a set that is already there, if one is."""
+    name, length = config.data.prepare.text_encoder, config.model.caption_length
+    for directory in _directories(config):
+        if is_finished(directory):
+            description = read_manifest(directory).encoders["text"]
+            if (description.get("id"), description.get("max_tokens")) != (name, length):
+                raise UserError(
+                    f"{directory / MANIFEST}: captions were embedded by {description.get('id')!r} in "
+                    f"{description.get('max_tokens')} tokens, but data.prepare.text_encoder = {name!r} and "
+                    f"model.caption_length = {length}"
+                )
+            return build_text_encoder_from(description, device)
+    return build_text_encoder(name, max_tokens=length, device=device)
+
+
+def _latents(config: TrainConfig) -> tuple[int, int, int]:
+    return config.model.latent_channels, config.model.latent_size, config.model.latent_size
+
+
+def _embeddings(config: TrainConfig) -> tuple[int, int]:
+    return config.model.caption_length, config.model.caption_channels
+
+
+def _check_shapes(dataset: LatentSet, config: TrainConfig) -> None:
+    path = dataset.directory / MANIFEST
+    _require(f"{path}: members.lat.shape", "latents", dataset.latent_shape, _latents(config))
+    _require(f"{path}: members.emb.shape", "caption embeddings", dataset.embedding_shape, _embeddings(config))
+
+
+def _require(where: str, what: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    keys = {
+        "latents": ("model.latent_channels", "model.latent_size", "model.latent_size"),
+        "caption embeddings": ("model.caption_length", "model.caption_channels"),
+    }[what]
+    for key, is_, should in zip(keys, found, wanted):
+        if is_ != should:
+            raise UserError(f"{where} gives {what} of shape {found}, but the recipe's {key} = {should} and not {is_}")

@@ -1,0 +1,58 @@
+"""What became of the pictures: report.json of a set, and the same for each of its parts while the set is made.
+
+{"seen": 120, "written": 100, "rejected": {"too small": {"count": 20, "first": ["00000.tar/000000003", ...]}}}
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+REPORT = "report.json"
+ORIGINS = 5  # of each reason
+
+Report = dict[str, Any]
+
+
+def new_report() -> Report:
+    return {"seen": 0, "written": 0, "rejected": {}}
+
+
+def reject(report: Report, reason: str, origin: str) -> None:
+    """Count one."""
+    _add(report, reason, 1, [origin.encode(errors="backslashreplace").decode()])  # a file's name may be no text
+
+
+def merge(reports: Iterable[Report]) -> Report:
+    """The report of all, reasons in alphabetical order."""
+    total = new_report()
+    for report in reports:
+        total["seen"] += report["seen"]
+        total["written"] += report["written"]
+        for reason, rejected in report["rejected"].items():
+            _add(total, reason, rejected["count"], rejected["first"])
+    return {**total, "rejected": dict(sorted(total["rejected"].items()))}
+
+
+def read_report(directory: Path) -> Report | None:
+    """Of a finished set; None where there is none, as in sets that were brought."""
+    try:
+        return json.loads((directory / REPORT).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def summary(report: Report) -> str:
+    """In a line: "100 of 120 pictures; rejected: 20 too small (00000.tar/000000003, ...)"."""
+    text = f"{report['written']:,} of {report['seen']:,} pictures"
+    clauses = [
+        f"{rejected['count']:,} {reason} ({rejected['first'][0]}{', ...' if rejected['count'] > 1 else ''})"
+        for reason, rejected in report["rejected"].items()
+    ]
+    return text + (f"; rejected: {', '.join(clauses)}" if clauses else "")
+
+
+def _add(report: Report, reason: str, count: int, origins: list[str]) -> None:
+    rejected = report["rejected"].setdefault(reason, {"count": 0, "first": []})
+    rejected["count"] += count
+    rejected["first"] += origins[: ORIGINS - len(rejected["first"])]

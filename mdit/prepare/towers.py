@@ -1,0 +1,240 @@
+"""Pictures to samples: read, decoded and put through the frozen towers."""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdit.config import UserError
+from mdit.data.shards import Layout
+from mdit.encoders import ImageEncoder, TextEncoder
+from mdit.prepare.decode import Decoder
+from mdit.sources import Part, Picture, Rejected
+
+T = TypeVar("T")
+CACHED_BYTES, TOGETHER_BYTES = 256 * 2**20, 64 * 2**20  # of caption embeddings
+BATCHES_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Part `number` of a source, to be made for some image sizes; `pictures` limits how many are read of it."""
+
+    number: int
+    part: Part
+    pictures: int | None = None
+    image_sizes: tuple[int, ...] = ()
+
+    def key(self, position: int) -> str:
+        """Of the sample that is read at a position of the part."""
+        return f"{self.number:05d}_{position:07d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """fp16: `latents` maps each image size to (C, h, w), `embedding` is (L, C)."""
+
+    key: str
+    origin: str
+    caption: str
+    latents: dict[int, np.ndarray]
+    embedding: np.ndarray
+
+
+@dataclass
+class Samples:
+    """Consecutive samples of a part. `seen` counts what was read for them, `rejected` are the (reason, origin) of what
+    gave no sample, and `last` says that they end the part."""
+
+    claim: Claim
+    samples: list[Sample] = field(default_factory=list)
+    seen: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    last: bool = False
+
+
+@dataclass
+class Batch:
+    """Pictures on their way. `images` maps each image size to uint8 (n, size, size, 3)."""
+
+    claim: Claim
+    keys: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    images: dict[int, Tensor] = field(default_factory=dict)
+    latents: list[dict[int, np.ndarray]] = field(default_factory=list)  # one for each picture
+    seen: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    last: bool = False
+
+
+class Towers:
+    """Makes samples of a part a function of that part, whatever was made before it: batches do not reach over its ends
+    and no caption's embedding is taken over from another part.
+
+    With `overlap` a thread reads and decodes, another works the towers, and the caller writes, all at the same time.
+    That pays where towers on a GPU leave the CPU free; on a CPU the three take cores and interpreter from each other.
+    """
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder,
+        decoder: Decoder,
+        batch_size: int,
+        overlap: bool,
+    ) -> None:
+        self.image_encoder, self.text_encoder = image_encoder, text_encoder
+        self.decoder, self.batch_size, self.overlap = decoder, batch_size, overlap
+
+    def layout(self, image_size: int, embeddings: str) -> Layout:
+        return Layout(
+            latent_shape=self.image_encoder.latent_shape(image_size),
+            embedding_shape=(self.text_encoder.max_tokens, self.text_encoder.channels),
+            embeddings=embeddings,
+        )
+
+    def settle(self, stored: dict[str, Any] | None, captions: Callable[[], Sequence[str]]) -> None:
+        """Take the text statistics, where the encoder lacks them, from stored descriptions, or else measure them."""
+        encoder = self.text_encoder
+        if not encoder.needs_fit:
+            return
+        if stored is None:
+            if found := captions():  # if there are none, there will be nothing to embed
+                encoder.fit(found)
+        elif "mean" in stored["text"]:
+            encoder.mean_C, encoder.std_C = torch.tensor(stored["text"]["mean"]), torch.tensor(stored["text"]["std"])
+
+    def encoders(self) -> dict[str, dict[str, Any]]:
+        return {"image": self.image_encoder.describe(), "text": self.text_encoder.describe()}
+
+    def settings(self) -> dict[str, Any]:
+        """What else decides the bytes."""
+        return {"decoder": type(self.decoder).__name__, "batch_size": self.batch_size}
+
+    def samples(self, claims: Iterable[Claim]) -> Generator[Samples, None, None]:
+        """The samples of one part after another. The next part is begun while the last samples of one are written."""
+        if not self.overlap:
+            return self._embed(map(self._encode, map(self._decode, self._read(claims))))
+        batches = ahead(map(self._decode, self._read(claims)))
+        return ahead(self._embed(map(self._encode, batches)))
+
+    def _read(self, claims: Iterable[Claim]) -> Iterator[Batch]:
+        for claim in claims:
+            batch = Batch(claim)
+            for position, item in enumerate(read(claim)):
+                batch.seen += 1
+                if isinstance(item, Rejected):
+                    batch.rejected.append((item.reason, item.origin))
+                    continue
+                batch.keys.append(claim.key(position))
+                batch.pictures.append(item)
+                if len(batch.pictures) == self.batch_size:
+                    yield batch
+                    batch = Batch(claim)
+            batch.last = True
+            yield batch
+
+    def _decode(self, batch: Batch) -> Batch:
+        decoded = self.decoder([picture.image for picture in batch.pictures])
+        batch.rejected += [(why, batch.pictures[index].origin) for index, why in sorted(decoded.rejected.items())]
+        batch.images = {size: decoded.images[size] for size in batch.claim.image_sizes}
+        batch.keys = [batch.keys[index] for index in decoded.kept]
+        batch.pictures = [batch.pictures[index] for index in decoded.kept]
+        return batch
+
+    def _encode(self, batch: Batch) -> Batch:
+        if batch.pictures:
+            encoded = {size: self._latents(images) for size, images in batch.images.items()}
+            batch.latents = [dict(zip(encoded, rows)) for rows in zip(*encoded.values())]
+        batch.images = {}
+        return batch
+
+    def _latents(self, images_NHWC: Tensor) -> np.ndarray:
+        images_NCHW = images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return self.image_encoder.encode(images_NCHW).half().cpu().numpy()
+
+    def _embed(self, batches: Iterable[Batch]) -> Iterator[Samples]:
+        bytes_each = 2 * self.text_encoder.max_tokens * self.text_encoder.channels
+        together = max(1, min(BATCHES_TOGETHER * self.batch_size, TOGETHER_BYTES // bytes_each))
+        embed = CaptionCache(self.text_encoder, max(CACHED_BYTES // bytes_each, together + self.batch_size))
+        waiting: list[Batch] = []
+        for batch in batches:
+            waiting.append(batch)
+            # A few large calls of the text tower instead of many small ones: captions repeat.
+            if batch.last or sum(len(batch.pictures) for batch in waiting) >= together:
+                yield _joined(waiting, embed)
+                waiting = []
+            if batch.last:
+                embed.clear()
+
+
+def read(claim: Claim) -> Iterator[Any]:
+    """The Pictures or Latents and the Rejected of a part, up to its limit. Raises UserError."""
+    pictures = 0
+    try:
+        for item in claim.part:
+            if not isinstance(item, Rejected):
+                pictures += 1
+                try:
+                    item.caption.encode()
+                except UnicodeEncodeError:  # half of a surrogate pair, which JSON can bring
+                    item = Rejected(item.origin, "unreadable caption")
+            yield item
+            if pictures == claim.pictures:
+                return
+    except OSError as error:
+        raise UserError(f"part {claim.part.name} of the source cannot be read: {error}") from None
+
+
+def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
+    """The same items, made in a thread, up to `depth` of them before they are asked for. Raises here what is raised
+    there."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(next, items, end) for _ in range(depth))
+        try:
+            while (item := coming.popleft().result()) is not end:
+                coming.append(thread.submit(next, items, end))
+                yield item
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+class CaptionCache:
+    """Embeds captions, each distinct one once as long as it stays among the last `capacity` ones in use."""
+
+    def __init__(self, encoder: TextEncoder, capacity: int) -> None:
+        self.encoder, self.capacity = encoder, capacity
+        self._embeddings: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def __call__(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """-> fp16 (L, C) of every caption."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._embeddings]
+        if new:
+            self._embeddings.update(zip(new, self.encoder.encode(new).half().numpy(), strict=True))
+        for caption in captions:
+            self._embeddings.move_to_end(caption)
+        found = [self._embeddings[caption] for caption in captions]
+        while len(self._embeddings) > self.capacity:
+            self._embeddings.popitem(last=False)
+        return found
+
+    def clear(self) -> None:
+        self._embeddings.clear()
+
+
+def _joined(batches: list[Batch], embed: CaptionCache) -> Samples:
+    joined = Samples(batches[0].claim)
+    embeddings = iter(embed([picture.caption for batch in batches for picture in batch.pictures]))
+    for batch in batches:
+        for key, picture, latents in zip(batch.keys, batch.pictures, batch.latents, strict=True):
+            joined.samples.append(Sample(key, picture.origin, picture.caption, latents, next(embeddings)))
+        joined.seen += batch.seen
+        joined.rejected += batch.rejected
+        joined.last = batch.last
+    return joined

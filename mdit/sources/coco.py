@@ -1,0 +1,39 @@
+"""MS-COCO, validation pictures of 2014 (40,504) or 2017 (5,000), each with five captions: for evaluation.
+
+From https://cocodataset.org/#download: val2014.zip (6 GB) and annotations_trainval2014.zip, both to be unpacked, or
+those of 2017. Licence: captions CC BY 4.0; the pictures are of Flickr, each under its own licence.
+
+    annotations/captions_val2014.json    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
+    val2014/COCO_val2014_000000000042.jpg
+    annotations/captions_val2017.json, val2017/000000000139.jpg    read when those of 2014 are not there
+
+A picture's first caption counts, as in the paper's code.
+"""
+
+from pathlib import Path
+
+from mdit.config import UserError
+from mdit.sources import Source, not_found, slices
+from mdit.sources.files import CaptionedFiles, read_json, text
+
+HOW = "get val2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download and unpack them"
+PICTURES_PER_PART = 4000
+
+
+def open_pictures(root: Path) -> Source:
+    year = next((year for year in (2014, 2017) if (root / f"annotations/captions_val{year}.json").is_file()), None)
+    if year is None:
+        raise not_found(root, "annotations/captions_val2014.json", HOW)
+    if not (root / f"val{year}").is_dir():
+        raise not_found(root, f"val{year}/", HOW.replace("2014", str(year)))
+    path = root / f"annotations/captions_val{year}.json"
+    captions: dict[int, str | None] = {}
+    try:
+        annotations = read_json(path)
+        for entry in annotations["annotations"]:
+            captions.setdefault(entry["image_id"], text(entry["caption"]))
+        entries = sorted((image["file_name"], captions.get(image["id"])) for image in annotations["images"])
+    except (TypeError, KeyError):
+        raise UserError(f'{path}: expected {{"images": [...], "annotations": [...]}} of COCO captions') from None
+    pictures = CaptionedFiles(root / f"val{year}", entries)
+    return Source(slices(pictures, PICTURES_PER_PART), len(pictures))

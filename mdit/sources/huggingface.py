@@ -1,0 +1,162 @@
+"""Sets in the layouts of the Hugging Face library `datasets`, with a column of pictures and one of captions.
+
+    --root DIR          what `save_to_disk` wrote; or a directory of parquet files, such as a copy of a set of the hub;
+                        or any other that `datasets` knows (imagefolder, ...)
+    --root OWNER/NAME   a set of https://huggingface.co/datasets, which `datasets` downloads to its cache
+
+The pictures are the first column of the type Image; their files are taken as they are, not decoded. The captions are
+the column that the caption key names, or the first of CAPTIONS; of a list the first. The licence is the set's own.
+Parquet files are read in place, each is one part; other sets are cut in ranges of rows. Needs the package `datasets`.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdit.config import UserError
+from mdit.dist import logger
+from mdit.sources import Picture, Rejected, Source, captioned
+from mdit.sources.files import read_picture, text
+
+CAPTIONS = ("caption", "text", "prompt", "reference_strs")
+ROWS_PER_PART = 5000
+ROWS_AT_ONCE = 64  # of a parquet file, in memory
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def open_pictures(root: Path, split: str, caption_key: str | None) -> Source:
+    library = _library()
+    if not root.is_dir() and not HUB_ID.fullmatch(str(root)):
+        raise UserError(f"{root}: there is no such directory, and no set of the Hugging Face hub has such a name")
+    try:
+        if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            saved = library.load_from_disk(str(root))
+            splits = saved if isinstance(saved, library.DatasetDict) else {"train": saved}
+            return _rows(root, _of_split(root, splits, split), caption_key)
+        builder = library.load_dataset_builder(str(root))
+        if root.is_dir() and builder.name == "parquet":
+            files = _of_split(root, {str(name): files for name, files in builder.config.data_files.items()}, split)
+            return _parquet_files(root, [Path(file) for file in files], caption_key)
+        return _rows(root, library.load_dataset(str(root), split=split), caption_key)
+    except (OSError, ValueError, library.exceptions.DatasetsError) as error:
+        raise UserError(f"{root}: cannot open it as a set of Hugging Face's: {' '.join(str(error).split())}") from None
+
+
+@dataclass(frozen=True)
+class Columns:
+    picture: str
+    caption: str
+
+    def read(self, origin: str, row: Mapping[str, Any]) -> Picture | Rejected:
+        """A row whose picture is not decoded: {"bytes": ..., "path": ...}, where one may be None."""
+        picture, caption = row.get(self.picture) or {}, text(row.get(self.caption))
+        if picture.get("bytes") is not None:
+            return captioned(origin, picture["bytes"], caption)
+        if picture.get("path"):
+            return read_picture(Path(picture["path"]), origin, caption)
+        return Rejected(origin, "missing picture")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of a `datasets.Dataset` whose pictures are not decoded."""
+
+    name: str
+    dataset: Any
+    indices: range
+    columns: Columns
+
+    def __iter__(self) -> Iterator[Picture | Rejected]:
+        for index, row in zip(self.indices, self.dataset.select(self.indices)):
+            yield self.columns.read(f"row {index}", row)
+
+
+@dataclass(frozen=True)
+class ParquetFile:
+    name: str
+    path: Path
+    columns: Columns
+
+    def __iter__(self) -> Iterator[Picture | Rejected]:
+        import pyarrow
+        import pyarrow.parquet
+
+        names, index = [self.columns.picture, self.columns.caption], 0
+        try:
+            with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names):
+                    for row in batch.to_pylist():
+                        yield self.columns.read(f"{self.name}:row {index}", row)
+                        index += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            logger.warning(f"{self.path}: damaged: {error}")
+            yield Rejected(self.name, "damaged archive")
+
+
+def _rows(root: Path, dataset: Any, caption_key: str | None) -> Source:
+    columns = _columns(root, dataset.features, caption_key)
+    undecoded = dataset.select_columns([columns.picture, columns.caption])
+    undecoded = undecoded.cast_column(columns.picture, _library().Image(decode=False))
+    starts = range(0, len(dataset), ROWS_PER_PART)
+    parts = [
+        Rows(f"{number:05d}", undecoded, range(start, min(start + ROWS_PER_PART, len(dataset))), columns)
+        for number, start in enumerate(starts)
+    ]
+    return Source(parts, len(dataset))
+
+
+def _parquet_files(root: Path, files: list[Path], caption_key: str | None) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    schema, pictures = None, 0
+    for path in sorted(files):
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema, pictures = schema or file.schema_arrow, pictures + file.metadata.num_rows
+        except (pyarrow.ArrowException, OSError):
+            continue  # its part says so
+    if schema is None:
+        raise UserError(f"{root}: none of its {len(files)} parquet files can be read")
+    columns = _columns(root, _library().Features.from_arrow_schema(schema), caption_key)
+    names = [os.path.relpath(path, root) for path in sorted(files)]
+    return Source([ParquetFile(name, root / name, columns) for name in names], pictures)
+
+
+def _columns(root: Path, features: Mapping[str, Any], caption_key: str | None) -> Columns:
+    """Raises UserError naming the columns that are there."""
+    image = _library().Image
+    # Files that were not written by `datasets` say only that a column holds bytes and paths.
+    pictures = [name for name, kind in features.items() if isinstance(kind, image) or _holds_files(kind)]
+    wanted = CAPTIONS if caption_key is None else (caption_key,)
+    captions = [name for name in wanted if name in features]
+    there = f"its columns are {', '.join(features)}"
+    if not pictures:
+        raise UserError(f"{root}: has no column of pictures; {there}")
+    if not captions:
+        asked = f"has no column {caption_key}" if caption_key else f"has no column {' or '.join(CAPTIONS)}"
+        raise UserError(
+            f"{root}: {asked} for captions; {there}" + ("" if caption_key else "; name one by --caption_key")
+        )
+    return Columns(pictures[0], captions[0])
+
+
+def _holds_files(kind: Any) -> bool:
+    return isinstance(kind, Mapping) and {*kind} == {"bytes", "path"}
+
+
+def _of_split(root: Path, splits: Mapping[str, Any], split: str) -> Any:
+    if split not in splits:
+        raise UserError(f"--split {split}: {root} has no such split; it has {' and '.join(splits)}")
+    return splits[split]
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--source huggingface needs the package datasets: pip install datasets") from None
+    return datasets

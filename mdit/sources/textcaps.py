@@ -1,0 +1,40 @@
+"""TextCaps: 21,953 photographs for training and 3,166 for validation, each with five captions that read its writing.
+
+From https://textvqa.org/textcaps/dataset/: TextCaps_0.1_train.json, TextCaps_0.1_val.json and train_val_images.zip,
+about 7 GB, to be unpacked; its pictures are from Open Images v3. Licence: captions CC BY 4.0, pictures CC BY 2.0.
+
+    TextCaps_0.1_train.json    {"data": [{"image_id": ..., "image_name": ..., "reference_strs": [...], ...}, ...]}
+    TextCaps_0.1_val.json
+    train_images/0054c91397f2fe05.jpg    those of both splits
+
+There is one entry for each caption; a picture's first entry counts, and its first caption, as in the paper's code. The
+paper's code trains on both splits. The copy https://huggingface.co/datasets/HuggingFaceM4/TextCaps is read by
+`--source huggingface --root HuggingFaceM4/TextCaps`.
+"""
+
+from pathlib import Path
+
+from mdit.config import UserError
+from mdit.sources import Source, not_found, slices
+from mdit.sources.files import CaptionedFiles, read_json, text
+
+IMAGES = "train_images"
+FILES = {"train": "TextCaps_0.1_train.json", "validation": "TextCaps_0.1_val.json"}
+HOW = "get {} from https://textvqa.org/textcaps/dataset/"
+PICTURES_PER_PART = 4000
+
+
+def open_pictures(root: Path, split: str) -> Source:
+    path = root / FILES[split]
+    if not path.is_file():
+        raise not_found(root, path.name, HOW.format("it"))
+    if not (root / IMAGES).is_dir():
+        raise not_found(root, f"{IMAGES}/", HOW.format("train_val_images.zip"))
+    captions: dict[str, str | None] = {}
+    try:
+        for entry in read_json(path)["data"]:
+            captions.setdefault(f"{entry['image_name']}.jpg", text(entry.get("reference_strs")))
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f'{path}: expected {{"data": [{{"image_name": ..., "reference_strs": [...]}}, ...]}}') from None
+    pictures = CaptionedFiles(root / IMAGES, sorted(captions.items()))
+    return Source(slices(pictures, PICTURES_PER_PART), len(pictures))
