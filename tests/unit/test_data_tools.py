@@ -1,0 +1,89 @@
+"""tools/verify_shards.py and tools/bench_loader.py, on tiny sets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdit.data.shards import open_dataset
+from tests.latent_sets import changed, sample_bytes, write_set
+from tools import bench_loader, verify_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return Path(write_set(tmp_path / "set", 40))
+
+
+def verify(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        verify_shards.main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def test_a_whole_set_is_reported_whole(directory, capsys):
+    assert verify(directory) == 0
+    assert capsys.readouterr().out == f"{directory}: 40 samples in 4 shards, all as they were written\n"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_first_damaged_sample_of_every_shard(directory, capsys, jobs):
+    dataset = open_dataset(directory)
+    starts = [sum(dataset.shard_sizes[:shard]) for shard in range(4)]
+    for sample in (starts[0] + 3, starts[0] + 5):
+        path, start, end = sample_bytes(dataset, sample)
+        with open(path, "r+b") as file:
+            file.seek((start + end) // 2)
+            file.write(b"damage")
+    cut, start, _ = sample_bytes(dataset, starts[1] + 2)
+    os.truncate(cut, start + 100)
+    missing = sample_bytes(dataset, starts[2])[0]
+    missing.unlink()
+    index = directory / "shard_00000_003.idx"
+    index.write_bytes(index.read_bytes()[:-1])
+    assert verify(directory, "--jobs", jobs) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{path}: sample {starts[0] + 3} of the set is damaged: xxh3 is")
+    assert lines[1].startswith(f"{cut}: sample {starts[1] + 2} of the set is damaged: 100 of ")
+    assert lines[2].startswith(f"{missing}: cannot open the shard")
+    assert lines[3].startswith(f"{index}: has ")
+    assert lines[4:] == [f"{directory}: 40 samples in 4 shards, 4 of them damaged"]
+
+
+def test_without_a_manifest_or_an_index_nothing_can_be_compared(directory, tmp_path, capsys):
+    with changed(directory / "index.npy", (directory / "index.npy").read_bytes()[::-1]):
+        assert verify(directory) == 2
+    assert "error: " in (printed := capsys.readouterr().err) and "index.npy: xxh3 is" in printed
+    assert verify(tmp_path) == 2
+    assert "manifest.json: cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("embeddings", ["f16", "i8b64"])
+@pytest.mark.parametrize("name", bench_loader.CONTENDERS)
+def test_every_contender_delivers_batches(tmp_path, name, embeddings):
+    if name == "dali":
+        pytest.importorskip("nvidia.dali")
+    directory = write_set(tmp_path / "set", 64, embeddings=embeddings)
+    bench = bench_loader.Bench(directory, batch_size=8, seconds=0.05, device="cpu")
+    batches = bench_loader.CONTENDERS[name](bench)
+    assert len(next(batches)) == 8
+    batches.close()
+    if name in ("memmap", "webdataset"):  # without and with worker processes
+        result = bench_loader.measure(name, bench)
+        assert result.samples_per_second > 0 and result.cpu_us >= 0 and result.first_batch_ms > 0
+
+
+def test_the_report(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "bench_loader.py"), "--samples", "64", "--batch_size", "8"]
+    command += ["--seconds", "0.05", "--repeats", "1", "--latent", "2", "4", "4", "--embedding", "3", "64"]
+    command += ["--contenders", "memmap", "native", "--json", str(tmp_path / "report.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["contenders"]) == {"memmap", "native"}
+    assert "| native |" in done.stdout and "checksums: " in done.stdout and "37,002,000 samples" in done.stdout
+    assert report["machine"]["versions"] in done.stdout

@@ -1,0 +1,351 @@
+"""What reading costs: a bound, mdit's engines and webdataset, on one machine and the same made-up samples.
+
+    python tools/bench_loader.py
+    python tools/bench_loader.py --embeddings i8b64 --device cuda --json loader.json
+
+`memmap` copies samples from a memory map into one buffer that is used again and again, checks nothing and makes
+nothing: less cannot be done. `native` and `dali` are the engines of `mdit.data_engine`. `webdataset` is a WebDataset
+with a shuffle buffer of 1,000 samples, whose batches are made in 2 workers of a DataLoader. All deliver batches on the
+device, from files that were read into the page cache before. CPU time is that of all processes of a contender while
+batches are taken as fast as they come. Each runs in a process of its own, one after the other, `--repeats` times;
+printed are the least CPU time, the highest rate, the median time to the first batch (loading DALI included) and the
+largest memory: the peak resident set over what the process held before, workers included. That of `memmap` counts the
+mapped files.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+import xxhash
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from mdit.config import UserError
+from mdit.data.loader import build_loader, choose_engine
+from mdit.data.order import GlobalOrder
+from mdit.data.quantise import dequantise
+from mdit.data.shards import MANIFEST, Layout, open_dataset
+from mdit.data.writer import ShardWriter
+
+SHARD_BYTES = 64 * 10**6
+WORKERS, SHUFFLE = 2, 1000
+WARM_UP = 4  # batches
+LARGE_SET = [6000] * 6167  # samples of its shards: 37 million
+
+
+@dataclass(frozen=True)
+class Bench:
+    directory: str
+    batch_size: int
+    seconds: float
+    device: str
+
+
+@dataclass(frozen=True)
+class Result:
+    samples_per_second: float
+    cpu_us: float  # for a sample
+    first_batch_ms: float
+    peak_mib: float
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        with tempfile.TemporaryDirectory(prefix="mdit_bench_") as temporary:
+            directory = args.dir or Path(temporary) / "set"
+            make_set(directory, args)
+            read_back(directory)
+            bench = Bench(str(directory), args.batch_size, args.seconds, args.device)
+            report = {
+                "machine": describe_machine(args.device),
+                "settings": {name: str(value) for name, value in vars(args).items()},
+                "contenders": compare(args.contenders, bench, args.repeats),
+                "checksum": checksum_cost(directory),
+                "order": order_cost(args.batch_size),
+            }
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print_report(report)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=5, help="for each contender and repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--latent", type=int, nargs=3, default=(4, 32, 32), metavar=("C", "H", "W"))
+    parser.add_argument("--embedding", type=int, nargs=2, default=(77, 1024), metavar=("L", "C"))
+    parser.add_argument("--embeddings", choices=("f16", "i8b64"), default="f16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--dir", type=Path, help="where the samples are, or are to be written; else a temporary directory"
+    )
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser.parse_args(arguments)
+
+
+def make_set(directory: Path, args: argparse.Namespace) -> None:
+    """Random samples, 16 of them again and again; what is in `directory` already is taken as it is."""
+    if (directory / MANIFEST).exists():
+        return
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(16, *args.latent)).astype(np.float16)
+    captions = rng.normal(size=(16, *args.embedding)).astype(np.float16)
+    encoders = {"image": {"id": "pixels"}, "text": {"id": "none"}}
+    with ShardWriter(
+        directory, args.latent, args.embedding, encoders, {}, SHARD_BYTES, embeddings=args.embeddings
+    ) as writer:
+        for i in range(args.samples):
+            writer.write(f"{i:08d}", latents[i % 16], captions[i % 16], f"a caption of about fifty letters, number {i}")
+
+
+def read_back(directory: Path) -> None:
+    """Bring the shards into the page cache by reading. As they were written, they would lie there in smaller pieces,
+    which take half as long again to read."""
+    for path in sorted(directory.glob("*.tar")):
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(2**20):
+                pass
+
+
+def memmap_batches(bench: Bench) -> Iterator[Tensor]:
+    dataset = open_dataset(bench.directory)
+    order, row_bytes = GlobalOrder(dataset.shard_sizes, bench.batch_size, seed=0), dataset.layout.row_bytes
+    places = dataset.locate(range(dataset.samples))
+    maps = [np.memmap(dataset.directory / shard.file, mode="r") for shard in dataset.manifest.shards]
+    on_gpu = bench.device == "cuda"
+    buffer = torch.empty(bench.batch_size, row_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    rows = buffer.numpy()
+    for step in range(sys.maxsize):
+        for row, sample in zip(rows, order.batch(step).tolist()):
+            place = places[sample]
+            row[:] = maps[place.shard][place.offset : place.offset + row_bytes]
+        yield buffer.to(bench.device)
+
+
+def engine_batches(engine: str, bench: Bench) -> Iterator[Tensor]:
+    with build_loader(
+        [bench.directory],
+        global_batch_size=bench.batch_size,
+        seed=0,
+        start_step=0,
+        rank=0,
+        world_size=1,
+        device=bench.device,
+        engine=engine,
+    ) as loader:
+        for batch in loader:
+            yield batch.captions_NLC
+
+
+def webdataset_batches(bench: Bench) -> Iterator[Tensor]:
+    dataset = open_dataset(bench.directory)
+    urls = [str(dataset.directory / shard.file) for shard in dataset.manifest.shards]
+    samples = (
+        webdataset.WebDataset(urls, shardshuffle=len(urls))
+        .repeat()
+        .shuffle(SHUFFLE)
+        .map(partial(to_tensors, dataset.layout))
+        .batched(bench.batch_size, collation_fn=default_collate, partial=False)
+    )
+    on_gpu = bench.device == "cuda"
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
+    loader = DataLoader(
+        samples, batch_size=None, num_workers=WORKERS, pin_memory=on_gpu, multiprocessing_context="fork"
+    )
+    for latents, captions, _ in loader:
+        latents.to(bench.device, non_blocking=True)
+        captions = captions.to(bench.device, non_blocking=True)
+        if dataset.layout.embeddings == "i8b64":
+            captions = dequantise(captions, *dataset.layout.embedding_shape)
+        yield captions
+
+
+def to_tensors(layout: Layout, sample: dict) -> tuple[Tensor, Tensor, str]:
+    """Views of the bytes; embeddings of 8 bits as they are."""
+    latents = torch.from_numpy(np.frombuffer(sample["lat.bin"], np.float16).reshape(layout.latent_shape))
+    stored = np.frombuffer(sample["emb.bin"], np.uint8)
+    if layout.embeddings == "f16":
+        stored = stored.view(np.float16).reshape(layout.embedding_shape)
+    return latents, torch.from_numpy(stored), sample["txt"].decode()
+
+
+CONTENDERS = {
+    "memmap": memmap_batches,
+    "native": partial(engine_batches, "native"),
+    "dali": partial(engine_batches, "dali"),
+    "webdataset": webdataset_batches,
+}
+
+
+def compare(names: list[str], bench: Bench, repeats: int) -> dict[str, dict[str, Any]]:
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    try:
+        choose_engine("dali", torch.device(bench.device))
+    except UserError as error:
+        print(f"without dali: {error}", file=sys.stderr)
+        results.pop("dali", None)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        for _ in range(repeats):
+            for name in results:
+                results[name].append(processes.submit(measure, name, bench).result())
+    return {
+        name: {
+            "samples_per_second": max(result.samples_per_second for result in found),
+            "cpu_us": min(result.cpu_us for result in found),
+            "cpu_us_of_repeats": [result.cpu_us for result in found],
+            "first_batch_ms": statistics.median(result.first_batch_ms for result in found),
+            "peak_mib": max(result.peak_mib for result in found),
+        }
+        for name, found in results.items()
+    }
+
+
+def measure(name: str, bench: Bench) -> Result:
+    held = peak_kib()
+    start = time.perf_counter()
+    batches = CONTENDERS[name](bench)
+    next(batches)
+    synchronise(bench.device)
+    first_batch = time.perf_counter() - start
+    for _ in range(WARM_UP):
+        next(batches)
+    synchronise(bench.device)
+    count, cpu, start = 0, cpu_seconds(), time.perf_counter()
+    while time.perf_counter() - start < bench.seconds:
+        next(batches)
+        count += 1
+    synchronise(bench.device)
+    samples = count * bench.batch_size
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+    workers = [peak_kib(process.pid) - held for process in multiprocessing.active_children()]
+    peak = peak_kib() - held + sum(max(0, kib) for kib in workers)
+    batches.close()
+    return Result(samples / seconds, 1e6 * cpu / samples, 1e3 * first_batch, peak / 1024)
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children, all threads, in user and kernel mode."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def peak_kib(pid: int | str = "self") -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def checksum_cost(directory: Path, samples: int = 512) -> dict[str, float]:
+    """Microseconds for a sample: read and checked by one thread, and the checksum alone."""
+    dataset = open_dataset(directory)
+    rng = np.random.default_rng(0)
+    places = dataset.locate(rng.integers(0, dataset.samples, samples))
+    row = np.empty(dataset.layout.row_bytes, np.uint8)
+    reading, checking = [], []
+    for _ in range(5):
+        checked = 0.0
+        start = time.perf_counter()
+        for place in places:
+            dataset.read_row(place, row)
+        reading.append(time.perf_counter() - start)
+        for place in places:
+            dataset.read_row(place, row)  # so that the row is where a reader has it: in the CPU's cache
+            start = time.perf_counter()
+            xxhash.xxh3_64_intdigest(row)
+            checked += time.perf_counter() - start
+        checking.append(checked)
+    return {"read_us": 1e6 * min(reading) / samples, "xxh3_us": 1e6 * min(checking) / samples}
+
+
+def order_cost(batch_size: int) -> dict[str, float]:
+    """Milliseconds to build the order of a large set and seek in it, and microseconds for a batch after that."""
+    start = time.perf_counter()
+    order = GlobalOrder(LARGE_SET, batch_size, seed=0)
+    step = 3 * order.steps_per_epoch // 2
+    order.batch(step)
+    seek = time.perf_counter() - start
+    start, batches = time.perf_counter(), order.samples // len(LARGE_SET) * 64 // batch_size  # a window of shards
+    for following in range(step + 1, step + 1 + batches):
+        order.batch(following)
+    return {"samples": order.samples, "seek_ms": 1e3 * seek, "batch_us": 1e6 * (time.perf_counter() - start) / batches}
+
+
+def describe_machine(device: str) -> dict[str, str]:
+    cpu = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ": ?"
+    )
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "xxhash", "webdataset", "nvidia-dali-cuda130"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "cpu": f"{cpu.split(': ')[1]}, {len(os.sched_getaffinity(0))} cores",
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit or "unknown",
+    }
+
+
+def print_report(report: dict) -> None:
+    for name, value in report["machine"].items():
+        print(f"{name}: {value}")
+    print("\n| | samples/s | CPU us/sample | x bound | first batch ms | peak MiB |\n|---|---|---|---|---|---|")
+    bound = report["contenders"].get("memmap", {"cpu_us": math.nan})["cpu_us"]
+    for name, found in report["contenders"].items():
+        print(
+            f"| {name} | {found['samples_per_second']:,.0f} | {found['cpu_us']:.1f} | {found['cpu_us'] / bound:.2f} "
+            f"| {found['first_batch_ms']:.0f} | {found['peak_mib']:.0f} |"
+        )
+    checksum, order = report["checksum"], report["order"]
+    share = 100 * checksum["xxh3_us"] / checksum["read_us"]
+    print(f"\nchecksums: {checksum['xxh3_us']:.1f} of {checksum['read_us']:.1f} us a sample and thread ({share:.0f} %)")
+    print(
+        f"order of {order['samples']:,} samples: {order['seek_ms']:.0f} ms to seek to any step, "
+        f"{order['batch_us']:.0f} us a batch after that"
+    )
+
+
+if __name__ == "__main__":
+    main()
