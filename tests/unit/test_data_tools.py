@@ -1,4 +1,4 @@
-"""tools/verify_shards.py and tools/bench_loader.py, on tiny sets."""
+"""tools/verify_shards.py, tools/bench_loader.py and tools/embedding_error.py, on tiny sets."""
 
 import json
 import os
@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mdit.data.shards import open_dataset
-from tests.latent_sets import changed, sample_bytes, write_set
-from tools import bench_loader, verify_shards
+from mdit.data.writer import ShardWriter
+from tests.latent_sets import ENCODERS, LATENT, changed, read_embedding, sample_bytes, write_set
+from tools import bench_loader, embedding_error, verify_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,3 +89,23 @@ def test_the_report(tmp_path):
     assert set(report["contenders"]) == {"memmap", "native"}
     assert "| native |" in done.stdout and "checksums: " in done.stdout and "37,002,000 samples" in done.stdout
     assert report["machine"]["versions"] in done.stdout
+
+
+def test_the_error_of_eight_bits(directory, capsys):
+    embedding_error.main([str(directory), "--samples", "40"])
+    pairs = [(read_embedding(i, "f16"), read_embedding(i, "i8b64")) for i in range(40)]
+    values, read = (np.stack(side).astype(np.float64) for side in zip(*pairs))
+    relative = np.sqrt(((read - values) ** 2).sum() / (values**2).sum())
+    assert f"relative error {100 * relative:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "channels, embeddings, message",
+    [(64, "i8b64", "embeddings is 'i8b64', expected 'f16'"), (60, "f16", "do not fit 60 channels")],
+)
+def test_sets_whose_error_cannot_be_told(tmp_path, capsys, channels, embeddings, message):
+    with ShardWriter(tmp_path / "set", LATENT, (2, channels), ENCODERS, {}, embeddings=embeddings) as writer:
+        writer.write("0", np.ones(LATENT), np.ones((2, channels)), "one")
+    with pytest.raises(SystemExit) as ended:
+        embedding_error.main([str(tmp_path / "set")])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
