@@ -17,7 +17,7 @@ from mdit.prepare.precompute import Job, Maker, precompute
 from mdit.prepare.recipe import prepare
 from mdit.prepare.report import read_report, summary
 from mdit.prepare.towers import Towers
-from mdit.sources import Source, open_named_source
+from mdit.sources import Source, check_name, open_named_source
 from mdit.sources.mds import holds_latents, open_latents
 
 WHOSE = "this command's"
@@ -61,6 +61,7 @@ def describe(directory: Path, verify: bool) -> str:
 
 
 def _plan_source(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:
+    check_name(args.source)
     imports = args.source == "mds" and args.root is not None and holds_latents(args.root)
     _check_flags(args, imports)
     made_from = _made_from(args, imports)

@@ -112,10 +112,7 @@ def open_named_source(name: str, root: Path | None, *, split: str = "train", cap
     several. Raises UserError for what the source does not take, and when files are missing, naming where they were
     looked for and how to get them.
     """
-    if name not in SOURCES:
-        nearest = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else f"; there are {', '.join(SOURCES)}"
-        raise UserError(f"--source {name}: is not known{hint}")
+    check_name(name)
     splits = SPLITS.get(name, ("train",))
     if split not in splits:
         raise UserError(f"--split {split}: {name} has no such split; it has {' and '.join(splits)}")
@@ -129,6 +126,14 @@ def open_named_source(name: str, root: Path | None, *, split: str = "train", cap
     if name in WITH_CAPTION_KEY:
         chosen["caption_key"] = caption_key
     return importlib.import_module(f"mdit.sources.{name}").open_pictures(**chosen)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for what is none of SOURCES."""
+    if name not in SOURCES:
+        nearest = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else f"; there are {', '.join(SOURCES)}"
+        raise UserError(f"--source {name}: is not known{hint}")
 
 
 def captioned(origin: str, image: bytes | Image.Image, caption: str | None) -> Picture | Rejected:
