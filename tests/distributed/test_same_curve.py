@@ -26,11 +26,14 @@ LAYOUTS = {
     "ZeRO-3 alone": dict(processes=1, stage=3),
     "optimizer in host memory": dict(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}}),
     "activation checkpointing": dict(processes=1, stage=2, mdit={"activation_checkpointing": "block"}),
+    "latents through DALI": dict(processes=2, stage=2, mdit={"data_engine": "dali"}),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_keeps_losses_and_weights(baseline, tmp_path, name):
+    if "DALI" in name:
+        pytest.importorskip("nvidia.dali")
     recipe, expected = baseline
     layout = dict(LAYOUTS[name])
     processes = layout.pop("processes", 1)

@@ -199,6 +199,13 @@ def test_a_missing_key_is_named_with_its_file(recipe):
     assert complaint(path) == f"{path}: missing key optim.lr"
 
 
+def test_every_training_directory_has_its_weight(recipe):
+    config = load_config(recipe(lambda values: values["data"].update(train=["a", "b"], weights=[2.0, 1.0])))
+    assert config.data.weights == (2.0, 1.0)
+    message = complaint(recipe(lambda values: values["data"].update(train=["a", "b"], weights=[2.0])))
+    assert "weights has 1 values, but train has 2 directories" in message
+
+
 def test_a_missing_section_is_named(recipe):
     assert "missing key noise" in complaint(recipe(lambda values: values.pop("noise")))
 
