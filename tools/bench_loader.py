@@ -43,9 +43,10 @@ from torch.utils.data import DataLoader, default_collate
 
 from mdit.config import UserError
 from mdit.data.loader import build_loader, choose_engine
+from mdit.data.manifest import MANIFEST, Layout
 from mdit.data.order import GlobalOrder
 from mdit.data.quantise import dequantise
-from mdit.data.shards import MANIFEST, Layout, open_dataset
+from mdit.data.shards import open_dataset
 from mdit.data.writer import ShardWriter
 
 SHARD_BYTES = 64 * 10**6

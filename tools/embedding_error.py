@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from mdit.config import UserError
+from mdit.data.manifest import MANIFEST
 from mdit.data.quantise import dequantise, quantise
-from mdit.data.shards import MANIFEST, open_dataset, read_samples
+from mdit.data.shards import open_dataset, read_samples
 
 
 def main(arguments: list[str] | None = None) -> None:

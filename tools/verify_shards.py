@@ -14,7 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mdit.config import UserError
-from mdit.data.shards import LatentSet, ShardError, open_dataset
+from mdit.data.manifest import ShardError
+from mdit.data.shards import LatentSet, open_dataset
 
 _dataset: LatentSet  # of a worker process
 

@@ -10,9 +10,9 @@ import math
 import torch
 from nvidia.dali import Pipeline, fn, types
 
+from mdit.data.manifest import TAR_BLOCK, Layout
 from mdit.data.quantise import BLOCK
 from mdit.data.read_ahead import Batch, Buffer, ReadAhead
-from mdit.data.shards import TAR_BLOCK, Layout
 
 WORDS = {8: types.INT64, 4: types.INT32, 2: types.INT16}  # by their bytes
 

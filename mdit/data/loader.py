@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from mdit.config import UserError
+from mdit.data.manifest import MANIFEST
 from mdit.data.native import NativeLoader
 from mdit.data.order import build_order
 from mdit.data.read_ahead import Batch, ReadAhead
-from mdit.data.shards import MANIFEST, LatentSet, open_dataset
+from mdit.data.shards import LatentSet, open_dataset
 from mdit.dist import logger
 
 __all__ = ["Batch", "build_loader", "choose_engine", "require_same_kind"]

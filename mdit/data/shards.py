@@ -8,123 +8,26 @@
 Every file is written under a temporary name, synced and renamed, and never changed afterwards (`mdit.data.writer`).
 """
 
-import json
 import os
 import time
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from mdit.config import NonNegativeInt, PositiveInt, Section, UserError, parse_section
-from mdit.data.quantise import BLOCK, dequantise, stored_bytes
+from mdit.data.manifest import MANIFEST, FileEntry, Manifest, ShardError, read_manifest
 from mdit.files import checksum
 
-FORMAT = "mdit-latents/1"
-MANIFEST, INDEX = "manifest.json", "index.npy"
-TAR_BLOCK = 512
+INDEX = "index.npy"
 # Where a sample's first header is in its shard, the length of its caption in bytes, and the xxh3 of all bytes from that
 # header to the caption's last.
 INDEX_DTYPE = np.dtype([("shard", "<i4"), ("text_bytes", "<i4"), ("offset", "<i8"), ("xxh3", "<u8")])
 MAX_OPEN_SHARDS = 512
 SECONDS_BETWEEN_LOOKS = 1.0  # at whether an open shard is still the file of that name
-
-
-class ShardError(UserError):
-    """Shards that are not what their manifest says."""
-
-
-class Member(Section):
-    """`f16` is little-endian IEEE half; `i8b64` is described in `mdit.data.quantise`."""
-
-    dtype: Literal["f16", "i8b64"]
-    shape: tuple[PositiveInt, ...]
-
-
-class Members(Section):
-    lat: Member
-    emb: Member
-
-
-class Layout(Section):
-    """What a sample is: latents (C, H, W) in fp16, a caption embedding (L, C) in fp16 or 8 bits.
-
-    A *row* is the part of a sample that all samples of a set share in length: from its first tar header to the caption,
-    headers and padding included. So one read and one checksum cover everything.
-    """
-
-    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    embedding_shape: tuple[PositiveInt, PositiveInt]
-    embeddings: Literal["f16", "i8b64"] = "f16"
-
-    @cached_property
-    def embedding_bytes(self) -> int:
-        length, channels = self.embedding_shape
-        return stored_bytes(length, channels) if self.embeddings == "i8b64" else 2 * length * channels
-
-    @cached_property
-    def latent_bytes(self) -> int:
-        channels, height, width = self.latent_shape
-        return 2 * channels * height * width
-
-    @cached_property
-    def latent_at(self) -> int:
-        """Of the latents' first byte in a row. The embedding comes first, behind one header."""
-        return 2 * TAR_BLOCK + padded(self.embedding_bytes)
-
-    @cached_property
-    def row_bytes(self) -> int:
-        return self.latent_at + padded(self.latent_bytes) + TAR_BLOCK
-
-    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, row_bytes) uint8 -> latents (N, C, H, W) and caption embeddings (N, L, C), both fp16, on the device of
-        the rows. Views of the rows, but for embeddings in 8 bits."""
-        stored = rows[:, TAR_BLOCK : TAR_BLOCK + self.embedding_bytes]
-        latents = rows[:, self.latent_at : self.latent_at + self.latent_bytes].view(torch.float16)
-        if self.embeddings == "i8b64":
-            captions = dequantise(stored, *self.embedding_shape)
-        else:
-            captions = stored.view(torch.float16).unflatten(1, self.embedding_shape)
-        return latents.unflatten(1, self.latent_shape), captions
-
-    def check(self) -> None:
-        """Raise UserError when 8-bit blocks do not fit the width."""
-        if self.embeddings == "i8b64" and self.embedding_shape[1] % BLOCK:
-            raise UserError(
-                f"embeddings = 'i8b64' has blocks of {BLOCK} values, which do not fit "
-                f"{self.embedding_shape[1]} channels"
-            )
-
-
-class FileEntry(Section):
-    file: str
-    samples: PositiveInt
-    bytes: NonNegativeInt
-    xxh3: str
-
-
-class Manifest(Section):
-    """What manifest.json holds. `encoders` says how to embed a new caption and how to decode latents; `fingerprint`
-    holds the settings that the set was made from; `dali_indexes` belong to the shards in their order."""
-
-    format: Literal["mdit-latents/1"]
-    members: Members
-    encoders: dict[str, dict[str, Any]]
-    fingerprint: dict[str, Any]
-    samples: PositiveInt
-    index: FileEntry
-    shards: tuple[FileEntry, ...]
-    dali_indexes: tuple[FileEntry, ...]
-
-    @property
-    def layout(self) -> Layout:
-        lat, emb = self.members.lat, self.members.emb
-        return Layout(latent_shape=lat.shape, embedding_shape=emb.shape, embeddings=emb.dtype)
 
 
 class Place(NamedTuple):
@@ -322,27 +225,6 @@ def open_dataset(directory: str | Path, *, check_sizes: bool = True) -> LatentSe
     return dataset
 
 
-def read_manifest(directory: str | Path) -> Manifest:
-    path = Path(directory) / MANIFEST
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise ShardError(f"{path}: cannot read the manifest of a set: {error.strerror}; see docs/data.md") from None
-    except ValueError as error:
-        raise ShardError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else values
-        raise ShardError(f"{path}: format is {found!r}, expected {FORMAT!r}")
-    try:
-        manifest = parse_section(Manifest, values, path)
-        manifest.layout.check()
-    except UserError as error:
-        raise ShardError(str(error)) from None
-    if len(manifest.shards) != len(manifest.dali_indexes):
-        raise ShardError(f"{path}: has {len(manifest.shards)} shards, but {len(manifest.dali_indexes)} DALI indexes")
-    return manifest
-
-
 def read_samples(dataset: LatentSet, samples: Iterable[int]) -> tuple[Tensor, Tensor, list[str]]:
     """-> latents (N, C, H, W) fp16, caption embeddings (N, L, C) fp16, captions. Raises ShardError."""
     samples = list(samples)
@@ -353,11 +235,6 @@ def read_samples(dataset: LatentSet, samples: Iterable[int]) -> tuple[Tensor, Te
         texts.append(dataset.read_row(place, row))
     latents, captions = dataset.layout.split(torch.from_numpy(rows))
     return latents.contiguous(), captions.contiguous(), texts
-
-
-def padded(size: int) -> int:
-    """To whole blocks of a tar."""
-    return -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
 def _size(path: Path, entry: FileEntry) -> int:

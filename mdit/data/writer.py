@@ -17,20 +17,9 @@ import webdataset
 import xxhash
 
 from mdit.config import Section, UserError, parse_section
+from mdit.data.manifest import FORMAT, MANIFEST, FileEntry, Layout, Manifest, Member, Members, padded, read_manifest
 from mdit.data.quantise import quantise
-from mdit.data.shards import (
-    FORMAT,
-    INDEX,
-    INDEX_DTYPE,
-    MANIFEST,
-    FileEntry,
-    Layout,
-    Manifest,
-    Member,
-    Members,
-    padded,
-    read_manifest,
-)
+from mdit.data.shards import INDEX, INDEX_DTYPE
 from mdit.files import checksum, sync
 
 SHARD_BYTES = 10**9

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import DEFAULT_RECIPE, UserError, load_config
-from mdit.data.shards import MANIFEST, open_dataset, read_manifest
+from mdit.data.manifest import MANIFEST, read_manifest
+from mdit.data.shards import open_dataset
 from mdit.data.writer import SHARD_BYTES
 from mdit.dist import World, logger
 from mdit.encoders import build_image_encoder, build_text_encoder, build_text_encoder_from

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
-from mdit.data.shards import Layout
+from mdit.data.manifest import Layout
 from mdit.prepare.towers import Claim, Sample, Samples, ahead, read
 from mdit.sources import Rejected
 from mdit.sources.mds import ShardOfLatents

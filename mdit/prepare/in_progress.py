@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import UserError
-from mdit.data.shards import MANIFEST, Layout, read_manifest
+from mdit.data.manifest import MANIFEST, Layout, read_manifest
 from mdit.data.writer import finish_set, is_written, written_parts
 from mdit.files import sync
 from mdit.prepare.report import REPORT, Report, merge, new_report, read_report, summary

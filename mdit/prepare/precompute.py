@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from mdit.config import UserError
-from mdit.data.shards import Layout
+from mdit.data.manifest import Layout
 from mdit.data.writer import SHARD_BYTES, NotFinite, PartWriter
 from mdit.prepare.in_progress import Plan, SetInProgress, require_plan
 from mdit.prepare.report import Report, new_report, reject

@@ -9,7 +9,8 @@ import torch
 
 from mdit.config import TrainConfig, UserError
 from mdit.data.loader import require_same_kind
-from mdit.data.shards import MANIFEST, LatentSet, open_dataset, read_manifest
+from mdit.data.manifest import MANIFEST, read_manifest
+from mdit.data.shards import LatentSet, open_dataset
 from mdit.dist import logger
 from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.prepare.decode import build_decoder

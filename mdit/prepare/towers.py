@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.data.shards import Layout
+from mdit.data.manifest import Layout
 from mdit.encoders import ImageEncoder, TextEncoder
 from mdit.prepare.decode import Decoder
 from mdit.sources import Part, Picture, Rejected

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from mdit.data import shards
 from mdit.data.loader import build_loader
+from mdit.data.manifest import ShardError
 from mdit.data.order import build_order
-from mdit.data.shards import ShardError, open_dataset
+from mdit.data.shards import open_dataset
 from tests.latent_sets import changed, is_right, make_manifest_match, sample_bytes, write_set
 
 DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -387,7 +388,7 @@ def test_no_signal_and_no_hang(directory, engine):
     program = f"""
 import os
 from mdit.data.loader import build_loader
-from mdit.data.shards import ShardError
+from mdit.data.manifest import ShardError
 def loader():
     return build_loader([{str(directory)!r}], global_batch_size=16, seed=0, start_step=0, rank=0, world_size=1,
                         device="cpu", engine={engine!r})

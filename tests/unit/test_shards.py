@@ -12,7 +12,8 @@ import xxhash
 
 from mdit.config import UserError
 from mdit.data import shards
-from mdit.data.shards import Layout, ShardError, open_dataset, read_samples
+from mdit.data.manifest import Layout, ShardError
+from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter, ShardWriter, finish_set, written_parts
 from mdit.files import checksum
 
