@@ -17,8 +17,9 @@ train: install
 		$(BIN)/python launchers/evaluate.py --snapshot $(RUN)/snapshots/latest --out $(RUN)/evaluation
 	@echo "Pictures of prompts that training never saw: $(RUN)/evaluation/grid.png"
 
+# Two files of tests at a time, each on a core.
 test: .venv/test-installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 install: .venv/installed
 
