@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 export DS_BUILD_OPS := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: train test install clean
+.PHONY: train test test-kernels-triton-3.6 install clean
 
 train: install
 	$(BIN)/deepspeed launchers/train.py --ds_config configs/zero2.json
@@ -21,6 +21,14 @@ train: install
 test: .venv/test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The kernels once more with the Triton that torch 2.11 brings (its interpreter knows no newer numpy).
+test-kernels-triton-3.6: .venv/triton-3.6/installed
+	PYTHONPATH=.venv/triton-3.6 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
+
+.venv/triton-3.6/installed: .venv/test-installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.6.0 'numpy<2.4'
+	touch $@
+
 install: .venv/installed
 
 .venv/installed: setup.py pyproject.toml constraints.txt
@@ -30,11 +38,13 @@ install: .venv/installed
 	touch $@
 
 # Without what they ask for: DALI's libraries for GPUs, and a torchvision that would have to match torch. Where there is
-# no DALI (it is for Linux), its tests are skipped.
+# no DALI or Triton (both are for Linux), their tests are skipped. Triton's version belongs to torch's build for GPUs, so
+# constraints.txt does not name it.
 .venv/test-installed: .venv/installed
 	$(PIP) --no-deps open_clip_torch ftfy wcwidth
 	$(PIP) --no-deps nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 gast six astunparse optree makefun nvtx \
 		|| echo "no DALI for this machine"
+	$(PIP) --no-deps triton==3.9.0 || echo "no Triton for this machine"
 	touch $@
 
 clean:

@@ -1,8 +1,13 @@
 """Same numbers on every run: torch's global generator is seeded before each test, hypothesis tries fixed examples."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before the first import of triton: kernels run on the CPU, interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("mdit", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("mdit")

@@ -1,15 +1,68 @@
-"""The textbook form of expert choice, with one-hot products; any dtype up to float64. Slow: only for comparison."""
+"""Expert choice in plain PyTorch, for any floating dtype up to float64: what CPU training runs, and the definition.
+
+`one_hot_expert_choice` is the textbook form of the whole layer, for comparison only.
+"""
+
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def expert_choice(x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int) -> Tensor:
+class Routing(NamedTuple):
+    """Which expert takes which tokens.
+
+    weights_NEK  router weights in at least float32, in descending order; the only part that has a gradient
+    tokens_NEK   int64, the k-th best token of every (image, expert)
+    slots_NTE    int32, its inverse: tokens_NEK[n, e, slots_NTE[n, t, e]] = t, or -1 where expert e does not take t
+    """
+
+    weights_NEK: Tensor
+    tokens_NEK: Tensor
+    slots_NTE: Tensor
+
+
+def route(logits_NTE: Tensor, tokens_per_expert: int) -> Routing:
+    probabilities = logits_NTE.softmax(dim=-1, dtype=torch.promote_types(logits_NTE.dtype, torch.float32))
+    weights_NEK, tokens_NEK = probabilities.transpose(1, 2).topk(tokens_per_expert, dim=-1)
+    ranks = torch.arange(tokens_per_expert, dtype=torch.int32, device=logits_NTE.device).unsqueeze(-1)
+    nobody = torch.full_like(logits_NTE, -1, dtype=torch.int32)
+    slots_NTE = nobody.scatter(1, tokens_NEK.transpose(1, 2), ranks.expand(len(logits_NTE), -1, logits_NTE.shape[2]))
+    return Routing(weights_NEK, tokens_NEK, slots_NTE)
+
+
+def gather_tokens(x_NTD: Tensor, routing: Routing) -> Tensor:
+    num_experts = routing.tokens_NEK.shape[1]
+    return x_NTD.flatten(0, 1).index_select(0, _rows(routing)).unflatten(0, (num_experts, -1))
+
+
+def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
+    weights_EM1 = weights_NEK.transpose(0, 1).reshape(len(h_EMF), -1, 1)
+    return torch.bmm(F.gelu(h_EMF), w2_EFD) * weights_EM1.to(h_EMF.dtype)
+
+
+def scatter_tokens(y_EMD: Tensor, routing: Routing) -> Tensor:
+    n, num_tokens, _ = routing.slots_NTE.shape
+    out = y_EMD.new_zeros(n * num_tokens, y_EMD.shape[-1])
+    return out.index_add(0, _rows(routing), y_EMD.flatten(0, 1)).unflatten(0, (n, num_tokens))
+
+
+def _rows(routing: Routing) -> Tensor:
+    """(E * N * K,): where in x_NTD.flatten(0, 1) each expert's tokens are."""
+    n, num_tokens, _ = routing.slots_NTE.shape
+    first = torch.arange(n, device=routing.tokens_NEK.device) * num_tokens
+    return (routing.tokens_NEK + first.view(-1, 1, 1)).transpose(0, 1).flatten()
+
+
+def one_hot_expert_choice(
+    x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int
+) -> Tensor:
     """Router, dispatch, GELU experts and combination as (N, E, K, T) einsums. -> (N, T, D)"""
     probabilities = torch.einsum("ntd,ed->nte", x_NTD, router_ED).softmax(dim=-1)
     g_NEK, index_NEK = probabilities.transpose(1, 2).topk(tokens_per_expert, dim=-1)
-    one_hot = torch.nn.functional.one_hot(index_NEK, x_NTD.shape[1]).to(x_NTD.dtype)
+    one_hot = F.one_hot(index_NEK, x_NTD.shape[1]).to(x_NTD.dtype)
     chosen = torch.einsum("nekt,ntd->nekd", one_hot, x_NTD)
-    hidden = torch.nn.functional.gelu(torch.einsum("nekd,edf->nekf", chosen, w1_EDF))
+    hidden = F.gelu(torch.einsum("nekd,edf->nekf", chosen, w1_EDF))
     out = torch.einsum("nekf,efd->nekd", hidden, w2_EFD) * g_NEK.unsqueeze(-1)
     return torch.einsum("nekt,nekd->ntd", one_hot, out)

@@ -125,17 +125,15 @@ class ExpertCoverage:
 
 @torch.no_grad()
 def _add_choices(sums: Tensor, layer: ExpertChoice, gate: nn.Module, args: tuple, logits_NTE: Tensor) -> None:
-    num_tokens = logits_NTE.shape[1]
-    weights_NEK, index_NEK = expert_choice.route(logits_NTE, layer.tokens_per_expert(num_tokens))
-    chosen_NET = torch.zeros_like(logits_NTE.transpose(1, 2), dtype=torch.float64).scatter(2, index_NEK, 1.0)
-    experts_NT = chosen_NET.sum(dim=1)
+    routing = expert_choice.route(logits_NTE, layer.tokens_per_expert(logits_NTE.shape[1]))
+    experts_NT = (routing.slots_NTE >= 0).double().sum(dim=-1)
     sums += torch.stack(
         [
             torch.ones_like(experts_NT).sum(),
             (experts_NT == 0).double().sum(),
             experts_NT.sum(),
             (experts_NT**2).sum(),
-            weights_NEK.double().sum(),
+            routing.weights_NEK.double().sum(),
         ]
     )
 

@@ -1,7 +1,6 @@
 """Expert-choice mixture of experts: every expert takes the same number of tokens from every image."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdit.kernels import expert_choice
@@ -26,11 +25,10 @@ class ExpertChoice(nn.Module):
         return int(self.capacity_factor * num_tokens / self.num_experts)
 
     def forward(self, x_NTD: Tensor) -> Tensor:
-        num_tokens = x_NTD.shape[1]
-        weights_NEK, index_NEK = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(num_tokens))
-        chosen_EMD = expert_choice.gather_tokens(x_NTD, index_NEK)
-        out_EMD = torch.bmm(F.gelu(torch.bmm(chosen_EMD, self.w1)), self.w2)
-        return expert_choice.scatter_tokens(out_EMD, weights_NEK, index_NEK, num_tokens)
+        routing = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1]))
+        hidden_EMF = torch.bmm(expert_choice.gather_tokens(x_NTD, routing), self.w1)
+        out_EMD = expert_choice.gelu_bmm(hidden_EMF, self.w2, routing.weights_NEK)
+        return expert_choice.scatter_tokens(out_EMD, routing)
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=0.02)

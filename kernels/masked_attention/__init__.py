@@ -1,0 +1,59 @@
+"""Attention of the kept tokens: LayerNorm of q and k over the whole width, then softmax attention by heads.
+
+    q, k = (q - mean(q)) * rstd(q), (k - mean(k)) * rstd(k)             over A, no affine, rounded to the dtype of q
+    out_h = softmax(q_h k_h^T / sqrt(head_dim)) v_h                     head by head, A = heads * head_dim
+
+Shapes: N batch, T image tokens, L caption tokens, A width. q, k and v come side by side, as one matmul gives them, and
+so do their gradients go back to it, with no copy between. float16, bfloat16 and float32 in Triton, head_dim 16, 32, 64
+or 128; the sums in float32. Any strides; a tensor whose last dimension is not dense is copied.
+
+Triton reads every row of q and k once for its mean and rstd, and normalises tiles as the attention kernels load them:
+the normalised q and k are never written. Backward computes the scores again, writes gradients of the normalised q and k
+and turns them into those of q and k in place, since LayerNorm's need sums over all heads. It saves the inputs, 8 bytes
+a row (mean, rstd), 4 bytes a row and head (the softmax's sum), and from 129 keys on (65 with lengths) the output, which
+the projection keeps anyway; PyTorch saves the normalised q and k besides. Blocks of 128 keys write their own parts of
+q's gradient, which the last kernel adds up in a fixed order: no atomics, equal bits in every run, for 5 products as in
+FlashAttention; one that loops over keys again would need 7. The parts take L / 128 times the memory of q while it runs.
+
+Bytes in numbers moved, forward and backward, of U = N * T * A and V = N * L * A (34 MB each way for 16,384 tokens of
+1024 in bf16). PyTorch: LayerNorm twice, attention, LayerNorm's backward twice, cat of the gradients.
+    self, T <= 128      PyTorch 8 U + 22 U, Triton 6 U + 13 U (0.36 and 0.23 ms at 2.8 TB/s)
+    self, T = 256       PyTorch 30 U, Triton 6 U + 16 U; T = 1024: 6 U + 28 U, where the products decide, not the bytes
+    cross, L <= 128     PyTorch 4 U + 4 V + 9 U + 11 V, Triton 3 U + 3 V + 6 U + 7 V
+FLOPs of the products are the same, 4 N T L A forward and 10 N T L A backward, but for L rounded up: 77 captions cost 80
+forward and 128 backward.
+"""
+
+from torch import Tensor
+
+from mdit.kernels import dispatch
+from mdit.kernels.masked_attention import reference
+
+
+def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float) -> Tensor:
+    """q, k and v side by side, X = 3A. -> (N, T, A)"""
+    assert qkv_NTX.dim() == 3 and qkv_NTX.shape[-1] % (3 * num_heads) == 0, (qkv_NTX.shape, num_heads)
+    if dispatch.takes_triton("masked_attention", qkv_NTX):
+        from mdit.kernels.masked_attention import triton_impl
+
+        return triton_impl.self_attention(qkv_NTX, num_heads, eps)
+    return reference.self_attention(qkv_NTX, num_heads, eps)
+
+
+def cross_attention(
+    q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float, key_lengths_N: Tensor | None = None
+) -> Tensor:
+    """k and v side by side, X = 2A. -> (N, T, A)
+
+    key_lengths_N, int32 or int64 in 1..L: keys at or beyond an image's length are not attended to, and get gradients of
+    zero. Triton neither reads them nor computes with blocks of 64 of them.
+    """
+    (n, _, width), (kv_n, length, kv_width) = q_NTA.shape, kv_NLX.shape
+    assert n == kv_n and kv_width == 2 * width and width % num_heads == 0, (q_NTA.shape, kv_NLX.shape, num_heads)
+    assert q_NTA.dtype == kv_NLX.dtype and length > 0, (q_NTA.dtype, kv_NLX.dtype, length)
+    assert key_lengths_N is None or key_lengths_N.shape == (n,), (key_lengths_N.shape, n)
+    if dispatch.takes_triton("masked_attention", q_NTA):
+        from mdit.kernels.masked_attention import triton_impl
+
+        return triton_impl.cross_attention(q_NTA, kv_NLX, num_heads, eps, key_lengths_N)
+    return reference.cross_attention(q_NTA, kv_NLX, num_heads, eps, key_lengths_N)

@@ -1,0 +1,370 @@
+"""Triton kernels of patch_mixing: one pass forward, one pass backward, and a small one that finishes the sums.
+
+A program works on several rows of one image, so that gate, shift, scale and weight are loaded once for all of them and
+sums over tokens grow in registers. A thread holds the same 8 columns of every row of a tile: sums over rows need no
+exchange between threads. A row is a token; where `keep` is given, a kept one.
+
+Shapes: N batch, T tokens (K kept), D width, P programs of the backward pass (P / N of them for each image).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mdit.kernels.launch import launch
+
+
+@triton.jit
+def _mix(
+    x_ptr, y_ptr, gate_ptr, weight_ptr, shift_ptr, scale_ptr, keep_ptr, out_ptr, h_ptr, stats_ptr,
+    x_stride_n, x_stride_t, y_stride_n, y_stride_t, gate_stride, shift_stride, scale_stride, keep_stride,
+    N, K, rows_per_program, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x' and h (N, K, D); mean and rstd of the rows of x' (2, N, K). x' is not written where it is x itself."""
+    n, first = _share(K, rows_per_program)
+    d = tl.arange(0, BLOCK_D)
+    factor = _vector(weight_ptr, d, D)
+    if scale_ptr is not None:
+        factor *= 1 + _vector(scale_ptr + n * scale_stride, d, D)
+        shift = _vector(shift_ptr + n * shift_stride, d, D)
+    if gate_ptr is not None:
+        gate = _vector(gate_ptr + n * gate_stride, d, D)
+    for start in tl.range(first, tl.minimum(first + rows_per_program, K), ROWS, num_stages=STAGES):
+        row, valid, inside, token = _rows(start, K, d, keep_ptr, n * keep_stride, D, ROWS)
+        x = _load(x_ptr + n * x_stride_n, token, x_stride_t, d, inside)
+        if y_ptr is not None:
+            y = _load(y_ptr + n * y_stride_n, token, y_stride_t, d, inside)
+            if gate_ptr is not None:
+                y *= gate[None, :]
+            x = (x + y).to(out_ptr.dtype.element_ty).to(tl.float32)  # h is the norm of what is stored
+        if out_ptr is not None:
+            _store(out_ptr, n * K + row, d, x, inside, D)
+        mean = tl.sum(x, axis=1) / D
+        centred = tl.where(inside, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+        h = centred * rstd[:, None] * factor[None, :]
+        if scale_ptr is not None:
+            h += shift[None, :]
+        _store(h_ptr, n * K + row, d, h, inside, D)
+        tl.store(stats_ptr + n * K + row, mean, mask=valid)
+        tl.store(stats_ptr + (N + n) * K + row, rstd, mask=valid)
+
+
+@triton.jit
+def _mix_backward(
+    x_ptr, y_ptr, gate_ptr, weight_ptr, scale_ptr, keep_ptr, stats_ptr, d_out_ptr, dh_ptr, dx_ptr, dy_ptr, sums_ptr,
+    x_stride_n, x_stride_t, y_stride_n, y_stride_t, gate_stride, scale_stride, keep_stride,
+    d_out_stride_n, d_out_stride_t, dh_stride_n, dh_stride_t,
+    N, T, K, rows_per_program, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx and dy (N, T, D) from the gradients of x' and of h (either may be None); x_ptr is x'.
+
+    sums (3, P, D), over the program's rows: of dh * xhat, of dh (with a scale), of dx * y (with a gate).
+    """
+    n, first = _share(K, rows_per_program)
+    d = tl.arange(0, BLOCK_D)
+    factor = _vector(weight_ptr, d, D)
+    if scale_ptr is not None:
+        factor *= 1 + _vector(scale_ptr + n * scale_stride, d, D)
+    if gate_ptr is not None:
+        gate = _vector(gate_ptr + n * gate_stride, d, D)
+    by_xhat = tl.zeros((BLOCK_D,), tl.float32)
+    by_one = tl.zeros((BLOCK_D,), tl.float32)
+    by_y = tl.zeros((BLOCK_D,), tl.float32)
+    for start in tl.range(first, tl.minimum(first + rows_per_program, K), ROWS, num_stages=STAGES):
+        row, valid, inside, token = _rows(start, K, d, keep_ptr, n * keep_stride, D, ROWS)
+        dx = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        if d_out_ptr is not None:
+            dx = _load(d_out_ptr + n * d_out_stride_n, row.to(tl.int64), d_out_stride_t, d, inside)
+        if dh_ptr is not None:
+            dh = _load(dh_ptr + n * dh_stride_n, row.to(tl.int64), dh_stride_t, d, inside)
+            x = _load(x_ptr + n * x_stride_n, row.to(tl.int64), x_stride_t, d, inside)
+            mean = tl.load(stats_ptr + n * K + row, mask=valid, other=0.0)
+            rstd = tl.load(stats_ptr + (N + n) * K + row, mask=valid, other=0.0)
+            xhat = (x - mean[:, None]) * rstd[:, None]
+            dxhat = dh * factor[None, :]  # zero outside the row
+            along_one = tl.sum(dxhat, axis=1) / D
+            along_xhat = tl.sum(dxhat * xhat, axis=1) / D
+            dx += rstd[:, None] * (dxhat - along_one[:, None] - xhat * along_xhat[:, None])
+            by_xhat += tl.sum(dh * xhat, axis=0)
+            by_one += tl.sum(dh, axis=0)
+        _store(dx_ptr, n * T + token, d, dx, inside, D)
+        if gate_ptr is not None:
+            y = _load(y_ptr + n * y_stride_n, token, y_stride_t, d, inside)
+            by_y += tl.sum(dx * y, axis=0)
+            _store(dy_ptr, n * T + token, d, dx * gate[None, :], inside, D)
+    sums_ptr += tl.program_id(0) * D
+    stride = tl.num_programs(0) * D
+    if dh_ptr is not None:
+        tl.store(sums_ptr + d, by_xhat, mask=d < D)
+        if scale_ptr is not None:
+            tl.store(sums_ptr + stride + d, by_one, mask=d < D)
+    if gate_ptr is not None:
+        tl.store(sums_ptr + 2 * stride + d, by_y, mask=d < D)
+
+
+@triton.jit
+def _mix_sums(
+    sums_ptr, weight_ptr, scale_ptr, dgate_ptr, dweight_ptr, dshift_ptr, dscale_ptr, scale_stride,
+    P, programs_per_image, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, IMAGE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Adds up the programs' sums: the first D / COLUMNS programs for the weight, the others for one image each."""
+    blocks = tl.cdiv(D, COLUMNS)
+    d = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    n = tl.program_id(0) // blocks - 1
+    if n < 0:
+        if dweight_ptr is not None:
+            total = tl.zeros((COLUMNS,), tl.float32)
+            for start in range(0, P, ROWS):
+                row = start + tl.arange(0, ROWS)
+                inside = (row < P)[:, None] & (d < D)[None, :]
+                value = tl.load(sums_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0)
+                if scale_ptr is not None:
+                    offset = (row // programs_per_image).to(tl.int64) * scale_stride
+                    value *= 1 + tl.load(scale_ptr + offset[:, None] + d[None, :], mask=inside, other=0.0).to(
+                        tl.float32
+                    )
+                total += tl.sum(value, axis=0)
+            tl.store(dweight_ptr + d, total.to(dweight_ptr.dtype.element_ty), mask=d < D)
+    else:
+        first = n * programs_per_image
+        if dscale_ptr is not None:
+            total = _column_sum(sums_ptr, first, programs_per_image, d, D, IMAGE_ROWS) * _vector(weight_ptr, d, D)
+            tl.store(dscale_ptr + n * D + d, total.to(dscale_ptr.dtype.element_ty), mask=d < D)
+            total = _column_sum(sums_ptr + P * D, first, programs_per_image, d, D, IMAGE_ROWS)
+            tl.store(dshift_ptr + n * D + d, total.to(dshift_ptr.dtype.element_ty), mask=d < D)
+        if dgate_ptr is not None:
+            total = _column_sum(sums_ptr + 2 * P * D, first, programs_per_image, d, D, IMAGE_ROWS)
+            tl.store(dgate_ptr + n * D + d, total.to(dgate_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _share(K, rows_per_program):
+    """The program's image and the first of its rows."""
+    programs = tl.cdiv(K, rows_per_program)
+    return (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs * rows_per_program
+
+
+@triton.jit
+def _rows(start, K, d, keep_ptr, keep_offset, D: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows from `start` on: their numbers, which exist, the tile's elements that exist, their tokens (int64)."""
+    row = start + tl.arange(0, ROWS)
+    valid = row < K
+    token = row.to(tl.int64)
+    if keep_ptr is not None:
+        token = tl.load(keep_ptr + keep_offset + row, mask=valid, other=0)
+    return row, valid, valid[:, None] & (d < D)[None, :], token
+
+
+@triton.jit
+def _load(ptr, row, stride, d, inside):
+    return tl.load(ptr + (row * stride)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, row, d, value, inside, D: tl.constexpr):
+    tl.store(ptr + (row * D)[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _vector(ptr, d, D: tl.constexpr):
+    return tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _column_sum(ptr, first, rows, d, D: tl.constexpr, ROWS: tl.constexpr):
+    total = tl.zeros((d.shape[0],), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (d < D)[None, :]
+        total += tl.sum(tl.load(ptr + (first + row)[:, None] * D + d[None, :], mask=inside, other=0.0), axis=0)
+    return total
+
+
+FORWARD_TILE, BACKWARD_TILE = 2, 1  # rows; two and three tiles are on their way while one is worked on
+FINISH_TILE, FINISH_IMAGE_TILE = 256, 32  # programs' sums added at a time: for the weight, for an image
+
+
+def _tile(width: int, rows: int) -> dict[str, int]:
+    """8 columns a thread, so 128 threads at widths 768 (where a fourth of them idle) and 1024."""
+    block = _power_of_2(width)
+    return {"D": width, "BLOCK_D": block, "ROWS": rows, "num_warps": min(max(block // 256, 1), 16)}
+
+
+def _rows_per_program(images: int, num_rows: int, tile: int) -> int:
+    """As many rows of an image as leave 4 programs for each of 132 SMs, all of them at work at once; at least 8.
+
+    A program reads 4 vectors beside its rows, and backward writes 3 sums in float32. The rule asks no GPU, so that
+    sums are split alike, and are the same bits, on all of them.
+    """
+    programs = min(max(4 * 132 // images, 1), _ceil_div(num_rows, 8))
+    return tile * _ceil_div(_ceil_div(num_rows, programs), tile)
+
+
+@torch.library.custom_op("mdit::add_norm_modulate", mutates_args=())
+def _add_norm_modulate(
+    x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
+    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> x' and h (N, K, D), mean and rstd of the rows of x' (2, N, K) float32"""
+    new = _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK)
+    _launch_forward(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, *new)
+    return new
+
+
+@_add_norm_modulate.register_fake
+def _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK):
+    n, t, width = x_NTD.shape
+    k = t if keep_NK is None else keep_NK.shape[1]
+    stats_2NK = x_NTD.new_empty(2, n, k, dtype=torch.float32)
+    return x_NTD.new_empty(n, k, width), x_NTD.new_empty(n, k, width), stats_2NK
+
+
+@torch.library.custom_op("mdit::norm_modulate", mutates_args=())
+def _norm_modulate(
+    x_NTD: Tensor, weight_D: Tensor, shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same of x alone, of which there is no copy then. -> h, mean and rstd"""
+    new = _new_norm(x_NTD, weight_D, shift_ND, scale_ND, eps)
+    _launch_forward(x_NTD, None, None, weight_D, shift_ND, scale_ND, eps, None, None, *new)
+    return new
+
+
+@_norm_modulate.register_fake
+def _new_norm(x_NTD, weight_D, shift_ND, scale_ND, eps):
+    return x_NTD.new_empty(x_NTD.shape), x_NTD.new_empty(2, *x_NTD.shape[:2], dtype=torch.float32)
+
+
+def _launch_forward(x, y, gate, weight, shift, scale, eps, keep, out_NKD, h_NKD, stats_2NK) -> None:
+    x, y, gate, weight, shift, scale, keep = map(_dense, (x, y, gate, weight, shift, scale, keep))
+    n, k, width = h_NKD.shape
+    rows = _rows_per_program(n, k, FORWARD_TILE)
+    launch(
+        _mix, (n * _ceil_div(k, rows),), x, y, gate, weight, shift, scale, keep, out_NKD, h_NKD, stats_2NK,
+        *_strides(x, 2), *_strides(y, 2), *_strides(gate), *_strides(shift), *_strides(scale), *_strides(keep),
+        n, k, rows, eps, **_tile(width, FORWARD_TILE), STAGES=3, num_stages=3,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("mdit::add_norm_modulate_backward", mutates_args=())
+def _add_norm_modulate_backward(
+    x_NKD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor, scale_ND: Tensor | None,
+    keep_NK: Tensor | None, stats_2NK: Tensor, num_tokens: int, d_out_NKD: Tensor | None, dh_NKD: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """x is x'. -> those of dx, dy, dgate, dweight, dshift and dscale that `_exist` says"""
+    x, y, gate, weight, scale, keep = map(_dense, (x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK))
+    d_out, dh = _dense(d_out_NKD), _dense(dh_NKD)
+    n, k, width = x.shape
+    rows = _rows_per_program(n, k, BACKWARD_TILE)
+    programs_per_image = _ceil_div(k, rows)
+    programs = n * programs_per_image
+    sums_3PD = x.new_empty(3, programs, width, dtype=torch.float32)
+    new = _new_gradients(x, y, gate, weight, scale, keep, stats_2NK, num_tokens, d_out, dh)
+    dx, dy, dgate, dweight, dshift, dscale = _all_six(new, gate, scale, dh)
+    launch(
+        _mix_backward, (programs,), x, y, gate, weight, scale, keep, stats_2NK, d_out, dh, dx, dy, sums_3PD,
+        *_strides(x, 2), *_strides(y, 2), *_strides(gate), *_strides(scale), *_strides(keep), *_strides(d_out, 2),
+        *_strides(dh, 2), n, num_tokens, k, rows, **_tile(width, BACKWARD_TILE), STAGES=4, num_stages=4,
+    )  # fmt: skip
+    parts = 1 if dgate is None and dscale is None else 1 + n
+    launch(
+        _mix_sums, (_ceil_div(width, 32) * parts,), sums_3PD, weight, scale, dgate, dweight, dshift, dscale,
+        *_strides(scale), programs, programs_per_image,
+        D=width, COLUMNS=32, ROWS=FINISH_TILE,
+        IMAGE_ROWS=min(_power_of_2(programs_per_image), FINISH_IMAGE_TILE), num_warps=4,
+    )  # fmt: skip
+    return new
+
+
+@_add_norm_modulate_backward.register_fake
+def _new_gradients(x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK, num_tokens, d_out_NKD, dh_NKD):
+    n, _, width = x_NKD.shape
+    new = x_NKD.new_empty if keep_NK is None else x_NKD.new_zeros  # nothing is written of dropped tokens
+    makers = (
+        lambda: new(n, num_tokens, width),
+        lambda: new(n, num_tokens, width, dtype=y_NTD.dtype),
+        lambda: gate_ND.new_empty(n, width),
+        lambda: weight_D.new_empty(width),
+        lambda: scale_ND.new_empty(n, width),
+        lambda: scale_ND.new_empty(n, width),
+    )
+    return [make() for make, exists in zip(makers, _exist(gate_ND, scale_ND, dh_NKD)) if exists]
+
+
+def _exist(gate, scale, dh) -> tuple[bool, ...]:
+    """Which of dx, dy, dgate, dweight, dshift, dscale there are. (Without a gate, dy is dx.)"""
+    gated, normed = gate is not None, dh is not None
+    modulated = normed and scale is not None
+    return True, gated, gated, normed, modulated, modulated
+
+
+def _all_six(gradients: list[Tensor], gate, scale, dh) -> list[Tensor | None]:
+    remaining = iter(gradients)
+    return [next(remaining) if exists else None for exists in _exist(gate, scale, dh)]
+
+
+def _save(ctx, inputs, output) -> None:
+    x_NTD, y_NTD, gate_ND, weight_D, _, scale_ND, _, keep_NK = inputs
+    out_NKD, _, stats_2NK = output
+    ctx.set_materialize_grads(False)  # no zeros for an output that nobody used
+    ctx.num_tokens, ctx.adds = x_NTD.shape[1], y_NTD is not None
+    y_NTD = y_NTD if gate_ND is not None else None
+    ctx.save_for_backward(out_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK)
+
+
+def _differentiate(ctx, d_out_NKD, dh_NKD, _):
+    if d_out_NKD is None and dh_NKD is None:
+        return (None,) * 8
+    saved = ctx.saved_tensors  # looked at once: activation checkpointing allows no second time
+    _, y_NTD, gate_ND, _, scale_ND, _, _ = saved
+    gradients = _add_norm_modulate_backward(*saved, ctx.num_tokens, d_out_NKD, dh_NKD)
+    dx, dy, dgate, dweight, dshift, dscale = _all_six(gradients, gate_ND, scale_ND, dh_NKD)
+    if ctx.adds and dy is None:
+        dy = dx
+    return dx, dy, dgate, dweight, dshift, dscale, None, None
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    x_NTD, weight_D, _, scale_ND, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_NTD, None, None, weight_D, scale_ND, None, output[1])
+
+
+def _differentiate_norm(ctx, dh_NTD, _):
+    if dh_NTD is None:
+        return (None,) * 5
+    saved = ctx.saved_tensors
+    gradients = _add_norm_modulate_backward(*saved, dh_NTD.shape[1], None, dh_NTD)
+    dx, _, _, dweight, dshift, dscale = _all_six(gradients, None, saved[4], dh_NTD)
+    return dx, dweight, dshift, dscale, None
+
+
+_add_norm_modulate.register_autograd(_differentiate, setup_context=_save)
+_norm_modulate.register_autograd(_differentiate_norm, setup_context=_save_norm)
+
+
+def add_norm_modulate(
+    x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
+    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if y_NTD is None and keep_NK is None:
+        return x_NTD, _norm_modulate(x_NTD, weight_D, shift_ND, scale_ND, eps)[0]
+    return _add_norm_modulate(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK)[:2]
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _strides(t: Tensor | None, count: int = 1) -> tuple[int, ...]:
+    return (0,) * count if t is None else t.stride()[:count]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv on the host takes 10 us
+
+
+def _power_of_2(a: int) -> int:
+    """The smallest that is not less."""
+    return 1 << (a - 1).bit_length()

@@ -1,0 +1,77 @@
+"""Does every kernel give here what its reference gives? Asked once, before step 0, where Triton was not asked for.
+
+Small inputs, values and gradients, a loose tolerance: this finds a kernel that does not build or is plainly wrong with
+this GPU, driver and version of Triton. How accurate the kernels are is the business of tests/kernels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mdit.kernels import dispatch, expert_choice, masked_attention, patch_mixing, swiglu
+
+N, T, L, HEADS, E, F = 2, 40, 21, 3, 4, 80
+EPS = 1e-6
+
+
+def disagreement(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where kernel and reference agree, else what is wrong, in one line."""
+    call, shapes = EXAMPLES[op]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes(HEADS * head_dim)]
+    with dispatch.using():
+        expected = _with_gradients(call, inputs)
+    try:
+        with dispatch.using(op):
+            found = _with_gradients(call, inputs)
+    except Exception as error:  # whatever the compiler, the driver or the launch may say
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    worst = max(_relative_error(f, e) for f, e in zip(found, expected))
+    tolerance = 32 * torch.finfo(dtype).eps  # float32 1 in 260,000; bfloat16 1 in 4
+    return None if worst <= tolerance else f"its results are off by {worst:.1e} of their size"
+
+
+def _attention(qkv_NTX: Tensor, q_NTA: Tensor, kv_NLX: Tensor) -> list[Tensor]:
+    return [
+        masked_attention.self_attention(qkv_NTX, HEADS, EPS),
+        masked_attention.cross_attention(q_NTA, kv_NLX, HEADS, EPS),
+    ]
+
+
+def _mixing(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND) -> list[Tensor]:
+    keep_NK = torch.arange(T - 1, 0, -2, device=x_NTD.device).expand(N, -1).contiguous()
+    modulated = patch_mixing.add_norm_modulate(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, EPS)
+    kept = patch_mixing.add_norm_modulate(x_NTD, y_NTD, gate_ND, weight_D, None, None, EPS, keep_NK)
+    return [*modulated, *kept]
+
+
+def _experts(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor) -> list[Tensor]:
+    routing = expert_choice.route(2 * x_NTD[..., :E], T // 2)
+    hidden = torch.bmm(expert_choice.gather_tokens(x_NTD, routing), w1_EDF)
+    return [expert_choice.scatter_tokens(expert_choice.gelu_bmm(hidden, w2_EFD, routing.weights_NEK), routing)]
+
+
+def _swiglu(a: Tensor, b: Tensor, weight_DF: Tensor) -> list[Tensor]:
+    return [swiglu.swiglu_linear(a, b, weight_DF)]
+
+
+# The call, and the shapes of its inputs for a width.
+EXAMPLES: dict[str, tuple[Callable[..., list[Tensor]], Callable[[int], list[tuple[int, ...]]]]] = {
+    "masked_attention": (_attention, lambda d: [(N, T, 3 * d), (N, T, d), (N, L, 2 * d)]),
+    "patch_mixing": (_mixing, lambda d: [(N, T, d), (N, T, d), (N, d), (d,), (N, d), (N, d)]),
+    "expert_choice": (_experts, lambda d: [(N, T, d), (E, d, F), (E, F, d)]),
+    "swiglu": (_swiglu, lambda d: [(N, T, F), (N, T, F), (d, F)]),
+}
+
+
+def _with_gradients(call: Callable[..., list[Tensor]], inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    outputs = call(*leaves)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of the expected; infinite where something is not a number."""
+    difference = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)
+    return difference.nan_to_num(nan=torch.inf).item()

@@ -1,0 +1,145 @@
+"""Which implementation runs: what the JSON and the environment say, what the machine can, what a self-check finds."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from mdit.config import UserError
+from mdit.kernels import dispatch, patch_mixing, swiglu
+from mdit.kernels.dispatch import OPS, takes_triton, using
+from mdit.kernels.self_check import EXAMPLES, disagreement
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """What a test settles ends with it; TRITON_INTERPRET, set for all tests, counts only where a test says so."""
+    monkeypatch.setattr(dispatch, "_in_triton", frozenset())
+    monkeypatch.setattr(dispatch, "_off_gpu", False)
+    monkeypatch.delenv("MDIT_KERNELS", raising=False)
+
+
+def choose_kernels(wanted, device, head_dim=64):
+    return dispatch.choose_kernels(wanted, device, FLOAT, head_dim, "ds.json")
+
+
+def pretend_gpu(monkeypatch, capability=(9, 0)) -> torch.device:
+    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return torch.device("cuda", 0)
+
+
+def test_auto_is_pytorch_on_a_cpu_even_when_kernels_could_be_interpreted(monkeypatch):
+    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "_off_gpu", True)
+    assert choose_kernels("auto", CPU) == (frozenset(), "there is no GPU")
+    assert not takes_triton("swiglu", torch.ones(1))
+
+
+def test_auto_without_triton(monkeypatch):
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(dispatch, "_installed", lambda: False)
+    assert choose_kernels("auto", torch.device("cuda")) == (frozenset(), "the package triton is not installed")
+
+
+def test_auto_on_an_old_gpu(monkeypatch):
+    chosen, reason = choose_kernels("auto", pretend_gpu(monkeypatch, (7, 5)))
+    assert not chosen and reason == "some GPU is older than compute capability 8.0"
+
+
+def test_auto_on_a_gpu_takes_the_ops_that_agree(monkeypatch):
+    device = pretend_gpu(monkeypatch)
+    monkeypatch.setattr(
+        "mdit.kernels.self_check.disagreement", lambda op, *_: "no compiler" if op == "swiglu" else None
+    )
+    chosen, reason = choose_kernels("auto", device)
+    assert chosen == {*OPS} - {"swiglu"}
+    assert reason == "they agree with PyTorch on some GPU; swiglu does not: no compiler"
+    assert not takes_triton("swiglu", torch.ones(1))
+
+
+def test_head_dims_without_kernels_leave_attention_to_pytorch(monkeypatch):
+    device = pretend_gpu(monkeypatch)
+    monkeypatch.setattr("mdit.kernels.self_check.disagreement", lambda *_: None)
+    chosen, reason = choose_kernels("auto", device, head_dim=24)
+    why = "masked_attention has kernels for head_dim 16, 32, 64, 128, and model.head_dim is 24"
+    assert chosen == {*OPS} - {"masked_attention"} and reason.endswith("; " + why)
+    with pytest.raises(UserError, match=f"^ds.json: mdit.kernels = 'triton', but {why}$"):
+        choose_kernels("triton", device, head_dim=24)
+
+
+def test_reference_is_obeyed_on_a_gpu(monkeypatch):
+    assert choose_kernels("reference", pretend_gpu(monkeypatch)) == (frozenset(), "asked for")
+
+
+def test_triton_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    with pytest.raises(UserError, match="^ds.json: mdit.kernels = 'triton', but there is no GPU$"):
+        choose_kernels("triton", CPU)
+    monkeypatch.setattr(dispatch, "_installed", lambda: False)
+    with pytest.raises(UserError, match="^ds.json: mdit.kernels = 'triton', but the package triton is not installed$"):
+        choose_kernels("triton", CPU)
+
+
+def test_triton_on_a_cpu_is_possible_interpreted(monkeypatch):
+    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "_off_gpu", True)
+    assert choose_kernels("triton", CPU) == (frozenset(OPS), "asked for")
+    assert takes_triton("swiglu", torch.ones(1)) and not takes_triton("swiglu", torch.ones(1, dtype=torch.float64))
+
+
+def test_the_environment_speaks_where_the_json_does_not(monkeypatch):
+    device = pretend_gpu(monkeypatch)
+    monkeypatch.setenv("MDIT_KERNELS", "triton")
+    assert choose_kernels("auto", device)[0] == {*OPS}
+    with pytest.raises(UserError, match="^MDIT_KERNELS=triton, but there is no GPU$"):
+        choose_kernels("auto", CPU)
+    monkeypatch.setenv("MDIT_KERNELS", "reference")
+    assert choose_kernels("auto", device)[0] == frozenset()
+    with pytest.raises(UserError, match="^ds.json: mdit.kernels = 'triton' contradicts MDIT_KERNELS=reference"):
+        choose_kernels("triton", device)
+    monkeypatch.setenv("MDIT_KERNELS", "fast")
+    with pytest.raises(UserError, match='^MDIT_KERNELS=fast: expected "auto", "reference" or "triton"$'):
+        choose_kernels("auto", device)
+
+
+@needs_triton
+@pytest.mark.parametrize("op", OPS)
+def test_self_check_passes_kernels_as_they_are(op):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with using(off_gpu=True):
+        assert disagreement(op, device, FLOAT, head_dim=32) is None
+
+
+@needs_triton
+@pytest.mark.parametrize("fault", ["wrong gradient", "not a number", "does not build"])
+def test_self_check_finds_a_faulty_kernel(monkeypatch, fault):
+    from mdit.kernels.swiglu import triton_impl
+
+    def faulty(a, b, weight, bias=None):
+        if fault == "does not build":
+            raise RuntimeError("ptxas died\nand said more")
+        out = swiglu.reference.swiglu_linear(a, b.detach() if fault == "wrong gradient" else b, weight, bias)
+        return out + 0 * b.sum() if fault == "wrong gradient" else out * torch.nan
+
+    monkeypatch.setattr(triton_impl, "swiglu_linear", faulty)
+    with using(off_gpu=True):
+        found = disagreement("swiglu", CPU, FLOAT, head_dim=32)
+    assert found == "RuntimeError: ptxas died" if fault == "does not build" else "results are off by" in found
+
+
+def test_every_op_has_an_example():
+    assert EXAMPLES.keys() == {*OPS}
+
+
+def test_using_ends_with_its_block():
+    with using("patch_mixing", off_gpu=True):
+        assert takes_triton("patch_mixing", torch.ones(1)) and not takes_triton("swiglu", torch.ones(1))
+    assert not takes_triton("patch_mixing", torch.ones(1))
+    x = torch.randn(1, 2, 8)
+    patch_mixing.add_norm_modulate(x, None, None, torch.ones(8), None, None, 1e-6)  # in PyTorch again

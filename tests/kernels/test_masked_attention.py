@@ -1,0 +1,269 @@
+"""LayerNorm of q and k, then attention: in PyTorch against the formula, in Triton against PyTorch."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdit.kernels import dispatch, masked_attention
+from mdit.kernels.masked_attention import reference
+from tests.kernels.accuracy import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_same_bits_twice,
+    gradients,
+    poisoned_memory,
+    rms,
+)
+
+EPS = 1e-6
+# Up to 64 tokens are one block. From 65 keys on the forward pass has a tail, from 81 a loop over keys, and from 129 on
+# backward has parts; from 257 queries on several programs share held keys. Widths that are no power of two.
+SELF_SHAPES = [(3, 16, 1), (2, 32, 16), (3, 32, 63), (2, 64, 64), (1, 64, 77), (1, 128, 77), (2, 32, 130), (1, 64, 260)]
+CROSS_SHAPES = [(2, 32, 1, 1), (3, 16, 63, 77), (1, 64, 64, 77), (2, 32, 100, 16), (1, 128, 40, 150), (1, 32, 270, 70)]
+
+
+def normal(*shape: int) -> Tensor:
+    """Neither centred nor of variance one, so that LayerNorm has something to do."""
+    return 2 * torch.randn(shape, dtype=torch.float64) + 0.5
+
+
+def self_inputs(N: int, T: int, heads: int, head_dim: int) -> list[Tensor]:
+    return [normal(N, T, 3 * heads * head_dim)]
+
+
+def cross_inputs(N: int, T: int, L: int, heads: int, head_dim: int) -> list[Tensor]:
+    return [normal(N, T, heads * head_dim), normal(N, L, 2 * heads * head_dim)]
+
+
+def both(function: str, heads: int, **settings) -> tuple:
+    """The public function and its reference, of the inputs alone."""
+    arguments = dict(num_heads=heads, eps=EPS, **settings)
+    return tuple(partial(getattr(module, function), **arguments) for module in (masked_attention, reference))
+
+
+def low(inputs: list[Tensor]) -> list[Tensor]:
+    return [t.float().to(DEVICE) for t in inputs]
+
+
+@pytest.fixture
+def triton():
+    """Chosen for masked_attention inside the test."""
+    pytest.importorskip("triton")
+    with dispatch.using("masked_attention", off_gpu=True):
+        yield
+
+
+def formula(q_TA: Tensor, k_LA: Tensor, v_LA: Tensor, heads: int) -> Tensor:
+    """One image, number by number."""
+
+    def normalised(x: Tensor) -> Tensor:
+        return (x - x.mean()) / (((x - x.mean()) ** 2).mean() + EPS).sqrt()
+
+    q_TA, k_LA = (torch.stack([normalised(row) for row in x]) for x in (q_TA, k_LA))
+    out, head_dim = torch.zeros_like(q_TA), q_TA.shape[1] // heads
+    for head in range(heads):
+        columns = slice(head * head_dim, (head + 1) * head_dim)
+        for t, q in enumerate(q_TA[:, columns]):
+            weights = torch.stack([torch.exp((q * k).sum() / head_dim**0.5) for k in k_LA[:, columns]])
+            out[t, columns] = sum(w * v for w, v in zip(weights, v_LA[:, columns])) / weights.sum()
+    return out
+
+
+def test_reference_is_the_formula():
+    (qkv_NTX,), (q_NTA, kv_NLX) = self_inputs(2, 5, 2, 3), cross_inputs(2, 4, 5, 2, 3)
+    ours, across = reference.self_attention(qkv_NTX, 2, EPS), reference.cross_attention(q_NTA, kv_NLX, 2, EPS)
+    lengths = [5, 2]
+    masked = reference.cross_attention(q_NTA, kv_NLX, 2, EPS, torch.tensor(lengths))
+    for n in range(2):
+        torch.testing.assert_close(ours[n], formula(*qkv_NTX[n].chunk(3, dim=-1), 2))
+        torch.testing.assert_close(across[n], formula(q_NTA[n], *kv_NLX[n].chunk(2, dim=-1), 2))
+        kept = kv_NLX[n, : lengths[n]].chunk(2, dim=-1)
+        torch.testing.assert_close(masked[n], formula(q_NTA[n], *kept, 2))
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 1]])
+def test_gradients_of_the_reference(lengths):
+    lengths_N = torch.tensor(lengths) if lengths else None
+    assert torch.autograd.gradcheck(both("self_attention", 2)[1], [t.requires_grad_() for t in self_inputs(2, 3, 2, 2)])
+    inputs = [t.requires_grad_() for t in cross_inputs(2, 2, 3, 2, 2)]
+    assert torch.autograd.gradcheck(both("cross_attention", 2, key_lengths_N=lengths_N)[1], inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, head_dim, tokens", SELF_SHAPES)
+def test_triton_self_attention_is_as_accurate_as_pytorch(triton, heads, head_dim, tokens, dtype):
+    assert_as_accurate(*both("self_attention", heads), self_inputs(2, tokens, heads, head_dim), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, head_dim, tokens, length", CROSS_SHAPES)
+def test_triton_cross_attention_is_as_accurate_as_pytorch(triton, heads, head_dim, tokens, length, dtype):
+    assert_as_accurate(*both("cross_attention", heads), cross_inputs(2, tokens, length, heads, head_dim), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_at_a_width_beyond_the_largest_power_of_two(triton, dtype):
+    assert_as_accurate(*both("cross_attention", 18), cross_inputs(1, 7, 9, 18, 64), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "tokens, length, lengths, index_dtype",
+    [
+        (20, 77, [1, 64, 77], torch.int32),
+        (70, 40, [40, 5, 17], torch.int64),
+        (9, 150, [70, 1, 150], torch.int64),
+    ],
+)
+def test_triton_with_lengths(triton, tokens, length, lengths, index_dtype, dtype):
+    lengths_N = torch.tensor(lengths, dtype=index_dtype, device=DEVICE)
+    functions = both("cross_attention", 2, key_lengths_N=lengths_N)
+    assert_as_accurate(*functions, cross_inputs(3, tokens, length, 2, 32), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [40, 77, 200])
+def test_triton_does_not_look_beyond_the_lengths(triton, length, dtype):
+    """Not even at NaN; the gradients there are zero."""
+    lengths_N = torch.tensor([3, length, 21], device=DEVICE)
+    q_NTA, kv_NLX = (t.to(DEVICE, dtype) for t in cross_inputs(3, 17, length, 1, 32))
+    beyond_NL = torch.arange(length, device=DEVICE) >= lengths_N.view(-1, 1)
+    function = both("cross_attention", 1, key_lengths_N=lengths_N)[0]
+    with poisoned_memory():
+        found = gradients(function, [q_NTA, kv_NLX.masked_fill(beyond_NL.unsqueeze(-1), torch.nan)])
+    for ours, expected in zip(found, gradients(function, [q_NTA, kv_NLX]), strict=True):
+        assert torch.equal(ours, expected) and ours.isfinite().all()
+    assert not found[2][beyond_NL].any()
+
+
+def strided(function, qkv_TNX):
+    """Tokens outermost; cotangents that are transposed, and of stride zero."""
+    out = function(qkv_TNX.transpose(0, 1))
+    return out.transpose(1, 2), out.sum((0, 2))
+
+
+def by_columns(function, qkv_NXT):
+    """The last dimension is not dense."""
+    return function(qkv_NXT.transpose(1, 2))
+
+
+def of_one_tensor(function, x_NTX):
+    """q and kv views of the same rows, neither of which starts on 16 bytes."""
+    _, q, kv = x_NTX.split([1, 64, 128], dim=-1)
+    return function(q, kv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "view, function, shape",
+    [
+        (strided, "self_attention", (70, 2, 192)),
+        (by_columns, "self_attention", (2, 192, 19)),
+        (of_one_tensor, "cross_attention", (2, 19, 193)),
+    ],
+)
+def test_triton_takes_strided_inputs_and_cotangents(triton, view, function, shape, dtype):
+    assert_as_accurate(*(partial(view, f) for f in both(function, 2)), [normal(*shape)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [20, 140])
+def test_triton_with_scores_beyond_what_exp_can_take(triton, length, dtype):
+    """Most of the norm in one number: scores near A / sqrt(head_dim) = 128, known to 128 eps, and so are their exp."""
+    inputs = [t.to(DEVICE, dtype) for t in cross_inputs(1, 20, length, 16, 64)]
+    for t in inputs:
+        t[..., 3] *= 100
+    ours, theirs = both("cross_attention", 16)
+    with poisoned_memory():
+        found = gradients(ours, inputs)
+    for f, expected in zip(found, gradients(theirs, [t.double() for t in inputs]), strict=True):
+        assert rms(f.double() - expected) <= 256 * torch.finfo(dtype).eps * rms(expected)
+
+
+@pytest.mark.parametrize("tokens", [40, 140])
+def test_triton_gives_the_same_bits_twice(triton, tokens):
+    assert_same_bits_twice(both("self_attention", 2)[0], low(self_inputs(1, tokens, 2, 32)))
+    assert_same_bits_twice(both("cross_attention", 1)[0], low(cross_inputs(2, 30, tokens, 1, 32)))
+
+
+def test_triton_writes_nothing_into_its_inputs(triton):
+    """Backward works in place, but in memory of its own."""
+    inputs = low([*self_inputs(2, 20, 1, 32), *cross_inputs(2, 20, 70, 1, 32)])
+    before = [t.clone() for t in inputs]
+    gradients(both("self_attention", 1)[0], inputs[:1])
+    gradients(both("cross_attention", 1)[0], inputs[1:])
+    assert all(torch.equal(t, b) for t, b in zip(inputs, before, strict=True))
+
+
+def kept_elements(function, inputs: list[Tensor]) -> int:
+    """Elements of distinct tensors kept for backward, inputs and output aside."""
+    inputs, saved = [t.requires_grad_() for t in inputs], {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes() // 4) and t, lambda t: t
+    ):
+        out = function(*inputs)
+    known = {t.untyped_storage().data_ptr() for t in (*inputs, out)}
+    return sum(size for pointer, size in saved.items() if pointer not in known)
+
+
+@pytest.mark.parametrize("tokens", [20, 140])
+def test_triton_keeps_statistics_alone(triton, tokens):
+    """Two numbers a row, one a row and head; PyTorch keeps the normalised q and k."""
+    ours, theirs = both("self_attention", 2)
+    inputs = low(self_inputs(2, tokens, 2, 32))
+    assert kept_elements(ours, inputs) == (2 * 2 + 2) * 2 * tokens
+    assert kept_elements(theirs, inputs) >= 2 * 64 * 2 * tokens
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 70]])
+def test_triton_compiles_without_a_graph_break(triton, lengths):
+    lengths_N = torch.tensor(lengths, device=DEVICE) if lengths else None
+
+    def function(qkv_NTX: Tensor, kv_NLX: Tensor) -> Tensor:
+        out_NTA = masked_attention.self_attention(qkv_NTX, 2, EPS)
+        return masked_attention.cross_attention(out_NTA, kv_NLX, 2, EPS, lengths_N)
+
+    inputs = low([*self_inputs(2, 19, 2, 32), normal(2, 70, 128)])
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, wanted in zip(gradients(compiled, inputs), gradients(function, inputs), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 70]])
+def test_custom_ops_are_registered_as_torch_expects(triton, lengths):
+    from mdit.kernels.masked_attention import triton_impl
+
+    lengths_N = torch.tensor(lengths, device=DEVICE) if lengths else None
+    inputs = [t.requires_grad_() for t in low([*self_inputs(2, 5, 2, 32), *cross_inputs(2, 5, 70, 2, 32)])]
+    torch.library.opcheck(triton_impl._self, (inputs[0], 2, EPS))
+    torch.library.opcheck(triton_impl._cross, (*inputs[1:], 2, EPS, lengths_N))
+
+
+def test_float64_is_pytorch_s(triton):
+    (qkv_NTX,) = self_inputs(1, 4, 1, 32)
+    assert torch.equal(*(f(qkv_NTX) for f in both("self_attention", 1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(16, 32), (12, 64), (16, 64)], ids=str)
+@pytest.mark.parametrize("tokens", [64, 256, 1024])
+def test_triton_at_the_shapes_of_the_paper(triton, tokens, heads, dtype):
+    assert_as_accurate(*both("self_attention", heads[0]), self_inputs(2, tokens, *heads), dtype)
+    assert_as_accurate(*both("cross_attention", heads[0]), cross_inputs(2, tokens, 77, *heads), dtype)
+
+
+def test_misuse_is_an_assertion():
+    q, kv = torch.randn(2, 3, 8), torch.randn(2, 5, 16)
+    wrong = [(q, kv, 3), (q[:1], kv, 2), (q, kv[..., :8], 2), (q, kv.double(), 2), (q, kv[:, :0], 2)]
+    for arguments in wrong:
+        with pytest.raises(AssertionError):
+            masked_attention.cross_attention(*arguments, EPS)
+    with pytest.raises(AssertionError):
+        masked_attention.cross_attention(q, kv, 2, EPS, torch.ones(3))
+    with pytest.raises(AssertionError):
+        masked_attention.self_attention(q, 2, EPS)

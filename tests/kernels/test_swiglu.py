@@ -1,0 +1,140 @@
+"""(silu(a) * b) @ weight^T + bias: in PyTorch against the formula, in Triton against PyTorch."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdit.kernels import dispatch, swiglu
+from mdit.kernels.swiglu import reference
+from tests.kernels.accuracy import DEVICE, DTYPES, assert_as_accurate, assert_same_bits_twice, gradients
+
+SHAPES = [(2, 1, 8), (1, 63, 72), (2, 77, 256), (40, 300), (3, 2, 2, 1152), (72,)]  # (..., F)
+
+
+def inputs(shape: tuple[int, ...], bias: bool = True, width: int = 24) -> list[Tensor | None]:
+    """a, b, weight and bias in float64."""
+    a, b = 3 * torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn(width, shape[-1], dtype=torch.float64) / shape[-1] ** 0.5
+    return [a, b, weight, torch.randn(width, dtype=torch.float64) if bias else None]
+
+
+def low(arguments: list[Tensor | None]) -> list[Tensor | None]:
+    return [t.float().to(DEVICE) if t is not None else None for t in arguments]
+
+
+@pytest.fixture
+def triton():
+    """Chosen for swiglu inside the test."""
+    pytest.importorskip("triton")
+    with dispatch.using("swiglu", off_gpu=True):
+        yield
+
+
+def test_reference_is_the_formula():
+    a, b, weight, bias = inputs((2, 3, 5), width=4)
+    out = reference.swiglu_linear(a, b, weight, bias)
+    for n in range(2):
+        for t in range(3):
+            u = a[n, t] / (1 + (-a[n, t]).exp()) * b[n, t]
+            for d in range(4):
+                torch.testing.assert_close(out[n, t, d], sum(u * weight[d]) + bias[d])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_the_reference(bias):
+    arguments = [t.requires_grad_() if t is not None else None for t in inputs((2, 3, 5), bias, width=4)]
+    assert torch.autograd.gradcheck(reference.swiglu_linear, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_is_as_accurate_as_pytorch(triton, shape, bias, dtype):
+    assert_as_accurate(swiglu.swiglu_linear, reference.swiglu_linear, inputs(shape, bias), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_triton_at_the_ends_of_silu(triton):
+    a, b, weight, _ = inputs((5, 16), bias=False)
+    a[:, 0], a[:, 1], a[:, 2] = 0, 80, -80
+    a[:, 3], a[:, 4] = 1e4, -1e4
+    assert_as_accurate(swiglu.swiglu_linear, reference.swiglu_linear, [a, b, weight], torch.float32)
+
+
+def strided(function, ab_NTX, weight_FD):
+    """a and b halves of one tensor, a weight that is transposed; cotangents that are, and of stride zero."""
+    a, b = ab_NTX.chunk(2, dim=-1)
+    out = function(a, b, weight_FD.t())
+    by_tokens = function(a.transpose(0, 1), b.transpose(0, 1), weight_FD.t())
+    return out.transpose(1, 2), out.sum(1), by_tokens
+
+
+def by_columns(function, a_FNT, b_NTX, weight_DF):
+    """a with its last dimension not dense, b every other column."""
+    return function(a_FNT.permute(1, 2, 0), b_NTX[..., ::2], weight_DF)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "view, shapes", [(strided, [(2, 9, 144), (72, 24)]), (by_columns, [(72, 2, 9), (2, 9, 144), (24, 72)])]
+)
+def test_triton_takes_strided_inputs_and_cotangents(triton, view, shapes, dtype):
+    arguments = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    assert_as_accurate(partial(view, swiglu.swiglu_linear), partial(view, reference.swiglu_linear), arguments, dtype)
+
+
+def test_triton_gives_the_same_bits_twice(triton):
+    assert_same_bits_twice(swiglu.swiglu_linear, low(inputs((2, 21, 264))))
+
+
+def test_triton_writes_nothing_into_its_inputs(triton):
+    """Backward works in place, but in memory of its own."""
+    arguments = low(inputs((3, 20, 72)))
+    before = [t.clone() for t in arguments]
+    gradients(swiglu.swiglu_linear, arguments)
+    assert all(torch.equal(t, b) for t, b in zip(arguments, before))
+
+
+def kept_elements(function, arguments: list[Tensor | None]) -> int:
+    """Elements of distinct tensors kept for backward, parameters aside."""
+    a, b, *parameters = [t.requires_grad_() if t is not None else None for t in arguments]
+    saved: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
+    ):
+        assert function(a, b, *parameters).requires_grad
+    return sum(saved.values()) - sum(saved.get(t.data_ptr(), 0) for t in parameters if t is not None)
+
+
+def test_triton_keeps_a_and_b_alone(triton):
+    """Half of what PyTorch does, which keeps silu(a) and the product too."""
+    assert kept_elements(swiglu.swiglu_linear, low(inputs((2, 16, 72)))) == 2 * (2 * 16 * 72)
+    assert kept_elements(reference.swiglu_linear, low(inputs((2, 16, 72)))) == 4 * (2 * 16 * 72)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_triton_compiles_without_a_graph_break(triton, bias):
+    arguments = low(inputs((2, 9, 72), bias))
+    torch._dynamo.reset()
+    compiled = torch.compile(swiglu.swiglu_linear, fullgraph=True, backend="aot_eager")
+    expected = gradients(swiglu.swiglu_linear, arguments)
+    for found, wanted in zip(gradients(compiled, arguments), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_custom_ops_are_registered_as_torch_expects(triton, bias):
+    from mdit.kernels.swiglu import triton_impl
+
+    arguments = [t.requires_grad_() if t is not None else None for t in low(inputs((2, 5, 16), bias))]
+    torch.library.opcheck(triton_impl._swiglu_linear, arguments)
+
+
+def test_misuse_is_an_assertion():
+    a, weight = torch.randn(2, 3), torch.randn(4, 3)
+    with pytest.raises(AssertionError):
+        swiglu.swiglu_linear(a, a[:1], weight)
+    with pytest.raises(AssertionError):
+        swiglu.swiglu_linear(a, a, weight.t())
