@@ -2,34 +2,68 @@
 
 Shapes: N batch, T image tokens, L caption tokens, D width of the stream, A width of the attention (heads x head_dim).
 Every norm is a LayerNorm without bias; q and k are normalised over the full width A, without a scale.
+
+A block hands its result on as a `Stream`, a sum that is not yet taken: whoever reads it next adds, normalises and
+modulates in one pass over memory (mdit.kernels.patch_mixing).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdit.kernels import masked_attention, patch_mixing, swiglu
+from mdit.masking import Mask, drop_tokens
+
+
+class Stream(NamedTuple):
+    """The residual stream x + gate * y, not yet added. No gate: x + y; no y: x alone."""
+
+    x_NTD: Tensor
+    y_NTD: Tensor | None = None
+    gate_ND: Tensor | None = None
+
+    def added(self) -> Tensor:
+        if self.y_NTD is None:
+            return self.x_NTD
+        if self.gate_ND is None:
+            return self.x_NTD + self.y_NTD
+        return torch.addcmul(self.x_NTD, self.gate_ND.unsqueeze(1), self.y_NTD)
+
+    def kept(self, mask: Mask | None) -> "Stream":
+        """Only the tokens that the mask keeps; what is dropped is not even added."""
+        if mask is None:
+            return self
+        y_NKD = None if self.y_NTD is None else drop_tokens(self.y_NTD, mask)
+        return Stream(drop_tokens(self.x_NTD, mask), y_NKD, self.gate_ND)
+
+
+class StreamNorm(nn.Module):
+    """LayerNorm without bias of what a stream adds up to, then * (1 + scale) + shift."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(
+        self,
+        stream: Stream,
+        shift_ND: Tensor | None = None,
+        scale_ND: Tensor | None = None,
+        mask: Mask | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """-> (the stream, added up; its normalised and modulated form), of the tokens that the mask keeps."""
+        keep_NK = None if mask is None else mask.keep_NK
+        return patch_mixing.add_norm_modulate(
+            stream.x_NTD, stream.y_NTD, stream.gate_ND, self.weight, shift_ND, scale_ND, self.eps, keep_NK
+        )
+
 
 def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=eps, bias=False)
-
-
-def modulate(x_NTD: Tensor, shift_ND: Tensor, scale_ND: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, in one pass."""
-    return torch.addcmul(shift_ND.unsqueeze(1), x_NTD, 1 + scale_ND.unsqueeze(1))
-
-
-def add_gated(x_NTD: Tensor, gate_ND: Tensor, y_NTD: Tensor) -> Tensor:
-    """x + gate * y, in one pass."""
-    return torch.addcmul(x_NTD, gate_ND.unsqueeze(1), y_NTD)
-
-
-def attend(q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int, eps: float) -> Tensor:
-    """LayerNorm of q and k over A, then softmax attention by heads. -> (N, T, A)"""
-    q, k = F.layer_norm(q_NTA, q_NTA.shape[-1:], eps=eps), F.layer_norm(k_NLA, k_NLA.shape[-1:], eps=eps)
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v_NLA))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
 class SelfAttention(nn.Module):
@@ -40,7 +74,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, dim, bias=use_bias)
 
     def forward(self, x_NTD: Tensor) -> Tensor:
-        return self.proj(attend(*self.qkv(x_NTD).chunk(3, dim=-1), self.num_heads, self.eps))
+        return self.proj(masked_attention.self_attention(self.qkv(x_NTD), self.num_heads, self.eps))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
@@ -58,13 +92,20 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=use_bias)
 
     def forward(self, x_NTD: Tensor, caption_NLD: Tensor) -> Tensor:
-        k, v = self.kv_linear(caption_NLD).chunk(2, dim=-1)
-        return self.proj(attend(self.q_linear(x_NTD), k, v, self.num_heads, self.eps))
+        q_NTD, kv_NLX = self.q_linear(x_NTD), self.kv_linear(caption_NLD)
+        return self.proj(masked_attention.cross_attention(q_NTD, kv_NLX, self.num_heads, self.eps))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.q_linear.weight, std=0.02)
         nn.init.trunc_normal_(self.kv_linear.weight, std=0.02)
         nn.init.trunc_normal_(self.proj.weight, std=out_std)
+
+
+class GatedLinear(nn.Linear):
+    """weight (silu(a) * b) + bias"""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return swiglu.swiglu_linear(a, b, self.weight, self.bias)
 
 
 class SwiGLU(nn.Module):
@@ -75,10 +116,10 @@ class SwiGLU(nn.Module):
         width = round_up(int(2 * hidden / 3), multiple_of)
         self.w1 = nn.Linear(dim, width, bias=use_bias)
         self.w2 = nn.Linear(dim, width, bias=use_bias)
-        self.w3 = nn.Linear(width, dim, bias=use_bias)
+        self.w3 = GatedLinear(width, dim, bias=use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        return self.w3(self.w1(x), self.w2(x))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.w1.weight, std=0.02)
@@ -148,11 +189,12 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(dim, 2 * dim))
-        self.norm_final = layer_norm(dim, eps)
+        self.norm_final = StreamNorm(dim, eps)
 
-    def forward(self, x_NTD: Tensor, condition_ND: Tensor) -> Tensor:
+    def forward(self, stream: Stream, condition_ND: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition_ND).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x_NTD), shift, scale))
+        _, h = self.norm_final(stream, shift, scale)
+        return self.linear(h)
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.adaLN_modulation[1].weight)

@@ -235,10 +235,15 @@ def test_block_modulates_attention_and_feed_forward_but_not_cross_attention(has_
     x, caption, condition = tensor(2, 16, 24), tensor(2, 5, 24), tensor(2, config.dim)
     w = weights_of(module)
     assert module.attn.qkv.out_features == 3 * 16  # 24 * 0.5 rounded up to 2 heads of 8
-    expected = block(w, x, caption, condition, config)
     tolerance = 1e-5 if has_experts else 1e-10
     inputs = [x, caption, condition, *w.values()]
-    assert_equal_with_gradients(module(x, caption, condition), expected, inputs, tolerance)
+    found = module(layers.Stream(x), caption, condition).added()
+    assert_equal_with_gradients(found, block(w, x, caption, condition, config), inputs, tolerance)
+
+    y, gate = tensor(2, 16, 24), tensor(2, 24)  # what the block before has left to be added
+    expected = block(w, x + gate.unsqueeze(1) * y, caption, condition, config)
+    found = module(layers.Stream(x, y, gate), caption, condition).added()
+    assert_equal_with_gradients(found, expected, [*inputs, y, gate], tolerance)
 
 
 def test_caption_block_is_a_plain_attention_block():
@@ -251,7 +256,19 @@ def test_caption_block_is_a_plain_attention_block():
 def test_final_layer_modulates_its_norm():
     module, x, condition = randomised(layers.FinalLayer(12, 16, EPS)), tensor(2, 5, 12), tensor(2, 12)
     w = weights_of(module)
-    assert_equal_with_gradients(module(x, condition), final(w, x, condition), [x, condition, *w.values()])
+    found = module(layers.Stream(x), condition)
+    assert_equal_with_gradients(found, final(w, x, condition), [x, condition, *w.values()])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_stream_adds_up_and_keeps_tokens_in_either_order(gated):
+    x, y, gate = tensor(2, 5, 4), tensor(2, 5, 4), tensor(2, 4) if gated else None
+    mask = Mask(torch.tensor([[3, 0], [4, 2]]), 5)
+    whole = x + (gate.unsqueeze(1) if gated else 1) * y
+    torch.testing.assert_close(layers.Stream(x, y, gate).added(), whole)
+    expected = torch.stack([whole[0, [3, 0]], whole[1, [4, 2]]])
+    torch.testing.assert_close(layers.Stream(x, y, gate).kept(mask).added(), expected)
+    assert layers.Stream(x).added() is x and layers.Stream(x, y, gate).kept(None).y_NTD is y
 
 
 def test_timestep_embedder_has_256_frequencies_cosines_first():
@@ -320,8 +337,9 @@ def test_new_blocks_let_only_cross_attention_through():
     config = tiny_model()
     for module in MicroDiT(config).blocks:
         x, caption, condition = torch.randn(2, 16, 32), torch.randn(2, 5, 32), torch.randn(2, 32)
-        expected = x + module.cross_attn(module.norm2(x), caption)
-        assert torch.equal(module(x, caption, condition), expected)
+        _, h = module.norm2(layers.Stream(x))
+        expected = x + module.cross_attn(h, caption)
+        assert torch.equal(module(layers.Stream(x), caption, condition).added(), expected)
 
 
 def test_same_seed_gives_the_same_weights():
