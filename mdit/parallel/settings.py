@@ -44,12 +44,13 @@ class RunSettings(Section):
     """The "mdit" section of the JSON.
 
     `compile`: torch.compile each block. `activation_checkpointing` "block": keep only each block's input and run its
-    forward again in the backward pass. `data_engine`: what moves latents to the device; "auto" takes DALI where it is
-    installed and a GPU is there.
+    forward again in the backward pass. `kernels`: what the fused operations run in (mdit/kernels/dispatch.py).
+    `data_engine`: what moves latents to the device; "auto" takes DALI where it is installed and a GPU is there.
     """
 
     compile: bool = False
     activation_checkpointing: Literal["none", "block"] = "none"
+    kernels: Literal["auto", "reference", "triton"] = "auto"
     data_engine: Literal["auto", "native", "dali"] = "auto"
 
 

@@ -16,6 +16,7 @@ from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
 from mdit.dist import World, logger
+from mdit.kernels.dispatch import choose_kernels
 from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
 from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
@@ -47,6 +48,9 @@ def plan_run(
     ds_config = resolve_ds_config(ds_json, config, world_size=world.size, bf16_works=bf16_works, path=ds_path)
     check_zero_section(ds_config, ds_path)
     choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
+    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    in_triton, reason = choose_kernels(settings.kernels, world.device, dtype, config.model.head_dim, ds_path)
+    logger.info(f"kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
     run_dir = run_dir or Path("runs") / config.name
     check_same_recipe(config, run_dir)
     weights = None
