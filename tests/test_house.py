@@ -31,7 +31,7 @@ BESIDE_MDIT = {"launchers", "tools", "tests"}
 ONLY_IN = {  # package: the files that may name it; tests may name all
     "deepspeed": ["mdit/train/engine.py", "mdit/parallel/expert.py"],
     "megatron": ["mdit/parallel/tensor.py"],
-    "triton": ["kernels/*/triton_impl.py"],
+    "triton": ["kernels/*/triton_impl.py", "kernels/ahead_of_time.py"],
     "transformers": ["mdit/encoders/*"],
     "diffusers": ["mdit/encoders/*"],
     "open_clip": ["mdit/encoders/*"],

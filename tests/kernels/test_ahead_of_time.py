@@ -1,0 +1,148 @@
+"""Every Triton kernel of a training step, built for an H100 at the paper's shapes: compiles, fits, spills nothing.
+
+What each costs stands in the output (pytest -rA).
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdit.kernels.launch import launch, recorded
+
+pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from mdit.kernels import ahead_of_time  # noqa: E402
+from mdit.kernels.ahead_of_time import Build, build, faults, source  # noqa: E402
+from tools import build_kernels  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+OPS = {
+    "patch_mixing.add_norm_modulate",
+    "masked_attention.self_attention",
+    "masked_attention.cross_attention",
+    "swiglu.swiglu_linear",
+    "expert_choice.route",
+    "expert_choice.gather_tokens",
+    "expert_choice.gelu_bmm",
+    "expert_choice.scatter_tokens",
+}
+FITS = Build("kernel", 4, 2, registers=64, stack_bytes=0, spill_bytes=0, shared_bytes=227 * 1024, seconds=1.0)
+
+
+@JITFunction  # not triton.jit, which interprets where there is no GPU
+def _scale(x_ptr, bias_ptr, out_ptr, n, stride, factor, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i * stride, mask=i < n).to(tl.float32) * factor
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + i, mask=i < n)
+    tl.store(out_ptr + i, x, mask=i < n)
+
+
+def run_tool(*arguments, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tools" / "build_kernels.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**kept, **environment}, timeout=280)
+
+
+def test_every_kernel_of_a_training_step_fits_an_h100_and_spills_nothing(tmp_path):
+    done = run_tool("--json", tmp_path / "builds.json")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((tmp_path / "builds.json").read_text())
+    assert report["triton"] == ahead_of_time.VERSION and report["faults"] == []
+    used = {(use["op"], use["direction"]) for built in report["builds"] for use in built["uses"]}
+    assert used == {(op, direction) for op in OPS for direction in ("forward", "backward")}
+    wheres = {use["where"] for built in report["builds"] for use in built["uses"]}
+    assert wheres == {"caption", "mixer", "backbone"}
+    for built in report["builds"]:
+        assert built["shared_bytes"] <= 232448, built
+        assert built["spill_bytes"] == built["stack_bytes"] == 0, built
+        assert 8 <= built["registers"] <= 255, built  # read from a log: a number that no kernel has is a misreading
+
+
+def test_the_tool_says_in_one_line_why_it_cannot_build(monkeypatch, capsys):
+    done = run_tool(TRITON_INTERPRET="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: TRITON_INTERPRET=1 makes Triton interpret its kernels: unset it to build them\n"
+    monkeypatch.setattr(build_kernels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        build_kernels.main([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"shared_bytes": 300 * 1024}, "needs 307200 bytes of shared memory, a block has 232448"),
+        ({"shared_bytes": 232449}, "shared memory"),
+        ({"spill_bytes": 8, "stack_bytes": 8}, "spills: 8 bytes"),
+        ({"stack_bytes": 16}, "16 bytes of stack"),
+    ],
+    ids=str,
+)
+def test_a_kernel_that_does_not_fit_is_found(change, complaint):
+    assert faults(FITS) == []
+    (found,) = faults(replace(FITS, **change))
+    assert complaint in found
+
+
+@pytest.mark.parametrize("wrong, code", [([], 0), (["a kernel spills"], 1)])
+def test_faults_decide_the_exit_code(monkeypatch, capsys, tmp_path, wrong, code):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(build_kernels, "build_all", lambda args: ([], wrong, "3.9.0"))
+    with pytest.raises(SystemExit) as ended:
+        build_kernels.main(["--json", str(tmp_path / "builds.json")])
+    assert ended.value.code == code
+    assert json.loads((tmp_path / "builds.json").read_text())["faults"] == wrong
+    assert capsys.readouterr().out.endswith("a kernel spills\n" if wrong else "none spills, all fit\n")
+
+
+def test_a_launch_is_specialised_as_on_a_gpu():
+    x = torch.empty(100, dtype=torch.bfloat16)
+    with recorded() as launches:
+        for stride, shifted in ((1, x), (16, x[1:]), (16, x[1:])):
+            launch(_scale, (1,), shifted, None, x.float(), 100, stride, 0.5, BLOCK=128, num_warps=2, num_stages=1)
+    contiguous, strided, again = map(source, launches)
+    assert strided == again and hash(strided) == hash(again) and contiguous != strided
+    assert pickle.loads(pickle.dumps(strided)) == strided  # worker processes get it so
+    types = dict(strided.signature)
+    assert types["x_ptr"] == "*bf16" and types["out_ptr"] == "*fp32" and types["factor"] == "fp32"
+    assert types["bias_ptr"] == "constexpr" and types["n"] == types["stride"] == "i32"
+    assert dict(contiguous.signature)["stride"] == "constexpr"
+    assert dict(contiguous.constants) == {(1,): None, (4,): 1, (6,): 128}
+    assert {path for path, _ in contiguous.attributes} == {(0,), (2,)}  # pointers that are multiples of 16
+    assert {path for path, _ in strided.attributes} == {(2,), (4,)}  # not the shifted one; the stride is
+
+
+def test_what_a_build_tells():
+    x = torch.empty(128, dtype=torch.bfloat16)
+    with recorded() as launches:
+        launch(_scale, (1,), x, None, x, 128, 1, 0.5, BLOCK=128, num_warps=2, num_stages=1)
+    # In a process where nothing was interpreted: that leaves triton.language changed.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        found = fresh.submit(build, source(launches[0])).result()
+    assert (found.name, found.num_warps, found.num_stages) == ("_scale", 2, 1)
+    assert 0 < found.registers <= 64 and found.spill_bytes == found.stack_bytes == 0 and found.seconds > 0
+    assert found.shared_bytes <= 1024 and faults(found) == []
+
+
+def test_widths_that_grow_are_represented():
+    calls = build_kernels.kernel_calls(build_kernels.presets.xl_2(), 2, 0.75)
+    chosen = build_kernels.representative(calls)
+    widths = [c.shape["A"] for c in chosen if (c.op, c.where) == ("masked_attention.self_attention", "backbone")]
+    assert widths == [512, 768, 1024]
+    kinds = {(c.op, c.where, *(c.shape.get(name) for name in ("y", "gate", "modulated", "K"))) for c in calls}
+    assert kinds == {(c.op, c.where, *(c.shape.get(name) for name in ("y", "gate", "modulated", "K"))) for c in chosen}

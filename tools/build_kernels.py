@@ -1,0 +1,184 @@
+"""Build every Triton kernel of a training step for a GPU that need not be there, and say what each costs.
+
+    python tools/build_kernels.py
+    python tools/build_kernels.py --preset tiny_2 --dtype fp32 --all --json builds.json
+
+The ops of `mdit.kernels` are called at the shapes of the paper's four stages, forward and backward; what they would
+launch is compiled as a GPU would. Of widths that grow with depth the first, the middle and the last are taken, unless
+--all. Exit code 1 where a kernel spills registers, needs more shared memory than a block has or does not compile.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdit.config import ModelConfig, UserError
+from mdit.kernels import dispatch
+from mdit.kernels.launch import Launch, recorded
+from mdit.models import presets
+from mdit.models.kernel_calls import STAGES, KernelCall, kernel_calls
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GROWING = ("A", "F")  # widths that grow with depth
+COLUMNS = "{:<34} {:<9} {:>5} {:>9} {:>10} {:>5} {:>6} {:>7}  {}"
+
+
+@dataclass(frozen=True)
+class Use:
+    """Where a kernel is launched."""
+
+    op: str
+    direction: str  # forward or backward
+    where: str
+    shape: dict[str, int]
+    label: str
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    try:
+        require_triton()
+        builds, wrong, version = build_all(args)
+        if args.json:
+            report = {"triton": version, "capability": args.capability, "dtype": args.dtype, "preset": args.preset}
+            args.json.write_text(json.dumps({**report, "builds": builds, "faults": wrong}, indent=1))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"triton {version}, sm_{args.capability}, {args.dtype}: {len(builds)} kernels built")
+    print("\n".join(wrong) or "none spills, all fit")
+    sys.exit(1 if wrong else 0)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("xl_2", "tiny_2"), default="xl_2")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--capability", type=int, default=90, help="of the GPU: 80 is an A100, 90 an H100")
+    parser.add_argument("--all", action="store_true", help="every width, not only the first, the middle and the last")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser.parse_args(arguments)
+
+
+def require_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("the package triton is not installed: there is nothing to build kernels with")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET=1 makes Triton interpret its kernels: unset it to build them")
+
+
+def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
+    """-> what was built, what is wrong with it, and Triton's version. Prints a line for each build."""
+    from mdit.kernels import ahead_of_time  # here, since it imports triton
+
+    uses: dict[ahead_of_time.Source, list[Use]] = {}
+    builds, wrong = [], []
+    for call in chosen_calls(getattr(presets, args.preset), every_width=args.all):
+        try:
+            for direction, launch in launches(call, DTYPES[args.dtype]):
+                use = Use(call.op, direction, call.where, call.shape, call.label)
+                uses.setdefault(ahead_of_time.source(launch, args.capability), []).append(use)
+        except Exception as error:  # the other kernels still count
+            wrong.append(f"{call.op} at {call.label} cannot be launched: {reason(error)}")
+
+    print(
+        COLUMNS.format("kernel", "", "warps", "registers", "shared KiB", "stack", "spills", "built s", "first used at")
+    )
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as workers:
+        for source, built in zip(uses, workers.map(build_or_reason, uses)):
+            first, others = uses[source][0], len(uses[source]) - 1
+            where = f"{first.op} {first.where} {first.label}" + (f" and {others} more" if others else "")
+            if isinstance(built, str):
+                print(f"{source.kernel:<34} {first.direction:<9} failed: {built}  {where}")
+                wrong.append(f"{source.kernel} does not compile: {built}")
+                continue
+            numbers = [built.num_warps, built.registers, f"{built.shared_bytes / 1024:.1f}", built.stack_bytes]
+            numbers += [built.spill_bytes, f"{built.seconds:.1f}"]
+            print(COLUMNS.format(built.name, first.direction, *numbers, where), flush=True)
+            wrong += [f"{fault} ({where})" for fault in ahead_of_time.faults(built)]
+            builds.append({**asdict(built), "uses": [asdict(use) for use in uses[source]]})
+    return builds, wrong, ahead_of_time.VERSION
+
+
+def build_or_reason(source):
+    """In a worker process."""
+    from mdit.kernels import ahead_of_time
+
+    try:
+        return ahead_of_time.build(source)
+    except Exception as error:  # of Triton's many kinds
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def chosen_calls(preset: Callable[[int], ModelConfig], *, every_width: bool) -> list[KernelCall]:
+    """Calls of the four stages, those of equal shapes once."""
+    chosen: dict[tuple, KernelCall] = {}
+    for latent_size, mask_ratio, micro_batch in STAGES.values():
+        calls = kernel_calls(preset(latent_size), micro_batch, mask_ratio)
+        for call in calls if every_width else representative(calls):
+            chosen.setdefault((call.op, *call.shape.items()), call)
+    return list(chosen.values())
+
+
+def representative(calls: list[KernelCall]) -> list[KernelCall]:
+    """The first, the middle and the last of calls that differ only in a width that grows with depth."""
+    groups: dict[tuple, list[KernelCall]] = {}
+    for call in calls:
+        alike = [(name, size) for name, size in call.shape.items() if name not in (*GROWING, "heads")]
+        groups.setdefault((call.op, call.where, *alike), []).append(call)
+    chosen = []
+    for group in groups.values():
+        group.sort(key=lambda call: [call.shape.get(name, 0) for name in GROWING])
+        chosen += [group[i] for i in sorted({0, len(group) // 2, len(group) - 1})]
+    return chosen
+
+
+def launches(call: KernelCall, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """What a call would launch, forward and backward; nothing runs."""
+    inputs = call.inputs("cpu", dtype, torch.empty)
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) if t is not None else None for t in inputs]
+    with recorded() as found, dispatch.using(call.op.split(".")[0], off_gpu=True), without_matmuls():
+        outputs = call.function(*leaves)
+        forward = len(found)
+        outputs = [o for o in ([outputs] if isinstance(outputs, Tensor) else outputs) if o.requires_grad]
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        torch.autograd.grad(outputs, wanted, [torch.empty_like(o) for o in outputs], allow_unused=True)
+    for i, launch in enumerate(found):
+        yield ("forward" if i < forward else "backward"), launch
+
+
+@contextmanager
+def without_matmuls() -> Iterator[None]:
+    """PyTorch's own matmuls give whatever memory holds: nobody reads it, and the real ones take minutes here."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+    with (
+        mock.patch.multiple(torch, mm=product, bmm=product),
+        mock.patch.object(torch.Tensor, "__matmul__", product),
+        mock.patch.object(F, "linear", lambda x, weight, bias=None: product(x, weight.t())),
+    ):
+        yield
+
+
+if __name__ == "__main__":
+    main()
