@@ -1,0 +1,353 @@
+"""What the kernels save: every op of a training step, at every shape of the paper's stages, against PyTorch.
+
+    python tools/bench_kernels.py --out bench
+    python tools/bench_kernels.py --out bench --resume --budget_s 570
+
+`eager` is the op's reference, `compile` torch.compile of it for that very shape, `triton` the kernels. Beside them:
+scaled_dot_product_attention alone on q and k that are normalised already (`flash`, `cudnn`, `efficient`), and for the
+whole layer of experts the `one_hot` form and, forward only, the candidate `gather_matmul` in place of gathering and
+first matmul. Times are medians in milliseconds, forward / forward and backward, with the L2
+cache overwritten before every repetition and the host ahead of the GPU. The rate is that of the bytes an op must move,
+or the FLOPs it must do, in the kernels' forward and backward; its ceiling is what a large copy or matmul reaches in the
+same run. The error is the largest relative error (by norm) of outputs and gradients, of the kernels against eager.
+
+The largest row of every op comes first, then those of the largest share of a step. OUT/kernels.json (its rows:
+kernels/comparison.py) and OUT/kernels.md are written after every row, and --resume goes on with what is missing.
+Without a GPU, or with --tiny, tiny shapes show that all this works.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mdit.config import ModelConfig, UserError
+from mdit.kernels import comparison, dispatch, expert_choice
+from mdit.models import presets
+from mdit.models.kernel_calls import EXPERT_LAYER, STAGES, KernelCall, expert_layers, kernel_calls
+
+START = time.monotonic()
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+CONTENDERS = (*comparison.MAIN, *BACKENDS, "one_hot", "gather_matmul")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WARM_UP = 3
+FLUSH_BYTES = 2**28  # several times the L2 cache
+HEAD_START_CYCLES = 3 * 10**6  # 1.6 milliseconds of GPU time in which the host can queue the work
+TINY = dict(dim=64, depth=3, head_dim=32, mixer_depth=2, mixer_dim=32, multiple_of=32, caption_length=7, num_experts=4)
+
+
+class Bench(NamedTuple):
+    device: str
+    dtype: torch.dtype
+    repeats: int
+    interpret: bool
+
+
+class Contender(NamedTuple):
+    function: Callable
+    in_triton: bool = False
+    prepare: Callable[[list], list] = list  # what it gets of the call's inputs
+    backward: bool = True
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    try:
+        run(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    parser.add_argument("--out", type=Path, help="directory of kernels.json and kernels.md; else only the screen")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that OUT holds, measure the others")
+    parser.add_argument("--budget_s", type=float, help="seconds for all; default: 270, on a CPU 50")
+    parser.add_argument("--micro_batch", type=int, nargs="+", help="for every stage; default: 256, 64, 64 and 16")
+    parser.add_argument("--preset", choices=("xl_2", "tiny_2"), default="xl_2")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, on a CPU fp32")
+    parser.add_argument("--ops", nargs="+", choices=dispatch.OPS, default=dispatch.OPS)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes; always so where there is no GPU")
+    parser.add_argument(
+        "--interpret", action="store_true", help="without a GPU: the error of the kernels, under TRITON_INTERPRET=1"
+    )
+    args = parser.parse_args(arguments)
+    if args.resume and args.out is None:
+        parser.error("--resume: says nothing without --out")
+    args.budget_s = args.budget_s if args.budget_s is not None else 270 if torch.cuda.is_available() else 50
+    if not args.budget_s > 0:
+        parser.error(f"--budget_s {args.budget_s:g}: must be above 0")
+    for name, values in (("--repeats", [args.repeats]), ("--micro_batch", args.micro_batch or [])):
+        if min(values, default=1) < 1:
+            parser.error(f"{name} {min(values)}: must be at least 1")
+    if args.interpret and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1"):
+        parser.error("--interpret: is for a machine without a GPU, with TRITON_INTERPRET=1 set")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    gpu = torch.cuda.is_available()
+    if not gpu and not args.tiny:
+        print("no GPU here: tiny shapes on the CPU, without what only a GPU can tell")
+        args.tiny = True
+    dtype = args.dtype or ("bf16" if gpu else "fp32")
+    bench = Bench("cuda" if gpu else "cpu", DTYPES[dtype], args.repeats, args.interpret)
+    settings = {"dtype": dtype, "preset": "tiny" if args.tiny else args.preset, "repeats": args.repeats}
+    report = {"schema": comparison.SCHEMA, "environment": environment(), "settings": settings}
+    report |= {"ceilings": ceilings(bench)}
+    print(", ".join(f"{name} {value}" for name, value in {**report["environment"], **settings}.items()))
+    print(", ".join(f"{name} {value:,.1f}" for name, value in report["ceilings"].items()))
+
+    calls, rows = rows_of(args, bench.dtype.itemsize)
+    comparison.plan(rows, report["ceilings"])
+    report["rows"] = rows + (comparison.take_over(args.out, report, rows) if args.resume else [])
+    save = partial(comparison.write, args.out, report) if args.out else lambda: None
+    save()
+    print(comparison.HEADER)
+    longest = 0.0
+    for row in comparison.in_order(rows):
+        began = time.monotonic()
+        if began + longest - START > args.budget_s:
+            break
+        row["measured"], row["error"] = measure_row(calls[id(row)], args.contenders, bench)
+        row |= comparison.judge(row, report["ceilings"])
+        longest = max(longest, time.monotonic() - began)
+        print(comparison.line(row), flush=True)
+        save()
+        still_there(bench, row)
+    print("\n" + comparison.summary(report["rows"]))
+
+
+def rows_of(args: argparse.Namespace, itemsize: int) -> tuple[dict[int, KernelCall], list[comparison.Row]]:
+    """-> the call behind every row (by the row's id), and the rows: equal shapes once, nothing measured yet. A whole
+    layer of experts belongs to no stage, since its parts do."""
+    calls: dict[int, KernelCall] = {}
+    rows: dict[str, comparison.Row] = {}
+
+    def add(call: KernelCall) -> dict[str, int]:
+        name = comparison.key(call.op, call.shape)
+        if name not in rows:
+            forward = {"bytes": call.forward_bytes(itemsize), "flops": call.forward_flops}
+            backward = {"bytes": call.backward_bytes(itemsize), "flops": call.backward_flops}
+            rows[name] = {"op": call.op, "shape": call.shape, "label": call.label, "stages": {}, "forward": forward}
+            rows[name]["both"] = {what: forward[what] + backward[what] for what in forward}
+            calls[id(rows[name])] = call
+        return rows[name]["stages"]
+
+    for name, (config, mask_ratio, default) in stages(args).items():
+        for n in args.micro_batch or [default]:
+            for call in kernel_calls(config, n, mask_ratio):
+                if call.op.split(".")[0] in args.ops:
+                    counts, stage = add(call), f"{name}, N {n}"
+                    counts[stage] = counts.get(stage, 0) + call.count
+            layers = expert_layers(config, n, mask_ratio) if EXPERT_LAYER in args.ops else []
+            for call in layers[len(layers) // 2 :: max(1, (len(layers) - 1) // 2)]:  # the middle and the last width
+                add(call)
+    return calls, list(rows.values())
+
+
+def stages(args: argparse.Namespace) -> dict[str, tuple[ModelConfig, float, int]]:
+    if args.tiny:
+        config = presets.tiny_2(8, **TINY)
+        return {"tiny, mask 0.75": (config, 0.75, 4)}
+    preset = getattr(presets, args.preset)
+    return {name: (preset(latent_size), mask, n) for name, (latent_size, mask, n) in STAGES.items()}
+
+
+def measure_row(call: KernelCall, wanted: list[str], bench: Bench) -> tuple[dict[str, Any], float | None]:
+    """-> {contender: its numbers, or why there are none}, and the error of the kernels."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    found: dict[str, Any] = {}
+    error = None
+    inputs = call.inputs(bench.device, bench.dtype)
+    for name, contender in contenders(call).items():
+        if name not in wanted:
+            continue
+        context = dispatch.using(call.op.split(".")[0]) if contender.in_triton else dispatch.using()
+        try:
+            with context, sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext():
+                found[name] = measure(contender, inputs, bench, name)
+            if name == "triton" and (bench.device == "cuda" or bench.interpret):
+                error = error_of(call, inputs)
+        except Exception as failure:  # whatever a compiler or driver may say: the other rows still count
+            found[name] = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
+            if bench.device == "cuda":
+                torch.cuda.empty_cache()
+    return found, error
+
+
+def contenders(call: KernelCall) -> dict[str, Contender]:
+    function = call.function
+
+    def op(*inputs):
+        return function(*inputs)
+
+    found = {"eager": Contender(op), "compile": Contender(torch.compile(op, fullgraph=True, dynamic=False))}
+    found["triton"] = Contender(op, in_triton=True)
+    if "heads" in call.shape:
+        alone = Contender(F.scaled_dot_product_attention, prepare=partial(normalised, heads=call.shape["heads"]))
+        found |= dict.fromkeys(BACKENDS, alone)
+    if call.op == EXPERT_LAYER:
+        one_hot = partial(expert_choice.reference.one_hot_expert_choice, tokens_per_expert=call.shape["K"])
+        found["one_hot"] = Contender(one_hot)
+        candidate = partial(with_gather_matmul, tokens_per_expert=call.shape["K"])
+        found["gather_matmul"] = Contender(candidate, in_triton=True, backward=False)
+    return found
+
+
+def with_gather_matmul(x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int):
+    from mdit.kernels.expert_choice.triton_impl import gather_matmul
+
+    routing = expert_choice.route(F.linear(x_NTD, router_ED), tokens_per_expert)
+    hidden_EMF = gather_matmul(x_NTD, w1_EDF, routing)
+    return expert_choice.scatter_tokens(expert_choice.gelu_bmm(hidden_EMF, w2_EFD, routing.weights_NEK), routing)
+
+
+def normalised(inputs: list[Tensor], heads: int) -> list[Tensor]:
+    """q, k and v by heads, with the strides that the op hands to attention."""
+    q, k, v = inputs[0].chunk(3, dim=-1) if len(inputs) == 1 else (inputs[0], *inputs[1].chunk(2, dim=-1))
+    q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+    return [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
+
+
+def measure(contender: Contender, inputs: list[Tensor | None], bench: Bench, name: str) -> dict[str, Any] | str:
+    if bench.device == "cpu" and (contender.in_triton or name in BACKENDS):
+        return comparison.NOT_MEASURED
+    forward, both = passes(contender, inputs)
+    whole = both if contender.backward else forward
+    for _ in range(WARM_UP):
+        whole()
+    found = {"forward_ms": milliseconds(forward, bench), "both_ms": None, "peak_mib": None}
+    if contender.backward:
+        found["both_ms"] = milliseconds(both, bench)
+    if bench.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        whole()
+        found["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return found
+
+
+def passes(contender: Contender, inputs: list[Tensor | None]) -> tuple[Callable, Callable]:
+    """-> forward, and forward and backward for fixed cotangents; both keep what backward needs, as in training."""
+    leaves = [None if t is None else t.detach() for t in contender.prepare(inputs)]
+    wanted = [t for t in leaves if t is not None and t.is_floating_point() and contender.backward]
+    for leaf in wanted:
+        leaf.requires_grad_()
+
+    def forward() -> list[Tensor]:
+        outputs = contender.function(*leaves)
+        return [o for o in ([outputs] if isinstance(outputs, Tensor) else outputs) if o.is_floating_point()]
+
+    cotangents = [torch.randn_like(o) for o in forward()]
+
+    def both() -> list[Tensor]:
+        outputs = forward()
+        gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
+        return [*outputs, *(g for g in gradients if g is not None)]
+
+    return forward, both
+
+
+def error_of(call: KernelCall, inputs: list[Tensor | None]) -> float:
+    found = []
+    for ops in ((call.op.split(".")[0],), ()):
+        torch.manual_seed(0)  # the same cotangents
+        with dispatch.using(*ops):
+            found.append(passes(Contender(call.function), inputs)[1]())
+    return max((relative_error(ours, theirs) for ours, theirs in zip(*found)), default=0.0)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return (norm(found.float() - expected.float()) / norm(expected).clamp_min(1e-30)).item()
+
+
+def milliseconds(function: Callable, bench: Bench) -> float:
+    times = []
+    if bench.device == "cpu":
+        for _ in range(bench.repeats):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for _ in range(bench.repeats):
+        flush.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def still_there(bench: Bench, row: dict[str, Any]) -> None:
+    """A kernel that wrote where it must not ends every other one of its process too."""
+    try:
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        raise UserError(
+            f"the GPU is lost to this process since {row['op']} {row['label']}; go on with --resume"
+        ) from None
+
+
+def ceilings(bench: Bench) -> dict[str, float]:
+    """What a large copy (read and written bytes) and a large matmul reach here, now."""
+    numbers, side = (2**30, 8192) if bench.device == "cuda" else (2**26, 1024)
+    source = torch.randint(256, (numbers,), dtype=torch.uint8, device=bench.device)
+    target, square = torch.empty_like(source), torch.randn(side, side, device=bench.device).to(bench.dtype)
+    return {
+        "GB/s": 2 * numbers / milliseconds(lambda: target.copy_(source), bench) / 1e6,
+        "TFLOP/s": 2 * side**3 / milliseconds(lambda: square @ square, bench) / 1e9,
+    }
+
+
+def environment() -> dict[str, str]:
+    gpu = torch.cuda.is_available()
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "not installed"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "cpu": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "torch": torch.__version__,
+        "triton": triton,
+        "cuda": torch.version.cuda or "none",
+        "commit": commit or "unknown",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    main()
