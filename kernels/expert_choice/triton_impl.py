@@ -188,6 +188,7 @@ def _gelu_backward(
         dot += gelu * g
         tl.store(a + place, (weight * gelu).to(a.dtype.element_ty), mask=mask)
         slope = p + values * (0.3989422804014327 * bell)
+        tl.debug_barrier()  # dh may be da: no thread overwrites what another has yet to read
         tl.store(dh + place, (weight * g * slope).to(dh.dtype.element_ty), mask=mask)
     where, real = _weights_of(dweights, m, e, M, E, K)
     tl.store(where, tl.sum(dot, axis=1).to(dweights.dtype.element_ty), mask=real)
