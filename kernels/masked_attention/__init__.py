@@ -10,10 +10,12 @@ or 128; the sums in float32. Any strides; a tensor whose last dimension is not d
 Triton reads every row of q and k once for its mean and rstd, and normalises tiles as the attention kernels load them:
 the normalised q and k are never written. Backward computes the scores again, writes gradients of the normalised q and k
 and turns them into those of q and k in place, since LayerNorm's need sums over all heads. It saves the inputs, 8 bytes
-a row (mean, rstd), 4 bytes a row and head (the softmax's sum), and from 129 keys on (65 with lengths) the output, which
-the projection keeps anyway; PyTorch saves the normalised q and k besides. Blocks of 128 keys write their own parts of
-q's gradient, which the last kernel adds up in a fixed order: no atomics, equal bits in every run, for 5 products as in
-FlashAttention; one that loops over keys again would need 7. The parts take L / 128 times the memory of q while it runs.
+a row (mean, rstd), 4 bytes a row and head (the softmax's sum), and where there are several blocks of keys the output,
+which the projection keeps anyway; PyTorch saves the normalised q and k besides. A block is 128 keys; 64 with lengths.
+
+Each block of keys writes a part of q's gradient of its own, and the last kernel adds the parts up in a fixed order: no
+atomics, equal bits in every run, and 5 products as in FlashAttention, where a second loop over the keys would make it 7.
+While backward runs the parts take L / 128 times the memory of q: 256 MiB for 16,384 tokens of 1024 at L = 1024.
 
 Bytes in numbers moved, forward and backward, of U = N * T * A and V = N * L * A (34 MB each way for 16,384 tokens of
 1024 in bf16). PyTorch: LayerNorm twice, attention, LayerNorm's backward twice, cat of the gradients.

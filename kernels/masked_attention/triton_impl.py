@@ -373,10 +373,11 @@ def _backward_blocks(T: int, L: int, head_dim: int, dtype: torch.dtype, has_leng
 
     Where lengths are given, blocks of 64 keys let more of them be skipped.
     """
-    wide = head_dim > 64
-    block_l = 128 if L > 64 and not has_lengths and not wide else _block(L, 64)
-    if dtype == torch.float32:
-        return 16, block_l, 16 if block_l * head_dim > 4096 else 8
+    fp32, wide = dtype == torch.float32, head_dim > 64
+    large = L > 64 and not has_lengths and not wide and not (fp32 and head_dim <= 32)
+    block_l = 128 if large else _block(L, 64)
+    if fp32:
+        return 16, block_l, 8 if block_l * head_dim == 4096 else 16
     block_t = _block(T, 32 if wide else 64)
     return block_t, block_l, 4 if T <= block_t and block_l <= 64 else 8
 
