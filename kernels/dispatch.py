@@ -2,7 +2,7 @@
 
     reference   plain PyTorch, everywhere
     triton      the kernels, or an error that says why they cannot run here
-    auto        the kernels on an NVIDIA GPU, of every op that builds and agrees with its reference there
+    auto        on a GPU that the kernels are shaped for, those of every op that builds and agrees with its reference
 
 The DeepSpeed JSON says which ("mdit": {"kernels": ...}); where it says "auto", the variable MDIT_KERNELS may.
 Until `choose_kernels` is called everything runs in PyTorch.
@@ -24,6 +24,7 @@ Choice = Literal["auto", "reference", "triton"]
 OPS = ("masked_attention", "patch_mixing", "expert_choice", "swiglu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_GPU = (8, 0)  # Ampere: bfloat16 in the tensor cores
+SHAPED_FOR = (9, 0)  # Hopper: what fits its registers and shared memory spills on an A100
 HEAD_DIMS = (16, 32, 64, 128)  # that masked_attention has kernels for
 
 _in_triton: frozenset[str] = frozenset()  # the ops that run in Triton in this process
@@ -44,7 +45,8 @@ def choose_kernels(
     """
     global _in_triton
     wanted, asked_for = _with_environment(wanted, path)
-    hindrance, missing = _hindrance(device), _missing(head_dim)
+    hindrance = _hindrance(device, SHAPED_FOR if wanted == "auto" else OLDEST_GPU)
+    missing = _missing(head_dim)
     if wanted == "triton":
         if hindrance and not (_off_gpu and _installed()):
             raise UserError(f"{asked_for}, but {hindrance}")
@@ -69,14 +71,14 @@ def _with_environment(wanted: Choice, path: str | Path) -> tuple[Choice, str]:
     return (wanted, in_json) if asked == "auto" else (asked, f"MDIT_KERNELS={asked}")
 
 
-def _hindrance(device: torch.device) -> str:
+def _hindrance(device: torch.device, oldest: tuple[int, int]) -> str:
     """What keeps Triton from running here, or nothing."""
     if not _installed():
         return "the package triton is not installed"
     if device.type != "cuda":
         return "there is no GPU"
-    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if torch.cuda.get_device_capability(device) < oldest:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {oldest[0]}.{oldest[1]}"
     return ""
 
 

@@ -14,7 +14,7 @@ a row (mean, rstd), 4 bytes a row and head (the softmax's sum), and where there 
 which the projection keeps anyway; PyTorch saves the normalised q and k besides. A block is 128 keys; 64 with lengths.
 
 Each block of keys writes a part of q's gradient of its own, and the last kernel adds the parts up in a fixed order: no
-atomics, equal bits in every run, and 5 products as in FlashAttention, where a second loop over the keys would make it 7.
+atomics, equal bits in every run, and 5 products as in FlashAttention; a second loop over the keys would make it 7.
 While backward runs the parts take L / 128 times the memory of q: 256 MiB for 16,384 tokens of 1024 at L = 1024.
 
 Bytes in numbers moved, forward and backward, of U = N * T * A and V = N * L * A (34 MB each way for 16,384 tokens of

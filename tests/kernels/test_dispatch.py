@@ -47,9 +47,16 @@ def test_auto_without_triton(monkeypatch):
     assert choose_kernels("auto", torch.device("cuda")) == (frozenset(), "the package triton is not installed")
 
 
-def test_auto_on_an_old_gpu(monkeypatch):
-    chosen, reason = choose_kernels("auto", pretend_gpu(monkeypatch, (7, 5)))
-    assert not chosen and reason == "some GPU is older than compute capability 8.0"
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9)])
+def test_auto_on_a_gpu_that_the_kernels_are_not_shaped_for(monkeypatch, capability):
+    chosen, reason = choose_kernels("auto", pretend_gpu(monkeypatch, capability))
+    assert not chosen and reason == "some GPU is older than compute capability 9.0"
+
+
+def test_triton_is_obeyed_down_to_ampere(monkeypatch):
+    assert choose_kernels("triton", pretend_gpu(monkeypatch, (8, 0)))[0] == {*OPS}
+    with pytest.raises(UserError, match="but some GPU is older than compute capability 8.0$"):
+        choose_kernels("triton", pretend_gpu(monkeypatch, (7, 5)))
 
 
 def test_auto_on_a_gpu_takes_the_ops_that_agree(monkeypatch):
