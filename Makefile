@@ -18,15 +18,21 @@ train: install
 	@echo "Pictures of prompts that training never saw: $(RUN)/evaluation/grid.png"
 
 # Two files of tests at a time, each on a core.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+ifeq ($(shell uname -s),Linux)
+	$(MAKE) --no-print-directory test-kernels-triton-3.6
+endif
 
 # The kernels once more with the Triton that torch 2.11 brings (its interpreter knows no newer numpy).
 test-kernels-triton-3.6: .venv/triton-3.6/installed
-	PYTHONPATH=.venv/triton-3.6 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
+	PYTHONPATH=$(CURDIR)/.venv/triton-3.6 $(PYTEST) -q -W ignore tests/kernels
 
 .venv/triton-3.6/installed: .venv/test-installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.6.0 'numpy<2.4'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
+		triton==3.6.0 'numpy<2.4'
 	touch $@
 
 install: .venv/installed
