@@ -67,7 +67,7 @@ def load_ds_json(path: str | Path) -> dict[str, Any]:
 
 
 def load_run_settings(ds_json: dict, path: str | Path) -> RunSettings:
-    return parse_section(RunSettings, ds_json.get("mdit", {}), path)
+    return parse_section(RunSettings, ds_json.get("mdit", {}), f'{path}: "mdit"')
 
 
 def resolve_ds_config(

@@ -140,6 +140,19 @@ def test_self_check_finds_a_faulty_kernel(monkeypatch, fault):
     assert found == "RuntimeError: ptxas died" if fault == "does not build" else "results are off by" in found
 
 
+@needs_triton
+def test_self_check_ends_the_run_when_a_kernel_has_cost_the_process_its_gpu(monkeypatch):
+    from mdit.kernels.swiglu import triton_impl
+
+    def faulty(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand advice")
+
+    monkeypatch.setattr(triton_impl, "swiglu_linear", faulty)
+    monkeypatch.setattr("mdit.kernels.self_check._is_lost", lambda device: True)
+    with using(off_gpu=True), pytest.raises(UserError, match="swiglu end in .*illegal memory access.*=reference does"):
+        disagreement("swiglu", CPU, FLOAT, head_dim=32)
+
+
 def test_every_op_has_an_example():
     assert EXAMPLES.keys() == {*OPS}
 

@@ -109,7 +109,7 @@ def test_zero_section_is_judged_by_deepspeed():
 
 def test_own_section_is_strict():
     assert load_run_settings({"mdit": {"compile": True}}, "ds.json").compile
-    with pytest.raises(UserError, match="ds.json: unknown key compil"):
+    with pytest.raises(UserError, match='ds.json: "mdit": unknown key compil'):
         load_run_settings({"mdit": {"compil": True}}, "ds.json")
 
 
