@@ -1,33 +1,19 @@
-"""Which implementation of an op runs: its Triton kernels or plain PyTorch. Settled once for a process.
+"""Which ops run in their Triton kernels in this process; the others, and all until somebody says so, run in PyTorch.
 
-    reference   plain PyTorch, everywhere
-    triton      the kernels, or an error that says why they cannot run here
-    auto        on a GPU that the kernels are shaped for, those of every op that builds and agrees with its reference
-
-The DeepSpeed JSON says which ("mdit": {"kernels": ...}); where it says "auto", the variable MDIT_KERNELS may.
-Until `choose_kernels` is called everything runs in PyTorch.
+Who decides is `mdit.kernels.choice`, once, before a run.
 """
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mdit.config import UserError
-
-Choice = Literal["auto", "reference", "triton"]
 OPS = ("masked_attention", "patch_mixing", "expert_choice", "swiglu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OLDEST_GPU = (8, 0)  # Ampere: bfloat16 in the tensor cores
-SHAPED_FOR = (9, 0)  # Hopper: what fits its registers and shared memory spills on an A100
-HEAD_DIMS = (16, 32, 64, 128)  # that masked_attention has kernels for
 
-_in_triton: frozenset[str] = frozenset()  # the ops that run in Triton in this process
+_in_triton: frozenset[str] = frozenset()
 _off_gpu = os.environ.get("TRITON_INTERPRET") == "1"  # may kernels be given tensors of other devices?
 
 
@@ -36,70 +22,15 @@ def takes_triton(op: str, tensor: Tensor) -> bool:
     return op in _in_triton and tensor.dtype in DTYPES and (tensor.is_cuda or _off_gpu)
 
 
-def choose_kernels(
-    wanted: Choice, device: torch.device, dtype: torch.dtype, head_dim: int, path: str | Path = "the DeepSpeed JSON"
-) -> tuple[frozenset[str], str]:
-    """Settle for this process -> the ops that run in Triton, and why. `dtype` is what the model computes in.
+def interpreted() -> bool:
+    """Can kernels run without a GPU?"""
+    return _off_gpu
 
-    Raises UserError, naming `path`, when the environment contradicts `wanted` or "triton" cannot run on this machine.
-    """
+
+def run_in_triton(*ops: str) -> None:
+    """From now on, exactly these."""
     global _in_triton
-    wanted, asked_for = _with_environment(wanted, path)
-    hindrance = _hindrance(device, SHAPED_FOR if wanted == "auto" else OLDEST_GPU)
-    missing = _missing(head_dim)
-    if wanted == "triton":
-        if hindrance and not (_off_gpu and _installed()):
-            raise UserError(f"{asked_for}, but {hindrance}")
-        if missing:
-            raise UserError(f"{asked_for}, but {'; '.join(missing.values())}")
-    if wanted != "auto" or hindrance:
-        _in_triton = frozenset(OPS) if wanted == "triton" else frozenset()
-        return _in_triton, hindrance if wanted == "auto" else "asked for"
-    missing |= _disagreements(frozenset(OPS) - missing.keys(), device, dtype, head_dim)
-    _in_triton = frozenset(OPS) - missing.keys()
-    name = torch.cuda.get_device_name(device)
-    return _in_triton, "; ".join([f"they agree with PyTorch on {name}", *missing.values()])
-
-
-def _with_environment(wanted: Choice, path: str | Path) -> tuple[Choice, str]:
-    """-> what is wanted, and who says so."""
-    in_json, asked = f"{path}: mdit.kernels = {wanted!r}", os.environ.get("MDIT_KERNELS", "auto")
-    if asked not in ("auto", "reference", "triton"):
-        raise UserError(f'MDIT_KERNELS={asked}: expected "auto", "reference" or "triton"')
-    if "auto" not in (wanted, asked) and wanted != asked:
-        raise UserError(f"{in_json} contradicts MDIT_KERNELS={asked}")
-    return (wanted, in_json) if asked == "auto" else (asked, f"MDIT_KERNELS={asked}")
-
-
-def _hindrance(device: torch.device, oldest: tuple[int, int]) -> str:
-    """What keeps Triton from running here, or nothing."""
-    if not _installed():
-        return "the package triton is not installed"
-    if device.type != "cuda":
-        return "there is no GPU"
-    if torch.cuda.get_device_capability(device) < oldest:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability {oldest[0]}.{oldest[1]}"
-    return ""
-
-
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _missing(head_dim: int) -> dict[str, str]:
-    """Ops whose kernels do not know this model's shapes."""
-    if head_dim in HEAD_DIMS:
-        return {}
-    known = ", ".join(map(str, HEAD_DIMS))
-    return {"masked_attention": f"masked_attention has kernels for head_dim {known}, and model.head_dim is {head_dim}"}
-
-
-def _disagreements(ops: frozenset[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """Those whose kernels do not build here or give something else than PyTorch."""
-    from mdit.kernels.self_check import disagreement  # imports the ops, which import this module
-
-    found = {op: disagreement(op, device, dtype, head_dim) for op in sorted(ops)}
-    return {op: f"{op} does not: {reason}" for op, reason in found.items() if reason}
+    _in_triton = frozenset(ops)
 
 
 @contextmanager

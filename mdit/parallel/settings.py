@@ -44,7 +44,7 @@ class RunSettings(Section):
     """The "mdit" section of the JSON.
 
     `compile`: torch.compile each block. `activation_checkpointing` "block": keep only each block's input and run its
-    forward again in the backward pass. `kernels`: what the fused operations run in (mdit/kernels/dispatch.py).
+    forward again in the backward pass. `kernels`: what the fused operations run in (mdit.kernels.choice).
     `data_engine`: what moves latents to the device; "auto" takes DALI where it is installed and a GPU is there.
     """
 

@@ -16,7 +16,7 @@ from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
 from mdit.dist import World, logger
-from mdit.kernels.dispatch import choose_kernels
+from mdit.kernels.choice import choose_kernels
 from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
 from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mdit.config import UserError
-from mdit.kernels import dispatch, patch_mixing, swiglu
+from mdit.kernels import choice, dispatch, patch_mixing, swiglu
 from mdit.kernels.dispatch import OPS, takes_triton, using
 from mdit.kernels.self_check import EXAMPLES, disagreement
 
@@ -24,18 +24,18 @@ def settled(monkeypatch):
 
 
 def choose_kernels(wanted, device, head_dim=64):
-    return dispatch.choose_kernels(wanted, device, FLOAT, head_dim, "ds.json")
+    return choice.choose_kernels(wanted, device, FLOAT, head_dim, "ds.json")
 
 
 def pretend_gpu(monkeypatch, capability=(9, 0)) -> torch.device:
-    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(choice, "_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     return torch.device("cuda", 0)
 
 
 def test_auto_is_pytorch_on_a_cpu_even_when_kernels_could_be_interpreted(monkeypatch):
-    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(choice, "_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels("auto", CPU) == (frozenset(), "there is no GPU")
     assert not takes_triton("swiglu", torch.ones(1))
@@ -43,7 +43,7 @@ def test_auto_is_pytorch_on_a_cpu_even_when_kernels_could_be_interpreted(monkeyp
 
 def test_auto_without_triton(monkeypatch):
     pretend_gpu(monkeypatch)
-    monkeypatch.setattr(dispatch, "_installed", lambda: False)
+    monkeypatch.setattr(choice, "_installed", lambda: False)
     assert choose_kernels("auto", torch.device("cuda")) == (frozenset(), "the package triton is not installed")
 
 
@@ -61,9 +61,7 @@ def test_triton_is_obeyed_down_to_ampere(monkeypatch):
 
 def test_auto_on_a_gpu_takes_the_ops_that_agree(monkeypatch):
     device = pretend_gpu(monkeypatch)
-    monkeypatch.setattr(
-        "mdit.kernels.self_check.disagreement", lambda op, *_: "no compiler" if op == "swiglu" else None
-    )
+    monkeypatch.setattr("mdit.kernels.choice.disagreement", lambda op, *_: "no compiler" if op == "swiglu" else None)
     chosen, reason = choose_kernels("auto", device)
     assert chosen == {*OPS} - {"swiglu"}
     assert reason == "they agree with PyTorch on some GPU; swiglu does not: no compiler"
@@ -72,7 +70,7 @@ def test_auto_on_a_gpu_takes_the_ops_that_agree(monkeypatch):
 
 def test_head_dims_without_kernels_leave_attention_to_pytorch(monkeypatch):
     device = pretend_gpu(monkeypatch)
-    monkeypatch.setattr("mdit.kernels.self_check.disagreement", lambda *_: None)
+    monkeypatch.setattr("mdit.kernels.choice.disagreement", lambda *_: None)
     chosen, reason = choose_kernels("auto", device, head_dim=24)
     why = "masked_attention has kernels for head_dim 16, 32, 64, 128, and model.head_dim is 24"
     assert chosen == {*OPS} - {"masked_attention"} and reason.endswith("; " + why)
@@ -85,16 +83,16 @@ def test_reference_is_obeyed_on_a_gpu(monkeypatch):
 
 
 def test_triton_that_cannot_run_is_an_error(monkeypatch):
-    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(choice, "_installed", lambda: True)
     with pytest.raises(UserError, match="^ds.json: mdit.kernels = 'triton', but there is no GPU$"):
         choose_kernels("triton", CPU)
-    monkeypatch.setattr(dispatch, "_installed", lambda: False)
+    monkeypatch.setattr(choice, "_installed", lambda: False)
     with pytest.raises(UserError, match="^ds.json: mdit.kernels = 'triton', but the package triton is not installed$"):
         choose_kernels("triton", CPU)
 
 
 def test_triton_on_a_cpu_is_possible_interpreted(monkeypatch):
-    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(choice, "_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels("triton", CPU) == (frozenset(OPS), "asked for")
     assert takes_triton("swiglu", torch.ones(1)) and not takes_triton("swiglu", torch.ones(1, dtype=torch.float64))
