@@ -1,14 +1,20 @@
-"""Real training runs for tests: made-up latent shards, recipes as files, the launcher in a process of its own."""
+"""Real training runs for tests: made-up latent shards, recipes as files, the launcher in processes of its own."""
 
 import json
 import os
-import subprocess
+import pickle
+import runpy
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch.distributed
 
 from mdit.data.writer import ShardWriter
+from mdit.dist import identify, start
+from tests.processes import run_forked
 from tests.recipes import tiny_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -72,18 +78,56 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def attempt(
+    recipe: Path,
+    ds_json: Path,
+    run_dir: Path,
+    *extra: str,
+    processes: int = 1,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 280,
+) -> tuple[int, str]:
+    """Run the launcher as `command` does, in forked processes -> exit status, everything that was printed.
+
+    `env` is added to the environment. Raises AssertionError when the run has not ended after `timeout` seconds.
+    """
+    _, script, *arguments = command(recipe, ds_json, run_dir, *extra)
+    ended = run_forked(_launch, script, arguments, processes=processes, env=env, timeout=timeout)
+    return ended.returncode, ended.output
+
+
+def _launch(script: str, arguments: list[str]) -> None:
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 def train(recipe: Path, ds_json: Path, run_dir: Path, *extra: str, processes: int = 1) -> str:
     """Run to the end; -> everything that was printed."""
-    done = subprocess.run(
-        command(recipe, ds_json, run_dir, *extra, processes=processes),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
+    returncode, output = attempt(recipe, ds_json, run_dir, *extra, processes=processes)
+    assert returncode == 0, output
     return output
+
+
+def run_in_processes(function: Callable, processes: int, *args, timeout: float = 120) -> list:
+    """Call `function(world, *args)` in each of `processes` forked processes that have met in a gloo group, on CPUs ->
+    what each returned, by rank.
+
+    `function` must be at the top of a module; it, its arguments and what it returns are pickled. Raises AssertionError
+    with everything that was printed, a traceback among it, when a process fails.
+    """
+    with TemporaryDirectory() as folder:
+        no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
+        ended = run_forked(_in_group, function, args, folder, processes=processes, env=no_gpu, timeout=timeout)
+        assert ended.returncode == 0, ended.output
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(processes)]
+
+
+def _in_group(function: Callable, args: tuple, folder: str) -> None:
+    world = identify()
+    start(world)
+    answer = function(world, *args)
+    Path(folder, str(world.rank)).write_bytes(pickle.dumps(answer))
+    torch.distributed.destroy_process_group()
 
 
 def read_metrics(run_dir: Path, key: str = "loss") -> dict[int, float]:

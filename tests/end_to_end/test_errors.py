@@ -3,7 +3,6 @@
 import json
 import pathlib
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -19,12 +18,12 @@ def good(tmp_path):
     return {"--recipe": str(recipe), "--ds_config": str(ds_json), "--run_dir": str(tmp_path / "run")}
 
 
-def launch(arguments, monkeypatch, capsys, *extra) -> tuple[int, str]:
+def launch(arguments, monkeypatch, capsys, *extra, launcher=LAUNCHER) -> tuple[int, str]:
     """Run the launcher in this process (every mistake below is found before processes meet). -> exit code, stderr"""
     argv = [part for pair in arguments.items() for part in pair]
-    monkeypatch.setattr(sys, "argv", [str(LAUNCHER), *argv, *extra])
+    monkeypatch.setattr(sys, "argv", [str(launcher), *argv, *extra])
     try:
-        runpy.run_path(str(LAUNCHER), run_name="__main__")
+        runpy.run_path(str(launcher), run_name="__main__")
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -168,13 +167,13 @@ def test_paper_recipe_without_data_names_the_ways_to_get_it(stage, tmp_path, mon
 
 
 @pytest.mark.parametrize("prompts", [[], ["--prompt", " "]], ids=["none", "blank"])
-def test_sampling_without_a_prompt(prompts, tmp_path):
+def test_sampling_without_a_prompt(prompts, tmp_path, monkeypatch, capsys):
     """The prompts are checked before the snapshot is looked for."""
     launcher = REPOSITORY / "launchers" / "sample.py"
-    arguments = ["--snapshot", str(tmp_path), "--out", str(tmp_path / "grid.png"), *prompts]
-    done = subprocess.run([sys.executable, launcher, *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and "prompt" in done.stderr
+    arguments = {"--snapshot": str(tmp_path), "--out": str(tmp_path / "grid.png")}
+    code, err = launch(arguments, monkeypatch, capsys, *prompts, launcher=launcher)
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("error: ") and "prompt" in err
     assert not (tmp_path / "grid.png").exists()
 
 

@@ -1,7 +1,7 @@
 """The launcher that makes sets: killed at random moments, several at once, on real sources; and what it refuses."""
 
+import gc
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +13,7 @@ import pytest
 
 from launchers import precompute
 from mdit.data.shards import open_dataset, read_samples
+from tests.processes import fork_server
 from tests.training import REPOSITORY, environment
 from tests.unit.test_precompute import contents, png
 from tests.unit.test_sources import write_folder, write_tar
@@ -90,11 +91,9 @@ def test_report_and_set_are_what_the_tars_hold(undisturbed):
 @pytest.fixture(scope="module")
 def start():
     """Starts the launcher in a child of a process that has imported everything, so that it is soon at work."""
-    children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["mdit.prepare.command", "transformers.models.bert.modeling_bert"])
 
     def start(arguments):
-        child = children.Process(target=in_child, args=(arguments,))
+        child = fork_server().Process(target=in_child, args=(arguments,))
         child.start()
         return child
 
@@ -102,6 +101,7 @@ def start():
 
 
 def in_child(arguments):
+    gc.freeze()  # what the server imported is no garbage
     os.environ.update(environment())
     sys.stdout = sys.stderr = open(os.devnull, "w")
     precompute.main(arguments)
