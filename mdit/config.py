@@ -143,7 +143,10 @@ class TrainingConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak."""
+    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak.
+
+    Every `implementation` takes the same step; a run may go on with another (`mdit.train.optim`).
+    """
 
     lr: PositiveFloat
     betas: tuple[Decay, Decay]
@@ -153,6 +156,7 @@ class OptimConfig(Section):
     warmup_steps: NonNegativeInt
     schedule: Literal["constant", "cosine"]
     final_lr_ratio: Annotated[float, Field(gt=0, le=1)]
+    implementation: Literal["torch", "deepspeed", "apex"] = "torch"
 
     @model_validator(mode="after")
     def _constant_has_no_floor(self):

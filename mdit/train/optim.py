@@ -1,18 +1,37 @@
-"""AdamW and the learning rate as a function of the step."""
+"""AdamW in three implementations whose state has one form here, and the learning rate as a function of the step.
 
+    torch      torch.optim.AdamW(fused=True): everywhere
+    deepspeed  DeepSpeed's FusedAdam, or its DeepSpeedCPUAdam where the optimizer is kept in host memory; their C++ or
+               CUDA is compiled at the first use on a machine
+    apex       FusedAdam of NVIDIA's apex: on GPUs, where somebody has built it
+
+All take the same step (Loshchilov & Hutter 2019, algorithm 2, decay times the learning rate) to rounding:
+
+    m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+    w = w - lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
+"""
+
+import importlib.util
 import math
+import os
+import shlex
+import shutil
+import sysconfig
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils import cpp_extension
 
-from mdit.config import OptimConfig
+from mdit.config import OptimConfig, UserError
+from mdit.dist import logger
 
-
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW, one group: the paper decays every parameter alike."""
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+GET_APEX = (
+    "git clone https://github.com/NVIDIA/apex && cd apex && "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
+)
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
@@ -24,3 +43,155 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter] | list[dict], config: OptimConfig, zero: dict | None = None
+) -> torch.optim.Optimizer:
+    """AdamW of `config.implementation`, which `check_implementation` has found possible.
+
+    `parameters` may be groups, dicts with "params" and keys of others, which stay; all are stepped alike, as the paper
+    decays every parameter. `zero` is the "zero_optimization" of the DeepSpeed JSON.
+    """
+    options = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    if config.implementation == "torch":
+        return torch.optim.AdamW(parameters, **options, fused=True)
+    if config.implementation == "apex":
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(parameters, **options, adam_w_mode=True)
+
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    logger.info(
+        f"DeepSpeed's optimizer is compiled at its first use, in {folder}; should that hang, a build was killed there: "
+        "remove the file `lock` that it left"
+    )
+    if in_host_memory(zero):
+        return DeepSpeedCPUAdam(parameters, **options, adamw_mode=True)
+    return FusedAdam(parameters, **options, adam_w_mode=True)
+
+
+def in_host_memory(zero: dict | None) -> bool:
+    """Does a "zero_optimization" section move the optimizer to the CPU?"""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    offload = DeepSpeedZeroConfig(**(zero or {})).offload_optimizer
+    return offload is not None and offload.device != "none"
+
+
+# The state, one form for all.
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """{"exp_avg": m, "exp_avg_sq": v} of a parameter, the optimizer's own tensors; empty before its first step."""
+    state = optimizer.state.get(parameter, {})
+    return {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
+
+
+def set_moments(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int
+) -> None:
+    """Put a parameter's state as if `step` steps were done. The optimizer goes on in these tensors: it does not copy.
+
+    Give the parameters of a group the same step: apex has one count for each group, the others one for each parameter
+    (torch as a float32 tensor beside the parameter, DeepSpeed as an int; its FusedAdam reads the last parameter's).
+    The steps that follow are those of an optimizer that was not interrupted, bit for bit; to rounding in DeepSpeed's
+    C++ for CPUs, which multiplies beta^t along from step to step and cannot be put at a step in the same bits.
+    """
+    assert exp_avg.shape == exp_avg_sq.shape == parameter.shape, (exp_avg.shape, exp_avg_sq.shape, parameter.shape)
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    package = type(optimizer).__module__.partition(".")[0]
+    if package == "torch":
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+    elif package == "deepspeed":
+        state["step"] = step
+    else:
+        (group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        group["step"] = step
+    optimizer.state[parameter] = state
+
+
+# What an implementation needs, found out without compiling or importing it.
+
+
+def check_implementation(config: OptimConfig, device: torch.device, source, zero: dict | None = None) -> None:
+    """Raise UserError, naming the recipe `source`, when `config.implementation` cannot run on this machine.
+
+    `device` is where the model is, `zero` the "zero_optimization" of the DeepSpeed JSON.
+    """
+    problem = ""
+    if config.implementation == "deepspeed":
+        problem = _deepspeed_problem(device, in_host_memory(zero))
+    elif config.implementation == "apex":
+        problem = _apex_problem() or _apex_misfit(device, zero or {})
+    if problem:
+        raise UserError(f'{source}: optim.implementation = {config.implementation!r}: {problem}; or use "torch"')
+
+
+def _deepspeed_problem(device: torch.device, host_memory: bool) -> str:
+    from deepspeed.git_version_info import installed_ops
+
+    op, missing = "cpu_adam" if host_memory else "fused_adam", []
+    if installed_ops.get(op):  # compiled when DeepSpeed was installed
+        return ""
+    if not cpp_extension.is_ninja_available():
+        missing.append("ninja (pip install ninja) on the PATH")
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
+    if shutil.which(compiler) is None:
+        missing.append(f"the C++ compiler {compiler}")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        missing.append(f"Python's headers ({header})")
+    if device.type == "cuda" and not host_memory and torch.version.cuda:
+        missing += _cuda_compiler_missing()
+    return f"to compile DeepSpeed's {op} this machine lacks {', '.join(missing)}" if missing else ""
+
+
+def _cuda_compiler_missing() -> list[str]:
+    """nvcc, of the major version of torch's CUDA: torch refuses any other."""
+    from deepspeed.ops.op_builder.builder import MissingCUDAException, installed_cuda_version
+
+    wanted = f"nvcc of CUDA {torch.version.cuda}"
+    try:
+        major, minor = installed_cuda_version()
+    except MissingCUDAException:
+        return [f"{wanted} (or CUDA_HOME)"]
+    return [] if torch.version.cuda.split(".")[0] == str(major) else [f"{wanted} (CUDA_HOME has {major}.{minor})"]
+
+
+def _apex_problem() -> str:
+    """What is called apex on PyPI is a web toolkit, which would fail on import, or worse, not fail."""
+    spec = importlib.util.find_spec("apex")  # finds a top-level package without running it
+    if spec is None:
+        return f"NVIDIA's apex is not installed ({GET_APEX})"
+    root = Path(next(iter(spec.submodule_search_locations or [spec.origin])))
+    if not all((root / part).exists() for part in ("optimizers/fused_adam.py", "multi_tensor_apply")):
+        return (
+            f"the installed apex{_summary()} in {root} is not NVIDIA's, but another package of that name; "
+            f"pip uninstall apex, then build NVIDIA's ({GET_APEX})"
+        )
+    if importlib.util.find_spec("amp_C") is None:
+        return f"the installed apex in {root} was built without its CUDA extensions; build it again ({GET_APEX})"
+    return ""
+
+
+def _summary() -> str:
+    """What the package says of itself, as in ' 0.9.10 ("Pyramid toolkit")'."""
+    try:
+        found = metadata("apex")
+    except PackageNotFoundError:
+        return ""
+    return f' {found["Version"]} ("{found["Summary"]}")'
+
+
+def _apex_misfit(device: torch.device, zero: dict) -> str:
+    if device.type != "cuda":
+        return f"it runs on GPUs only, and this run is on {device.type}"
+    if in_host_memory(zero):
+        return "it runs on GPUs only, and zero_optimization.offload_optimizer keeps the optimizer in host memory"
+    if zero.get("stage") == 3:
+        # It counts a step of its group whenever it is called, and ZeRO 3 calls it once for each part of a group.
+        return "it would miscount its steps under zero_optimization.stage = 3"
+    return ""

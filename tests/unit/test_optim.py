@@ -1,13 +1,355 @@
-"""The learning rate as a function of the step."""
+"""AdamW in three implementations, what each needs, and the learning rate as a function of the step.
+
+The compiled parts of DeepSpeed and apex take minutes to build or need a GPU; without one the formula stands in for them
+here, so that what is tested is what DeepSpeed's own classes and mdit.train.optim do around them.
+"""
 
 import math
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
-from mdit.config import load_config
-from mdit.train.optim import learning_rate
+from mdit.config import OptimConfig, UserError, load_config
+from mdit.train.optim import build_optimizer, check_implementation, learning_rate, moments, set_moments
 from tests.recipes import tiny_config
-from tests.training import REPOSITORY
+from tests.training import REPOSITORY, write_recipe
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+IMPLEMENTATIONS = {
+    "torch": ("torch", {"stage": 2}),
+    "deepspeed": ("deepspeed", {"stage": 2}),
+    "deepspeed in host memory": ("deepspeed", OFFLOADED),
+    "apex": ("apex", {"stage": 2}),
+}
+EVERY = pytest.mark.parametrize("name", IMPLEMENTATIONS)
+
+
+def optim_config(**changes) -> OptimConfig:
+    return tiny_config(optim=changes).optim
+
+
+# The step
+
+
+def adamw(w, g, m, v, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """One step in place, in the dtype of what it is given."""
+    m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    unbiased = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    w.sub_(lr * (unbiased[0] / (unbiased[1].sqrt() + eps) + weight_decay * w))
+
+
+def multi_tensor_adam(chunk, flag, lists, lr, beta1, beta2, eps, step, decoupled, bias_correction, weight_decay):
+    assert decoupled == bias_correction == 1
+    for g, w, m, v in zip(*lists, strict=True):
+        adamw(w, g, m, v, step, lr, (beta1, beta2), eps, weight_decay)
+
+
+def adam_update(number, step, lr, beta1, beta2, eps, weight_decay, bias_correction, w, g, m, v):
+    assert bias_correction
+    adamw(w, g, m, v, step, lr, (beta1, beta2), eps, weight_decay)
+
+
+class ApexAdam(torch.optim.Optimizer):
+    """With the arguments and the state of NVIDIA's: one count of steps for a group, two moments for a parameter."""
+
+    def __init__(self, params, lr, bias_correction=True, betas=None, eps=None, adam_w_mode=True, weight_decay=0.0):
+        defaults = dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, defaults)
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            lists = [[], [], [], []]
+            for w in group["params"]:
+                state = self.state[w]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(w), exp_avg_sq=torch.zeros_like(w))
+                for tensors, tensor in zip(lists, (w.grad, w, *state.values()), strict=True):
+                    tensors.append(tensor)
+            options = [group["lr"], *group["betas"], group["eps"], group["step"], self.adam_w_mode]
+            multi_tensor_adam(0, None, lists, *options, group["bias_correction"], group["weight_decay"])
+
+
+ApexAdam.__module__ = "apex.optimizers.fused_adam"
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The formula in place of compiled code."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    fused = SimpleNamespace(multi_tensor_adam=torch.no_grad()(multi_tensor_adam))
+    on_cpu = SimpleNamespace(adam_update=adam_update, create_adam=lambda *_: None, destroy_adam=lambda *_: None)
+    for optimizer, builder, op in (
+        (FusedAdam, "FusedAdamBuilder", fused),
+        (DeepSpeedCPUAdam, "CPUAdamBuilder", on_cpu),
+    ):
+        loaded = SimpleNamespace(load=lambda op=op: op)
+        monkeypatch.setattr(sys.modules[optimizer.__module__], builder, lambda loaded=loaded: loaded)
+    monkeypatch.setattr("cpuinfo.get_cpu_info", lambda: {})  # DeepSpeedCPUAdam asks for the vendor: a second each time
+    apex, optimizers = ModuleType("apex"), ModuleType("apex.optimizers")
+    apex.optimizers, optimizers.FusedAdam = optimizers, ApexAdam
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+
+
+def new_weights(device=CPU) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(7, 5), (300,), (1,)]
+    return [torch.nn.Parameter(0.3 * torch.randn(shape, generator=generator).to(device)) for shape in shapes]
+
+
+def gradients(step: int) -> list[torch.Tensor]:
+    """From large to far below eps."""
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(w.shape, generator=generator) * 10.0 ** -(step % 5) for w in new_weights()]
+
+
+def rate(step: int) -> float:
+    return 1e-2 / (step + 1)
+
+
+def take_steps(optimizer, weights, first: int, last: int) -> None:
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        for w, gradient in zip(weights, gradients(step), strict=True):
+            w.grad = gradient.to(w.device)
+        optimizer.step()
+
+
+def build(name: str, parameters, **changes) -> torch.optim.Optimizer:
+    implementation, zero = IMPLEMENTATIONS[name]
+    return build_optimizer(parameters, optim_config(implementation=implementation, **changes), zero)
+
+
+def assert_steps_are_those_of_the_formula(name: str, device: torch.device) -> None:
+    for eps in (1e-8, 1e-2):  # the second shows whether eps stands outside of the root, behind the bias correction
+        weights = new_weights(device)
+        take_steps(build(name, weights, eps=eps, betas=(0.8, 0.99)), weights, 0, 10)
+        exact = [[w.double(), torch.zeros_like(w).double(), torch.zeros_like(w).double()] for w in new_weights()]
+        for step in range(10):
+            for (w, m, v), g in zip(exact, gradients(step), strict=True):
+                adamw(w.data, g.double(), m, v, step + 1, rate(step), (0.8, 0.99), eps, 0.1)
+        for ours, (expected, _, _) in zip(weights, exact, strict=True):
+            torch.testing.assert_close(ours.detach().cpu().double(), expected.detach(), rtol=0, atol=1e-6)
+
+
+def assert_it_goes_on_from_set_moments(name: str, device: torch.device, atol: float = 0) -> None:
+    expected = new_weights(device)
+    take_steps(build(name, grouped(expected)), expected, 0, 10)
+
+    weights = new_weights(device)
+    first = build(name, grouped(weights))
+    take_steps(first, weights, 0, 5)
+    again = build(name, grouped(weights))
+    for w in weights:
+        kept = {key: tensor.clone() for key, tensor in moments(first, w).items()}
+        set_moments(again, w, **kept, step=5)
+    take_steps(again, weights, 5, 10)
+    for ours, theirs in zip(weights, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def grouped(weights) -> list[dict]:
+    return [
+        {"params": weights[:2], "name": "dense"},
+        {"params": weights[2:], "name": "experts", "moe": True},
+    ]
+
+
+@EVERY
+def test_ten_steps_are_those_of_the_formula(uncompiled, name):
+    assert_steps_are_those_of_the_formula(name, CPU)
+
+
+@EVERY
+def test_five_steps_and_five_more_are_ten_bit_for_bit(uncompiled, name):
+    assert_it_goes_on_from_set_moments(name, CPU)
+
+
+@pytest.mark.gpu
+@EVERY
+def test_the_same_of_compiled_code(name):
+    implementation, zero = IMPLEMENTATIONS[name]
+    device = CPU if zero is OFFLOADED else GPU
+    try:
+        check_implementation(optim_config(implementation=implementation), GPU, "recipe", zero)
+    except UserError as error:
+        pytest.skip(str(error))
+    assert_steps_are_those_of_the_formula(name, device)
+    assert_it_goes_on_from_set_moments(name, device, atol=1e-7 if device is CPU else 0)  # rounding: see set_moments
+
+
+@EVERY
+def test_moments_are_the_optimizers_own(uncompiled, name):
+    weights = new_weights()
+    optimizer = build(name, weights)
+    assert moments(optimizer, weights[0]) == {}
+    given = torch.full_like(weights[0], 0.5), torch.full_like(weights[0], 0.25)
+    set_moments(optimizer, weights[0], *given, step=3)
+    assert list(moments(optimizer, weights[0])) == ["exp_avg", "exp_avg_sq"]
+    assert moments(optimizer, weights[1]) == {}
+    take_steps(optimizer, weights, 3, 4)
+    torch.testing.assert_close(given[0], 0.9 * 0.5 + 0.1 * gradients(3)[0])
+    torch.testing.assert_close(given[1], 0.999 * 0.25 + 0.001 * gradients(3)[0] ** 2)
+    assert all(given[i] is tensor for i, tensor in enumerate(moments(optimizer, weights[0]).values()))
+
+
+@EVERY
+def test_groups_keep_what_others_wrote_into_them(uncompiled, name):
+    optimizer = build(name, grouped(new_weights()), lr=0.5)
+    assert [group["name"] for group in optimizer.param_groups] == ["dense", "experts"]
+    assert [group.get("moe") for group in optimizer.param_groups] == [None, True]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+# What an implementation needs
+
+
+def refusal(implementation: str, device=CPU, zero=None) -> str:
+    with pytest.raises(UserError) as caught:
+        check_implementation(optim_config(implementation=implementation), device, "recipe.toml", zero)
+    message = str(caught.value)
+    assert message.startswith(f"recipe.toml: optim.implementation = '{implementation}': ")
+    assert message.endswith('or use "torch"') and "\n" not in message
+    return message
+
+
+def test_torch_is_the_default_and_needs_nothing():
+    config = load_config(REPOSITORY / "configs" / "quickstart.toml").optim
+    assert config.implementation == "torch"
+    check_implementation(config, CPU, "recipe.toml", OFFLOADED)
+
+
+def test_an_unknown_implementation_is_refused(tmp_path):
+    with pytest.raises(UserError, match="optim.implementation = 'fused'.*'torch', 'deepspeed' or 'apex'"):
+        load_config(write_recipe(tmp_path, samples=8), ["optim.implementation=fused"])
+
+
+@pytest.fixture
+def tools(monkeypatch, tmp_path):
+    """A machine with all that compiling takes, made of empty commands; nvcc is CUDA 13.0's, as torch's is."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for command in ("ninja", "c++", "nvcc"):
+        (folder / command).write_text("#!/bin/sh\necho release 13.0, V13.0.88\n")
+        (folder / command).chmod(0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    return folder
+
+
+def test_deepspeed_takes_a_machine_that_can_compile(tools):
+    for device, zero in ((CPU, None), (GPU, {"stage": 3}), (GPU, OFFLOADED)):
+        check_implementation(optim_config(implementation="deepspeed"), device, "recipe.toml", zero)
+
+
+@pytest.mark.parametrize("tool, named", [("ninja", "ninja"), ("c++", "the C++ compiler c++")])
+def test_deepspeed_names_the_tool_that_is_missing(tools, tool, named):
+    (tools / tool).unlink()
+    message = refusal("deepspeed")
+    assert f"to compile DeepSpeed's fused_adam this machine lacks {named}" in message
+    assert "cpu_adam" in refusal("deepspeed", GPU, OFFLOADED)
+
+
+def test_deepspeed_names_all_that_is_missing(tools, tmp_path):
+    for missing in (tools / "ninja", tools / "c++", tmp_path / "Python.h"):
+        missing.unlink()
+    message = refusal("deepspeed")
+    assert all(part in message for part in ("ninja", "c++", str(tmp_path / "Python.h")))
+
+
+def test_the_compiler_is_the_one_that_the_environment_names(tools, monkeypatch):
+    monkeypatch.setenv("CXX", "clang++-99 --std=c++20")
+    assert "the C++ compiler clang++-99;" in refusal("deepspeed")
+
+
+def test_a_gpu_wants_nvcc_of_torchs_cuda(tools, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "nvcc of CUDA 12.8 (CUDA_HOME has 13.0)" in refusal("deepspeed", GPU)
+    (tools / "nvcc").unlink()
+    assert "nvcc of CUDA 12.8 (or CUDA_HOME)" in refusal("deepspeed", GPU)
+    check_implementation(optim_config(implementation="deepspeed"), GPU, "recipe.toml", OFFLOADED)  # steps on the CPU
+
+
+def test_what_was_compiled_with_deepspeed_needs_no_tools(tools, monkeypatch):
+    (tools / "ninja").unlink()
+    installed = sys.modules["deepspeed.git_version_info"].installed_ops
+    monkeypatch.setitem(installed, "fused_adam", True)
+    check_implementation(optim_config(implementation="deepspeed"), GPU, "recipe.toml")
+    refusal("deepspeed", GPU, OFFLOADED)
+
+
+@pytest.fixture
+def packages(monkeypatch, tmp_path):
+    """-> a way to put files into a folder where Python looks for packages. Whoever imports one of them is caught."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(*names: str) -> None:
+        for name in names:
+            path = Path(tmp_path, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("raise AssertionError('imported')")
+
+    return write
+
+
+NVIDIAS = ("apex/__init__.py", "apex/optimizers/fused_adam.py", "apex/multi_tensor_apply/__init__.py")
+build_apex = partial(optim_config, implementation="apex")
+
+
+def test_apex_that_is_not_there(packages):
+    message = refusal("apex", GPU)
+    assert "NVIDIA's apex is not installed (git clone https://github.com/NVIDIA/apex && " in message
+    assert "pip install apex" not in message
+
+
+def test_another_package_called_apex(packages, tmp_path):
+    packages("apex/__init__.py", "apex/forms.py")
+    told = tmp_path / "apex-0.9.10.dev0.dist-info" / "METADATA"
+    told.parent.mkdir()
+    told.write_text("Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\nSummary: Pyramid toolkit\n")
+    for device in (CPU, GPU):
+        message = refusal("apex", device)
+        assert f'the installed apex 0.9.10.dev0 ("Pyramid toolkit") in {tmp_path / "apex"} is not NVIDIA\'s' in message
+        assert "pip uninstall apex" in message and "https://github.com/NVIDIA/apex" in message
+
+
+def test_a_folder_called_apex_is_not_the_package(packages, tmp_path):
+    packages("apex/apex/optimizers/fused_adam.py")  # a clone of the repository beside the run
+    assert f"the installed apex in {tmp_path / 'apex'} is not NVIDIA's" in refusal("apex", GPU)
+
+
+def test_apex_without_its_extensions(packages):
+    packages(*NVIDIAS)
+    message = refusal("apex", GPU)
+    assert "built without its CUDA extensions" in message and "APEX_CUDA_EXT=1" in message
+
+
+def test_apex_with_its_extensions_is_for_gpus_and_for_zero_1_and_2(packages):
+    packages(*NVIDIAS, "amp_C.py")
+    for zero in (None, {"stage": 1}, {"stage": 2}):
+        check_implementation(build_apex(), GPU, "recipe.toml", zero)
+    assert "this run is on cpu" in refusal("apex", CPU)
+    assert "zero_optimization.offload_optimizer" in refusal("apex", GPU, OFFLOADED)
+    assert "zero_optimization.stage = 3" in refusal("apex", GPU, {"stage": 3})
+
+
+# The learning rate
 
 
 def test_paper_stage_1():

@@ -1,0 +1,72 @@
+"""Activation checkpointing: what of a block's forward is kept for its backward pass, and what is computed again.
+
+    none       all that gradients need is kept
+    selective  results of matmuls, attention, routing and communication are kept; norms, modulation, gates, GELU and the
+               moves of tokens to their experts and back are computed again
+    block      one tensor between two blocks is kept; each block's whole forward runs again, communication included
+
+Outputs are the same bits in all three, gradients as well with "selective"; with "block" those of the residual stream
+are added up in another order. Where blocks are compiled, each way is fused, and so rounded, otherwise.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from mdit.models.layers import Stream
+
+# Small, and safer kept: a choice made again could fall otherwise where what leads to it is rounded otherwise.
+ROUTING = ("aten.topk.", "mdit.expert_route.")
+DEAR = (
+    *("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_dot_product_"),
+    *("mdit.masked_self_attention.", "mdit.masked_cross_attention.", "mdit.swiglu_linear.", "mdit.expert_gelu_bmm."),
+    # Expert parallelism's exchange, and all communication of compiled blocks.
+    "_c10d_functional.",
+    # Tensor parallelism's sum over ranks, which overwrites a matmul's result. As that is kept, what the second run
+    # finds is the sum: it must not be summed again.
+    "c10d.allreduce_.",
+)
+
+
+def recompute(block: nn.Module, mode: str) -> None:
+    """Wrap the forward of a `mdit.models.dit.Block` in place, before `block.compile()`. `mode` as above."""
+    if mode == "none":
+        return
+    plain = block.forward
+
+    # Functions of this file: Dynamo passes over frames of torch.utils.checkpoint and would leave the block uncompiled.
+    def selective(stream: Stream, caption_NLD: Tensor, condition_ND: Tensor) -> Stream:
+        return checkpoint(plain, stream, caption_NLD, condition_ND, **OPTIONS, context_fn=keeping_the_dear)
+
+    def whole(stream: Stream, caption_NLD: Tensor, condition_ND: Tensor) -> Stream:
+        # Compiled, the second run is fused and so rounded in its own way; else it gives the same bits.
+        context_fn = keeping_the_routing if torch.compiler.is_compiling() else noop_context_fn
+        return checkpoint(added, plain, stream, caption_NLD, condition_ND, **OPTIONS, context_fn=context_fn)
+
+    block.forward = {"selective": selective, "block": whole}[mode]
+
+
+def added(forward: Callable[..., Stream], stream: Stream, caption_NLD: Tensor, condition_ND: Tensor) -> Stream:
+    """A block whose result is added up inside, so that one tensor is kept between two blocks and not three.
+
+    (With "selective" that would save nothing: what is added is a matmul's result, or with experts as large as one.)
+    """
+    return Stream(forward(stream, caption_NLD, condition_ND).added())
+
+
+def keep(kept: tuple[str, ...], _, op, *args, **kwargs) -> CheckpointPolicy:
+    """A policy of torch's selective checkpointing, by the names of operations as Python has them in torch.ops."""
+    return CheckpointPolicy.MUST_SAVE if str(op).startswith(kept) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+OPTIONS = {"use_reentrant": False, "preserve_rng_state": False}  # a block draws no random numbers
+keeping_the_routing = partial(create_selective_checkpoint_contexts, partial(keep, ROUTING))
+keeping_the_dear = partial(create_selective_checkpoint_contexts, partial(keep, ROUTING + DEAR))
