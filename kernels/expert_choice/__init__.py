@@ -22,7 +22,7 @@ no pass of its own, its gradient <gelu(h), da> falls out of GELU's backward, and
 Bytes without the matmuls' own, for R = N * T * D and H = E * M * F numbers (at capacity 2; 34 and 134 MB in bf16 for
 16,384 tokens of 1024 and F = 2048), forward and backward:
     one-hot    8 * N * E * K * T * D FLOPs (17 G at T = 64, 275 G at T = 1024) and N * E * K * T numbers on top of:
-    PyTorch    32 R + 5 H, of which two passes of atomics; keeps 4 R + 2 H
+    PyTorch    32 R + 5 H, of which two passes of atomics; keeps 6 R + 2 H
     Triton     12 R + 6 H (0.43 instead of 0.62 ms at 2.8 TB/s); keeps 2 R + H: tokens as gathered, and h
 """
 

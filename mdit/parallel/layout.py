@@ -1,0 +1,181 @@
+"""Layouts for the paper plan: how a step would be spread over GPUs, checked and enumerated without any of them."""
+
+import itertools
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from mdit.config import ModelConfig, TrainConfig, UserError
+from mdit.models.dit import MicroDiT
+from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
+from mdit.models.moe import ExpertChoice
+from mdit.parallel.activations import Setting, meta_model
+from mdit.parallel.settings import RunSettings, resolve_ds_config
+
+SIZES = (1, 2, 4, 8)  # of expert and tensor groups that are tried: within a node
+
+
+@dataclass(frozen=True)
+class ZeroOptions:
+    """Keys of "zero_optimization" that memory and traffic depend on, with DeepSpeed's defaults
+    (deepspeed/runtime/zero/config.py). Sizes in numbers, not bytes. `overlap_comm` None: at stage 3 only."""
+
+    overlap_comm: bool | None = None
+    reduce_bucket_size: int = 500_000_000
+    use_multi_rank_bucket_allreduce: bool = True
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+    stage3_param_persistence_threshold: int = 100_000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`gpus` in groups of `ep` (experts) or `tp` (matrices) neighbours; `micro_batch` images at once, `accumulation`
+    times a step. `bf16` False is float32 throughout. `reduced`: fewer images at once than a run takes by itself."""
+
+    gpus: int
+    stage: int
+    micro_batch: int
+    accumulation: int
+    ep: int = 1
+    tp: int = 1
+    checkpointing: str = "none"
+    triton: bool = False
+    bf16: bool = True
+    options: ZeroOptions = field(default=ZeroOptions())
+    reduced: bool = False
+
+    @property
+    def data_size(self) -> int:
+        """Shares of a global batch."""
+        return self.gpus // self.tp
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.bf16 else 4
+
+    @property
+    def overlapped(self) -> bool:
+        """Is ZeRO's own communication hidden behind the computation? BF16_Optimizer (stage 1) cannot."""
+        wanted = self.stage == 3 if self.options.overlap_comm is None else self.options.overlap_comm
+        return wanted and not (self.stage == 1 and self.bf16)
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.micro_batch, self.itemsize, self.triton, self.ep, self.tp, self.checkpointing)
+
+    @property
+    def label(self) -> str:
+        """ZeRO-2 dp32 ep2"""
+        groups = f" ep{self.ep}" if self.ep > 1 else f" tp{self.tp}" if self.tp > 1 else ""
+        return f"ZeRO-{self.stage} dp{self.data_size}{groups}"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of a model's parameters: experts (cut by ep), matrices that tp cuts, and all others."""
+
+    experts: int
+    matrices: int
+    others: int
+
+    def groups(self, layout: Layout) -> list[tuple[int, int, int]]:
+        """(numbers that a rank computes with, ranks that share their optimizer state, how far apart they are)."""
+        whole = [(self.others + self.matrices // layout.tp, layout.data_size, layout.tp)]
+        if layout.ep == 1:
+            return [(whole[0][0] + self.experts, *whole[0][1:])]
+        return [*whole, (self.experts // layout.ep, layout.gpus // layout.ep, layout.ep)]
+
+
+@cache
+def count_weights(config: ModelConfig) -> Weights:
+    model = meta_model(config)
+    experts = sum(p.numel() for mlp in expert_layers(model) for p in (mlp.w1, mlp.w2))
+    cut = [m for m in model.modules() if isinstance(m, SelfAttention | CrossAttention | SwiGLU)]
+    matrices = sum(p.numel() for module in cut for p in module.parameters())
+    return Weights(experts, matrices, sum(p.numel() for p in model.parameters()) - experts - matrices)
+
+
+def expert_layers(model: MicroDiT) -> list[ExpertChoice]:
+    return [block.mlp for block in (*model.patch_mixer, *model.blocks) if isinstance(block.mlp, ExpertChoice)]
+
+
+@cache
+def persistent_numbers(config: ModelConfig, threshold: int) -> int:
+    """Numbers in parameters that ZeRO 3 leaves whole on every rank (parameter_offload.py: numel <= threshold)."""
+    return sum(p.numel() for p in meta_model(config).parameters() if p.numel() <= threshold)
+
+
+def problem(config: ModelConfig, gpus: int, stage: int, ep: int, tp: int) -> str | None:
+    """Why a layout cannot be, or None."""
+    if ep > 1 and tp > 1:
+        return f"expert_parallel = {ep} with tensor_parallel = {tp}: one of them has to be 1"
+    if gpus % (ep * tp):
+        return f"groups of {ep * tp} do not divide {gpus} GPUs"
+    for key, value in (("expert_parallel", ep), ("tensor_parallel", tp)):
+        if value > 1 and stage == 3:
+            return f"{key} = {value} with zero_optimization.stage = 3: expected stage 1 or 2"
+    experts = config.num_experts if count_weights(config).experts else 0
+    if ep > 1 and (not experts or experts % ep):
+        return f"expert_parallel = {ep} does not divide the recipe's {experts} experts"
+    return uneven(config, tp)
+
+
+@cache
+def uneven(config: ModelConfig, tp: int) -> str | None:
+    """The first layer that tensor groups of this size cannot share, in words."""
+    for name, module in meta_model(config).named_modules():
+        if isinstance(module, SelfAttention | CrossAttention) and module.num_heads % tp:
+            return f"tensor_parallel = {tp} does not divide the {module.num_heads} heads of {name}"
+        if isinstance(module, SwiGLU) and module.w3.in_features % tp:
+            return f"tensor_parallel = {tp} does not divide the width {module.w3.in_features} of {name}"
+    return None
+
+
+def candidates(
+    config: TrainConfig, gpus: int, *, micro_batch: int | None, checkpointing: str, triton: bool
+) -> list[Layout]:
+    """ZeRO 1 and 2 with every ep or tp that fits, and ZeRO 3. Raises UserError when none can share the batch."""
+    groups = [(1, 1), *((ep, 1) for ep in SIZES[1:]), *((1, tp) for tp in SIZES[1:])]
+    found, errors = [], []
+    for stage, (ep, tp) in itertools.product((1, 2, 3), groups):
+        if problem(config.model, gpus, stage, ep, tp) is None:
+            ds_json = {"zero_optimization": {"stage": stage}}
+            if micro_batch is not None:
+                ds_json["train_micro_batch_size_per_gpu"] = micro_batch
+            try:
+                batch = batches(ds_json, config, gpus // tp, f"--gpus {gpus}")
+            except UserError as error:
+                errors.append(error)
+            else:
+                found.append(Layout(gpus, stage, *batch, ep, tp, checkpointing, triton))
+    if not found:
+        raise errors[0]
+    return found
+
+
+def layout_of(
+    ds_json: dict, settings: RunSettings, config: TrainConfig, gpus: int, *, triton: bool, path: str | Path
+) -> Layout:
+    """The layout that a DeepSpeed JSON and its "mdit" section (RunSettings) ask for."""
+    ep, tp = settings.expert_parallel, settings.tensor_parallel
+    if min(ep, tp) < 1:
+        raise UserError(f'{path}: "mdit": expert_parallel = {ep}, tensor_parallel = {tp}: expected 1 or more')
+    micro_batch, accumulation = batches(ds_json, config, max(1, gpus // tp), path)
+    zero = ds_json["zero_optimization"]
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device", "none") != "none":
+            raise UserError(f"{path}: zero_optimization.{key} = {zero[key]!r}: a paper plan knows no offload")
+    if ds_json.get("bf16", {}).get("enabled") is False:
+        raise UserError(f"{path}: bf16.enabled = False: a paper plan is for bfloat16")
+    if why := problem(config.model, gpus, zero["stage"], ep, tp):
+        raise UserError(f"{path}: {why}")
+    options = ZeroOptions(**{key: zero[key] for key in ZeroOptions.__dataclass_fields__ if key in zero})
+    checkpointing = settings.activation_checkpointing
+    return Layout(gpus, zero["stage"], micro_batch, accumulation, ep, tp, checkpointing, triton, options=options)
+
+
+def batches(ds_json: dict, config: TrainConfig, data_size: int, path: str | Path) -> tuple[int, int]:
+    """(images of a micro-batch, micro-batches of a step): what a run would take (mdit.parallel.settings)."""
+    resolved = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=True, path=path)
+    return resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]

@@ -1,0 +1,69 @@
+"""Machines for the paper plan: what vendors promise of a GPU, and what share of it a step is assumed to reach.
+
+Peaks are those of the data sheets: "NVIDIA H100 Tensor Core GPU" and "NVIDIA H200 Tensor Core GPU" (SXM), "NVIDIA A100
+Tensor Core GPU" (80GB SXM), "NVIDIA Ada GPU Architecture" (appendix A, GeForce RTX 4090); dense bfloat16 with float32
+sums, NVLink and PCIe in one direction (half of what the sheets add up). The network is that of DGX H100, DGX H200 and
+DGX A100: one ConnectX port of 400 or 200 Gb/s for each GPU.
+"""
+
+import math
+from dataclasses import dataclass
+
+# Shares of the peaks, assumed, not measured: 650 TFLOP/s of matmuls, 350 of attention and 2.8 TB/s on an H100, as in
+# the time budget that the kernels were planned with (docs/kernels.md), and what NCCL commonly reaches of its links.
+MATMUL_SHARE = 0.66
+ATTENTION_SHARE = 0.35
+MEMORY_SHARE = 0.84
+LINK_SHARE = 0.75
+OVERLAP_SHARE = 0.5  # of the computation, behind which communication can hide where DeepSpeed overlaps it
+
+# Seconds, assumed, not measured.
+KERNEL_FLOOR = 6e-6  # until the host has launched a kernel: 6 microseconds of Python and autograd an operation
+GATHER_HOOK = 30e-6  # ZeRO 3's Python before or after a module with weights
+COLLECTIVE_START = 15e-6  # until a collective moves bytes,
+COLLECTIVE_HOP = 5e-6  # and for each doubling of its ranks
+
+# GiB beside what torch reports: CUDA's context, NCCL's buffers, and what the allocator cannot hand out. Assumed.
+RESERVED_GIB = 5.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of equal GPUs. `peak` in FLOP/s (bfloat16), `memory_gib` in GiB, all others in bytes per second and GPU.
+
+    `link` joins the GPUs of a node, in one direction; `network` is a GPU's share of its node's way out.
+    """
+
+    name: str
+    peak: float
+    memory_gib: float
+    memory: float
+    link: float
+    network: float
+    gpus_per_node: int = 8
+    triton: bool = True  # does `"kernels": "auto"` take the kernels on it?
+
+    def seconds(self, link_bytes: float, network_bytes: float, ranks: int, count: float = 1) -> float:
+        """Of `count` collectives over `ranks` ranks, which move so many bytes in all: NCCL's rings run through both
+        kinds of link at once, so that the slower one decides, and every collective has a start."""
+        start = COLLECTIVE_START + COLLECTIVE_HOP * math.log2(max(ranks, 1))
+        moving = max(link_bytes / self.link, network_bytes / self.network) / LINK_SHARE
+        return moving + count * start if ranks > 1 else 0.0
+
+    def share_on_network(self, ranks: int, stride: int = 1) -> float:
+        """Of what a GPU sends in a ring over ranks that are `stride` apart. With g ranks in each node, one of g steps
+        leaves the node; as many rings as GPUs share the ways out evenly."""
+        in_node = max(1, self.gpus_per_node // stride)
+        return 0.0 if ranks <= in_node else 1 / in_node
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine("h100", peak=989e12, memory_gib=80, memory=3.35e12, link=450e9, network=50e9),
+        Machine("h200", peak=989e12, memory_gib=141e9 / 2**30, memory=4.8e12, link=450e9, network=50e9),
+        Machine("a100", peak=312e12, memory_gib=80, memory=2.039e12, link=300e9, network=25e9, triton=False),
+        # No NVLink: PCIe 4.0 x16. The network is assumed: one port of 100 Gb/s for the 8 GPUs of a node.
+        Machine("rtx4090", peak=165e12, memory_gib=24, memory=1.008e12, link=32e9, network=12.5e9 / 8, triton=False),
+    )
+}

@@ -1,0 +1,96 @@
+"""tools/plan.py: its tables, its file, its errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mdit.config import load_config
+from mdit.parallel.estimate import predict
+from mdit.parallel.layout import candidates
+from mdit.parallel.machines import MACHINES
+from tools import plan
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PRETRAIN = str(CONFIGS / "res_256_pretrain.toml")
+QUICKSTART = str(CONFIGS / "quickstart.toml")
+
+
+def test_every_layout_then_the_best_of_every_size(capsys, tmp_path):
+    plan.main(["--recipe", PRETRAIN, "--gpus", "64", "--gpu", "h100", "--json", str(tmp_path / "plan.json")])
+    printed = capsys.readouterr().out
+    first, second = printed.split("\n\nthe fastest")
+    assert "res_256_pretrain, global batch 2048, on 64 h100 (8 nodes): predicted, not measured" in first
+    assert "predicted, not measured" in second
+    assert len(printed.splitlines()) < 40 and max(map(len, printed.splitlines())) <= 140
+
+    config = load_config(PRETRAIN)
+    layouts = candidates(config, 64, micro_batch=None, checkpointing="none", triton=True)
+    rows = [line for line in first.splitlines() if line.startswith("ZeRO")]
+    assert sorted(row.split("  ")[0] for row in rows) == sorted(layout.label for layout in layouts)
+    sizes = [line.split()[0] for line in second.splitlines() if "ZeRO" in line]
+    assert sizes == ["8", "16", "32", "64", "128", "256", "512", "1024"]
+
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["note"] == "predicted, not measured" and written["machine"]["name"] == "h100"
+    speeds = [row["images_per_second"] for row in written["layouts"]]
+    assert speeds == sorted(speeds, reverse=True)
+    best = max((predict(config, layout, MACHINES["h100"]) for layout in layouts), key=lambda p: p.images_per_second)
+    assert speeds[0] == best.images_per_second and rows[0].startswith(best.layout.label)
+    assert f"{best.images_per_second:,.0f}" in rows[0] and f"{best.memory.peak / 2**30:.1f}" in rows[0]
+    assert written["sizes"][3]["images_per_second"] == speeds[0]
+    assert written["assumed"]["dollars_per_gpu_hour"] == 3.75 and written["assumed"]["matmul_share"] == 0.66
+
+
+def test_one_layout_of_a_json(capsys, tmp_path):
+    ds_json = tmp_path / "ds.json"
+    mdit = {"expert_parallel": 4, "activation_checkpointing": "block"}
+    ds_json.write_text(json.dumps({"zero_optimization": {"stage": 2}, "mdit": mdit}))
+    asked = ["--recipe", PRETRAIN, "--gpus", "16", "--gpu", "a100", "--ds_config", str(ds_json)]
+    plan.main([*asked, "--micro_batch", "64", "--dollars_per_gpu_hour", "2", "--json", str(tmp_path / "plan.json")])
+    first, _ = capsys.readouterr().out.split("\n\nthe fastest")
+    (row,) = [line for line in first.splitlines() if line.startswith("ZeRO")]
+    assert row.split()[:4] == ["ZeRO-2", "dp16", "ep4", "64x2"]
+    (layout,) = json.loads((tmp_path / "plan.json").read_text())["layouts"]
+    assert layout["layout"]["checkpointing"] == "block" and layout["layout"]["triton"] is False
+
+
+def test_what_does_not_fit_is_marked(capsys):
+    asked = ["--recipe", PRETRAIN, "--gpus", "8", "--gpu", "rtx4090"]
+    plan.main([*asked, "--micro_batch", "256"])
+    printed = capsys.readouterr().out
+    assert "! more than the GPU has" in printed and "*" not in printed
+    plan.main(asked)
+    printed = capsys.readouterr().out
+    assert "* fewer images at once" in printed
+    plan.main([*asked, "--activation_checkpointing", "block", "--micro_batch", "32"])
+    assert "! more" not in capsys.readouterr().out.split("\n\nthe fastest")[0].split("batch: ")[0]
+
+
+def test_a_batch_that_no_size_can_share(capsys):
+    plan.main(["--recipe", QUICKSTART, "--gpus", "5", "--set", "training.global_batch_size=5"])
+    printed = capsys.readouterr().out
+    assert "ZeRO-2 dp5" in printed and "none of 8, 16, 32, 64, 128, 256, 512, 1024 GPUs can share" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--gpu", "tpu"], "argument --gpu: invalid choice: 'tpu'"),
+        (["--gpus", "24"], "cannot be shared evenly by 24 processes"),
+        (["--gpus", "0"], "--gpus 0: expected more than 0"),
+        (["--micro_batch", "100"], "train_micro_batch_size_per_gpu = 100 does not divide"),
+        (["--dollars_per_gpu_hour", "-1"], "--dollars_per_gpu_hour -1.0: expected more than 0"),
+        (["--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),
+        (["--ds_config", "nowhere.json"], "nowhere.json: cannot read the DeepSpeed JSON"),
+        (["--set", "training.mask_ratio=2"], "training.mask_ratio"),
+        (["--json", "nowhere/plan.json"], "nowhere/plan.json"),
+    ],
+)
+def test_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as raised:
+        plan.main(["--recipe", QUICKSTART, *arguments])
+    printed = capsys.readouterr().err
+    assert raised.value.code == 2 and printed.startswith("error: ") and message in printed
+    assert len(printed.splitlines()) == 1

@@ -1,0 +1,191 @@
+"""What a step would cost on machines that are not here: memory, traffic, time and price of every layout, on paper.
+
+    python tools/plan.py --recipe configs/res_256_pretrain.toml --gpus 64 --gpu h100
+    python tools/plan.py --recipe configs/res_512_finetune.toml --gpus 16 --gpu a100 --activation_checkpointing block
+    python tools/plan.py --gpus 8 --ds_config configs/zero3.json --json plan.json
+
+First every layout of so many GPUs, fastest first: ZeRO 1 and 2 with expert parallelism (ep) or tensor parallelism (tp),
+ZeRO 3. Then the fastest one at 8 to 1,024 GPUs, with the same global batch. Everything is predicted by formula, nothing
+is measured: docs/parallelism.md has the formulas and what they assume.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, load_config
+from mdit.parallel import machines
+from mdit.parallel.estimate import Prediction, fitted, predict
+from mdit.parallel.layout import Layout, candidates, layout_of
+from mdit.parallel.machines import MACHINES, Machine
+from mdit.parallel.settings import load_ds_json, load_run_settings
+
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+CHECKPOINTING = ("none", "block", "selective")
+NOTE = "predicted, not measured"
+GIB, GB = 2**30, 1e9
+COLUMNS = [  # of both tables, in groups
+    ("", ["   batch"]),
+    ("GiB on a GPU", [" weights", " grads", " optim", " activ", " buffer", "  peak"]),
+    ("GB a GPU sends", [" NVLink", "   net"]),
+    ("ms a step", [" compute", "   wait"]),
+    ("", [" images/s", " effic", "    $/M"]),
+]
+LABEL = 22
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    try:
+        run(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    add = parser.add_argument
+    add("--recipe", type=Path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json")
+    add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
+    add("--gpus", type=int, default=8, help="in nodes of 8; default: 8")
+    add("--gpu", choices=MACHINES, default="h100", help="default: h100")
+    add("--ds_config", type=Path, help="plan this JSON's layout alone; default: all")
+    add("--micro_batch", type=int, help="images at once; default: what a run takes, or fewer so that they fit")
+    add("--activation_checkpointing", choices=CHECKPOINTING, help="default: none, or the JSON's")
+    add("--kernels", choices=("auto", "reference", "triton"), help='default: the JSON\'s, or "auto"')
+    add("--dollars_per_gpu_hour", type=float, default=3.75, help="default: 3.75, as the paper has it")
+    add("--json", type=Path, help="write both tables, with all they assume, to this file")
+    args = parser.parse_args(arguments)
+    for name in ("gpus", "micro_batch", "dollars_per_gpu_hour"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            parser.error(f"--{name} {value}: expected more than 0")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    config, machine = load_config(args.recipe, args.set), MACHINES[args.gpu]
+    here = predictions(config, args.gpus, machine, args)
+    dollars = args.dollars_per_gpu_hour
+    nodes = f" ({-(-args.gpus // machine.gpus_per_node)} nodes)" if args.gpus > machine.gpus_per_node else ""
+    batch = f"global batch {config.training.global_batch_size}"
+    print(f"{config.name}, {batch}, on {args.gpus} {machine.name}{nodes}: {NOTE}\n\n{titles()}")
+    for prediction in here:
+        print(line(prediction, prediction.layout.label, dollars))
+    print(f"\nthe fastest at 8 to 1,024 {machine.name}: {NOTE}; scaling: images/s of a GPU beside the first line's\n")
+    sizes = best_of_sizes(config, machine, args)
+    print(f"{titles()} scaling" if sizes else f"none of {', '.join(map(str, SIZES))} GPUs can share a {batch}")
+    for prediction in sizes:
+        scaling = rate_of_a_gpu(prediction) / rate_of_a_gpu(sizes[0])
+        print(f"{line(prediction, f'{prediction.layout.gpus:>4} {prediction.layout.label}', dollars)}{scaling:>8.0%}")
+    print("\n" + remarks([*here, *sizes], dollars))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report(config, machine, here, sizes, dollars), indent=1) + "\n")
+
+
+def predictions(config: TrainConfig, gpus: int, machine: Machine, args: argparse.Namespace) -> list[Prediction]:
+    """Of every layout that was asked for, those that fit first, fastest first."""
+    found = [predict(config, layout, machine) for layout in layouts(config, gpus, machine, args)]
+    return sorted(found, key=lambda p: (not p.fits, -p.images_per_second))
+
+
+def layouts(config: TrainConfig, gpus: int, machine: Machine, args: argparse.Namespace) -> list[Layout]:
+    kernels, checkpointing = args.kernels or "auto", args.activation_checkpointing
+    if args.ds_config is None:
+        triton = kernels == "triton" or (kernels == "auto" and machine.triton)
+        options = {"micro_batch": args.micro_batch, "checkpointing": checkpointing or "none", "triton": triton}
+        found = candidates(config, gpus, **options)
+        return found if args.micro_batch else [fitted(config, layout, machine) for layout in found]
+    ds_json = load_ds_json(args.ds_config)
+    settings = load_run_settings(ds_json, args.ds_config)
+    asked = {"activation_checkpointing": checkpointing, "kernels": args.kernels}
+    settings = settings.model_copy(update={key: value for key, value in asked.items() if value is not None})
+    if args.micro_batch is not None:
+        ds_json |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": "auto"}
+    triton = settings.kernels == "triton" or (settings.kernels == "auto" and machine.triton)
+    return [layout_of(ds_json, settings, config, gpus, triton=triton, path=args.ds_config)]
+
+
+def best_of_sizes(config: TrainConfig, machine: Machine, args: argparse.Namespace) -> list[Prediction]:
+    """The best of each size; sizes that cannot share the batch are left out."""
+    best = []
+    for gpus in SIZES:
+        try:
+            best.append(predictions(config, gpus, machine, args)[0])
+        except UserError:
+            continue
+    return best
+
+
+def remarks(shown: list[Prediction], dollars: float) -> str:
+    """What the tables' signs mean, of those that are there."""
+    lines = [
+        "batch: images at once x micro-batches; peak: of the sum, as parts are not at their largest together;",
+        f"net: between nodes of 8; effic: without waiting; $/M: of a million images at {dollars:g} a GPU-hour",
+    ]
+    if any(p.layout.reduced for p in shown):
+        lines.append(
+            "* fewer images at once than a run takes by itself, so that they fit: train_micro_batch_size_per_gpu"
+        )
+    if not all(p.fits for p in shown):
+        lines.append(
+            f"! more than the GPU has beside {machines.RESERVED_GIB:g} GiB; --activation_checkpointing block needs less"
+        )
+    return "\n".join(lines)
+
+
+def rate_of_a_gpu(prediction: Prediction) -> float:
+    return prediction.images_per_second / prediction.layout.gpus
+
+
+def titles() -> str:
+    names = ["".join(titles) for _, titles in COLUMNS]
+    groups = [f"{group:^{len(name)}}" for (group, _), name in zip(COLUMNS, names)]
+    return f"{'':{LABEL}}{' |'.join(groups).rstrip()}\n{'layout':{LABEL}}{' |'.join(names)}"
+
+
+def line(p: Prediction, label: str, dollars: float) -> str:
+    """Batch: images at once x micro-batches. A `!` behind what does not fit."""
+    layout = p.layout
+    cells = [f"{layout.micro_batch}{'*' if layout.reduced else ''}x{layout.accumulation}"]
+    cells += [f"{value / GIB:.1f}" for value in asdict(p.memory).values()]
+    cells += [f"{p.link_bytes / GB:.2f}", f"{p.network_bytes / GB:.2f}"]
+    cells += [f"{p.compute_seconds * 1e3:.1f}", f"{p.exposed_seconds * 1e3:.1f}"]
+    cells += [f"{p.images_per_second:,.0f}", f"{p.efficiency:.0%}", f"{p.dollars_per_million_images(dollars):.2f}"]
+    left = iter(cells)
+    parts = ["".join(f"{next(left):>{len(title)}}" for title in titles) for _, titles in COLUMNS]
+    parts[1] += "" if p.fits else "!"
+    return f"{label:{LABEL}}{' |'.join(parts).replace('! |', '!|')}"
+
+
+def report(
+    config: TrainConfig, machine: Machine, here: list[Prediction], sizes: list[Prediction], dollars: float
+) -> dict:
+    """What --json writes. Bytes, seconds, images per second; each of a GPU, but for images_per_second."""
+    assumed = {name.lower(): value for name, value in vars(machines).items() if name.isupper() and name != "MACHINES"}
+    return {
+        "note": NOTE,
+        "recipe": config.name,
+        "machine": asdict(machine),
+        "assumed": assumed | {"dollars_per_gpu_hour": dollars},
+        "layouts": [described(prediction, dollars) for prediction in here],
+        "sizes": [described(prediction, dollars) for prediction in sizes],
+    }
+
+
+def described(p: Prediction, dollars: float) -> dict:
+    derived = {
+        "label": p.layout.label,
+        "step_seconds": p.step_seconds,
+        "images_per_second": p.images_per_second,
+        "efficiency": p.efficiency,
+        "dollars_per_million_images": p.dollars_per_million_images(dollars),
+    }
+    return asdict(p) | derived
+
+
+if __name__ == "__main__":
+    main()
