@@ -36,6 +36,17 @@ REFUSED_KEYS = {
     "data_types": "gradients are always accumulated in float32",
 }
 
+# zero_optimization.KEY: (its only value here, why).
+FIXED_ZERO_KEYS = {
+    "round_robin_gradients": (False, "DeepSpeed would mix up which weights are whose in validation and snapshots"),
+    "mics_shard_size": (-1, "partitions are cut over all processes"),
+    "compute_grad_norm": (True, "the recipe clips gradients"),
+    "zero_quantized_weights": (False, "it changes what is learned"),
+    "zero_quantized_nontrainable_weights": (False, "it changes what is learned"),
+    "zero_quantized_gradients": (False, "it changes what is learned"),
+    "zenflow": (None, "it changes what is learned"),
+}
+
 # The paper's micro-batches of xl_2 on one H100 (256, 64, 64 and 16 images) are all 16,384 kept tokens.
 AUTO_TOKENS = 16_384
 
@@ -43,13 +54,17 @@ AUTO_TOKENS = 16_384
 class RunSettings(Section):
     """The "mdit" section of the JSON.
 
-    `compile`: torch.compile each block. `activation_checkpointing` "block": keep only each block's input and run its
-    forward again in the backward pass. `kernels`: what the fused operations run in (mdit.kernels.choice).
-    `data_engine`: what moves latents to the device; "auto" takes DALI where it is installed and a GPU is there.
+    `expert_parallel`, `tensor_parallel`: over how many processes the experts, or the matrices, are spread
+    (mdit.parallel.plan). `compile`: torch.compile each block. `activation_checkpointing`: what of a block's forward is
+    run again in the backward pass: nothing, all ("block"), or all but matmuls and attention ("selective").
+    `kernels`: what the fused operations run in (mdit.kernels.choice). `data_engine`: what moves latents to the device;
+    "auto" takes DALI where it is installed and a GPU is there.
     """
 
+    expert_parallel: int = 1
+    tensor_parallel: int = 1
     compile: bool = False
-    activation_checkpointing: Literal["none", "block"] = "none"
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
     kernels: Literal["auto", "reference", "triton"] = "auto"
     data_engine: Literal["auto", "native", "dali"] = "auto"
 
@@ -71,12 +86,13 @@ def load_run_settings(ds_json: dict, path: str | Path) -> RunSettings:
 
 
 def resolve_ds_config(
-    ds_json: dict, config: TrainConfig, *, world_size: int, bf16_works: bool, path: str | Path
+    ds_json: dict, config: TrainConfig, *, data_size: int, bf16_works: bool, path: str | Path
 ) -> dict:
     """What DeepSpeed is given: the JSON with every "auto" filled from the recipe. Pure.
 
-    `bf16_works` says whether this machine computes in bfloat16 ("auto" takes it where it does). Raises UserError for an
-    unknown key, a value that contradicts the recipe, and a global batch that the processes cannot share evenly.
+    `data_size` processes share a global batch: all of them, but for tensor parallelism. `bf16_works` says whether this
+    machine computes in bfloat16 ("auto" takes it where it does). Raises UserError for an unknown key, a value that
+    contradicts the recipe, and a global batch that the processes cannot share evenly.
     """
     for key in ds_json:
         if key in REFUSED_KEYS:
@@ -87,7 +103,7 @@ def resolve_ds_config(
     resolved = {key: value for key, value in ds_json.items() if key != "mdit"}
     resolved["zero_optimization"] = _zero_section(ds_json, path)
     resolved["bf16"] = _bf16_section(ds_json, bf16_works, path)
-    resolved.update(_batch_sizes(ds_json, config, world_size, path))
+    resolved.update(_batch_sizes(ds_json, config, data_size, path))
     clip = config.optim.max_grad_norm
     _agree(ds_json, "gradient_clipping", clip, "optim.max_grad_norm", path)
     resolved["gradient_clipping"] = clip
@@ -105,6 +121,9 @@ def _zero_section(ds_json: dict, path) -> dict:
     if stage not in (1, 2, 3):
         # Stage 0 accumulates bf16 gradients in bf16; stage 1 on one process costs the same and does not.
         raise UserError(f"{path}: zero_optimization.stage = {stage!r}: expected 1, 2 or 3")
+    for key, (value, reason) in FIXED_ZERO_KEYS.items():
+        if zero.get(key, value) != value:
+            raise UserError(f"{path}: zero_optimization.{key} = {zero[key]!r}: expected {value!r}, since {reason}")
     for key in ("offload_optimizer", "offload_param"):
         if (section := zero.get(key)) and section.get("device") == "nvme":
             raise UserError(f'{path}: zero_optimization.{key}.device = \'nvme\': expected "cpu" or "none"')
@@ -121,14 +140,14 @@ def _bf16_section(ds_json: dict, bf16_works: bool, path) -> dict:
     return section | {"enabled": enabled}
 
 
-def _batch_sizes(ds_json: dict, config: TrainConfig, world_size: int, path) -> dict:
+def _batch_sizes(ds_json: dict, config: TrainConfig, data_size: int, path) -> dict:
     batch = config.training.global_batch_size
     _agree(ds_json, "train_batch_size", batch, "training.global_batch_size", path)
-    share, rest = divmod(batch, world_size)
+    share, rest = divmod(batch, data_size)
     if rest:
         raise UserError(
             f"{path}: training.global_batch_size {batch} of recipe {config.name} cannot be shared evenly by "
-            f"{world_size} processes"
+            f"{data_size} processes"
         )
     micro, steps = (
         ds_json.get(key, "auto") for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -137,13 +156,13 @@ def _batch_sizes(ds_json: dict, config: TrainConfig, world_size: int, path) -> d
         if value != "auto" and (type(value) is not int or value < 1 or share % value):
             raise UserError(
                 f"{path}: {key} = {value!r} does not divide the {share} samples of each process "
-                f"(training.global_batch_size {batch} over {world_size} processes)"
+                f"(training.global_batch_size {batch} over {data_size} processes)"
             )
     if micro == "auto":
         micro = share // steps if steps != "auto" else _auto_micro_batch(config, share)
     if steps not in ("auto", share // micro):
         raise UserError(
-            f"{path}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {steps} x {world_size} "
+            f"{path}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {steps} x {data_size} "
             f"processes is not training.global_batch_size {batch}"
         )
     return {

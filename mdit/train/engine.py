@@ -1,8 +1,8 @@
 """DeepSpeed behind a few verbs: build, micro-step, and the float32 master weights as plain tensors.
 
-This is the only file that knows DeepSpeed's internals; everything else sees tensors and names. In ZeRO 1, 2 and 3 each
-rank's optimizer owns flat float32 partitions of the weights (`masters`), and the model's own parameters are copies of
-them in the computing dtype.
+Beside optim.py and mdit/parallel/expert.py only this file knows DeepSpeed; all else sees tensors and names. In ZeRO 1,
+2 and 3 each rank's optimizer owns flat float32 partitions of the weights (`masters`), and the model's own parameters
+are copies of them in the computing dtype. `pieces` says which elements of which parameter lie where in them.
 """
 
 import logging
@@ -17,9 +17,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mdit.config import TrainConfig, UserError
-from mdit.dist import World
 from mdit.models import MicroDiT
-from mdit.train.optim import build_optimizer
+from mdit.parallel.plan import ParallelPlan
+from mdit.parallel.shard import gather_whole, shard_of
+from mdit.train.optim import build_optimizer, moments, set_moments
+from mdit.train.pieces import Piece
 
 
 def check_zero_section(ds_config: dict, path) -> None:
@@ -35,20 +37,20 @@ def check_zero_section(ds_config: dict, path) -> None:
 class Engine:
     """A MicroDiT under DeepSpeed, called like the model. `masters`: this rank's float32 partitions of its weights."""
 
-    def __init__(self, model: MicroDiT, config: TrainConfig, ds_config: dict, world: World) -> None:
+    def __init__(self, model: MicroDiT, config: TrainConfig, ds_config: dict, plan: ParallelPlan) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
         # On a CPU DeepSpeed would compile a shared-memory op first: up to two minutes, and a lock that a kill leaves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
-        self.world = world
+        self.plan, self.world = plan, plan.world
         exact = (
             {name: p.detach().clone() for name, p in model.named_parameters()} if ds_config["bf16"]["enabled"] else {}
         )
-        model.to(world.device)
-        optimizer = build_optimizer(model.parameters(), config.optim)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        model.to(self.world.device)
+        optimizer = build_optimizer(parameter_groups(model, plan), config.optim, ds_config["zero_optimization"])
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=plan.mpu)
         self.zero = self.deepspeed.optimizer
         self.masters: list[Tensor] = next(  # ZeRO 3; ZeRO 1 in bf16; ZeRO 1 and 2
             getattr(self.zero, name)
@@ -61,7 +63,7 @@ class Engine:
         )
         for name, parameter in self.deepspeed.module.named_parameters():
             if name in exact:  # DeepSpeed takes its masters from the bf16 copies: give it back what rounding lost
-                safe_set_full_fp32_param(parameter, exact.pop(name).to(world.device))
+                safe_set_full_fp32_param(parameter, exact.pop(name).to(self.world.device))
 
     def __call__(self, *args, **kwargs) -> Tensor:
         return self.deepspeed(*args, **kwargs)
@@ -93,36 +95,49 @@ class Engine:
             self._fill_masters(partitions)
         try:
             for name, parameter in self.deepspeed.module.named_parameters():
-                yield name, safe_get_full_fp32_param(parameter).view(getattr(parameter, "ds_shape", parameter.shape))
+                part = safe_get_full_fp32_param(parameter).view(getattr(parameter, "ds_shape", parameter.shape))
+                yield name, gather_whole(part, parameter)
         finally:
             if held is not None:
                 self._fill_masters(held)
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """This rank's masters and Adam moments, flat, by name."""
-        tensors = {}
-        for i, master in enumerate(self.masters):
-            tensors[f"master.{i}"] = master.detach()
-            for key, value in self.zero.optimizer.state.get(master, {}).items():
-                tensors[f"{key}.{i}"] = torch.as_tensor(value)
-        return tensors
+    def pieces(self) -> list[Piece]:
+        """What this rank's masters hold. Padding, which DeepSpeed puts between and behind, belongs to no piece."""
+        found = []
+        for name, parameter in self.deepspeed.module.named_parameters():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if self.stage == 3:
+                partition, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                start = size * self.world.rank
+                numel = min(size, parameter.ds_numel - start)
+            elif (mapping := parameter._hp_mapping) is not None:
+                partition, offset = mapping.param_group_index, mapping.hp_fragment_address.start
+                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            else:
+                continue
+            if numel > 0:
+                found.append(Piece(name, shape, shard_of(parameter), start, numel, partition, offset))
+        return found
 
-    def load_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `optimizer_state`, bit for bit; then the model's parameters are filled from the masters."""
-        self._fill_masters([tensors[f"master.{i}"] for i in range(len(self.masters))])
-        for i, master in enumerate(self.masters):
-            state = {key.removesuffix(f".{i}"): v for key, v in tensors.items() if key.endswith(f".{i}")}
-            state.pop("master")
-            if state:
-                self.zero.optimizer.state[master] = {k: v.to(master.device, copy=True) for k, v in state.items()}
-        self._refresh_parameters()
+    def optimizer_state(self) -> dict[str, list[Tensor]]:
+        """This rank's masters and Adam moments: for each kind one flat float32 tensor a partition. Views, no copies."""
+        state = {"master": [master.detach() for master in self.masters]}
+        of_masters = [moments(self.zero.optimizer, master) for master in self.masters]
+        return state | {key: [found[key] for found in of_masters] for key in of_masters[0]}
+
+    def begin_at(self, step: int) -> None:
+        """The optimizer as after `step` steps, with moments of zero: what `optimizer_state` gives is to be filled."""
+        for master in self.masters:
+            zeros = [torch.zeros_like(master) for _ in range(2)]
+            set_moments(self.zero.optimizer, master, *zeros, step)
 
     @torch.no_grad()
     def _fill_masters(self, partitions: list[Tensor]) -> None:
         for master, value in zip(self.masters, partitions, strict=True):
             master.copy_(value)
 
-    def _refresh_parameters(self) -> None:
+    def refresh_parameters(self) -> None:
+        """Fill the model's parameters from the masters, after these have been filled from a checkpoint."""
         if self.stage < 3:
             self.zero.update_lp_params()
             return
@@ -137,3 +152,12 @@ class Engine:
         if zero.persistent_parameters:  # small ones stay whole on every rank between steps
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def parameter_groups(model: MicroDiT, plan: ParallelPlan) -> list[dict]:
+    """One group, since the paper decays every parameter alike; two where experts are shared out over other ranks."""
+    if plan.expert_group is None:
+        return [{"params": list(model.parameters())}]
+    from mdit.parallel import expert
+
+    return expert.parameter_groups(model)

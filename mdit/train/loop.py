@@ -12,8 +12,9 @@ from mdit.diffusion.edm import draw, edm_loss
 from mdit.dist import StopSignal, World, logger
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
+from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings
-from mdit.train.checkpoint import load_latest, save_training_state
+from mdit.train.checkpoint import Checkpoint, find_latest, load_into, save_training_state
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.evaluation import Evaluation
@@ -38,8 +39,10 @@ class Run:
         zero = dict(self.ds_config["zero_optimization"])
         return {
             "world_size": self.world.size,
+            "expert_parallel": self.settings.expert_parallel,
+            "tensor_parallel": self.settings.tensor_parallel,
             "zero_stage": zero.pop("stage"),
-            "zero_options": zero,  # some of them reorder or cut partitions, which would go unnoticed
+            "zero_options": zero,  # some of them reorder or cut partitions
             "bf16": self.ds_config["bf16"]["enabled"],
         }
 
@@ -47,7 +50,7 @@ class Run:
 def train(run: Run) -> int:
     """Train, or go on training, to the recipe's last step; returns the step reached. A collective over all ranks.
 
-    Stops early, with a checkpoint, when any rank receives SIGTERM or SIGUSR1.
+    Stops early, with a checkpoint, when any rank receives SIGTERM or SIGUSR1, or when there is a file run_dir/STOP.
     """
     config, world, report = run.config, run.world, run.config.report
     checkpoints = run.run_dir / "checkpoints"
@@ -56,28 +59,29 @@ def train(run: Run) -> int:
     model = MicroDiT(config.model)
     if run.initial_weights is not None:
         model.load_state_dict(run.initial_weights, strict=False)  # all but pos_embed: initial_weights has checked it
-    parallelize(model, run.settings)
-    engine = Engine(model, config, run.ds_config, world)
+    plan = ParallelPlan.build(run.settings, world)
+    parallelize(model, run.settings, plan)
+    engine = Engine(model, config, run.ds_config, plan)
     ema = EMA(config.ema, engine.masters) if config.ema else None
     losses = LossAverage(world)
 
     step = 0
-    if (found := load_latest(checkpoints, layout=run.layout, world=world)) is not None:
-        step, tensors = found
-        restore(engine, ema, losses, tensors)
+    if (checkpoint := find_latest(checkpoints, world)) is not None:
+        step = checkpoint.step
+        restore(checkpoint, run, engine, ema, losses)
         logger.info(f"resuming at step {step} of {config.training.num_steps}")
     first_step = step
 
     evaluation = Evaluation(run.config, run.run_dir, world)
     metrics = Metrics(run.run_dir, first_step=step, num_steps=config.training.num_steps, world=world)
-    stop, stopwatch = StopSignal(), Stopwatch(world.device)
+    stop, stopwatch = StopSignal(run.run_dir / "STOP", world), Stopwatch(world.device)
     loader = build_loader(
         config.data.train,
         global_batch_size=config.training.global_batch_size,
         seed=config.seed,
         start_step=step,
-        rank=world.rank,
-        world_size=world.size,
+        rank=plan.data_rank,
+        world_size=plan.data_size,
         device=world.device,
         weights=config.data.weights,
         engine=run.settings.data_engine,
@@ -86,7 +90,7 @@ def train(run: Run) -> int:
     with loader:
         while True:
             done = step >= config.training.num_steps
-            stopping = stop.agreed(world)
+            stopping = stop.agreed()
 
             if step > first_step:  # what was due at the first step was done before the run stopped there
                 if step % report.log_every == 0 or done:
@@ -103,7 +107,9 @@ def train(run: Run) -> int:
                     save_training_state(
                         checkpoints,
                         step,
-                        state_tensors(engine, ema, losses),
+                        state_tensors(engine, ema),
+                        engine.pieces(),
+                        memory=losses.memory(),
                         layout=run.layout,
                         world=world,
                         keep=report.keep_checkpoints,
@@ -125,7 +131,7 @@ def train(run: Run) -> int:
     if done:
         logger.info(f"finished at step {step}: {run.run_dir / 'snapshots' / 'latest'}")
     else:
-        logger.info(f"stopped by a signal at step {step}; the same command goes on from there")
+        logger.info(f"stopped at step {step}; the same command goes on from there")
     return step
 
 
@@ -145,7 +151,7 @@ def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig)
     """One step on this rank's share of the global batch, micro-batch by micro-batch -> the share's mean loss."""
     engine.set_learning_rate(learning_rate(step, config.training.num_steps, config.optim))
     share = len(batch.latents_NCHW)
-    start = engine.world.rank * share
+    start = engine.plan.data_rank * share
     drawn = draw(config, step, slice(start, start + share), engine.world.device)
     total = torch.zeros((), device=engine.world.device)
     for rows in engine.micro_batches(share):
@@ -175,6 +181,13 @@ class LossAverage:
         self.sum_and_count.zero_()
         return float(total[0] / total[1])
 
+    def memory(self) -> dict[str, float]:
+        """What a checkpoint keeps of it."""
+        return dict(zip(("loss_sum", "loss_count"), self.sum_and_count.tolist()))
+
+    def recall(self, memory: dict[str, float]) -> None:
+        self.sum_and_count.copy_(torch.tensor([memory["loss_sum"], memory["loss_count"]], dtype=torch.float64))
+
 
 def report_progress(
     step: int, engine: Engine, losses: LossAverage, stopwatch: Stopwatch, config: TrainConfig, metrics: Metrics
@@ -197,16 +210,13 @@ def report_progress(
     )
 
 
-def state_tensors(engine: Engine, ema: EMA | None, losses: LossAverage) -> dict[str, torch.Tensor]:
-    """All that this rank has to remember: randomness and the order of samples are functions of the step."""
-    averages = {f"ema.{i}": tensor for i, tensor in enumerate(ema.partitions)} if ema else {}
-    return engine.optimizer_state() | averages | {"loss_sum_and_count": losses.sum_and_count}
+def state_tensors(engine: Engine, ema: EMA | None) -> dict[str, list[torch.Tensor]]:
+    """All tensors that this rank has to remember: randomness and the order of samples are functions of the step."""
+    return engine.optimizer_state() | ({"ema": ema.partitions} if ema else {})
 
 
-def restore(engine: Engine, ema: EMA | None, losses: LossAverage, tensors: dict[str, torch.Tensor]) -> None:
-    losses.sum_and_count.copy_(tensors.pop("loss_sum_and_count"))
-    averages = {name: tensors.pop(name) for name in list(tensors) if name.startswith("ema.")}
-    if ema is not None:
-        for i, partition in enumerate(ema.partitions):
-            partition.copy_(averages[f"ema.{i}"])
-    engine.load_optimizer_state(tensors)
+def restore(checkpoint: Checkpoint, run: Run, engine: Engine, ema: EMA | None, losses: LossAverage) -> None:
+    engine.begin_at(checkpoint.step)
+    tensors = state_tensors(engine, ema)
+    losses.recall(load_into(checkpoint, tensors, engine.pieces(), layout=run.layout, world=run.world))
+    engine.refresh_parameters()

@@ -19,16 +19,18 @@ from mdit.dist import World, logger
 from mdit.kernels.choice import choose_kernels
 from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
+from mdit.parallel.plan import check_plan, data_parallel_size
 from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
 from mdit.prepare import is_prepared, prepare
 from mdit.snapshot import initial_weights, load_snapshot
 from mdit.train.checkpoint import complete_checkpoints, latest_step, read_state
 from mdit.train.engine import check_zero_section
 from mdit.train.loop import Run
+from mdit.train.optim import check_implementation
 
 PACKAGES = ("torch", "deepspeed", "triton", "transformers", "numpy")
-# What may change between two starts of one run: how often it reports, and how long it goes on.
-CHANGEABLE = ("report.", "training.num_steps")
+# What may change between two starts of one run: how often it reports, how long it goes on, what steps its weights.
+CHANGEABLE = ("report.", "training.num_steps", "optim.implementation")
 
 
 def plan_run(
@@ -45,8 +47,11 @@ def plan_run(
     ds_json = load_ds_json(ds_path)
     settings = load_run_settings(ds_json, ds_path)
     bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    ds_config = resolve_ds_config(ds_json, config, world_size=world.size, bf16_works=bf16_works, path=ds_path)
+    data_size = data_parallel_size(settings, world.size, ds_path)
+    ds_config = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=bf16_works, path=ds_path)
     check_zero_section(ds_config, ds_path)
+    check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
+    check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
     choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     in_triton, reason = choose_kernels(settings.kernels, world.device, dtype, config.model.head_dim, ds_path)
@@ -58,7 +63,7 @@ def plan_run(
         weights = initial_weights(load_snapshot(init_from), config.model)
     run = Run(config, settings, ds_config, run_dir, world, weights)
     for newest in complete_checkpoints(run_dir / "checkpoints")[:1]:
-        read_state(newest, run.layout)  # refuses another layout now, before config.json is written again
+        read_state(newest)  # refuses another format now, before config.json is written again
     return run
 
 
@@ -161,7 +166,9 @@ def describe(run: Run) -> str:
         f"model: {parameters / 1e6:,.1f} M parameters, {config.model.num_patches} patches, {kept} kept",
         f"compute: {gigaflops:,.1f} GFLOP an image, "
         f"{gigaflops * config.training.global_batch_size * config.training.num_steps / 1e6:,.3f} PFLOP the run",
-        f"batch: {config.training.global_batch_size} = {run.world.size} processes x "
+        f"processes: {run.world.size}, experts over {run.settings.expert_parallel}, tensors over "
+        f"{run.settings.tensor_parallel}, ZeRO-{ds['zero_optimization']['stage']}",
+        f"batch: {config.training.global_batch_size} = {run.world.size // run.settings.tensor_parallel} shares x "
         f"{ds['train_micro_batch_size_per_gpu']} samples x {ds['gradient_accumulation_steps']} accumulated",
         f"data: {', '.join(config.data.train)} ({'there' if is_prepared(config) else 'not there yet'})",
         f"run directory: {run.run_dir} (at step {latest_step(run.run_dir / 'checkpoints')})",

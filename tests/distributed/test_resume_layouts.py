@@ -1,31 +1,38 @@
-"""Stopping and going on leaves no trace under any ZeRO stage, precision and number of processes."""
+"""A run that changes its layout at every stop goes on as one that was never stopped."""
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.training import read_metrics, train, write_ds_json, write_recipe
 
-LAYOUTS = {
-    "ZeRO-1, bf16, 2 processes": dict(stage=1, bf16=True, processes=2),
-    "ZeRO-2, bf16, 2 processes": dict(stage=2, bf16=True, processes=2),
-    "ZeRO-3, 2 processes": dict(stage=3, bf16=False, processes=2),
-    "ZeRO-3, bf16": dict(stage=3, bf16=True, processes=1),
-}
+# (processes, ZeRO stage, the "mdit" section): every layout is left for another one, and entered from another one.
+EP2, EP4, TP2 = {"expert_parallel": 2}, {"expert_parallel": 4}, {"tensor_parallel": 2}
+CHAIN = [
+    (1, 1, {}), (4, 2, EP4), (2, 3, {}), (4, 1, EP2), (1, 3, {}), (2, 1, EP2), (4, 3, {}), (4, 1, EP4), (2, 2, {}),
+    (4, 2, EP2), (1, 2, {}), (2, 2, EP2), (4, 1, {}), (2, 1, {}), (4, 2, {}),
+]  # fmt: skip
+WITH_TENSORS = [(2, 1, TP2), (4, 2, EP2), (4, 2, TP2), (2, 3, {})]
+STEPS = 2  # of each
+STEADY = {"schedule": "constant", "final_lr_ratio": 1.0, "eps": 1e-5}  # see test_same_curve.py
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_resumed_run_equals_the_whole_one(tmp_path, layout):
-    constant = {"schedule": "constant", "final_lr_ratio": 1.0}  # so that an earlier end does not bend the rate
-    recipe = write_recipe(tmp_path, training={"num_steps": 8}, optim=constant)
-    ds_json = write_ds_json(tmp_path / "ds.json", stage=layout["stage"], bf16={"enabled": layout["bf16"]})
-    processes = layout["processes"]
-    train(recipe, ds_json, tmp_path / "whole", processes=processes)
-    train(recipe, ds_json, tmp_path / "parts", "--set", "training.num_steps=4", processes=processes)
-    assert "resuming at step 4" in train(recipe, ds_json, tmp_path / "parts", processes=processes)
-    assert read_metrics(tmp_path / "parts") == read_metrics(tmp_path / "whole")
-    for rank in range(processes):
-        name = f"checkpoints/step_00000008/rank_{rank:05d}.safetensors"
-        whole, parts = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
-        assert whole.keys() == parts.keys()
-        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_recipe(folder, model={"mixer_dim": 16}, training={"num_steps": STEPS * len(CHAIN)}, optim=STEADY)
+    train(recipe, write_ds_json(folder / "ds.json"), folder / "run")
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize("chain", [CHAIN, WITH_TENSORS], ids=["experts", "tensors"])
+def test_every_layout_goes_on_from_every_other(undisturbed, tmp_path, chain):
+    if chain is WITH_TENSORS:
+        pytest.importorskip("megatron.core")
+    recipe, expected = undisturbed
+    for i, (processes, stage, settings) in enumerate(chain):
+        ds_json = write_ds_json(tmp_path / "ds.json", stage=stage, mdit=settings)
+        stop = f"training.num_steps={STEPS * (i + 1)}"
+        output = train(recipe, ds_json, tmp_path / "run", "--set", stop, processes=processes)
+        assert i == 0 or f"resuming at step {STEPS * i} " in output
+        assert i == 0 or output.count("taken over tensor by tensor") == 1
+    ours, theirs = (read_metrics(run, "loss") for run in (tmp_path / "run", expected))
+    assert ours == pytest.approx({step: theirs[step] for step in ours}, rel=1e-6)

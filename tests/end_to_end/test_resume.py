@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mdit.train.checkpoint import complete_checkpoints
-from tests.training import command, environment, read_metrics, train, write_ds_json, write_recipe
+from tests.training import attempt, command, environment, read_metrics, train, write_ds_json, write_recipe
 
 STEPS, EVERY = 60, 4
 
@@ -31,7 +32,7 @@ def undisturbed(tmp_path_factory):
 def final_state(run):
     (newest, *_) = complete_checkpoints(run / "checkpoints")
     assert newest.name == f"step_{STEPS:08d}"
-    return load_file(newest / "rank_00000.safetensors")
+    return {name: value for file in newest.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def assert_same_run(run, expected):
@@ -92,14 +93,16 @@ def test_finished_run_says_so(undisturbed):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_layout_is_refused_and_nothing_is_written(undisturbed, tmp_path):
-    recipe, _, run = undisturbed
+def test_another_format_is_refused_and_nothing_is_written(undisturbed, tmp_path):
+    recipe, ds_json, expected = undisturbed
+    shutil.copytree(expected, run := tmp_path / "run")
+    state = complete_checkpoints(run / "checkpoints")[0] / "state.json"
+    state.write_text(state.read_text().replace("mdit-checkpoint/", "mdit-checkpoint/9"))
     before = (run / "config.json").read_bytes()
-    other = command(recipe, write_ds_json(tmp_path / "ds.json", stage=3), run, "--set", "training.num_steps=99")
-    done = subprocess.run(other, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "'zero_stage': 2" in errors[0] and "'zero_stage': 3" in errors[0]
+    returncode, output = attempt(recipe, ds_json, run, "--set", "training.num_steps=99")
+    assert returncode == 2
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert str(state) in error and "'mdit-checkpoint/92'" in error and "'mdit-checkpoint/2'" in error
     assert (run / "config.json").read_bytes() == before
 
 
@@ -107,7 +110,7 @@ def test_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
     recipe, ds_json, expected = undisturbed
     run = tmp_path / "run"
     train(recipe, ds_json, run, "--set", "training.num_steps=8")
-    newest = complete_checkpoints(run / "checkpoints")[0] / "rank_00000.safetensors"
+    (newest,) = complete_checkpoints(run / "checkpoints")[0].glob("*.safetensors")
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)

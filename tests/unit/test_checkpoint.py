@@ -1,44 +1,72 @@
-"""Checkpoints on disk: complete or absent, checked before use, tied to their layout."""
+"""Checkpoints on disk: complete or absent, checked before use, read back by any layout."""
 
 import json
+import math
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mdit.config import UserError
 from mdit.dist import World
+from mdit.parallel.shard import WHOLE, Shard
 from mdit.train import checkpoint
-from mdit.train.checkpoint import complete_checkpoints, latest_step, load_latest, save_training_state
+from mdit.train.checkpoint import (
+    Reader,
+    complete_checkpoints,
+    find_latest,
+    latest_step,
+    load_into,
+    read_state,
+    save_training_state,
+    write_pieces,
+)
+from mdit.train.pieces import Piece, from_json, to_json
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 LAYOUT = {"world_size": 1, "zero_stage": 2, "bf16": False}
+PIECES = [Piece("weights", (3,), WHOLE, 0, 3, partition=0, offset=1)]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def group_of_one():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
-def save(directory, step, keep=2):
-    tensors = {"weights": torch.full((3,), float(step)), "step": torch.tensor(step)}
-    save_training_state(directory, step, tensors, layout=LAYOUT, world=WORLD, keep=keep)
+def save(directory, step, keep=2, layout=LAYOUT):
+    tensors = {"master": [torch.full((5,), float(step))]}
+    save_training_state(
+        directory, step, tensors, PIECES, memory={"loss_sum": step / 3}, layout=layout, world=WORLD, keep=keep
+    )
 
 
 def load(directory, layout=LAYOUT):
-    return load_latest(directory, layout=layout, world=WORLD)
+    """-> step, flat partition (zero where no piece is), memory of the newest that is whole; None without one."""
+    if (found := find_latest(directory, WORLD)) is None:
+        return None
+    flat = torch.zeros(5)
+    memory = load_into(found, {"master": [flat]}, PIECES, layout=layout, world=WORLD)
+    return found.step, flat.tolist(), memory
 
 
 def test_newest_comes_back(tmp_path):
     assert load(tmp_path) is None and latest_step(tmp_path) == 0
     for step in (5, 10):
         save(tmp_path, step)
-    step, tensors = load(tmp_path)
-    assert step == latest_step(tmp_path) == 10
-    assert tensors["weights"].tolist() == [10.0] * 3 and tensors["step"].item() == 10
+    assert load(tmp_path) == (10, [0, 10, 10, 10, 0], {"loss_sum": 10 / 3}) and latest_step(tmp_path) == 10
+
+
+def test_another_layout_is_taken_over_and_both_are_named(tmp_path, caplog):
+    save(tmp_path, 5)
+    with caplog.at_level("INFO", logger="mdit"):
+        assert load(tmp_path, LAYOUT | {"zero_stage": 3}) == (5, [0, 5, 5, 5, 0], {"loss_sum": 5 / 3})
+    assert "zero_stage 2" in caplog.text and "zero_stage 3" in caplog.text
 
 
 def test_newest_k_are_kept(tmp_path):
@@ -54,10 +82,10 @@ def test_same_step_can_be_written_again(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damaged_one_is_passed_over(tmp_path, damage):
+def test_damaged_one_is_passed_over_and_set_aside(tmp_path, damage, caplog):
     save(tmp_path, 1)
     save(tmp_path, 2)
-    file = tmp_path / "step_00000002" / "rank_00000.safetensors"
+    (file,) = (tmp_path / "step_00000002").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[-2] ^= 4
@@ -67,12 +95,15 @@ def test_damaged_one_is_passed_over(tmp_path, damage):
     else:
         file.unlink()
     assert load(tmp_path)[0] == 1
+    assert "step_00000002: damaged (rank_00000_000.safetensors" in caplog.text
+    save(tmp_path, 2, keep=1)  # what is set aside is none of the one that is kept
+    assert load(tmp_path)[0] == 2 and (tmp_path / "step_00000002.damaged").exists()
 
 
 def test_failure_before_the_rename_leaves_the_one_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full_disk(*args):
+    def full_disk(*args, **keys):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
@@ -91,16 +122,160 @@ def test_without_state_json_it_is_no_checkpoint(tmp_path):
     assert load(tmp_path)[0] == 1
 
 
-@pytest.mark.parametrize("key, value", [("world_size", 2), ("zero_stage", 3), ("bf16", True)])
-def test_another_layout_is_refused_with_both_named(tmp_path, key, value):
+def test_another_format_is_refused_with_both_named(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(UserError) as caught:
-        load(tmp_path, LAYOUT | {key: value})
-    assert f"'{key}': {LAYOUT[key]}" in str(caught.value) and f"'{key}': {value}" in str(caught.value)
+    state = tmp_path / "step_00000001" / "state.json"
+    state.write_text(state.read_text().replace(checkpoint.FORMAT, "mdit-checkpoint/9"))
+    with pytest.raises(UserError, match=r"state.json: format is 'mdit-checkpoint/9', .* 'mdit-checkpoint/2'"):
+        load(tmp_path)
 
 
 def test_state_names_every_file(tmp_path):
     save(tmp_path, 1)
     state = json.loads((tmp_path / "step_00000001" / "state.json").read_text())
-    size = (tmp_path / "step_00000001" / "rank_00000.safetensors").stat().st_size
-    assert state["files"]["rank_00000.safetensors"]["bytes"] == size and state["layout"] == LAYOUT
+    (file,) = (tmp_path / "step_00000001").glob("*.safetensors")
+    assert state["files"][file.name]["bytes"] == file.stat().st_size and state["layout"] == LAYOUT
+
+
+def test_files_are_written_one_after_the_other_and_kept_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 4 * 250)
+    pieces = [Piece(f"p{i}", (100,), WHOLE, 0, 100, partition=0, offset=100 * i) for i in range(7)]
+    files = write_pieces(tmp_path, 0, {"master": [torch.arange(700.0)]}, pieces)
+    for count, file in enumerate(files, 1):
+        assert len(list(tmp_path.iterdir())) == count and file.stat().st_size < 4 * 250 + 2000
+    assert count == 4  # two pieces each
+
+
+# Layouts made up: parameters cut over `groups` ranks, then the parts' elements, end to end, over `shares` ranks.
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    blocks: int  # cut along dim in this many blocks, or 0: never cut
+
+
+def partitioned(parameters, groups: int, shares: int, order: int) -> list[list[Piece]]:
+    """-> pieces of each of groups * shares ranks. `order` 1 lays the parameters out backwards, in two partitions."""
+    ranks = []
+    for group in range(groups):
+        for share in range(shares):
+            pieces, offsets = [], [3, 0]  # padding in front
+            for i, p in enumerate(parameters[:: -1 if order else 1]):
+                shard = Shard(p.dim, group, groups, p.blocks) if p.blocks and groups > 1 else WHOLE
+                shape = tuple(n // (shard.count if d == shard.dim else 1) for d, n in enumerate(p.shape))
+                size = math.prod(shape)
+                start, stop = size * share // shares, size * (share + 1) // shares
+                if stop > start:
+                    where = i % 2 if order else 0
+                    pieces.append(Piece(p.name, shape, shard, start, stop - start, where, offsets[where]))
+                    offsets[where] += stop - start
+            ranks.append(pieces)
+    return ranks
+
+
+def flats(pieces: list[Piece]) -> list[torch.Tensor]:
+    ends = [max([p.offset + p.numel for p in pieces if p.partition == i], default=0) for i in range(2)]
+    return [torch.full((end,), math.nan) for end in ends]
+
+
+def fill(pieces: list[Piece], partitions, whole) -> None:
+    for piece in pieces:
+        part = piece.shard.take(whole[piece.name]).flatten()
+        piece.of(partitions).copy_(part[piece.start : piece.start + piece.numel])
+
+
+PARAMETERS = [
+    Parameter("experts", (8, 3, 5), 0, 1),
+    Parameter("qkv", (24, 5), 0, 3),
+    Parameter("proj", (5, 8), 1, 1),
+    Parameter("bias", (8,), 0, 1),
+    Parameter("norm", (7,), 0, 0),
+    Parameter("one", (1,), 0, 0),
+]
+LAYOUTS = st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(0, 1))
+
+
+@given(LAYOUTS, LAYOUTS)
+@settings(max_examples=30)
+def test_any_layout_reads_what_any_other_wrote(tmp_path_factory, written, read):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    whole = {p.name: torch.randn(p.shape) for p in PARAMETERS}
+    files = {}
+    for rank, pieces in enumerate(partitioned(PARAMETERS, *written)):
+        partitions = flats(pieces)
+        fill(pieces, partitions, whole)
+        tensors = {"master": partitions, "exp_avg": [2 * flat for flat in partitions]}
+        files |= {path.name: {} for path in write_pieces(directory, rank, tensors, pieces)}
+    found = checkpoint.Checkpoint(directory, {"step": 1, "files": files})
+    reader = Reader(found, ranks=range(written[0] * written[1]))
+    for pieces in partitioned(PARAMETERS, *read):
+        expected, got = flats(pieces), {"master": flats(pieces), "exp_avg": flats(pieces)}
+        fill(pieces, expected, whole)
+        for piece in pieces:
+            for kind, partitions in got.items():
+                reader.fill(kind, piece, piece.of(partitions))
+        for i, flat in enumerate(expected):
+            torch.testing.assert_close(got["master"][i], flat, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(got["exp_avg"][i], 2 * flat, rtol=0, atol=0, equal_nan=True)
+
+
+@given(LAYOUTS)
+@settings(max_examples=10)
+def test_each_rank_of_the_same_layout_needs_only_its_own_files(tmp_path_factory, layout):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    for rank, pieces in enumerate(partitioned(PARAMETERS, *layout)):
+        written = [torch.randn_like(flat) for flat in flats(pieces)]
+        files = {path.name: {} for path in write_pieces(directory, rank, {"master": written}, pieces)}
+        reader = Reader(checkpoint.Checkpoint(directory, {"step": 1, "files": files}), ranks=[rank])
+        for piece in pieces:
+            reader.fill("master", piece, out := torch.empty(piece.numel))
+            assert torch.equal(out, piece.of(written))
+
+
+@pytest.mark.parametrize(
+    "lost, message",
+    [
+        ("norm", "has no norm"),
+        ("qkv", "holds 60 of 120 elements .* master/qkv"),
+        ("experts", "holds 60 of 120 elements .* master/experts"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, lost, message):
+    """A rank of the four that wrote knows nothing of a parameter; so does the file of the other one."""
+    ranks = partitioned(PARAMETERS, 2, 2, 0)
+    files = {}
+    for rank, pieces in enumerate(ranks):
+        kept = [p for p in pieces if p.name != lost or (lost != "norm" and p.start)]
+        written = write_pieces(tmp_path, rank, {"master": [torch.zeros_like(f) for f in flats(pieces)]}, kept)
+        files |= {path.name: {} for path in written}
+    reader = Reader(checkpoint.Checkpoint(tmp_path, {"step": 1, "files": files}), ranks=range(4))
+    (piece,) = (piece for piece in partitioned(PARAMETERS, 1, 1, 0)[0] if piece.name == lost)
+    with pytest.raises(UserError, match=message):
+        reader.fill("master", piece, torch.empty(piece.numel))
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1]), st.sampled_from([1, 3]))
+def test_a_shard_and_its_siblings_are_the_whole(count, dim, blocks):
+    whole = torch.arange(12.0 * 24).view(12, 24)
+    parts = [Shard(dim, index, count, blocks).take(whole) for index in range(count)]
+    assert torch.equal(Shard(dim, 0, count, blocks).join(parts), whole)
+    assert all(part.numel() * count == whole.numel() and part.is_contiguous() for part in parts)
+
+
+def test_a_part_of_qkv_has_whole_heads_of_each():
+    """(3 * A, D) with A = 4, heads of 2: rank 1 of 2 has the second head of q, of k and of v."""
+    rows = torch.arange(12).unsqueeze(1)
+    assert Shard(0, 1, 2, blocks=3).take(rows).flatten().tolist() == [2, 3, 6, 7, 10, 11]
+
+
+def test_pieces_survive_their_json():
+    (pieces, *_) = partitioned(PARAMETERS, 2, 3, 1)
+    assert from_json(to_json(pieces)) == pieces
+
+
+def test_read_state_gives_the_step(tmp_path):
+    save(tmp_path, 7)
+    assert read_state(tmp_path / "step_00000007").step == 7

@@ -21,7 +21,7 @@ CONFIG = tiny_config(training={"global_batch_size": 24})
 
 def resolve(ds_json, world_size=2, config=CONFIG, bf16_works=False):
     zero = {"zero_optimization": {"stage": 2}}
-    return resolve_ds_config({**zero, **ds_json}, config, world_size=world_size, bf16_works=bf16_works, path="ds.json")
+    return resolve_ds_config({**zero, **ds_json}, config, data_size=world_size, bf16_works=bf16_works, path="ds.json")
 
 
 def error_of(ds_json, **keys):
@@ -34,7 +34,7 @@ def error_of(ds_json, **keys):
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
 def test_shipped_json_resolves(name):
     path = REPOSITORY / "configs" / f"{name}.json"
-    resolved = resolve_ds_config(load_ds_json(path), CONFIG, world_size=2, bf16_works=True, path=path)
+    resolved = resolve_ds_config(load_ds_json(path), CONFIG, data_size=2, bf16_works=True, path=path)
     check_zero_section(resolved, path)
     assert "auto" not in json.dumps(resolved)
     assert resolved["zero_optimization"]["stage"] == int(name[-1])
@@ -90,6 +90,12 @@ def test_misspelled_key_names_the_near_one():
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled", "'yes'"]),
         ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage", "0"]),
         ({"zero_optimization": {}}, ["zero_optimization.stage", "None"]),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, ["round_robin_gradients = True", "False"]),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            ["zero_quantized_gradients", "learned"],
+        ),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["mics_shard_size = 2", "-1"]),
     ],
 )
 def test_contradiction_is_one_line(ds_json, parts):

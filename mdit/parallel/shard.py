@@ -1,0 +1,62 @@
+"""A parameter of which each rank holds a part: how the part is cut from the whole tensor, and put back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` equal parts along `dim`: of each of `blocks` equal blocks, concatenated.
+
+    Experts of (E, D, F) are cut along 0; a qkv weight (3 * A, D) along 0 in 3 blocks, so that a part has whole heads of
+    q, of k and of v.
+    """
+
+    dim: int = 0
+    index: int = 0
+    count: int = 1
+    blocks: int = 1
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This part, in memory of its own."""
+        assert whole.shape[self.dim] % (self.blocks * self.count) == 0, (whole.shape, self)
+        parts = [block.chunk(self.count, self.dim)[self.index] for block in whole.chunk(self.blocks, self.dim)]
+        return torch.cat(parts, self.dim).contiguous() if self.blocks > 1 else parts[0].clone(memory_format=CONTIGUOUS)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole, from all parts in the order of their index."""
+        assert len(parts) == self.count, (len(parts), self)
+        cut = [part.chunk(self.blocks, self.dim) for part in parts]
+        return torch.cat([part[block] for block in range(self.blocks) for part in cut], self.dim)
+
+    def whole_shape(self, part_shape: Sequence[int]) -> tuple[int, ...]:
+        shape = list(part_shape)
+        shape[self.dim] *= self.count
+        return tuple(shape)
+
+
+CONTIGUOUS = torch.contiguous_format
+WHOLE = Shard()
+
+
+def mark(parameter: nn.Parameter, shard: Shard, group: torch.distributed.ProcessGroup) -> None:
+    """Note on a parameter that it is a part, and which ranks hold the others (in the order of their index)."""
+    parameter.shard, parameter.shard_group = shard, group
+
+
+def shard_of(parameter: nn.Parameter) -> Shard:
+    return getattr(parameter, "shard", WHOLE)
+
+
+def gather_whole(part: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The whole of a tensor that is cut as `parameter` is (itself, a moment, an average). A collective of its group."""
+    shard = shard_of(parameter)
+    if shard.count == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(shard.count)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=parameter.shard_group)
+    return shard.join(parts)

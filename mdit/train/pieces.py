@@ -1,0 +1,51 @@
+"""Where the elements of a parameter lie in a rank's flat partitions, so that a state can move to another layout."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from mdit.parallel.shard import Shard
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements start .. start + numel of a parameter's part on this rank, row by row.
+
+    `shape` is the part's, `shard` how it is cut from the whole; the piece lies at `offset` of partition `partition`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    shard: Shard
+    start: int
+    numel: int
+    partition: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Elements of the part that this is a piece of."""
+        return math.prod(self.shape)
+
+    @property
+    def first(self) -> int | None:
+        """Where in the whole tensor, row by row, the piece begins; None when it lies there in several runs."""
+        one_run = self.shard.count == 1 or (self.shard.dim, self.shard.blocks) == (0, 1)
+        return self.shard.index * self.size + self.start if one_run else None
+
+    def of(self, partitions: list[Tensor]) -> Tensor:
+        """A view of this piece in partitions laid out as this rank's masters are."""
+        return partitions[self.partition].narrow(0, self.offset, self.numel)
+
+
+def to_json(pieces: list[Piece]) -> str:
+    return json.dumps([asdict(piece) for piece in pieces])
+
+
+def from_json(text: str) -> list[Piece]:
+    return [
+        Piece(**{**values, "shape": tuple(values["shape"]), "shard": Shard(**values["shard"])})
+        for values in json.loads(text)
+    ]
