@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 export DS_BUILD_OPS := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: train test test-kernels-triton-3.6 install clean
+.PHONY: train test test-kernels-triton-3.6 slurm install clean
 
 train: install
 	$(BIN)/deepspeed launchers/train.py --ds_config configs/zero2.json
@@ -20,7 +20,7 @@ train: install
 # Two files of tests at a time, each on a core.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test: .venv/test-installed
+test: .venv/test-installed slurm
 	$(PYTEST)
 ifeq ($(shell uname -s),Linux)
 	$(MAKE) --no-print-directory test-kernels-triton-3.6
@@ -34,6 +34,16 @@ test-kernels-triton-3.6: .venv/triton-3.6/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
 		triton==3.6.0 'numpy<2.4'
 	touch $@
+
+# A real Slurm for tests/end_to_end/test_slurm.py, which is skipped without one, for the reason said here. From Debian's
+# packages and only for root, as its daemons need that too.
+slurm:
+	@if command -v slurmctld >/dev/null && command -v munged >/dev/null; then exit 0; \
+	elif [ "$$(id -u)" != 0 ]; then echo "no Slurm for the tests: installing it needs root"; \
+	elif [ ! -e /etc/debian_version ]; then echo "no Slurm for the tests: this is no Debian"; \
+	else export DEBIAN_FRONTEND=noninteractive; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >.venv/slurm.log 2>&1 \
+			|| echo "no Slurm for the tests: apt-get failed, see .venv/slurm.log"; fi
 
 install: .venv/installed
 

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -49,13 +51,11 @@ def identify() -> World:
 def start(world: World) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs). One process alone gets a group of one, on no open port.
 
-    Raises UserError when several processes have no MASTER_ADDR to meet at (deepspeed and torchrun set it).
+    Several meet at MASTER_ADDR:MASTER_PORT, which deepspeed and torchrun set. Under srun, what is not set is found: the
+    first host of the step and a port that follows from the numbers of job and step. Raises UserError elsewhere.
     """
-    if world.size > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            f"MASTER_ADDR is not set, so {world.size} processes cannot find each other; under srun: export "
-            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500'
-        )
+    if world.size > 1:
+        find_meeting_point(world)
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -69,6 +69,31 @@ def start(world: World) -> None:
     torch.distributed.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
 
 
+def find_meeting_point(world: World) -> None:
+    """Set MASTER_ADDR and MASTER_PORT from what srun tells its tasks; what is set already stays."""
+    env = os.environ
+    if "SLURM_STEP_NODELIST" in env:
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(port_of_step(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))))
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]:
+        raise UserError(
+            f"{' and '.join(missing)}: not set, so {world.size} processes cannot find each other; start them with "
+            "deepspeed, torchrun or srun, or export MASTER_ADDR=<the host of rank 0> MASTER_PORT=<a free port there>"
+        )
+
+
+def first_host(node_list: str) -> str:
+    """The first name that `scontrol show hostnames` makes of Slurm's "rack[1-2]n[07-12,15],login". No scontrol needed:
+    inside containers there is none."""
+    first = re.match(r"(?:\[[^]]*\]|[^,\[])+", node_list).group()  # up to a comma outside brackets
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
+
+
+def port_of_step(job: int, step: int) -> int:
+    """20000..29999: below the ports that Linux hands out by itself, different for jobs and steps that share a host."""
+    return 20000 + (job + 1009 * step) % 10000
+
+
 def configure_logging(world: World) -> None:
     """Rank 0 tells the story; the others speak up only for warnings."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -76,20 +101,29 @@ def configure_logging(world: World) -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 so that the loop can stop between two steps, on all ranks at the same one."""
+    """Ends the loop between two steps, on all ranks at the same one: by SIGTERM or SIGUSR1 to any rank, or a stop file.
 
-    def __init__(self) -> None:
-        self.seen = False
+    Rank 0 looks for the file. A person makes an empty one (touch). One with a word in it says that the run should go on
+    later: a batch script writes that, and so does rank 0 after a signal. What is left of an earlier stop is removed.
+    """
+
+    def __init__(self, stop_file: Path, world: World) -> None:
+        self.stop_file, self.world, self.signalled = stop_file, world, False
+        if world.is_first:
+            stop_file.unlink(missing_ok=True)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
-        self.seen = True
+        self.signalled = True
 
-    def agreed(self, world: World) -> bool:
-        """True on every rank once any rank has seen a signal. A collective when there is more than one rank."""
-        if world.size == 1:
-            return self.seen
-        flag = torch.tensor(float(self.seen))  # on the CPU, through gloo: a GPU goes on undisturbed
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+    def agreed(self) -> bool:
+        """True on every rank once any of them has a reason to stop. A collective when there is more than one rank."""
+        stop = self.signalled or (self.world.is_first and self.stop_file.exists())
+        if self.world.size > 1:
+            flag = torch.tensor(float(stop))  # on the CPU, through gloo: a GPU goes on undisturbed
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            stop = bool(flag)
+        if stop and self.world.is_first and not self.stop_file.exists():
+            self.stop_file.write_text("a signal\n")
+        return stop

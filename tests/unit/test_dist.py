@@ -1,13 +1,17 @@
+import itertools
 import logging
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from mdit.dist import StopSignal, World, configure_logging, identify, logger
+from mdit.config import UserError
+from mdit.dist import StopSignal, World, configure_logging, find_meeting_point, first_host, identify, logger
+from tests.training import run_in_processes
 
 CPU = torch.device("cpu")
 
@@ -15,9 +19,10 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def environment(monkeypatch):
     """An environment with no trace of a launcher, on a machine without a GPU; returns a function that adds to it."""
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.delenv(name)
+    launchers = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    for name in launchers | {name for name in os.environ if name.startswith("SLURM_")}:
+        monkeypatch.setenv(name, "")  # known from now on, so that what a test leaves there is undone
+        monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return lambda **values: [monkeypatch.setenv(name, value) for name, value in values.items()]
 
@@ -71,17 +76,104 @@ def test_only_rank_0_tells_the_story_but_all_may_warn():
         logger.setLevel(before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_stop_signal_is_remembered_until_the_loop_asks(number):
+FOUR = World(3, 4, 1, CPU)
+MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+
+
+def test_under_srun_the_first_host_and_the_job_say_where_to_meet(environment):
+    environment(**SRUN, SLURM_STEP_ID="0", SLURM_STEP_NODELIST="gpu[07-08]", SLURM_JOB_NODELIST="gpu[05-08]")
+    find_meeting_point(FOUR)
+    assert [os.environ[name] for name in MEETING_POINT] == ["gpu07", "20007"]
+
+
+def test_steps_and_jobs_that_share_a_host_do_not_meet(environment):
+    ports = set()
+    for job, step in itertools.product(("67043327", "81", "82"), ("0", "1", "2")):
+        environment(SLURM_JOB_ID=job, SLURM_STEP_ID=step, SLURM_STEP_NODELIST="a")
+        os.environ.pop("MASTER_PORT", None)
+        find_meeting_point(FOUR)
+        ports.add(int(os.environ["MASTER_PORT"]))
+    assert len(ports) == 9 and all(1024 < port < 32768 for port in ports)  # Linux hands out 32768 and above
+
+
+def test_what_the_launcher_says_about_the_meeting_point_holds(environment):
+    environment(**SRUN, SLURM_STEP_ID="0", SLURM_STEP_NODELIST="gpu[07-08]", MASTER_ADDR="node0", MASTER_PORT="29500")
+    find_meeting_point(FOUR)
+    assert [os.environ[name] for name in MEETING_POINT] == ["node0", "29500"]
+
+
+def test_without_a_launcher_nobody_knows_where_to_meet(environment):
+    environment(RANK="3", WORLD_SIZE="4", MASTER_PORT="29500")
+    with pytest.raises(UserError, match="^MASTER_ADDR: not set, so 4 processes cannot find each other; .*torchrun"):
+        find_meeting_point(FOUR)
+
+
+@pytest.mark.parametrize(  # as `scontrol show hostnames` has them
+    "node_list, first",
+    [
+        ("login", "login"),
+        ("a,b", "a"),
+        ("127.0.0.[1-2]", "127.0.0.1"),
+        ("gpu-a[007-012,015],login", "gpu-a007"),
+        ("n[3,5-9],m1", "n3"),
+        ("rack[1-2]n[07-12]", "rack1n07"),
+    ],
+)
+def test_first_host_of_a_node_list(node_list, first):
+    assert first_host(node_list) == first
+
+
+ALONE = World(0, 1, 0, CPU)
+
+
+@pytest.fixture
+def handlers():
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        stop, alone = StopSignal(), World(0, 1, 0, CPU)
-        assert not stop.agreed(alone)
-        signal.raise_signal(number)
-        assert stop.agreed(alone) and stop.agreed(alone)
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+    yield
+    for n, handler in before.items():
+        signal.signal(n, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_remembered_and_leaves_word(number, handlers, tmp_path):
+    stop = StopSignal(tmp_path / "STOP", ALONE)
+    assert not stop.agreed()
+    signal.raise_signal(number)
+    assert not (tmp_path / "STOP").exists()
+    assert stop.agreed() and stop.agreed()
+    assert (tmp_path / "STOP").read_text() == "a signal\n"
+
+
+def test_a_stop_file_stops_and_keeps_its_content(handlers, tmp_path):
+    stop = StopSignal(tmp_path / "STOP", ALONE)
+    assert not stop.agreed()
+    (tmp_path / "STOP").touch()
+    assert stop.agreed() and (tmp_path / "STOP").read_bytes() == b""
+
+
+def test_the_stop_file_of_an_earlier_run_is_removed_by_rank_0(handlers, tmp_path):
+    (tmp_path / "STOP").touch()
+    StopSignal(tmp_path / "STOP", World(1, 2, 1, CPU))
+    assert (tmp_path / "STOP").exists(), "whoever comes later may not take away what was put there for this run"
+    stop = StopSignal(tmp_path / "STOP", ALONE)
+    assert not (tmp_path / "STOP").exists() and not stop.agreed()
+
+
+def agree(world: World, folder: str) -> list[bool]:
+    """On two ranks: nobody wants to stop, then rank 1 has had a signal, then only the file says so."""
+    stop_file = Path(folder, "STOP")
+    stop = StopSignal(stop_file, world)
+    answers = [stop.agreed()]
+    if world.rank == 1:
+        signal.raise_signal(signal.SIGUSR1)
+    answers.append(stop.agreed())
+    answers.append(stop_file.read_text() == "a signal\n" if world.is_first else stop.signalled)
+    stop.signalled = False
+    return [*answers, stop.agreed()]
+
+
+def test_all_ranks_stop_for_one(tmp_path):
+    assert run_in_processes(agree, 2, str(tmp_path)) == [[False, True, True, True]] * 2
 
 
 ONE_PROCESS = """
