@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mdit.config import ModelConfig, TrainConfig, UserError, load_config
-from mdit.files import sync
+from mdit.files import save_tensors, sync
 from mdit.models import MicroDiT
 
 WeightKind = Literal["ema", "raw"]
@@ -94,7 +94,7 @@ def write_snapshot(
     for kind, weights in (("raw", raw), ("ema", ema)):
         if weights is not None:
             full = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in weights.items()}
-            save_file(full, partial / f"{kind}.safetensors")
+            save_tensors(full, partial / f"{kind}.safetensors")
     (partial / "config.json").write_text(json.dumps({**config_json, "step": step}, indent=2) + "\n")
     (partial / "encoders.json").write_text(json.dumps(encoders, indent=2) + "\n")
     for file in (*partial.iterdir(), partial):

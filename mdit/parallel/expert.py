@@ -18,16 +18,22 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from mdit.dist import World
 from mdit.kernels import expert_choice
 from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.shard import Shard, mark
 
 
-def start(expert_parallel: int, world: World) -> torch.distributed.ProcessGroup:
-    """Let DeepSpeed make its groups; -> this rank's, of `expert_parallel` neighbouring ranks. A collective."""
+def join_deepspeed() -> None:
+    """Let DeepSpeed use the process group that mdit.dist has started."""
+    # On a CPU it would compile a shared-memory op first: up to two minutes, and a lock that a kill leaves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
+
+
+def start(expert_parallel: int) -> torch.distributed.ProcessGroup:
+    """Let DeepSpeed make its groups; -> this rank's, of `expert_parallel` neighbouring ranks. A collective."""
+    join_deepspeed()
     groups._create_expert_and_data_parallel(expert_parallel)
     return groups._get_expert_parallel_group(group_name(expert_parallel))
 

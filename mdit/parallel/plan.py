@@ -37,7 +37,7 @@ class ParallelPlan:
         if ep > 1:
             from mdit.parallel import expert
 
-            return cls(world, expert_parallel=ep, expert_group=expert.start(ep, world))
+            return cls(world, expert_parallel=ep, expert_group=expert.start(ep))
         if tp > 1:
             from mdit.parallel import tensor
 

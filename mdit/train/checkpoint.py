@@ -26,12 +26,11 @@ from typing import Any
 import torch
 import torch.distributed
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mdit.config import UserError
 from mdit.dist import World, logger
-from mdit.files import checksum, sync
+from mdit.files import checksum, save_tensors, sync
 from mdit.train.pieces import Piece, from_json, to_json
 
 FORMAT = "mdit-checkpoint/2"
@@ -100,8 +99,7 @@ def write_pieces(directory: Path, rank: int, tensors: dict[str, list[Tensor]], p
     for number, chunk in enumerate(chunks(pieces, kinds=len(tensors))):
         path = directory / f"{rank_prefix(rank)}{number:03d}.safetensors"
         content = {f"{kind}/{p.name}": p.of(flat).to("cpu", copy=True) for kind, flat in tensors.items() for p in chunk}
-        save_file(content, path, metadata={"pieces": to_json(chunk)})
-        sync(path)
+        save_tensors(content, path, {"pieces": to_json(chunk)})
         yield path
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mdit.config import TrainConfig, UserError
 from mdit.models import MicroDiT
+from mdit.parallel import expert
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.shard import gather_whole, shard_of
 from mdit.train.optim import build_optimizer, moments, set_moments
@@ -40,8 +41,7 @@ class Engine:
     def __init__(self, model: MicroDiT, config: TrainConfig, ds_config: dict, plan: ParallelPlan) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-        # On a CPU DeepSpeed would compile a shared-memory op first: up to two minutes, and a lock that a kill leaves.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        expert.join_deepspeed()
         self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.plan, self.world = plan, plan.world
@@ -49,7 +49,9 @@ class Engine:
             {name: p.detach().clone() for name, p in model.named_parameters()} if ds_config["bf16"]["enabled"] else {}
         )
         model.to(self.world.device)
-        optimizer = build_optimizer(parameter_groups(model, plan), config.optim, ds_config["zero_optimization"])
+        # One group, since the paper decays every parameter alike; two where experts are shared out over other ranks.
+        parameters = expert.parameter_groups(model) if plan.expert_group else model.parameters()
+        optimizer = build_optimizer(parameters, config.optim, ds_config["zero_optimization"])
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=plan.mpu)
         self.zero = self.deepspeed.optimizer
         self.masters: list[Tensor] = next(  # ZeRO 3; ZeRO 1 in bf16; ZeRO 1 and 2
@@ -152,12 +154,3 @@ class Engine:
         if zero.persistent_parameters:  # small ones stay whole on every rank between steps
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-
-def parameter_groups(model: MicroDiT, plan: ParallelPlan) -> list[dict]:
-    """One group, since the paper decays every parameter alike; two where experts are shared out over other ranks."""
-    if plan.expert_group is None:
-        return [{"params": list(model.parameters())}]
-    from mdit.parallel import expert
-
-    return expert.parameter_groups(model)

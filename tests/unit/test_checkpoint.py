@@ -106,7 +106,7 @@ def test_failure_before_the_rename_leaves_the_one_before(tmp_path, monkeypatch):
     def full_disk(*args, **keys):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint, "save_tensors", full_disk)
     with pytest.raises(OSError):
         save(tmp_path, 2)
     monkeypatch.undo()

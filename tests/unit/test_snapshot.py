@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_a_failed_save_leaves_the_former_snapshot_as_latest(tmp_path, monkeypatc
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(mdit.snapshot, "save_file", full_disk)
+        patched.setattr(mdit.snapshot, "save_tensors", full_disk)
         with pytest.raises(OSError):
             save(tmp_path, config, step=2)
     assert load_snapshot(tmp_path / "latest").step == 1
@@ -175,3 +176,13 @@ def test_the_recipe_is_checked(tmp_path):
     (path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="config.json: unknown key model.dpth"):
         load_snapshot(path)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_others_may_read_weights_as_far_as_the_umask_lets_them(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        path = save(tmp_path, small_config())
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {mode}
