@@ -166,6 +166,40 @@ def test_an_import_that_keeps_the_rules_is_left_alone(path, source):
     assert complaints(source, path) == []
 
 
+def unpickling(source: str) -> list[str]:
+    """Calls that could run code out of a file: torch.load unless weights_only=True, numpy.load with pickles, pickle's."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            call, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            unsafe = call == "torch.load" and keywords.get("weights_only") != "True"
+            unsafe |= keywords.get("allow_pickle", "False") != "False"
+            unsafe |= call in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "dill.load")
+            found += [ast.unparse(node)] if unsafe else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "source, count",
+    [
+        ("torch.load(path)", 1),
+        ("torch.load(path, weights_only=False)", 1),
+        ("torch.load(path, map_location='cpu', weights_only=True)", 0),
+        ("np.load(path, allow_pickle=True)", 1),
+        ("np.load(path, allow_pickle=False)", 0),
+        ("pickle.loads(data)", 1),
+        ("json.loads(data)", 0),
+    ],
+)
+def test_calls_that_unpickle_are_found(source, count):
+    assert len(unpickling(source)) == count
+
+
+def test_nothing_is_unpickled():
+    files = [path for path in python_files() if not path.startswith("tests/")]
+    assert not {path: calls for path in files if (calls := unpickling((ROOT / path).read_text()))}
+
+
 def test_the_check_sees_the_files_of_this_checkout():
     assert {"mdit/models/dit.py", "kernels/expert_choice/reference.py", "tests/test_house.py"} <= {*python_files()}
     imports = imported_modules((ROOT / "mdit/models/dit.py").read_text(), "mdit/models/dit.py")

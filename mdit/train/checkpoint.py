@@ -126,16 +126,23 @@ def find_latest(directory: Path, world: World) -> Checkpoint | None:
     A damaged one is passed over with a warning, on all ranks alike, and set aside as `*.damaged`, so that it does not
     count among the newest that are kept. The ranks share the work of reading the files.
     """
-    for path in complete_checkpoints(directory):
+    for path in gather(complete_checkpoints(directory), world)[0]:  # on a shared file system one sees more than another
         checkpoint = read_state(path)
-        mine = [name for name in checkpoint.state["files"] if rank_in(name) % world.size == world.rank]
-        damaged = [name for name in mine if not checkpoint.is_whole(name)]
-        if not (found := [name for names in gather(damaged, world) for name in names]):
+        found = [name for names in gather(damaged_files(checkpoint, world), world) for name in names]
+        if not found:
             return checkpoint
         if world.is_first:
             logger.warning(f"{path}: damaged ({found[0]} is missing or not as it was written); trying the one before")
             set_aside(path)
     return None
+
+
+def damaged_files(checkpoint: Checkpoint | None, world: World) -> list[str]:
+    """Of those that are this rank's to check."""
+    if checkpoint is None:
+        return ["state.json"]
+    mine = [name for name in checkpoint.state["files"] if rank_in(name) % world.size == world.rank]
+    return [name for name in mine if not checkpoint.is_whole(name)]
 
 
 def set_aside(path: Path) -> None:
@@ -144,9 +151,12 @@ def set_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def read_state(path: Path) -> Checkpoint:
-    """Raises UserError for a checkpoint of another format."""
-    state = json.loads((path / "state.json").read_text())
+def read_state(path: Path) -> Checkpoint | None:
+    """None where its state.json is damaged. Raises UserError for a checkpoint of another format."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError):
+        return None
     if state.get("format") != FORMAT:
         raise UserError(f"{path / 'state.json'}: format is {state.get('format')!r}, this version reads {FORMAT!r}")
     return Checkpoint(path, state)

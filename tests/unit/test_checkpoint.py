@@ -100,6 +100,20 @@ def test_damaged_one_is_passed_over_and_set_aside(tmp_path, damage, caplog):
     assert load(tmp_path)[0] == 2 and (tmp_path / "step_00000002.damaged").exists()
 
 
+def test_damaged_state_is_passed_over(tmp_path, caplog):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    state = tmp_path / "step_00000002" / "state.json"
+    state.write_bytes(state.read_bytes()[:-20])
+    assert load(tmp_path)[0] == 1 and "step_00000002: damaged (state.json" in caplog.text
+
+
+def test_a_rank_may_hold_nothing(tmp_path):
+    files = [path.name for path in write_pieces(tmp_path, 3, {"master": [torch.empty(0)]}, [])]
+    assert files == ["rank_00003_000.safetensors"]
+    assert not Reader(checkpoint.Checkpoint(tmp_path, {"step": 1, "files": dict.fromkeys(files)}), ranks=[3]).stored
+
+
 def test_failure_before_the_rename_leaves_the_one_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
