@@ -167,7 +167,7 @@ def test_an_import_that_keeps_the_rules_is_left_alone(path, source):
 
 
 def unpickling(source: str) -> list[str]:
-    """Calls that could run code out of a file: torch.load unless weights_only=True, numpy.load with pickles, pickle's."""
+    """Calls that could run code out of a file: torch.load unless weights_only=True, numpy's with pickles, pickle's."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

@@ -40,6 +40,7 @@ REFUSED_KEYS = {
 FIXED_ZERO_KEYS = {
     "round_robin_gradients": (False, "DeepSpeed would mix up which weights are whose in validation and snapshots"),
     "mics_shard_size": (-1, "partitions are cut over all processes"),
+    "zero_hpz_partition_size": (1, "a resumed run's second copies of the weights would be those of its start"),
     "compute_grad_norm": (True, "the recipe clips gradients"),
     "zero_quantized_weights": (False, "it changes what is learned"),
     "zero_quantized_nontrainable_weights": (False, "it changes what is learned"),

@@ -4,11 +4,19 @@ import pytest
 
 from tests.training import read_metrics, train, write_ds_json, write_recipe
 
-# (processes, ZeRO stage, the "mdit" section): every layout is left for another one, and entered from another one.
+# (processes, ZeRO stage, the "mdit" section, more of "zero_optimization"): every layout is left for another one, and
+# entered from another one.
 EP2, EP4, TP2 = {"expert_parallel": 2}, {"expert_parallel": 4}, {"tensor_parallel": 2}
 CHAIN = [
     (1, 1, {}), (4, 2, EP4), (2, 3, {}), (4, 1, EP2), (1, 3, {}), (2, 1, EP2), (4, 3, {}), (4, 1, EP4), (2, 2, {}),
     (4, 2, EP2), (1, 2, {}), (2, 2, EP2), (4, 1, {}), (2, 1, {}), (4, 2, {}),
+]  # fmt: skip
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+WITH_OPTIONS = [
+    (2, 2, EP2, OFFLOADED), (2, 3, {}, {**OFFLOADED, "offload_param": {"device": "cpu"}}),
+    (4, 3, {}, {"sub_group_size": 3000}),
+    (1, 2, {}, OFFLOADED), (2, 2, {}, {"overlap_comm": True, "reduce_bucket_size": 1000}),
+    (2, 1, {"expert_parallel": 2, "activation_checkpointing": "block"}),
 ]  # fmt: skip
 WITH_TENSORS = [(2, 1, TP2), (4, 2, EP2), (4, 2, TP2), (2, 3, {})]
 STEPS = 2  # of each
@@ -23,13 +31,14 @@ def undisturbed(tmp_path_factory):
     return recipe, folder / "run"
 
 
-@pytest.mark.parametrize("chain", [CHAIN, WITH_TENSORS], ids=["experts", "tensors"])
+@pytest.mark.parametrize("chain", [CHAIN, WITH_OPTIONS, WITH_TENSORS], ids=["experts", "options", "tensors"])
 def test_every_layout_goes_on_from_every_other(undisturbed, tmp_path, chain):
     if chain is WITH_TENSORS:
         pytest.importorskip("megatron.core")
     recipe, expected = undisturbed
-    for i, (processes, stage, settings) in enumerate(chain):
-        ds_json = write_ds_json(tmp_path / "ds.json", stage=stage, mdit=settings)
+    for i, (processes, stage, settings, *options) in enumerate(chain):
+        zero = {"stage": stage, **(options[0] if options else {})}
+        ds_json = write_ds_json(tmp_path / "ds.json", zero_optimization=zero, mdit=settings)
         stop = f"training.num_steps={STEPS * (i + 1)}"
         output = train(recipe, ds_json, tmp_path / "run", "--set", stop, processes=processes)
         assert i == 0 or f"resuming at step {STEPS * i} " in output

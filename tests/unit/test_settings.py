@@ -96,6 +96,10 @@ def test_misspelled_key_names_the_near_one():
             ["zero_quantized_gradients", "learned"],
         ),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["mics_shard_size = 2", "-1"]),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
+            ["zero_hpz_partition_size = 8", "expected 1"],
+        ),
     ],
 )
 def test_contradiction_is_one_line(ds_json, parts):
