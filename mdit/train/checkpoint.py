@@ -178,8 +178,10 @@ def load_into(
             reader.fill(kind, piece, piece.of(flat))
     if same:
         return memories[world.rank]
-    written, now = (", ".join(f"{k} {v}" for k, v in each.items()) for each in (checkpoint.state["layout"], layout))
-    logger.info(f"{checkpoint.path}: written with {written}; taken over tensor by tensor by this run with {now}")
+    before = checkpoint.state["layout"]
+    differing = [key for key in layout if before.get(key) != layout[key]]
+    written, now = (", ".join(f"{key} {each.get(key)}" for key in differing) for each in (before, layout))
+    logger.info(f"{checkpoint.path}: written with {written}; this run has {now}: taken over tensor by tensor")
     return {key: sum(memory[key] for memory in memories) / len(memories) for key in memories[0]}
 
 
