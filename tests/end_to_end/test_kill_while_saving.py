@@ -14,29 +14,32 @@ from mdit.train.checkpoint import find_latest, latest_step, load_into, save_trai
 from mdit.train.pieces import Piece
 from tests.processes import fork_server
 
-KILLS = 20
-WORLD = World(0, 1, 0, torch.device("cpu"))
-LAYOUT = {"world_size": 1}
-PIECES = [Piece(f"p{i}", (250_000,), WHOLE, 0, 250_000, 0, 250_000 * i) for i in range(8)]
-NUMEL = 8 * 250_000
+KILLS, RANKS = 20, 2
+NUMEL = 200_000  # of each of PARAMETERS, half of it on each rank
+PARAMETERS = [f"p{i}" for i in range(8)]
 
 
-def join_alone() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+def pieces_of(rank: int, ranks: int) -> list[Piece]:
+    share = NUMEL // ranks
+    return [Piece(name, (NUMEL,), WHOLE, share * rank, share, 0, share * i) for i, name in enumerate(PARAMETERS)]
 
 
-def save_for_ever(directory, journal) -> None:
-    """Step after step; the journal says when a save begins and when it has returned."""
-    join_alone()
-    checkpoint.MAX_FILE_BYTES = 2**20  # a file for each piece
+def save_for_ever(rank: int, directory, journal, meeting) -> None:
+    """Step after step; the journal says when a save begins and when it has returned on rank 0."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
+    world = World(rank, RANKS, rank, torch.device("cpu"))
+    checkpoint.MAX_FILE_BYTES = 2**18  # several files a rank
     with journal.open("a", buffering=1) as file:
         for step in count(latest_step(directory) + 1):
-            file.write(f"saving {step}\n")
-            tensors = {"master": [torch.full((NUMEL,), float(step))]}
+            if world.is_first:
+                file.write(f"saving {step}\n")
+            tensors = {"master": [torch.full((NUMEL // RANKS * len(PARAMETERS),), float(step))]}
+            memory, layout = {"loss_sum": float(step)}, {"world_size": RANKS}
             save_training_state(
-                directory, step, tensors, PIECES, memory={"loss_sum": float(step)}, layout=LAYOUT, world=WORLD, keep=1
+                directory, step, tensors, pieces_of(rank, RANKS), memory=memory, layout=layout, world=world, keep=1
             )
-            file.write(f"saved {step}\n")
+            if world.is_first:
+                file.write(f"saved {step}\n")
 
 
 def entries(journal) -> list[str]:
@@ -45,28 +48,33 @@ def entries(journal) -> list[str]:
 
 def test_twenty_kills(tmp_path):
     directory, journal, rng = tmp_path / "checkpoints", tmp_path / "journal", random.Random(0)
-    join_alone()
+    alone = World(0, 1, 0, torch.device("cpu"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     interrupted = 0
     try:
-        for _ in range(KILLS):
-            before = len(entries(journal))
-            process = fork_server().Process(target=save_for_ever, args=(directory, journal))
-            started = time.monotonic()
-            process.start()
-            while len(entries(journal)) < before + 4 and process.is_alive():  # into the third save of its life
+        for kill in range(KILLS):
+            arguments = directory, journal, tmp_path / f"meeting{kill}"
+            ranks = [fork_server().Process(target=save_for_ever, args=(rank, *arguments)) for rank in range(RANKS)]
+            before, started = len(entries(journal)), time.monotonic()
+            for process in ranks:
+                process.start()
+            while len(entries(journal)) < before + 4 and ranks[0].is_alive():  # into the third save of its life
                 time.sleep(0.002)
             one_save = (time.monotonic() - started) / 4  # or a little more
             time.sleep(rng.uniform(0, one_save))
-            process.kill()
-            process.join()
+            for process in rng.sample(ranks, RANKS):
+                process.kill()
+            for process in ranks:
+                process.join()
             *_, last = entries(journal)
             interrupted += last.startswith("saving")
             complete = max(int(line.split()[1]) for line in entries(journal) if line.startswith("saved"))
 
-            found = find_latest(directory, WORLD)
+            found = find_latest(directory, alone)
             assert found is not None and found.step >= complete
-            flat = torch.empty(NUMEL)
-            memory = load_into(found, {"master": [flat]}, PIECES, layout=LAYOUT, world=WORLD)
+            flat = torch.empty(NUMEL * len(PARAMETERS))
+            layout = {"world_size": 1}
+            memory = load_into(found, {"master": [flat]}, pieces_of(0, 1), layout=layout, world=alone)
             assert (flat == found.step).all() and memory == {"loss_sum": found.step}
             assert not list(directory.glob("*.damaged"))
     finally:
