@@ -44,7 +44,10 @@ def identify() -> World:
         rank, size, local_rank = (int(env[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
     else:
         rank, size, local_rank = 0, 1, 0
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        own_gpu_only = "SLURM_STEP_ID" in env and torch.cuda.device_count() == 1  # as with --gpus-per-task: number 0
+        device = torch.device("cuda", 0 if own_gpu_only else local_rank)
     return World(rank, size, local_rank, device)
 
 
@@ -52,17 +55,22 @@ def start(world: World) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs). One process alone gets a group of one, on no open port.
 
     Several meet at MASTER_ADDR:MASTER_PORT, which deepspeed and torchrun set. Under srun, what is not set is found: the
-    first host of the step and a port that follows from the numbers of job and step. Raises UserError elsewhere.
+    first host of the step and a port that follows from the numbers of job and step. Raises UserError elsewhere, and
+    where a node has more processes than GPUs.
     """
     if world.size > 1:
         find_meeting_point(world)
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
-    if world.device.type == "cuda":
+    on_gpu = world.device.type == "cuda"
+    if on_gpu and world.device.index >= (seen := torch.cuda.device_count()):
+        raise UserError(f"LOCAL_RANK = {world.local_rank}, but {seen} GPUs are to be seen: start one process for each")
+    local_rank = world.device.index if on_gpu else world.local_rank  # by which DeepSpeed chooses the GPU
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
+    if on_gpu:
         torch.cuda.set_device(world.device)
     elif "OMP_NUM_THREADS" not in os.environ:  # processes that share a CPU share its cores
         beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     options = {"timeout": timedelta(minutes=30)}
     if world.size == 1:
         options["store"] = torch.distributed.HashStore()

@@ -11,7 +11,7 @@ from mdit.data.shards import open_dataset
 from mdit.data.writer import SHARD_BYTES
 from mdit.dist import World, logger
 from mdit.encoders import build_image_encoder, build_text_encoder, build_text_encoder_from
-from mdit.prepare.decode import build_decoder
+from mdit.prepare.decoders import build_decoder
 from mdit.prepare.imported import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
 from mdit.prepare.in_progress import check_set, is_finished
 from mdit.prepare.precompute import Job, Maker, precompute

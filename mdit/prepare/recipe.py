@@ -13,7 +13,7 @@ from mdit.data.manifest import MANIFEST, read_manifest
 from mdit.data.shards import LatentSet, open_dataset
 from mdit.dist import logger
 from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
-from mdit.prepare.decode import build_decoder
+from mdit.prepare.decoders import build_decoder
 from mdit.prepare.in_progress import check_set, is_finished
 from mdit.prepare.precompute import Job, precompute
 from mdit.prepare.report import summary

@@ -13,7 +13,7 @@ from torch import Tensor
 from mdit.config import UserError
 from mdit.data.manifest import Layout
 from mdit.encoders import ImageEncoder, TextEncoder
-from mdit.prepare.decode import Decoder
+from mdit.prepare.decoders import Decoder
 from mdit.sources import Part, Picture, Rejected
 
 T = TypeVar("T")

@@ -12,7 +12,8 @@ from PIL import Image, PngImagePlugin
 
 from mdit.config import UserError
 from mdit.prepare import decode
-from mdit.prepare.decode import NOT_DECODABLE, TOO_SMALL, build_decoder
+from mdit.prepare.decode import NOT_DECODABLE, TOO_SMALL
+from mdit.prepare.decoders import build_decoder
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mdit.config import UserError
-from mdit.dist import StopSignal, World, configure_logging, find_meeting_point, first_host, identify, logger
+from mdit.dist import StopSignal, World, configure_logging, find_meeting_point, first_host, identify, logger, start
 from tests.training import run_in_processes
 
 CPU = torch.device("cpu")
@@ -58,7 +58,24 @@ def test_deepspeed_inside_a_slurm_step_goes_by_deepspeeds_ranks(environment):
 def test_each_process_of_a_node_gets_its_own_gpu(environment, monkeypatch):
     environment(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert identify().device == torch.device("cuda", 1)
+
+
+def test_a_task_that_sees_one_gpu_only_takes_it(environment, monkeypatch):
+    """As with srun's --gpus-per-task."""
+    environment(**SRUN, SLURM_STEP_ID="0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert identify() == World(rank=3, size=4, local_rank=1, device=torch.device("cuda", 0))
+
+
+def test_more_processes_than_gpus_are_refused(environment, monkeypatch):
+    environment(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="LOCAL_RANK = 1, but 1 GPUs are to be seen: start one process for each"):
+        start(identify())
 
 
 def test_only_rank_0_is_first():

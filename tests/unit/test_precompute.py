@@ -21,7 +21,7 @@ from mdit.config import UserError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter
 from mdit.encoders import build_image_encoder
-from mdit.prepare.decode import build_decoder
+from mdit.prepare.decoders import build_decoder
 from mdit.prepare.precompute import Job, precompute
 from mdit.prepare.report import merge, new_report, reject, summary
 from mdit.prepare.towers import CaptionCache, Towers, ahead
