@@ -103,7 +103,8 @@ def run(arguments: argparse.Namespace, world: World) -> None:
     config = load_config(arguments.recipe)
     ep = arguments.expert_parallel
     if world.size % ep or config.model.num_experts % ep:
-        raise UserError(f"--expert_parallel {ep} divides not both {world.size} processes and the recipe's experts")
+        experts = config.model.num_experts
+        raise UserError(f"--expert_parallel {ep} does not divide both {world.size} processes and {experts} experts")
     pieces = pieces_of(config, world, ep)
     kinds = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if config.ema else ()))
     numel = sum(piece.numel for piece in pieces)
