@@ -1,4 +1,4 @@
-"""Layouts for the paper plan: how a step would be spread over GPUs, checked and enumerated without any of them."""
+"""How a step is spread over GPUs, in numbers alone: which layouts can be, for a run and for the paper plan."""
 
 import itertools
 from dataclasses import dataclass, field

@@ -24,7 +24,6 @@ class ParallelPlan:
     what it asks about tensor parallelism."""
 
     world: World
-    expert_parallel: int = 1
     tensor_parallel: int = 1
     expert_group: ProcessGroup | None = None
     tensor_group: ProcessGroup | None = None
@@ -37,7 +36,7 @@ class ParallelPlan:
         if ep > 1:
             from mdit.parallel import expert
 
-            return cls(world, expert_parallel=ep, expert_group=expert.start(ep))
+            return cls(world, expert_group=expert.start(ep))
         if tp > 1:
             from mdit.parallel import tensor
 

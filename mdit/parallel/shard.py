@@ -33,11 +33,6 @@ class Shard:
         cut = [part.chunk(self.blocks, self.dim) for part in parts]
         return torch.cat([part[block] for block in range(self.blocks) for part in cut], self.dim)
 
-    def whole_shape(self, part_shape: Sequence[int]) -> tuple[int, ...]:
-        shape = list(part_shape)
-        shape[self.dim] *= self.count
-        return tuple(shape)
-
 
 CONTIGUOUS = torch.contiguous_format
 WHOLE = Shard()

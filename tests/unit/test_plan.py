@@ -28,7 +28,7 @@ def error_of(world_size=8, zero=None, model=MODEL, **settings):
 
 def test_expert_parallel_ranks_each_have_a_share_of_the_batch():
     assert data_parallel_size(RunSettings(expert_parallel=4), 8, "ds.json") == 8
-    place = ParallelPlan(World(5, 8, 5, torch.device("cpu")), expert_parallel=4)
+    place = ParallelPlan(World(5, 8, 5, torch.device("cpu")))
     assert (place.data_rank, place.data_size) == (5, 8)
 
 
