@@ -22,6 +22,7 @@ FLOORS = [  # from the ground up
     {"parallel", "data", "sources", "encoders", "snapshot"},
     {"prepare", "eval"},
     {"train"},
+    {"bench"},
     {"launchers", "tools"},
     {"tests"},
 ]

@@ -12,8 +12,8 @@ in four calls, between which the first matmul is a plain bmm (M = N * K):
 
 Tokens move by index, never through an (N, E, K, T) one-hot product, which costs O(T^2) memory and 2 to 13 % of the
 model's FLOPs. `slots_NTE`, the inverse of `tokens_NEK`, makes every sum over experts a gather too: each token collects
-its rows in the order of the experts and is written once. PyTorch's index_add uses atomics on a GPU, so that a token
-chosen by three experts gets other bits on every run. Moving tokens there and back are each other's transpose, so one
+its rows in the order of the experts and is written once. An index_add would use atomics on a GPU, so that a
+token chosen by three experts got other bits on every run. Moving tokens there and back are each other's transpose, so one
 pair of kernels is both, forward and backward.
 
 The router weight is a factor of the GELU's output instead of the expert's (w * (a @ w2) = (w * a) @ w2): there it costs
@@ -22,8 +22,8 @@ no pass of its own, its gradient <gelu(h), da> falls out of GELU's backward, and
 Bytes without the matmuls' own, for R = N * T * D and H = E * M * F numbers (at capacity 2; 34 and 134 MB in bf16 for
 16,384 tokens of 1024 and F = 2048), forward and backward:
     one-hot    8 * N * E * K * T * D FLOPs (17 G at T = 64, 275 G at T = 1024) and N * E * K * T numbers on top of:
-    PyTorch    32 R + 5 H, of which two passes of atomics; keeps 6 R + 2 H
-    Triton     12 R + 6 H (0.43 instead of 0.62 ms at 2.8 TB/s); keeps 2 R + H: tokens as gathered, and h
+    PyTorch    24 R + 5 H; keeps 6 R + 2 H
+    Triton     12 R + 6 H (0.43 instead of 0.53 ms at 2.8 TB/s); keeps 2 R + H: tokens as gathered, and h
 """
 
 from torch import Tensor

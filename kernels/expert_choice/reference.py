@@ -33,8 +33,7 @@ def route(logits_NTE: Tensor, tokens_per_expert: int) -> Routing:
 
 
 def gather_tokens(x_NTD: Tensor, routing: Routing) -> Tensor:
-    num_experts = routing.tokens_NEK.shape[1]
-    return x_NTD.flatten(0, 1).index_select(0, _rows(routing)).unflatten(0, (num_experts, -1))
+    return _Gather.apply(x_NTD, routing.tokens_NEK, routing.slots_NTE)
 
 
 def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
@@ -43,16 +42,55 @@ def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
 
 
 def scatter_tokens(y_EMD: Tensor, routing: Routing) -> Tensor:
-    n, num_tokens, _ = routing.slots_NTE.shape
-    out = y_EMD.new_zeros(n * num_tokens, y_EMD.shape[-1])
-    return out.index_add(0, _rows(routing), y_EMD.flatten(0, 1)).unflatten(0, (n, num_tokens))
+    return _Scatter.apply(y_EMD, routing.tokens_NEK, routing.slots_NTE)
 
 
-def _rows(routing: Routing) -> Tensor:
+class _Gather(torch.autograd.Function):
+    """Its gradient by `_sum_rows`: index_select's own adds row by row, which takes ten times as long on a CPU and falls
+    out otherwise every time on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_NEK, slots_NTE)
+        return _take_rows(x_NTD, tokens_NEK)
+
+    @staticmethod
+    def backward(ctx, dy_EMD: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_rows(dy_EMD, *ctx.saved_tensors), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """The transpose of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx, y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_NEK)
+        return _sum_rows(y_EMD, tokens_NEK, slots_NTE)
+
+    @staticmethod
+    def backward(ctx, dx_NTD: Tensor) -> tuple[Tensor, None, None]:
+        return _take_rows(dx_NTD, *ctx.saved_tensors), None, None
+
+
+def _take_rows(x_NTD: Tensor, tokens_NEK: Tensor) -> Tensor:
+    return (
+        x_NTD.flatten(0, 1).index_select(0, _rows(tokens_NEK, x_NTD.shape[1])).unflatten(0, (tokens_NEK.shape[1], -1))
+    )
+
+
+def _sum_rows(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
+    """Each token's rows of y, in the order of the experts, added up -> (N, T, D): one bag a token."""
+    n, num_tokens, _ = slots_NTE.shape
+    by_token = _rows(tokens_NEK, num_tokens).argsort(stable=True)
+    rows_NT = (slots_NTE >= 0).sum(dim=-1)
+    first_row = rows_NT.flatten().cumsum(0) - rows_NT.flatten()
+    return F.embedding_bag(by_token, y_EMD.flatten(0, 1), first_row, mode="sum").unflatten(0, (n, num_tokens))
+
+
+def _rows(tokens_NEK: Tensor, num_tokens: int) -> Tensor:
     """(E * N * K,): where in x_NTD.flatten(0, 1) each expert's tokens are."""
-    n, num_tokens, _ = routing.slots_NTE.shape
-    first = torch.arange(n, device=routing.tokens_NEK.device) * num_tokens
-    return (routing.tokens_NEK + first.view(-1, 1, 1)).transpose(0, 1).flatten()
+    first_N = torch.arange(len(tokens_NEK), device=tokens_NEK.device) * num_tokens
+    return (tokens_NEK + first_N.view(-1, 1, 1)).transpose(0, 1).flatten()
 
 
 def one_hot_expert_choice(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mdit.kernels.expert_choice.reference import Routing
 from mdit.kernels.launch import launch
+from mdit.kernels.registered import registered
 
 # ---------------------------------------------------------------- routing
 
@@ -231,7 +232,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("mdit::expert_route", mutates_args=())
+@registered("mdit::expert_route")
 def _route_op(logits_NTE: Tensor, tokens_per_expert: int) -> tuple[Tensor, Tensor, Tensor]:
     n, num_tokens, experts = logits_NTE.shape
     weights_NEK, tokens_NEK, slots_NTE = _empty_routing(logits_NTE, tokens_per_expert)
@@ -255,7 +256,7 @@ def _empty_routing(logits_NTE: Tensor, tokens_per_expert: int) -> tuple[Tensor, 
     )
 
 
-@torch.library.custom_op("mdit::expert_route_backward", mutates_args=())
+@registered("mdit::expert_route_backward")
 def _route_backward_op(dweights_NEK: Tensor, logits_NTE: Tensor, slots_NTE: Tensor) -> Tensor:
     n, num_tokens, experts = logits_NTE.shape
     dlogits_NTE = logits_NTE.new_empty(logits_NTE.shape)
@@ -285,7 +286,7 @@ _route_op.register_autograd(
 )
 
 
-@torch.library.custom_op("mdit::expert_gather", mutates_args=())
+@registered("mdit::expert_gather")
 def _gather_op(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
     (n, experts, k), width, x_NTD = tokens_NEK.shape, x_NTD.shape[2], _dense(x_NTD)
     out_EMD = x_NTD.new_empty(experts, n * k, width)
@@ -298,7 +299,7 @@ def _gather_op(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
     return out_EMD
 
 
-@torch.library.custom_op("mdit::expert_scatter", mutates_args=())
+@registered("mdit::expert_scatter")
 def _scatter_op(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
     (n, num_tokens, experts), width, y_EMD = slots_NTE.shape, y_EMD.shape[2], _dense(y_EMD)
     out_NTD = y_EMD.new_empty(n, num_tokens, width)
@@ -336,7 +337,7 @@ _scatter_op.register_autograd(
 )
 
 
-@torch.library.custom_op("mdit::expert_gelu_bmm", mutates_args=())
+@registered("mdit::expert_gelu_bmm")
 def _gelu_bmm_op(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
     (experts, m, width), h_EMF, a_EMF = h_EMF.shape, h_EMF.contiguous(), h_EMF.new_empty(h_EMF.shape)
     block_m, block_f = _row_blocks(width, 8)
@@ -353,7 +354,7 @@ def _(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
     return h_EMF.new_empty(*h_EMF.shape[:2], w2_EFD.shape[2])
 
 
-@torch.library.custom_op("mdit::expert_gelu_bmm_backward", mutates_args=())
+@registered("mdit::expert_gelu_bmm_backward")
 def _gelu_bmm_backward_op(
     dy_EMD: Tensor, h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mdit.kernels.launch import launch
+from mdit.kernels.registered import registered
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -472,12 +473,12 @@ def _backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("mdit::masked_self_attention", mutates_args=())
+@registered("mdit::masked_self_attention")
 def _self(qkv_NTX: Tensor, num_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(*qkv_NTX.chunk(3, dim=-1), num_heads, eps, None)
 
 
-@torch.library.custom_op("mdit::masked_self_attention_backward", mutates_args=())
+@registered("mdit::masked_self_attention_backward")
 def _self_backward(
     d_out_NTA: Tensor, qkv_NTX: Tensor, out_NTA: Tensor | None, q_stats: Tensor, k_stats: Tensor, lse_NHT: Tensor,
     num_heads: int,
@@ -488,14 +489,14 @@ def _self_backward(
     return gradient_NTX
 
 
-@torch.library.custom_op("mdit::masked_cross_attention", mutates_args=())
+@registered("mdit::masked_cross_attention")
 def _cross(
     q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float, key_lengths_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(q_NTA, *kv_NLX.chunk(2, dim=-1), num_heads, eps, key_lengths_N)
 
 
-@torch.library.custom_op("mdit::masked_cross_attention_backward", mutates_args=())
+@registered("mdit::masked_cross_attention_backward")
 def _cross_backward(
     d_out_NTA: Tensor, q_NTA: Tensor, kv_NLX: Tensor, out_NTA: Tensor | None, q_stats: Tensor, k_stats: Tensor,
     lse_NHT: Tensor, num_heads: int, key_lengths_N: Tensor | None,

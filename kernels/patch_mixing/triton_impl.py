@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mdit.kernels.launch import launch
+from mdit.kernels.registered import registered
 
 
 @triton.jit
@@ -202,7 +203,7 @@ def _rows_per_program(images: int, num_rows: int, tile: int) -> int:
     return tile * _ceil_div(_ceil_div(num_rows, programs), tile)
 
 
-@torch.library.custom_op("mdit::add_norm_modulate", mutates_args=())
+@registered("mdit::add_norm_modulate")
 def _add_norm_modulate(
     x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
     shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None,
@@ -221,7 +222,7 @@ def _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_
     return x_NTD.new_empty(n, k, width), x_NTD.new_empty(n, k, width), stats_2NK
 
 
-@torch.library.custom_op("mdit::norm_modulate", mutates_args=())
+@registered("mdit::norm_modulate")
 def _norm_modulate(
     x_NTD: Tensor, weight_D: Tensor, shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -247,7 +248,7 @@ def _launch_forward(x, y, gate, weight, shift, scale, eps, keep, out_NKD, h_NKD,
     )  # fmt: skip
 
 
-@torch.library.custom_op("mdit::add_norm_modulate_backward", mutates_args=())
+@registered("mdit::add_norm_modulate_backward")
 def _add_norm_modulate_backward(
     x_NKD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor, scale_ND: Tensor | None,
     keep_NK: Tensor | None, stats_2NK: Tensor, num_tokens: int, d_out_NKD: Tensor | None, dh_NKD: Tensor | None,

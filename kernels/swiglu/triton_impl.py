@@ -3,13 +3,13 @@
 Shapes: M tokens (all leading dimensions), F width of the network, D width of the stream.
 """
 
-import torch
 import torch.nn.functional as functional
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mdit.kernels.launch import launch
+from mdit.kernels.registered import registered
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _launch(kernel, elements: int, *arguments: Tensor | int, num_rows: int, widt
     launch(kernel, grid, *arguments, num_rows, F=width, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=1)
 
 
-@torch.library.custom_op("mdit::swiglu_linear", mutates_args=())
+@registered("mdit::swiglu_linear")
 def _swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
     a_MF, b_MF = _rows(a), _rows(b)
     u_MF = a.new_empty(a_MF.shape)
@@ -74,7 +74,7 @@ def _(a, b, weight_DF, bias_D):
     return a.new_empty(*a.shape[:-1], weight_DF.shape[0])
 
 
-@torch.library.custom_op("mdit::swiglu_linear_backward", mutates_args=())
+@registered("mdit::swiglu_linear_backward")
 def _swiglu_linear_backward(
     d_out: Tensor, a: Tensor, b: Tensor, weight_DF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

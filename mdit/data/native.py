@@ -2,36 +2,52 @@
 
 import torch
 
-from mdit.data.read_ahead import Batch, ReadAhead
+from mdit.data.read_ahead import Batch, Buffer, ReadAhead
 
 
 class NativeLoader:
     """An endless iterator of Batch over all epochs, and a context manager; close() stops its threads.
 
     On a CPU a batch is a view of the buffer it was read into, which is used again once nobody holds the batch. To a GPU
-    it is copied from pinned memory, in the order of the current stream and without waiting.
+    it is copied from pinned memory on a stream of its own: while a batch is used, the next one is on its way.
     """
 
     def __init__(self, read_ahead: ReadAhead, device: torch.device) -> None:
         self._read_ahead, self._device = read_ahead, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copying: tuple[Batch, torch.cuda.Event] | None = None  # the next batch, and the event behind its copy
 
     def __iter__(self) -> "NativeLoader":
         return self
 
     def __next__(self) -> Batch:
         """Raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed."""
-        buffer = self._read_ahead.take()
-        texts, samples, step = buffer.texts, buffer.samples, buffer.step
-        if buffer.copied is None:
-            rows = self._read_ahead.lend(buffer)
-        else:
+        if self._stream is None:
+            buffer = self._read_ahead.take()
+            texts, samples, step = buffer.texts, buffer.samples, buffer.step
+            return Batch(*self._read_ahead.layout.split(self._read_ahead.lend(buffer)), texts, samples, step)
+        batch, copied = self._copying or self._copy(self._read_ahead.take())
+        following = self._read_ahead.take_filled()
+        self._copying = None if following is None else self._copy(following)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(copied)
+        for tensor in (batch.latents_NCHW, batch.captions_NLC):
+            tensor.record_stream(computing)  # else the next copy could take its memory while it is still read
+        return batch
+
+    def _copy(self, buffer: Buffer) -> tuple[Batch, torch.cuda.Event]:
+        """Start it. Dequantisation, where samples are in 8 bits, is part of it."""
+        with torch.cuda.stream(self._stream):
             rows = buffer.rows.to(self._device, non_blocking=True)
             buffer.copied.record()
-            self._read_ahead.give_back(buffer)
-        return Batch(*self._read_ahead.layout.split(rows), texts, samples, step)
+            batch = Batch(*self._read_ahead.layout.split(rows), buffer.texts, buffer.samples, buffer.step)
+            done = torch.cuda.current_stream().record_event()
+        self._read_ahead.give_back(buffer)
+        return batch, done
 
     def close(self) -> None:
         self._read_ahead.close()
+        self._copying = None
 
     def __enter__(self) -> "NativeLoader":
         return self

@@ -55,8 +55,8 @@ class DeepSpeedMPU:
 def start(tp: int) -> tuple[ProcessGroup, DeepSpeedMPU]:
     """Groups of `tp` neighbouring ranks -> this rank's, and DeepSpeed's mpu. A collective, once in a process.
 
-    On a GPU atomics add in another order on every rank (PyTorch's index_add in the experts, where Triton's kernels do
-    not run), and what is replicated would drift apart. So torch is asked for its deterministic algorithms.
+    On a GPU atomics add in another order on every rank (PyTorch's gradients of indexing, for example), and what is
+    replicated would drift apart. So torch is asked for its deterministic algorithms.
     """
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch warns that cuBLAS wants to be told as well

@@ -413,7 +413,7 @@ def test_the_operators_are_registered_as_torch_wants_them():
         (triton_impl._scatter_op, (y, *indices)),
         (triton_impl._gelu_bmm_op, (h, w2, weights)),
     ):
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.op, arguments)
 
 
 @pytest.mark.usefixtures("triton")

@@ -239,8 +239,8 @@ def test_custom_ops_are_registered_as_torch_expects(triton, lengths):
 
     lengths_N = torch.tensor(lengths, device=DEVICE) if lengths else None
     inputs = [t.requires_grad_() for t in low([*self_inputs(2, 5, 2, 32), *cross_inputs(2, 5, 70, 2, 32)])]
-    torch.library.opcheck(triton_impl._self, (inputs[0], 2, EPS))
-    torch.library.opcheck(triton_impl._cross, (*inputs[1:], 2, EPS, lengths_N))
+    torch.library.opcheck(triton_impl._self.op, (inputs[0], 2, EPS))
+    torch.library.opcheck(triton_impl._cross.op, (*inputs[1:], 2, EPS, lengths_N))
 
 
 def test_float64_is_pytorch_s(triton):

@@ -233,9 +233,9 @@ def test_custom_ops_are_registered_as_torch_expects(triton, case):
     )
     keep = keep.to(DEVICE) if keep is not None else None
     if y is None and keep is None:
-        torch.library.opcheck(triton_impl._norm_modulate, (x, weight, shift, scale, EPS))
+        torch.library.opcheck(triton_impl._norm_modulate.op, (x, weight, shift, scale, EPS))
     else:
-        torch.library.opcheck(triton_impl._add_norm_modulate, (x, y, gate, weight, shift, scale, EPS, keep))
+        torch.library.opcheck(triton_impl._add_norm_modulate.op, (x, y, gate, weight, shift, scale, EPS, keep))
 
 
 def test_misuse_is_an_assertion():
