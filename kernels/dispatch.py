@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-OPS = ("masked_attention", "patch_mixing", "expert_choice", "swiglu")
+OPS = ("masked_attention", "patch_mixing", "expert_choice", "swiglu", "fp8_linear")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _in_triton: frozenset[str] = frozenset()

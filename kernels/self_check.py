@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.kernels import dispatch, expert_choice, masked_attention, patch_mixing, swiglu
+from mdit.kernels import dispatch, expert_choice, fp8_linear, masked_attention, patch_mixing, swiglu
 
-N, T, L, HEADS, E, F = 2, 40, 21, 3, 4, 80
+N, T, L, HEADS, E, F, OUTPUTS = 2, 40, 21, 3, 4, 80, 48
 EPS = 1e-6
 
 
@@ -80,12 +80,23 @@ def _swiglu(a: Tensor, b: Tensor, weight_DF: Tensor) -> list[Tensor]:
     return [swiglu.swiglu_linear(a, b, weight_DF)]
 
 
+def _fp8(a_NTF: Tensor, b_NTF: Tensor, weight_OF: Tensor, h_EMF: Tensor, w_EFO: Tensor) -> list[Tensor]:
+    weights_NEK = a_NTF.new_ones(N, E, T // N)
+    return [
+        fp8_linear.fp8_linear(a_NTF, weight_OF),
+        fp8_linear.fp8_swiglu_linear(a_NTF, b_NTF, weight_OF),
+        fp8_linear.fp8_bmm(h_EMF, w_EFO),
+        fp8_linear.fp8_gelu_bmm(h_EMF, w_EFO, weights_NEK),
+    ]
+
+
 # The call, and the shapes of its inputs for a width.
 EXAMPLES: dict[str, tuple[Callable[..., list[Tensor]], Callable[[int], list[tuple[int, ...]]]]] = {
     "masked_attention": (_attention, lambda d: [(N, T, 3 * d), (N, T, d), (N, L, 2 * d)]),
     "patch_mixing": (_mixing, lambda d: [(N, T, d), (N, T, d), (N, d), (d,), (N, d), (N, d)]),
     "expert_choice": (_experts, lambda d: [(N, T, d), (E, d, F), (E, F, d)]),
     "swiglu": (_swiglu, lambda d: [(N, T, F), (N, T, F), (d, F)]),
+    "fp8_linear": (_fp8, lambda d: [(N, T, F), (N, T, F), (OUTPUTS, F), (E, T, F), (E, F, OUTPUTS)]),
 }
 
 

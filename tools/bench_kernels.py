@@ -6,10 +6,12 @@
 `eager` is the op's reference, `compile` torch.compile of it for that very shape, `triton` the kernels. Beside them:
 scaled_dot_product_attention alone on q and k that are normalised already (`flash`, `cudnn`, `efficient`), and for the
 whole layer of experts the `one_hot` form and, forward only, the candidate `gather_matmul` in place of gathering and
-first matmul. Times are medians in milliseconds, forward / forward and backward, with the L2
-cache overwritten before every repetition and the host ahead of the GPU. The rate is that of the bytes an op must move,
-or the FLOPs it must do, in the kernels' forward and backward; its ceiling is what a large copy or matmul reaches in the
-same run. The error is the largest relative error (by norm) of outputs and gradients, of the kernels against eager.
+first matmul. Of float8's matmuls (`fp8_linear`; the largest and the smallest of a stage) `eager` and `compile` are the
+same matmuls in the computing dtype, and `triton` is float8 with its quantisation. Times are medians in milliseconds,
+forward / forward and backward, with the L2 cache overwritten before every repetition and the host ahead of the GPU. The
+rate is that of the bytes an op must move, or the FLOPs it must do, in the kernels' forward and backward; its ceiling is
+what a large copy or matmul reaches in the same run. The error is the largest relative error (by norm) of outputs and
+gradients, of the kernels against the op's reference.
 
 The largest row of every op comes first, then those of the largest share of a step. OUT/kernels.json (its rows:
 kernels/comparison.py) and OUT/kernels.md are written after every row, and --resume goes on with what is missing.
@@ -37,15 +39,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdit.config import ModelConfig, UserError
-from mdit.kernels import comparison, dispatch, expert_choice
+from mdit.kernels import comparison, dispatch, expert_choice, swiglu
 from mdit.models import presets
-from mdit.models.kernel_calls import EXPERT_LAYER, STAGES, KernelCall, expert_layers, kernel_calls
+from mdit.models.kernel_calls import EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
 
 START = time.monotonic()
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+WITHOUT_FP8 = {
+    "fp8_linear.fp8_linear": F.linear,
+    "fp8_linear.fp8_swiglu_linear": swiglu.swiglu_linear,
+    "fp8_linear.fp8_bmm": torch.bmm,
+    "fp8_linear.fp8_gelu_bmm": expert_choice.gelu_bmm,
 }
 CONTENDERS = (*comparison.MAIN, *BACKENDS, "one_hot", "gather_matmul")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -143,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
 
 def rows_of(args: argparse.Namespace, itemsize: int) -> tuple[dict[int, KernelCall], list[comparison.Row]]:
     """-> the call behind every row (by the row's id), and the rows: equal shapes once, nothing measured yet. A whole
-    layer of experts belongs to no stage, since its parts do."""
+    layer of experts belongs to no stage, since its parts do, nor do the matmuls, which are another way of computing."""
     calls: dict[int, KernelCall] = {}
     rows: dict[str, comparison.Row] = {}
 
@@ -166,6 +174,10 @@ def rows_of(args: argparse.Namespace, itemsize: int) -> tuple[dict[int, KernelCa
             layers = expert_layers(config, n, mask_ratio) if EXPERT_LAYER in args.ops else []
             for call in layers[len(layers) // 2 :: max(1, (len(layers) - 1) // 2)]:  # the middle and the last width
                 add(call)
+            for op in WITHOUT_FP8 if "fp8_linear" in args.ops else ():
+                same = [call for call in fp8_calls(config, n, mask_ratio) if call.op == op]
+                for choose in (max, min) if same else ():
+                    add(choose(same, key=lambda call: call.forward_flops))
     return calls, list(rows.values())
 
 
@@ -206,7 +218,8 @@ def contenders(call: KernelCall) -> dict[str, Contender]:
     def op(*inputs):
         return function(*inputs)
 
-    found = {"eager": Contender(op), "compile": Contender(torch.compile(op, fullgraph=True, dynamic=False))}
+    plain = WITHOUT_FP8.get(call.op, op)
+    found = {"eager": Contender(plain), "compile": Contender(torch.compile(plain, fullgraph=True, dynamic=False))}
     found["triton"] = Contender(op, in_triton=True)
     if "heads" in call.shape:
         alone = Contender(F.scaled_dot_product_attention, prepare=partial(normalised, heads=call.shape["heads"]))

@@ -29,10 +29,11 @@ from mdit.config import ModelConfig, UserError
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
 from mdit.models import presets
-from mdit.models.kernel_calls import STAGES, KernelCall, kernel_calls
+from mdit.models.kernel_calls import STAGES, KernelCall, fp8_calls, kernel_calls
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GROWING = ("A", "F")  # widths that grow with depth
+GROWING = ("A", "F", "IN", "OUT")  # widths that grow with depth
+FP8_CAPABILITY = 89
 COLUMNS = "{:<34} {:<9} {:>5} {:>9} {:>10} {:>5} {:>6} {:>7}  {}"
 
 
@@ -86,7 +87,8 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
 
     uses: dict[ahead_of_time.Source, list[Use]] = {}
     builds, wrong = [], []
-    for call in chosen_calls(getattr(presets, args.preset), every_width=args.all):
+    calls = chosen_calls(getattr(presets, args.preset), every_width=args.all, fp8=args.capability >= FP8_CAPABILITY)
+    for call in calls:
         try:
             for direction, launch in launches(call, DTYPES[args.dtype]):
                 use = Use(call.op, direction, call.where, call.shape, call.label)
@@ -128,11 +130,12 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def chosen_calls(preset: Callable[[int], ModelConfig], *, every_width: bool) -> list[KernelCall]:
-    """Calls of the four stages, those of equal shapes once."""
+def chosen_calls(preset: Callable[[int], ModelConfig], *, every_width: bool, fp8: bool) -> list[KernelCall]:
+    """Calls of the four stages, those of equal shapes once; `fp8`: with those of float8's matmuls."""
     chosen: dict[tuple, KernelCall] = {}
     for latent_size, mask_ratio, micro_batch in STAGES.values():
         calls = kernel_calls(preset(latent_size), micro_batch, mask_ratio)
+        calls += fp8_calls(preset(latent_size), micro_batch, mask_ratio) if fp8 else []
         for call in calls if every_width else representative(calls):
             chosen.setdefault((call.op, *call.shape.items()), call)
     return list(chosen.values())
@@ -172,8 +175,11 @@ def without_matmuls() -> Iterator[None]:
     def product(a: Tensor, b: Tensor) -> Tensor:
         return a.new_empty(*a.shape[:-1], b.shape[-1])
 
+    def scaled_product(a: Tensor, b: Tensor, *, out: Tensor, **_) -> Tensor:
+        return out
+
     with (
-        mock.patch.multiple(torch, mm=product, bmm=product),
+        mock.patch.multiple(torch, mm=product, bmm=product, _scaled_mm=scaled_product),
         mock.patch.object(torch.Tensor, "__matmul__", product),
         mock.patch.object(F, "linear", lambda x, weight, bias=None: product(x, weight.t())),
     ):

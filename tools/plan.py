@@ -126,6 +126,9 @@ def remarks(shown: list[Prediction], dollars: float) -> str:
         "batch: images at once x micro-batches; peak: of the sum, as parts are not at their largest together;",
         f"net: between nodes of 8; effic: without waiting; $/M: of a million images at {dollars:g} a GPU-hour",
     ]
+    if any(p.host_bytes for p in shown):
+        most = max(p.host_bytes for p in shown) / GIB
+        lines.append(f"host: masters, moments and gradients in host memory, up to {most:.1f} GiB of it for each GPU")
     if any(p.layout.reduced for p in shown):
         lines.append(
             "* fewer images at once than a run takes by itself, so that they fit: train_micro_batch_size_per_gpu"

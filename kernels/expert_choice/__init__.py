@@ -13,8 +13,8 @@ in four calls, between which the first matmul is a plain bmm (M = N * K):
 Tokens move by index, never through an (N, E, K, T) one-hot product, which costs O(T^2) memory and 2 to 13 % of the
 model's FLOPs. `slots_NTE`, the inverse of `tokens_NEK`, makes every sum over experts a gather too: each token collects
 its rows in the order of the experts and is written once. An index_add would use atomics on a GPU, so that a
-token chosen by three experts got other bits on every run. Moving tokens there and back are each other's transpose, so one
-pair of kernels is both, forward and backward.
+token chosen by three experts got other bits on every run. Moving tokens there and back are each other's transpose, so
+one pair of kernels is both, forward and backward.
 
 The router weight is a factor of the GELU's output instead of the expert's (w * (a @ w2) = (w * a) @ w2): there it costs
 no pass of its own, its gradient <gelu(h), da> falls out of GELU's backward, and the experts' outputs need not be kept.

@@ -5,19 +5,20 @@
 
 Every call knows what it must cost: the bytes it cannot help moving (each tensor read or written once) and the FLOPs of
 its matmuls, counted as in `mdit.models.flops`. Shapes: N micro-batch, T tokens, L caption tokens, K kept or chosen
-tokens, D width of the stream, A width of the attention, E experts, F width of the feed-forward network.
+tokens, D width of the stream, A width of the attention, E experts, F width of the feed-forward network; of a matmul in
+float8 M rows, IN inputs and OUT outputs.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from mdit.config import ModelConfig, kept_tokens
-from mdit.kernels import expert_choice, masked_attention, patch_mixing, swiglu
+from mdit.kernels import expert_choice, fp8_linear, masked_attention, patch_mixing, swiglu
 from mdit.kernels.expert_choice import Routing
 from mdit.models.dit import Block, MicroDiT
 from mdit.models.moe import ExpertChoice
@@ -100,18 +101,23 @@ class KernelCall:
 
 def kernel_calls(config: ModelConfig, micro_batch: int, mask_ratio: float) -> list[KernelCall]:
     """Calls of one forward pass, equal ones of a part as one; each has its backward. In the order of the model."""
-    return [call for call in _calls(config, micro_batch, mask_ratio) if call.op != EXPERT_LAYER]
+    return [call for call in _calls(config, micro_batch, mask_ratio, _of_model) if call.op != EXPERT_LAYER]
 
 
 def expert_layers(config: ModelConfig, micro_batch: int, mask_ratio: float) -> list[KernelCall]:
     """The layers that the calls of `expert_choice` are parts of, router and first matmul included."""
-    return [call for call in _calls(config, micro_batch, mask_ratio) if call.op == EXPERT_LAYER]
+    return [call for call in _calls(config, micro_batch, mask_ratio, _of_model) if call.op == EXPERT_LAYER]
 
 
-def _calls(config: ModelConfig, n: int, mask_ratio: float) -> list[KernelCall]:
+def fp8_calls(config: ModelConfig, micro_batch: int, mask_ratio: float) -> list[KernelCall]:
+    """The matmuls of the blocks that can be in float8 (mdit.parallel.fp8), as calls of mdit.kernels.fp8_linear."""
+    return _calls(config, micro_batch, mask_ratio, _fp8_of_model)
+
+
+def _calls(config: ModelConfig, n: int, mask_ratio: float, of_model: Callable) -> list[KernelCall]:
     with torch.device("meta"):
         model = MicroDiT(config)
-    found = Counter((op, where, tuple(shape.items())) for op, where, shape in _of_model(model, n, mask_ratio))
+    found = Counter((op, where, tuple(shape.items())) for op, where, shape in of_model(model, n, mask_ratio))
     return [KernelCall(op, where, dict(shape), count) for (op, where, shape), count in found.items()]
 
 
@@ -156,6 +162,30 @@ def _of_block(
     yield "expert_choice.gather_tokens", where, {**shape, "D": dim}
     yield "expert_choice.gelu_bmm", where, {**shape, "D": dim, "F": width}
     yield "expert_choice.scatter_tokens", where, {**shape, "D": dim}
+
+
+def _fp8_of_model(model: MicroDiT, n: int, mask_ratio: float) -> Iterator[tuple[str, str, dict[str, int]]]:
+    config, length = model.config, model.config.caption_length
+    kept = kept_tokens(config.num_patches, mask_ratio)
+    for where, blocks, tokens in (("mixer", model.patch_mixer, config.num_patches), ("backbone", model.blocks, kept)):
+        for op, shape in (found for block in blocks for found in _fp8_of_block(block, n, tokens, length)):
+            if not any(shape[name] % fp8_linear.MULTIPLE for name in ("IN", "OUT")):
+                yield op, where, shape
+
+
+def _fp8_of_block(block: Block, n: int, tokens: int, length: int) -> Iterator[tuple[str, dict[str, int]]]:
+    cross, mlp = block.cross_attn, block.mlp
+    plain = [(n * tokens, layer) for layer in (block.attn.qkv, block.attn.proj, cross.q_linear, cross.proj)]
+    plain.append((n * length, cross.kv_linear))
+    if isinstance(mlp, ExpertChoice):
+        (num_experts, dim, width), k = mlp.w1.shape, mlp.tokens_per_expert(tokens)
+        yield FP8_BMM, {"E": num_experts, "M": n * k, "IN": dim, "OUT": width}
+        yield FP8_GELU_BMM, {"N": n, "E": num_experts, "K": k, "IN": width, "OUT": dim}
+    else:
+        plain += [(n * tokens, mlp.w1), (n * tokens, mlp.w2)]
+        yield FP8_SWIGLU, {"M": n * tokens, "IN": mlp.w3.in_features, "OUT": mlp.w3.out_features}
+    for rows, layer in plain:
+        yield FP8_LINEAR, {"M": rows, "IN": layer.in_features, "OUT": layer.out_features}
 
 
 def _norm(n: int, tokens: int, norm, *, y=False, gate=False, modulated=False, K: int = 0) -> dict[str, int]:
@@ -268,11 +298,34 @@ def _expert_layer(make: Callable[..., Tensor], N: int, T: int, E: int, K: int, D
     return Work(function, [make(N, T, D), make(E, D), make(E, D, F), make(E, F, D)], read, out, saved=read, flops=flops)
 
 
+def _fp8_linear(make: Callable[..., Tensor], M: int, IN: int, OUT: int) -> Work:
+    read = M * IN + IN * OUT
+    inputs = [make(M, IN), make(OUT, IN)]
+    return Work(fp8_linear.fp8_linear, inputs, read, M * OUT, saved=read, flops=2 * M * IN * OUT)
+
+
+def _fp8_swiglu_linear(make: Callable[..., Tensor], M: int, IN: int, OUT: int) -> Work:
+    plain = _swiglu_linear(make, 1, M, IN, OUT)
+    return replace(plain, function=fp8_linear.fp8_swiglu_linear)
+
+
+def _fp8_bmm(make: Callable[..., Tensor], E: int, M: int, IN: int, OUT: int) -> Work:
+    read, inputs = E * (M * IN + IN * OUT), [make(E, M, IN), make(E, IN, OUT)]
+    return Work(fp8_linear.fp8_bmm, inputs, read, E * M * OUT, saved=read, flops=2 * E * M * IN * OUT)
+
+
+def _fp8_gelu_bmm(make: Callable[..., Tensor], N: int, E: int, K: int, IN: int, OUT: int) -> Work:
+    plain = _gelu_bmm(make, N, K, E, K, OUT, IN)  # of T tokens only the K chosen ones matter
+    return replace(plain, function=fp8_linear.fp8_gelu_bmm)
+
+
 NORM = "patch_mixing.add_norm_modulate"
 SELF_ATTENTION = "masked_attention.self_attention"
 CROSS_ATTENTION = "masked_attention.cross_attention"
 SWIGLU = "swiglu.swiglu_linear"
 EXPERT_LAYER = "expert_choice"
+FP8_LINEAR, FP8_SWIGLU = "fp8_linear.fp8_linear", "fp8_linear.fp8_swiglu_linear"
+FP8_BMM, FP8_GELU_BMM = "fp8_linear.fp8_bmm", "fp8_linear.fp8_gelu_bmm"
 
 WORK: dict[str, Callable[..., Work]] = {
     NORM: _add_norm_modulate,
@@ -284,4 +337,8 @@ WORK: dict[str, Callable[..., Work]] = {
     "expert_choice.gather_tokens": _gather_tokens,
     "expert_choice.gelu_bmm": _gelu_bmm,
     "expert_choice.scatter_tokens": _scatter_tokens,
+    FP8_LINEAR: _fp8_linear,
+    FP8_SWIGLU: _fp8_swiglu_linear,
+    FP8_BMM: _fp8_bmm,
+    FP8_GELU_BMM: _fp8_gelu_bmm,
 }

@@ -1,9 +1,16 @@
-"""What is done to a plain MicroDiT before an engine takes it: sharding, recomputation, compilation, in this order."""
+"""What is done to a plain MicroDiT before an engine takes it: shards, float8, recomputation, compilation, in order."""
+
+from collections.abc import Callable
+
+from torch import nn
 
 from mdit.models import MicroDiT
+from mdit.parallel.fp8 import use_fp8
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.recompute import recompute
 from mdit.parallel.settings import RunSettings
+
+FORMS = 8  # of a block: with and without gradients, in float8 or not, behind another block or first
 
 
 def parallelize(model: MicroDiT, settings: RunSettings, plan: ParallelPlan) -> None:
@@ -19,7 +26,22 @@ def parallelize(model: MicroDiT, settings: RunSettings, plan: ParallelPlan) -> N
         from mdit.parallel import tensor  # needs megatron-core
 
         tensor.shard_blocks(model, plan.tensor_group)
-    for block in (*model.patch_mixer, *model.blocks):
+    if settings.fp8:
+        use_fp8(model)
+    blocks = [*model.patch_mixer, *model.blocks]
+    for block in blocks:
         recompute(block, settings.activation_checkpointing)
-        if settings.compile:
-            block.compile()
+    if settings.compile:
+        compile_each(blocks)
+
+
+def compile_each(blocks: list[nn.Module], backend: str | Callable = "inductor") -> None:
+    """Each for the very shapes that it meets, as a run knows no others. Blocks are of many widths but share the code of
+    one forward, of which Dynamo compiles 8 forms unless told otherwise: the other blocks would run as they are."""
+    from torch._dynamo import config  # takes a second to import
+
+    forms = FORMS * len(blocks)
+    config.recompile_limit = max(forms, config.recompile_limit)
+    config.accumulated_recompile_limit = max(forms, config.accumulated_recompile_limit)
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)

@@ -1,7 +1,7 @@
 """How long one GPU computes for an optimizer step, by formula: matmuls, attention, memory traffic, or the host's pace.
 
     micro-batch = max(matmuls + attention + elementwise, host)
-    step        = accumulation * micro-batch + handling of gradients + optimizer
+    step        = accumulation * micro-batch + handling of gradients + optimizer, or what the host does in its place
 
 Rates are shares of a machine's peaks that are assumed (mdit.parallel.machines). Small micro-batches lose twice: a
 matmul takes at least the time to read its weights, and a kernel at least the time to launch it.
@@ -22,13 +22,16 @@ from mdit.parallel.machines import ATTENTION_SHARE, GATHER_HOOK, KERNEL_FLOOR, M
 PASSES = {
     "patch_mixing": (46 / 44.3, 145 / 44.3),
     "swiglu": (16 / 12.4, 25 / 12.4),
-    "expert_choice": (35 / 26.9, 46 / 26.9),
+    "expert_choice": (35 / 26.9, 40 / 26.9),
     "masked_attention": (55 / 34.0, 82 / 34.0),
 }
 # Kernels of a block, forward and backward: counted for PyTorch, estimated for Triton; of all else; of a gradient.
 KERNELS_OF_A_BLOCK = (65, 100)
 KERNELS_BESIDE = 200
 KERNELS_OF_A_PARAMETER = 2
+# What DeepSpeed's Python does for a parameter in backward, by stage, in kernels that the host could launch meanwhile:
+# measured on a CPU beside the host's time for the model itself (docs/log.md). The same is taken for stage 3.
+HOOK_OF_A_PARAMETER = {1: 1, 2: 8, 3: 8}
 # Bytes a parameter and micro-batch in bfloat16, by stage. 1: added to float32 sums; from the second one on cleared
 # first and added up by autograd. 2 and 3: copied to a bucket, averaged, flattened.
 GRADIENT_TRAFFIC = {1: 10, 2: 12, 3: 12}
@@ -37,6 +40,11 @@ LATER_TRAFFIC = {1: 8, 2: 0, 3: 0}
 WHOLE_STEP_TRAFFIC = {1: 40, 2: 0, 3: 0}
 # Bytes of each number of a partition: norm and clipping 12, AdamW 28 (four tensors read, three written), cast 6.
 OPTIMIZER_TRAFFIC, EMA_TRAFFIC = 46, 12
+# Of an optimizer in host memory, bytes of each number. On the GPU: the norm in float64. Between both: the gradient in
+# float32 and the new weight. In host memory: both again, clipping 8, AdamW 28, cast 4 + the weight.
+NORM_TRAFFIC, GRADIENT_BYTES, HOST_TRAFFIC = 20, 4, 8 + 28 + 4
+# Bytes per second and GPU, assumed, not measured: PCIe to memory that is not pinned, two channels of DDR5 from the CPU.
+HOST_LINK, HOST_MEMORY = 12e9, 40e9
 
 
 class Flops(NamedTuple):
@@ -54,9 +62,21 @@ def compute_seconds(config: TrainConfig, layout: Layout, machine: Machine) -> fl
     numbers, part = sum(count for count, _, _ in groups), sum(count / ranks for count, ranks, _ in groups)
     gradients = GRADIENT_TRAFFIC[layout.stage] * layout.accumulation
     gradients += LATER_TRAFFIC[layout.stage] * (layout.accumulation - 1) + WHOLE_STEP_TRAFFIC[layout.stage]
-    optimizer = OPTIMIZER_TRAFFIC + (EMA_TRAFFIC if config.ema else 0)
+    optimizer = NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)
+    after = host_optimizer_seconds(config, layout) if layout.offload else 0.0
     micro_batch = max(sum(device_seconds(config, layout, machine)), host_seconds(config.model, layout))
-    return layout.accumulation * micro_batch + (gradients * numbers + optimizer * part) / bytes_per_second
+    return layout.accumulation * micro_batch + (gradients * numbers + optimizer * part) / bytes_per_second + after
+
+
+def host_optimizer_seconds(config: TrainConfig, layout: Layout) -> float:
+    """Gradients to the host, its step, and the weights back: one after the other."""
+    part = sum(count / ranks for count, ranks, _ in count_weights(config.model).groups(layout))
+    moved = GRADIENT_BYTES + layout.itemsize
+    return part * (moved / HOST_LINK + (moved + layout.itemsize + HOST_TRAFFIC + ema_traffic(config)) / HOST_MEMORY)
+
+
+def ema_traffic(config: TrainConfig) -> int:
+    return EMA_TRAFFIC if config.ema else 0
 
 
 def device_seconds(config: TrainConfig, layout: Layout, machine: Machine) -> tuple[float, float, float]:
@@ -87,8 +107,9 @@ def host_seconds(config: ModelConfig, layout: Layout) -> float:
     weights = sum(1 for p in model.parameters())
     kernels = blocks * KERNELS_OF_A_BLOCK[0 if layout.triton else 1] + KERNELS_BESIDE + KERNELS_OF_A_PARAMETER * weights
     runs = 1 if layout.checkpointing == "none" else 4 / 3
-    hooks = 4 * GATHER_HOOK * weights if layout.stage == 3 else 0.0  # before and after, forward and backward
-    return runs * kernels * KERNEL_FLOOR + hooks
+    hooks = HOOK_OF_A_PARAMETER[layout.stage] * KERNEL_FLOOR
+    hooks += 4 * GATHER_HOOK if layout.stage == 3 else 0.0  # before and after, forward and backward
+    return runs * kernels * KERNEL_FLOOR + hooks * weights
 
 
 @cache

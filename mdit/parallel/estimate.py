@@ -17,6 +17,7 @@ from mdit.parallel.layout import Layout, count_weights, persistent_numbers
 from mdit.parallel.machines import OVERLAP_SHARE, RESERVED_GIB, Machine
 
 ADAM_BYTES, EMA_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4, 4  # float32: two moments, and one each
+NORM_BYTES = 8  # DeepSpeed takes the norm of an offloaded gradient in float64, parameter by parameter
 BATCHES_HELD = 2  # by the loader: the step's and the next one
 
 
@@ -59,7 +60,8 @@ def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, Moment]:
     between = turning = b * numbers
     if layout.stage == 3:
         between, turning = (b * (part + whole) for whole in gathered_numbers(config, layout))
-    optimizer = (MASTER_BYTES + ADAM_BYTES + (EMA_BYTES if config.ema else 0)) * part
+    optimizer = 0 if layout.offload else (MASTER_BYTES + ADAM_BYTES + (EMA_BYTES if config.ema else 0)) * part
+    through = largest_parameter(config) if layout.offload else 0
     flying = b * gathering(config, layout)
     peak, inputs = peak_bytes(config.model, config.training.mask_ratio, layout.setting), input_bytes(config, layout)
     left = max(0, numbers - layout.options.reduce_bucket_size) / numbers  # of backward, at the first exchange
@@ -71,16 +73,37 @@ def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, Moment]:
             gradients,
             optimizer,
             activations[moment],
-            buffers + (0 if moment == "held" else inputs) + (flying if moment == "backward" else 0),
+            buffers
+            + (0 if moment == "held" else inputs)
+            + (flying if moment == "backward" else 0)
+            + (b + (NORM_BYTES if moment == "reduce" else 0)) * through,
         )
         for moment, (gradients, buffers) in gradient_bytes(layout, numbers, part, largest).items()
     }
+
+
+def host_bytes(config: TrainConfig, layout: Layout) -> int:
+    """Bytes of host memory for each GPU of an offloaded optimizer (zero/stage_1_and_2.py): masters, moments, EMA and
+    gradients in float32, the new weights on their way back, and the buffer that a gradient passes through. In float32,
+    gradients are also added up here."""
+    if not layout.offload:
+        return 0
+    part = sum(-(-count // ranks) for count, ranks, _ in count_weights(config.model).groups(layout))
+    each = MASTER_BYTES + ADAM_BYTES + GRADIENT_BYTES + (EMA_BYTES if config.ema else 0) + layout.itemsize
+    each += GRADIENT_BYTES if not layout.bf16 and layout.accumulation > 1 else 0
+    return each * part + layout.itemsize * largest_parameter(config)
+
+
+def largest_parameter(config: TrainConfig) -> int:
+    return max(p.numel() for p in meta_model(config.model).parameters())
 
 
 def gradient_bytes(layout: Layout, numbers: int, part: int, largest: int) -> dict[str, tuple[int, int]]:
     """(gradients, buffers that they pass through) at each moment, as DeepSpeed 0.19 allocates them."""
     b, often, options = layout.itemsize, layout.accumulation > 1, layout.options
     every, partition = b * numbers, GRADIENT_BYTES * part
+    if layout.offload and not layout.bf16:  # added up in host memory; of bfloat16 on the GPU, as without offload
+        partition = 0
     if layout.stage == 1 and layout.bf16:  # BF16_Optimizer: float32 sums of all beside autograd's own, sent as bfloat16
         sums, both = GRADIENT_BYTES * numbers, GRADIENT_BYTES * numbers + every
         return {
@@ -224,6 +247,7 @@ class Prediction:
     compute_seconds: float
     exposed_seconds: float
     images: int
+    host_bytes: int = 0  # a GPU, of an offloaded optimizer
 
     @property
     def step_seconds(self) -> float:
@@ -266,5 +290,5 @@ def predict(config: TrainConfig, layout: Layout, machine: Machine) -> Prediction
         else:
             waited += seconds
     exposed = waited + max(0.0, hidden - OVERLAP_SHARE * compute)
-    images = config.training.global_batch_size
-    return Prediction(layout, memory, memory.fits(machine), link, network, compute, exposed, images)
+    images, host = config.training.global_batch_size, host_bytes(config, layout)
+    return Prediction(layout, memory, memory.fits(machine), link, network, compute, exposed, images, host)

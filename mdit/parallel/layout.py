@@ -1,7 +1,7 @@
 """How a step is spread over GPUs, in numbers alone: which layouts can be, for a run and for the paper plan."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mdit.models.dit import MicroDiT
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.activations import Setting, meta_model
-from mdit.parallel.settings import RunSettings, resolve_ds_config
+from mdit.parallel.settings import DEEPSPEED_BUCKET, RunSettings, bucket_size, resolve_ds_config
 
 SIZES = (1, 2, 4, 8)  # of expert and tensor groups that are tried: within a node
 
@@ -18,10 +18,11 @@ SIZES = (1, 2, 4, 8)  # of expert and tensor groups that are tried: within a nod
 @dataclass(frozen=True)
 class ZeroOptions:
     """Keys of "zero_optimization" that memory and traffic depend on, with DeepSpeed's defaults
-    (deepspeed/runtime/zero/config.py). Sizes in numbers, not bytes. `overlap_comm` None: at stage 3 only."""
+    (deepspeed/runtime/zero/config.py). Sizes in numbers, not bytes. `overlap_comm` None: at stage 3 only. A run makes
+    the bucket no larger than its model."""
 
     overlap_comm: bool | None = None
-    reduce_bucket_size: int = 500_000_000
+    reduce_bucket_size: int = DEEPSPEED_BUCKET
     use_multi_rank_bucket_allreduce: bool = True
     stage3_prefetch_bucket_size: int = 50_000_000
     stage3_max_reuse_distance: int = 1_000_000_000
@@ -31,7 +32,8 @@ class ZeroOptions:
 @dataclass(frozen=True)
 class Layout:
     """`gpus` in groups of `ep` (experts) or `tp` (matrices) neighbours; `micro_batch` images at once, `accumulation`
-    times a step. `bf16` False is float32 throughout. `reduced`: fewer images at once than a run takes by itself."""
+    times a step. `bf16` False is float32 throughout. `offload`: the optimizer is in host memory. `reduced`: fewer
+    images at once than a run takes by itself."""
 
     gpus: int
     stage: int
@@ -44,6 +46,7 @@ class Layout:
     bf16: bool = True
     options: ZeroOptions = field(default=ZeroOptions())
     reduced: bool = False
+    offload: bool = False
 
     @property
     def data_size(self) -> int:
@@ -66,9 +69,9 @@ class Layout:
 
     @property
     def label(self) -> str:
-        """ZeRO-2 dp32 ep2"""
+        """ZeRO-2 dp32 ep2 host"""
         groups = f" ep{self.ep}" if self.ep > 1 else f" tp{self.tp}" if self.tp > 1 else ""
-        return f"ZeRO-{self.stage} dp{self.data_size}{groups}"
+        return f"ZeRO-{self.stage} dp{self.data_size}{groups}{' host' if self.offload else ''}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def candidates(
             except UserError as error:
                 errors.append(error)
             else:
-                found.append(Layout(gpus, stage, *batch, ep, tp, checkpointing, triton))
+                options = ZeroOptions(reduce_bucket_size=bucket_size(config))
+                found.append(Layout(gpus, stage, *batch, ep, tp, checkpointing, triton, options=options))
     if not found:
         raise errors[0]
     return found
@@ -163,16 +167,20 @@ def layout_of(
         raise UserError(f'{path}: "mdit": expert_parallel = {ep}, tensor_parallel = {tp}: expected 1 or more')
     micro_batch, accumulation = batches(ds_json, config, max(1, gpus // tp), path)
     zero = ds_json["zero_optimization"]
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") != "none":
-            raise UserError(f"{path}: zero_optimization.{key} = {zero[key]!r}: a paper plan knows no offload")
+    moved = {key: zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
+    if moved["offload_param"] or (moved["offload_optimizer"] and zero["stage"] != 2):
+        key = next(key for key in reversed(moved) if moved[key])
+        why = "a paper plan knows offload_optimizer at stage 2 only"
+        raise UserError(f"{path}: zero_optimization.{key} = {zero[key]!r}: {why}")
     if ds_json.get("bf16", {}).get("enabled") is False:
         raise UserError(f"{path}: bf16.enabled = False: a paper plan is for bfloat16")
     if why := problem(config.model, gpus, zero["stage"], ep, tp):
         raise UserError(f"{path}: {why}")
-    options = ZeroOptions(**{key: zero[key] for key in ZeroOptions.__dataclass_fields__ if key in zero})
+    named = {key: zero[key] for key in ZeroOptions.__dataclass_fields__ if key in zero}
+    options = ZeroOptions(**{"reduce_bucket_size": bucket_size(config)} | named)
     checkpointing = settings.activation_checkpointing
-    return Layout(gpus, zero["stage"], micro_batch, accumulation, ep, tp, checkpointing, triton, options=options)
+    plain = Layout(gpus, zero["stage"], micro_batch, accumulation, ep, tp, checkpointing, triton, options=options)
+    return replace(plain, offload=moved["offload_optimizer"])
 
 
 def batches(ds_json: dict, config: TrainConfig, data_size: int, path: str | Path) -> tuple[int, int]:

@@ -74,5 +74,8 @@ def check_plan(settings: RunSettings, model: ModelConfig, zero: dict, world_size
         found = f"tensor_parallel = {tp} with compile = true: expected false"
     if tp > 1 and (find_spec("megatron") is None or find_spec("megatron.core") is None):
         found = f"tensor_parallel = {tp} needs megatron-core: pip install -e '.[megatron]'"
+    for key, value in (("expert_parallel", ep), ("tensor_parallel", tp)):
+        if value > 1 and settings.fp8:
+            found = f"{key} = {value} with fp8 = true: expected false"
     if found:
         raise UserError(f'{path}: "mdit": {found}')

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mdit.config import Section, TrainConfig, UserError, kept_tokens, parse_section
+from mdit.parallel.activations import meta_model
 
 # What DeepSpeed may be told here. Its other sections either belong to the recipe or would change what is learned.
 KNOWN_KEYS = {
@@ -51,6 +52,8 @@ FIXED_ZERO_KEYS = {
 # The paper's micro-batches of xl_2 on one H100 (256, 64, 64 and 16 images) are all 16,384 kept tokens.
 AUTO_TOKENS = 16_384
 
+DEEPSPEED_BUCKET = 500_000_000  # numbers; its default of zero_optimization.reduce_bucket_size
+
 
 class RunSettings(Section):
     """The "mdit" section of the JSON.
@@ -58,6 +61,7 @@ class RunSettings(Section):
     `expert_parallel`, `tensor_parallel`: over how many processes the experts, or the matrices, are spread
     (mdit.parallel.plan). `compile`: torch.compile each block. `activation_checkpointing`: what of a block's forward is
     run again in the backward pass: nothing, all ("block"), or all but matmuls and attention ("selective").
+    `fp8`: the blocks' matmuls and their inputs' gradients in float8 (mdit.parallel.fp8).
     `kernels`: what the fused operations run in (mdit.kernels.choice). `data_engine`: what moves latents to the device;
     "auto" takes DALI where it is installed and a GPU is there.
     """
@@ -66,6 +70,7 @@ class RunSettings(Section):
     tensor_parallel: int = 1
     compile: bool = False
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    fp8: bool = False
     kernels: Literal["auto", "reference", "triton"] = "auto"
     data_engine: Literal["auto", "native", "dali"] = "auto"
 
@@ -102,7 +107,7 @@ def resolve_ds_config(
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             raise UserError(f"{path}: unknown key {key}" + (f" (did you mean {near[0]}?)" if near else ""))
     resolved = {key: value for key, value in ds_json.items() if key != "mdit"}
-    resolved["zero_optimization"] = _zero_section(ds_json, path)
+    resolved["zero_optimization"] = {"reduce_bucket_size": bucket_size(config)} | _zero_section(ds_json, path)
     resolved["bf16"] = _bf16_section(ds_json, bf16_works, path)
     resolved.update(_batch_sizes(ds_json, config, data_size, path))
     clip = config.optim.max_grad_norm
@@ -114,6 +119,12 @@ def resolve_ds_config(
     resolved.setdefault("zero_allow_untested_optimizer", True)
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     return resolved
+
+
+def bucket_size(config: TrainConfig) -> int:
+    """Numbers of DeepSpeed's bucket for gradients where the JSON says nothing. It allocates all of it: 1 or 2 GB by
+    default, whatever the model."""
+    return min(DEEPSPEED_BUCKET, sum(p.numel() for p in meta_model(config.model).parameters()))
 
 
 def _zero_section(ds_json: dict, path) -> dict:

@@ -19,6 +19,7 @@ from mdit.dist import World, logger
 from mdit.kernels.choice import choose_kernels
 from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
+from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan, data_parallel_size
 from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
 from mdit.prepare import is_prepared, prepare
@@ -56,6 +57,7 @@ def plan_run(
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     in_triton, reason = choose_kernels(settings.kernels, world.device, dtype, config.model.head_dim, ds_path)
     logger.info(f"kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
+    check_fp8(settings, world.device, ds_config["bf16"]["enabled"], in_triton, ds_path)
     run_dir = run_dir or Path("runs") / config.name
     check_same_recipe(config, run_dir)
     weights = None

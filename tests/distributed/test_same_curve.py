@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training import read_metrics, train, write_ds_json, write_recipe
+from mdit.parallel.settings import load_ds_json
+from tests.training import REPOSITORY, read_metrics, train, write_ds_json, write_recipe
 
 STEPS = 10
 # Adam divides by sqrt(v) + eps: with the paper's 1e-8, gradients that are themselves rounding (1e-9) move weights.
@@ -43,7 +44,9 @@ TENSORS = {
     for stage in (1, 2)
     for data_size in (1, 2)
 }
+CONSUMER_GPU = load_ds_json(REPOSITORY / "configs/zero2_24gb.json")  # offload, recomputation, small buckets
 LAYOUTS = {
+    "one GPU of 24 GB": {**CONSUMER_GPU, "train_micro_batch_size_per_gpu": 4},
     "micro-batch of 2, accumulated 8 times": dict(processes=1, stage=2, micro_batch=2),
     "2 processes, ZeRO-2, micro-batch of 1": dict(processes=2, stage=2, micro_batch=1),
     "2 processes, ZeRO-3": dict(processes=2, stage=3, micro_batch=2),

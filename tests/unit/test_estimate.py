@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mdit.config import UserError
+from mdit.config import UserError, load_config
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.kernels import dispatch
 from mdit.models import MicroDiT
@@ -19,11 +20,11 @@ from mdit.models.flops import training_flops
 from mdit.models.presets import tiny_2, xl_2
 from mdit.parallel.activations import Setting, kept_bytes, parts, peak_bytes
 from mdit.parallel.duration import compute_seconds, device_seconds, forward_parts, host_seconds
-from mdit.parallel.estimate import fitted, memory_moments, predict, predict_memory, predict_traffic
+from mdit.parallel.estimate import fitted, host_bytes, memory_moments, predict, predict_memory, predict_traffic
 from mdit.parallel.layout import Layout, ZeroOptions, candidates, count_weights, layout_of
 from mdit.parallel.machines import MACHINES
 from mdit.parallel.recompute import recompute
-from mdit.parallel.settings import RunSettings, resolve_ds_config
+from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings, resolve_ds_config
 from tests.recipes import tiny_config
 from tests.training import run_in_processes
 
@@ -148,16 +149,16 @@ def test_recomputation_and_tensor_parallelism_need_less():
 
 SHAPE = {"dim": 64, "mixer_dim": 32, "depth": 2, "mixer_depth": 2}
 OPTIONS = {"reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 1_000}
-# (ZeRO stage, bfloat16?): each in two processes, which keep their groups.
+# (ZeRO stage, bfloat16?, is the optimizer in host memory?): each in two processes, which keep their groups.
 CASES = {
-    (1, 1): [(1, True), (2, True), (3, True), (1, False), (2, False), (3, False)],
+    (1, 1): [(1, True), (2, True), (3, True), (1, False), (2, False), (3, False), (2, True, True), (2, False, True)],
     (2, 1): [(1, True), (2, True)],
     (1, 2): [(2, True)],
 }
 
 
-def layout_for(ep, tp, stage, bf16) -> Layout:
-    return Layout(2, stage, 8, 2, ep=ep, tp=tp, bf16=bf16, options=ZeroOptions(**OPTIONS))
+def layout_for(ep, tp, stage, bf16, offload=False) -> Layout:
+    return Layout(2, stage, 8, 2, ep=ep, tp=tp, bf16=bf16, offload=offload, options=ZeroOptions(**OPTIONS))
 
 
 def config_for(layout):
@@ -179,6 +180,7 @@ def measure(plan, layout) -> dict:
 
     config = config_for(layout)
     zero = {"stage": layout.stage, **OPTIONS}
+    zero |= {"offload_optimizer": {"device": "cpu"}} if layout.offload else {}
     ds_json = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
     ds_config = resolve_ds_config(ds_json, config, data_size=plan.data_size, bf16_works=True, path="test")
     with Watch() as watch:
@@ -204,8 +206,9 @@ def test_memory_and_traffic_of_engines(ep, tp):
     for case, found in zip(CASES[ep, tp], measured, strict=True):
         layout = layout_for(ep, tp, *case)
         config = config_for(layout)
-        assert sum(memory_moments(config, layout)["held"]) == pytest.approx(found["held"], rel=0.02), layout
-        assert predict_memory(config, layout).peak == pytest.approx(found["peak"], rel=0.1), layout
+        host = host_bytes(config, layout)  # a CPU is both
+        assert host + sum(memory_moments(config, layout)["held"]) == pytest.approx(found["held"], rel=0.02), layout
+        assert host + predict_memory(config, layout).peak == pytest.approx(found["peak"], rel=0.1), layout
         sent = sum(traffic.bytes for traffic in predict_traffic(config, layout))
         assert sent == pytest.approx(found["sent"], rel=0.001), layout
 
@@ -314,6 +317,26 @@ def test_rings_leave_a_node_with_one_step_in_eight():
     assert H100.share_on_network(4, stride=2) == 0 and H100.share_on_network(8, stride=2) == 1 / 4
 
 
+PROFILE = Path(__file__).resolve().parents[2] / "configs/zero2_24gb.json"
+
+
+@pytest.mark.parametrize("stage", ["256_pretrain", "256_finetune", "512_pretrain", "512_finetune"])
+def test_xl_2_trains_on_one_gpu_of_24_gb(stage):
+    config = load_config(PROFILE.with_name(f"res_{stage}.toml"))
+    ds_json, small = load_ds_json(PROFILE), MACHINES["rtx4090"]
+    layout = layout_of(ds_json, load_run_settings(ds_json, PROFILE), config, 1, triton=False, path=PROFILE)
+    assert layout.offload and layout.label == "ZeRO-2 dp1 host"
+    found, inside = predict(config, layout, small), predict(config, replace(layout, offload=False), small)
+    assert found.fits and found.memory.peak < 14 * 2**30 and not inside.fits
+    assert found.memory.optimizer == 0 and inside.host_bytes == 0
+    each = 4 + 8 + 4 + 2 + (4 if config.ema else 0)  # masters, moments, gradients, new weights; averages
+    assert found.host_bytes == pytest.approx(each * P, rel=0.01)
+    # By hand: gradients in float32 and new weights over PCIe; then what the CPU reads and writes for every number.
+    waited = P * ((4 + 2) / 12e9 + (4 + 2 + 8 + 28 + 4 + 2 + (12 if config.ema else 0)) / 40e9)
+    gpu_time = P * (20 - 46 - (12 if config.ema else 0)) / (small.memory * 0.84)
+    assert found.compute_seconds - inside.compute_seconds == pytest.approx(waited + gpu_time, rel=1e-3)
+
+
 def test_a_micro_batch_costs_what_the_budget_of_the_kernels_says():
     """107, 12 and 39 ms of matmuls, attention and memory traffic on an H100, at 650 and 350 TFLOP/s and 2.8 TB/s."""
     layout = Layout(8, 2, 256, 1, triton=True)
@@ -388,7 +411,8 @@ def test_candidates_are_the_layouts_that_can_be():
         ({"stage": 2}, {"expert_parallel": 16}, "groups of 16 do not divide 8 GPUs"),
         ({"stage": 2}, {"tensor_parallel": 4}, "does not divide the 10 heads of blocks.1.attn"),
         ({"stage": 2}, {"tensor_parallel": 0}, "expected 1 or more"),
-        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}, "knows no offload"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, {}, "offload_optimizer at stage 2 only"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, "offload_param = .* offload_optimizer at stage 2 only"),
         ({"stage": 5}, {}, "expected 1, 2 or 3"),
     ],
 )

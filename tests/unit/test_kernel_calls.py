@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdit.kernels import expert_choice, masked_attention, patch_mixing, swiglu
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
-from mdit.models.kernel_calls import expert_layers, kernel_calls
+from mdit.models.kernel_calls import expert_layers, fp8_calls, kernel_calls
 from mdit.models.presets import xl_2
 from tests.recipes import tiny_model
 
@@ -83,7 +83,7 @@ def trimmed(counts):
 def tiny_calls():
     config = tiny_model()
     calls = [call for ratio in (0.0, 0.75) for call in kernel_calls(config, 3, ratio)]
-    return [*calls, *expert_layers(config, 3, 0.75)]
+    return [*calls, *expert_layers(config, 3, 0.75), *fp8_calls(config, 3, 0.75)]
 
 
 def identified(call):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mdit.config import UserError, load_config
 from mdit.dist import World
-from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings, resolve_ds_config
+from mdit.models import MicroDiT
+from mdit.parallel.settings import RunSettings, bucket_size, load_ds_json, load_run_settings, resolve_ds_config
 from mdit.train.engine import check_zero_section
 from mdit.train.loop import Run
 from tests.recipes import tiny_config
@@ -31,14 +32,14 @@ def error_of(ds_json, **keys):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
-def test_shipped_json_resolves(name):
-    path = REPOSITORY / "configs" / f"{name}.json"
-    resolved = resolve_ds_config(load_ds_json(path), CONFIG, data_size=2, bf16_works=True, path=path)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_json_resolves(path):
+    config = tiny_config(training={"global_batch_size": 64})
+    resolved = resolve_ds_config(load_ds_json(path), config, data_size=2, bf16_works=True, path=path)
     check_zero_section(resolved, path)
     assert "auto" not in json.dumps(resolved)
-    assert resolved["zero_optimization"]["stage"] == int(name[-1])
-    assert resolved["gradient_clipping"] == CONFIG.optim.max_grad_norm
+    assert resolved["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero")[0])
+    assert resolved["gradient_clipping"] == config.optim.max_grad_norm
     assert resolved["bf16"]["enabled"] is True and resolved["data_types"]["grad_accum_dtype"] == "fp32"
     assert "mdit" not in resolved
 
@@ -138,3 +139,15 @@ def test_options_that_cut_partitions_are_part_of_a_checkpoints_layout():
         for options in ({}, {"sub_group_size": 1000})
     )
     assert plain != cut and plain["zero_stage"] == cut["zero_stage"] == 3
+
+
+def test_the_bucket_is_no_larger_than_the_model_unless_the_json_says_so():
+    config = tiny_config()
+    numbers = sum(p.numel() for p in MicroDiT(config.model).parameters())
+    resolved = {}
+    for keys in ({}, {"reduce_bucket_size": 7_000}):
+        ds_json = {"zero_optimization": {"stage": 2, **keys}}
+        resolved[len(keys)] = resolve_ds_config(ds_json, config, data_size=1, bf16_works=False, path="x.json")
+    assert resolved[0]["zero_optimization"] == {"stage": 2, "reduce_bucket_size": numbers}
+    assert resolved[1]["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 7_000}
+    assert bucket_size(load_config(REPOSITORY / "configs" / "res_256_pretrain.toml")) == 500_000_000

@@ -1,0 +1,78 @@
+"""Plain PyTorch, any floating dtype: the definition, and what runs without Triton (slower than no float8 at all).
+
+Operands are quantised, multiplied by their scales again and put through an ordinary matmul in float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MANTISSA, EXPONENT = 0.875, 9  # 448 = 0.875 * 2 ** 9 is the largest number of float8_e4m3fn
+LEAST = 448 * 2.0**-126  # what gives the least scale that is a normal float32
+
+
+class Quantised(NamedTuple):
+    """values * scale is what this stands for."""
+
+    values: Tensor  # (..., M, K) float8_e4m3fn
+    scale: Tensor  # (..., M, 1) float32, powers of two
+
+
+def quantise(x: Tensor) -> Quantised:
+    """Of each row: the least power of two that brings it into float8's range, and the row divided by it."""
+    x = x.float()
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(LEAST)
+    mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2 ** exponent, mantissa in [0.5, 1)
+    scale = power_of_two(exponent - EXPONENT + (mantissa > MANTISSA))
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
+    return Quantised((x / scale).to(torch.float8_e4m3fn), scale)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Exact on every device, which torch.ldexp need not be: float32 from its bits."""
+    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
+
+
+def product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+    """(..., M, K), (..., O, K) -> a @ b^T (..., M, O), computed in float32 (in float64 for float64)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    a_wide, b_wide = (operand.values.to(wide) * operand.scale.to(wide) for operand in (a, b))
+    return (a_wide @ b_wide.transpose(-1, -2)).to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x (..., M, K) @ weight^T, weight (..., O, K)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(quantise(x), quantise(weight), x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dx = product(quantise(d_out), quantise(weight.transpose(-1, -2)), x.dtype)
+        return dx, d_out.transpose(-1, -2) @ x
+
+
+def fp8_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    out_MO = _Product.apply(x.reshape(-1, x.shape[-1]), weight_OK)
+    out_MO = out_MO if bias_O is None else out_MO + bias_O
+    return out_MO.view(*x.shape[:-1], -1)
+
+
+def fp8_swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    return fp8_linear(F.silu(a) * b, weight_DF, bias_D)
+
+
+def fp8_bmm(x_EMK: Tensor, w_EKO: Tensor) -> Tensor:
+    return _Product.apply(x_EMK, w_EKO.transpose(1, 2))
+
+
+def fp8_gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
+    weights_EM1 = weights_NEK.transpose(0, 1).reshape(len(h_EMF), -1, 1)
+    return fp8_bmm(F.gelu(h_EMF) * weights_EM1.to(h_EMF.dtype), w2_EFD)

@@ -1,0 +1,86 @@
+"""Matmuls of the blocks in float8 (mdit.kernels.fp8_linear), switched on a model from outside.
+
+In float8: queries, keys, values and projections of both attentions, the three matrices of a dense feed-forward network
+and both of every expert, in mixer and backbone. Not: the router, whose choices a rounding would change, adaLN, the
+embedders, the caption's block and the final layer, a few per cent of the FLOPs together. A matrix with a dimension that
+is not a multiple of 16 stays in the computing dtype.
+
+Only the class of a layer changes: parameters, their names and what hooks are on it stay.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mdit.config import UserError
+from mdit.kernels import expert_choice
+from mdit.kernels.fp8_linear import MULTIPLE, fp8_bmm, fp8_gelu_bmm, fp8_linear, fp8_swiglu_linear
+from mdit.models import MicroDiT
+from mdit.models.layers import GatedLinear
+from mdit.models.moe import ExpertChoice
+from mdit.parallel.settings import RunSettings
+
+OLDEST_GPU = (8, 9)  # Ada: the first with float8 in its tensor cores
+
+
+class Fp8Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(x, self.weight, self.bias)
+
+
+class Fp8GatedLinear(GatedLinear):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return fp8_swiglu_linear(a, b, self.weight, self.bias)
+
+
+class Fp8ExpertChoice(ExpertChoice):
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        routing = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1]))
+        hidden_EMF = fp8_bmm(expert_choice.gather_tokens(x_NTD, routing), self.w1)
+        out_EMD = fp8_gelu_bmm(hidden_EMF, self.w2, routing.weights_NEK)
+        return expert_choice.scatter_tokens(out_EMD, routing)
+
+
+IN_FP8 = {nn.Linear: Fp8Linear, GatedLinear: Fp8GatedLinear, ExpertChoice: Fp8ExpertChoice}
+AS_WRITTEN = {ours: theirs for theirs, ours in IN_FP8.items()}
+
+
+def use_fp8(model: MicroDiT, on: bool = True) -> None:
+    """Switch the blocks' matmuls to float8 or back, in place. Compiled blocks are compiled again when they next run."""
+    for layer in matmuls(model):
+        layer.__class__ = (IN_FP8 if on else AS_WRITTEN).get(type(layer), type(layer))
+
+
+def matmuls(model: MicroDiT) -> Iterator[nn.Module]:
+    """The layers that can be in float8, whether they are or not."""
+    for block in (*model.patch_mixer, *model.blocks):
+        for part in (block.attn, block.cross_attn, block.mlp):
+            layers = [part] if isinstance(part, ExpertChoice) else part.children()  # the experts without their router
+            yield from (layer for layer in layers if fits(layer))
+
+
+def fits(layer: nn.Module) -> bool:
+    """Are all dimensions of its matrices what torch._scaled_mm takes?"""
+    weights = [layer.w1, layer.w2] if isinstance(layer, ExpertChoice) else [layer.weight]
+    return not any(size % MULTIPLE for weight in weights for size in weight.shape[-2:])
+
+
+def check_fp8(settings: RunSettings, device: torch.device, bf16: bool, in_triton: frozenset[str], path) -> None:
+    """Raise UserError, naming the JSON at `path`, where this GPU or what runs on it is not made for float8.
+
+    `bf16`: does the model compute in bfloat16; `in_triton`: the ops that run in their kernels. A CPU takes float8 as it
+    comes, slowly.
+    """
+    if not settings.fp8 or device.type != "cuda":
+        return
+    found = None
+    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        oldest = ".".join(map(str, OLDEST_GPU))
+        found = f"{torch.cuda.get_device_name(device)} is older than compute capability {oldest}"
+    elif not bf16:
+        found = 'bf16.enabled = false: expected true or "auto"'
+    elif "fp8_linear" not in in_triton:
+        found = 'the kernels of fp8_linear do not run here (see "kernels"): it would be slower than no float8 at all'
+    if found:
+        raise UserError(f'{path}: "mdit": fp8 = true, but {found}')
