@@ -26,6 +26,7 @@ PRELOAD = [
     "mdit.train.run",
     "mdit.train.loop",
     "mdit.prepare.command",
+    "mdit.bench.session",
     "mdit.parallel.tensor",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.muon_optimizer",

@@ -37,6 +37,7 @@ ONLY_IN = {  # package: the files that may name it; tests may name all
     "transformers": ["mdit/encoders/*"],
     "diffusers": ["mdit/encoders/*"],
     "open_clip": ["mdit/encoders/*"],
+    "matplotlib": ["mdit/bench/plots.py"],
     "nvidia.dali": ["mdit/data/dali.py", "mdit/prepare/dali.py"],
 }
 

@@ -97,10 +97,11 @@ def one_hot_expert_choice(
     x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int
 ) -> Tensor:
     """Router, dispatch, GELU experts and combination as (N, E, K, T) einsums. -> (N, T, D)"""
-    probabilities = torch.einsum("ntd,ed->nte", x_NTD, router_ED).softmax(dim=-1)
+    logits_NTE = torch.einsum("ntd,ed->nte", x_NTD, router_ED)
+    probabilities = logits_NTE.softmax(dim=-1, dtype=torch.promote_types(x_NTD.dtype, torch.float32))
     g_NEK, index_NEK = probabilities.transpose(1, 2).topk(tokens_per_expert, dim=-1)
     one_hot = F.one_hot(index_NEK, x_NTD.shape[1]).to(x_NTD.dtype)
     chosen = torch.einsum("nekt,ntd->nekd", one_hot, x_NTD)
     hidden = F.gelu(torch.einsum("nekd,edf->nekf", chosen, w1_EDF))
-    out = torch.einsum("nekf,efd->nekd", hidden, w2_EFD) * g_NEK.unsqueeze(-1)
+    out = torch.einsum("nekf,efd->nekd", hidden, w2_EFD) * g_NEK.unsqueeze(-1).to(x_NTD.dtype)
     return torch.einsum("nekt,nekd->ntd", one_hot, out)

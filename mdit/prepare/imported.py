@@ -39,6 +39,9 @@ class ImportedLatents:
     def settings(self) -> dict[str, Any]:
         return {}
 
+    def device_name(self) -> str:
+        return "cpu"
+
     def samples(self, claims: Iterable[Claim]) -> Generator[Samples, None, None]:
         return ahead(self._read(claims))
 

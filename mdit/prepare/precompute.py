@@ -7,6 +7,7 @@ Pictures are written in the order of reading: training shuffles shards, and the 
 (`mdit.data.order`).
 """
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ class Maker(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """What else decides the bytes."""
+
+    def device_name(self) -> str:
+        """Of what does the work, for the report: the GPU's name, or "cpu"."""
 
     def samples(self, claims: Iterable[Claim]) -> Generator[Samples, None, None]: ...
 
@@ -145,7 +149,7 @@ def _pictures(parts: Iterable[Part]) -> Iterator[Picture]:
 
 
 def _make_parts(job: Job, maker: Maker, sets: Mapping[int, SetInProgress], plan: Plan) -> None:
-    bar = _Progress(job, sets, len(plan["parts"]))
+    bar, began = _Progress(job, sets, len(plan["parts"])), time.perf_counter()
     with bar, closing(maker.samples(_claims(job.source.parts, sets, plan))) as stream:
         for first in stream:
             with ExitStack() as stack:
@@ -163,9 +167,18 @@ def _make_parts(job: Job, maker: Maker, sets: Mapping[int, SetInProgress], plan:
                     bar.update(samples.seen)
                     if samples.last:
                         break
+                began = _note_seconds(writers, maker.device_name(), began)
             for size in first.claim.image_sizes:
                 sets[size].complete(first.claim.number)
             bar.look_around()
+
+
+def _note_seconds(writers: Mapping[int, PartWriter], device: str, began: float) -> float:
+    """Report the time since the part before was done, shared out by pixels. -> the time now"""
+    now, pixels = time.perf_counter(), sum(size**2 for size in writers)
+    for size, writer in writers.items():
+        writer.report["seconds"] = {device: (now - began) * size**2 / pixels}
+    return now
 
 
 def _claims(parts: Sequence[Part], sets: Mapping[int, SetInProgress], plan: Plan) -> Iterator[Claim]:

@@ -1,6 +1,11 @@
 """What became of the pictures: report.json of a set, and the same for each of its parts while the set is made.
 
-{"seen": 120, "written": 100, "rejected": {"too small": {"count": 20, "first": ["00000.tar/000000003", ...]}}}
+{"seen": 120, "written": 100, "rejected": {"too small": {"count": 20, "first": ["00000.tar/000000003", ...]}},
+ "seconds": {"NVIDIA H100 80GB HBM3": 31.4}}
+
+`seconds` says by device how long processes worked on the parts that are in the set, each part counted once; of sets
+for several image sizes that were made together, each has its share of the pixels. Nothing else in a set depends on who
+made it. Sets that were made before there was such a key have none.
 """
 
 import json
@@ -24,13 +29,17 @@ def reject(report: Report, reason: str, origin: str) -> None:
 
 
 def merge(reports: Iterable[Report]) -> Report:
-    """The report of all, reasons in alphabetical order."""
-    total = new_report()
+    """The report of all, reasons in alphabetical order. Without `seconds` when one of them has none."""
+    reports, total = list(reports), new_report()
+    if all("seconds" in report for report in reports):
+        total["seconds"] = {}
     for report in reports:
         total["seen"] += report["seen"]
         total["written"] += report["written"]
         for reason, rejected in report["rejected"].items():
             _add(total, reason, rejected["count"], rejected["first"])
+        for device, seconds in report["seconds"].items() if "seconds" in total else ():
+            total["seconds"][device] = total["seconds"].get(device, 0.0) + seconds
     return {**total, "rejected": dict(sorted(total["rejected"].items()))}
 
 

@@ -116,6 +116,10 @@ class Towers:
         """What else decides the bytes."""
         return {"decoder": type(self.decoder).__name__, "batch_size": self.batch_size}
 
+    def device_name(self) -> str:
+        device = torch.device(getattr(self.image_encoder, "autoencoder", self.image_encoder).device)
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
     def samples(self, claims: Iterable[Claim]) -> Generator[Samples, None, None]:
         """The samples of one part after another. The next part is begun while the last samples of one are written."""
         if not self.overlap:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,7 +91,10 @@ def make(items, folder, maker=None, **changes):
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Path -> bytes, and of reports all but the time that was needed."""
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    reports = {path: json.loads(data) for path, data in found.items() if path.endswith("report.json")}
+    return found | {path: {**report, "seconds": sorted(report["seconds"])} for path, report in reports.items()}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,7 @@ def test_samples_are_encoded_and_in_the_order_of_reading(tmp_path):
     assert dataset.encoders["text"] == text.describe()
     assert len(dataset.shard_sizes) == 3
     report = json.loads((tmp_path / "8" / "report.json").read_text())
+    assert report.pop("seconds")["cpu"] > 0
     assert report == {"seen": 23, "written": 23, "rejected": {}}
 
 
@@ -175,8 +180,8 @@ def test_what_cannot_be_used_is_counted_by_reason_with_the_first_origins(tmp_pat
         "unreadable caption": {"count": 1, "first": ["picture 21"]},
     }
     report = json.loads((tmp_path / "8" / "report.json").read_text())
-    assert report == {"seen": 40, "written": 27, "rejected": expected}
     assert finished == {tmp_path / "8": report}
+    assert report == {"seen": 40, "written": 27, "rejected": expected, "seconds": report["seconds"]}
     assert list(report["rejected"]) == sorted(expected)
     _, _, texts = read_samples(open_dataset(tmp_path / "8"), range(27))
     lost = {3, 5, *range(10, 18), 20, 21, 39}
@@ -200,6 +205,21 @@ def test_reports_join_to_that_of_all():
         "no caption": {"count": 1, "first": ["last"]},
         "too small": {"count": 9, "first": first},
     }
+    timed = [{**report, "seconds": {device: 1.5}} for report, device in zip(parts, ("a", "b", "a"))]
+    assert merge(timed)["seconds"] == {"a": 3.0, "b": 1.5}
+    assert "seconds" not in joined and "seconds" not in merge([*timed[:2], parts[2]])  # made before there were times
+
+
+def test_every_part_in_the_set_counts_its_own_time_once(tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter(range(99)).__next__)  # each look at it takes a second
+    monkeypatch.setattr("mdit.prepare.precompute.time", clock)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=25)
+        with pytest.raises(KeyboardInterrupt):
+            make(pictures(57), tmp_path, towers(sizes=(8, 16)), sizes=(8, 16))
+    reports = make(pictures(57), tmp_path, towers(sizes=(8, 16)), sizes=(8, 16))
+    seconds = [report["seconds"]["cpu"] for report in reports.values()]
+    assert seconds == pytest.approx([6 * 64 / 320, 6 * 256 / 320])  # six parts of a second, shared by pixels
 
 
 def test_a_set_without_a_picture_is_no_set(tmp_path):

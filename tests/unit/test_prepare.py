@@ -18,6 +18,7 @@ from mdit.prepare import is_prepared, prepare
 from mdit.sources import open_source
 from tests.recipes import tiny_config
 from tests.training import write_shards
+from tests.unit.test_precompute import contents
 from tests.unit.test_sources import write_folder
 
 EMOJI = dict(name="emoji", objects=4, styles=("twemoji",), scenes=60, validation_scenes=8, held_out=0.1, seed=0)
@@ -40,10 +41,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     make(recipe(path))
     return path
-
-
-def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_sets_hold_every_sample_once_encoded_and_shuffled(folder):

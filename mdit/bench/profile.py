@@ -1,0 +1,190 @@
+"""Where an optimizer step goes: a trace to look at, device time by category, and one screen that says it.
+
+Events are torch.profiler's: https://docs.pytorch.org/docs/stable/profiler.html. On a GPU they are its kernels, copies
+and clearings; on a CPU the operators' own time, without what they call. Profiling itself slows the host down, so a GPU
+that waits for it waits longer here than in an unprofiled run.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from mdit.bench.clock import length_of_union
+
+TRACE = "step.pt.trace.json.gz"  # TensorBoard's plugin asks for the end, Perfetto opens it as it is
+KERNELS, NAME_LENGTH, BAR = 15, 120, 28
+
+OTHER = "other"
+# The first that a name matches. Names of CUDA's kernels, of our Triton kernels (kernels/*/triton_impl.py, at the start
+# of the name), of what torch.compile generates (triton_*), and of operators on a CPU.
+CATEGORIES = {
+    OTHER: r"^autograd::|^torch::autograd|Backward\d+$"  # of a CPU: around the operators
+    r"|^aten::(empty|resize|view|reshape|alias|as_strided|t$|transpose|permute|detach|lift|(un)?squeeze|expand"
+    r"|slice|select|narrow|split|chunk|unbind|_unsafe_view|_reshape_alias|item|_local_scalar)",
+    "communication": r"nccl|^gloo:|c10d",
+    "compiled elementwise": r"^triton_(poi|red|per)_",
+    "float8": r"^_quantise|mdit::fp8",
+    "attention": r"^_attend|^_statistics|^_norm_backward|flash|fmha|sdpa|scaled_dot_product|mdit::masked_",
+    "norm and modulation": r"^_mix|layer_?norm|GammaBeta|mdit::(add_)?norm_modulate",
+    "SwiGLU": r"^_swiglu|silu|mdit::swiglu",
+    "experts": r"^_(route|gather|scatter|gelu)|gelu|topk|sort|gather|scatter|(?<!with_)index|mdit::expert",
+    "optimizer": r"^triton_for_|adam|multi_tensor|foreach",
+    "matmuls": r"gemm|cutlass|nvjet|xmma|cublas|gemv|splitK|^triton_tem_|convolution|_scaled_mm"
+    r"|^aten::(mm|addmm|bmm|baddbmm|linear|matmul|mv|dot)$|^mkldnn::",
+    "copies": r"^Mem(cpy|set)|copy|CatArray|FillFunctor|^aten::(cat|clone|to|contiguous|fill_|zero_|zeros\w*)$",
+    "elementwise": r"elementwise|reduce|softmax|scan|distribution|random|Functor|^aten::",
+}
+PATTERNS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in CATEGORIES.items()}
+LAUNCHES = re.compile(r"^cu(da)?(LaunchKernel|GraphLaunch)")
+WAITS = re.compile(r"^cu(da|Ctx|Stream|Event)\w*Synchronize")
+
+
+class Event(NamedTuple):
+    """Something that the device did. Microseconds since the trace began; `own` without what it called."""
+
+    name: str
+    start: float
+    end: float
+    own: float
+
+
+def profile_step(
+    step: Callable[[], Any], *, device: torch.device, directory: Path | None, steps: int = 2
+) -> dict[str, Any]:
+    """What a profile row holds, of `steps` calls of `step`, after one that starts the profiler.
+
+    categories {name: ms a step of device time}, step_ms and idle_ms (of the step, in which the device did nothing; all
+    while profiled), kernels (the dearest: name, category, calls and ms a step), host (of a GPU: ms in operators and
+    launches, launches, ms of waiting for the GPU; else None), trace: the name of a file in `directory`, or None.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    once = schedule(wait=0, warmup=1, active=steps, repeat=1)
+    # acc_events only keeps torch from warning that events of earlier cycles are lost: there is one cycle.
+    with profile(activities=activities, schedule=once, acc_events=True) as profiler:
+        _whole(step, device)
+        profiler.step()
+        began = time.perf_counter()
+        for number in range(steps):
+            if number < steps - 1:
+                step()
+            else:
+                _whole(step, device)
+                step_ms = 1e3 * (time.perf_counter() - began) / steps
+            profiler.step()
+    events = profiler.events()
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(directory / TRACE))
+    found = list(_events(events, DeviceType.CUDA if on_gpu else DeviceType.CPU))
+    # Streams run side by side; operators contain each other.
+    busy = length_of_union((one.start, one.end) for one in found) if on_gpu else sum(one.own for one in found)
+    return {
+        "categories": by_category(found, steps),
+        "step_ms": step_ms,
+        "idle_ms": max(0.0, step_ms - busy / 1e3 / steps),
+        "kernels": dearest(found, steps),
+        "host": _host(list(_events(events, DeviceType.CPU)), steps) if on_gpu else None,
+        "trace": None if directory is None else TRACE,
+    }
+
+
+def _whole(step: Callable[[], Any], device: torch.device) -> None:
+    """Until the device has done it, too."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _events(events: Iterable[Any], device: DeviceType) -> Iterable[Event]:
+    """Without ranges that somebody marked, and what other threads finish."""
+    for event in events:
+        if event.device_type == device and not event.is_user_annotation and not event.is_async:
+            own = event.self_cpu_time_total if device == DeviceType.CPU else event.time_range.elapsed_us()
+            yield Event(event.name, event.time_range.start, event.time_range.end, own)
+
+
+def category(name: str) -> str:
+    """Of a kernel or an operator, by its name."""
+    return next((found for found, pattern in PATTERNS.items() if pattern.search(name)), OTHER)
+
+
+def by_category(events: Iterable[Event], steps: int) -> dict[str, float]:
+    """{name: ms a step}, the dearest first; only those that are there. They add up to all events' own time."""
+    sums: dict[str, float] = {}
+    for event in events:
+        name = category(event.name)
+        sums[name] = sums.get(name, 0.0) + event.own / 1e3 / steps
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def dearest(events: Iterable[Event], steps: int) -> list[dict[str, Any]]:
+    """The KERNELS with the most time, equal names as one; C++ names end where they get long."""
+    sums: dict[str, list[float]] = {}
+    for event in events:
+        found = sums.setdefault(event.name, [0, 0.0])
+        found[0], found[1] = found[0] + 1, found[1] + event.own / 1e3
+    first = sorted(sums.items(), key=lambda item: -item[1][1])[:KERNELS]
+    return [
+        {"name": name[:NAME_LENGTH], "category": category(name), "calls": calls / steps, "ms": ms / steps}
+        for name, (calls, ms) in first
+    ]
+
+
+def _host(events: list[Event], steps: int) -> dict[str, float]:
+    """Autograd's thread and the one that waits for it are added up."""
+    waiting = sum(event.own for event in events if WAITS.search(event.name))
+    return {
+        "busy_ms": (sum(event.own for event in events) - waiting) / 1e3 / steps,
+        "launches": sum(1 for event in events if LAUNCHES.search(event.name)) / steps,
+        "waiting_ms": waiting / 1e3 / steps,
+    }
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One screen, at most 40 lines of 120 characters: categories, idle time, the dearest kernels, the host."""
+    if row.get("problem"):
+        return f"{row.get('name', 'profile')}: {row['problem']}"
+    busy, step_ms = sum(row["categories"].values()), row["step_ms"]
+    lines = [f"Where a step of {step_ms:,.1f} ms goes (profiled): {row.get('name', '')}".rstrip(": ")]
+    for name, ms in row["categories"].items():
+        lines.append(_bar(name, ms, step_ms))
+    lines += [_bar("idle", row["idle_ms"], step_ms), ""]
+    side_by_side = busy + row["idle_ms"] - step_ms
+    if side_by_side > 0.005 * step_ms:
+        lines.append(f"{side_by_side:,.1f} ms of it ran beside something else.")
+    lines.append(f"{'ms':>9} {'calls':>8}  dearest, of a step")
+    for kernel in row["kernels"]:
+        lines.append(f"{kernel['ms']:9.2f} {kernel['calls']:8,.0f}  {_short(kernel['name'])} ({kernel['category']})")
+    lines += ["", _host_line(row)]
+    if row["trace"]:
+        lines.append(f"{row['trace']}: open it in ui.perfetto.dev, or in TensorBoard with torch-tb-profiler")
+    return "\n".join(lines)
+
+
+def _bar(name: str, ms: float, step_ms: float) -> str:
+    share = ms / step_ms if step_ms else 0.0
+    return f"{name:<22}{ms:9.2f} ms {100 * share:5.1f} %  {'#' * min(BAR, round(BAR * share))}".rstrip()
+
+
+def _host_line(row: dict[str, Any]) -> str:
+    share = 100 * row["idle_ms"] / row["step_ms"] if row["step_ms"] else 0.0
+    if (host := row["host"]) is None:
+        return f"Host: Python and all between operators, {row['idle_ms']:,.1f} ms, {share:.0f} % of the step."
+    return (
+        f"Host: {host['launches']:,.0f} launches; {host['busy_ms']:,.1f} ms in operators and launches, "
+        f"{host['waiting_ms']:,.1f} ms waiting for the GPU, which waited {share:.0f} % of the step."
+    )
+
+
+def _short(name: str) -> str:
+    """Without what C++ puts around: "void at::native::vectorized_elementwise_kernel<4, ...": template arguments tell
+    kernels of one name apart, so they stay, cut."""
+    name = name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
+    return name if len(name) <= 72 else name[:69] + "..."

@@ -1,0 +1,209 @@
+"""What a whole recipe costs, from measured rows alone: GPU-hours of its stages and of its sets, on any number of nodes.
+
+A stage's rate is that of the fastest row that was measured of it: the same number of parameters, latent size and mask
+ratio, in bfloat16, on a GPU. Nothing stands in for a row that is missing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdit.config import TrainConfig, UserError
+from mdit.data.manifest import read_manifest
+from mdit.parallel.activations import meta_model
+from mdit.parallel.estimate import predict
+from mdit.parallel.layout import Layout
+from mdit.parallel.machines import Machine
+from mdit.prepare.report import read_report
+
+Row = dict[str, Any]
+HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row with where it comes from: the report's file and its environment."""
+
+    row: Row
+    path: str
+    environment: dict[str, Any]
+
+    @property
+    def device(self) -> str:
+        return self.environment["gpu"]
+
+    @property
+    def rate(self) -> float:
+        """Images per second and GPU."""
+        return self.row["images_per_second"] / self.row["setting"]["gpus"]
+
+    @property
+    def source(self) -> str:
+        """256 px, mask 0.75 (bf16, micro-batch 256, made up data; 2026-11-23, commit 1234567, DIR/throughput.json)"""
+        setting, environment = self.row["setting"], self.environment
+        how = [f"{setting['precision']}", f"micro-batch {setting['micro_batch']}", f"{self.row['data']} data"]
+        how += ["compiled"] if setting["compile"] else []
+        where = f"{environment['date']}, commit {environment['commit']}, {self.path}"
+        return f"{self.row['name']} ({', '.join(how)}; {where})"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A recipe and the row that says how fast it trains, or None."""
+
+    config: TrainConfig
+    measured: Measured | None
+
+    @property
+    def images(self) -> int:
+        return self.config.training.num_steps * self.config.training.global_batch_size
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return self.images / self.measured.rate / HOUR if self.measured else None
+
+
+def parameters(config: TrainConfig) -> int:
+    return sum(p.numel() for p in meta_model(config.model).parameters())
+
+
+def choose_rows(
+    reports: Iterable[tuple[str, dict[str, Any]]], configs: Sequence[TrainConfig], gpu: str | None = None
+) -> tuple[list[Stage], list[str]]:
+    """-> the stages with the rows that count, and a line for each stage row that does not.
+
+    `reports` are (file, report); `gpu` is a part of the name of the device whose rows count. Raises UserError where
+    rows of several devices would count, and for a row that lacks something.
+    """
+    counted: list[tuple[int, Measured]] = []
+    left_out = []
+    for path, report in reports:
+        for row in report["rows"]:
+            found = Measured(row, path, report["environment"])
+            try:
+                if row["kind"] != "stage":
+                    continue
+                if why := _does_not_count(found, configs, gpu):
+                    left_out.append(f"{row['name']} ({path}): {why}")
+                    continue
+                counted += [(number, found) for number, config in enumerate(configs) if _fits(row, config)]
+                if not (found.source and found.rate > 0):
+                    raise UserError(f"{path}: {found.source}: {found.rate} images/s: expected more than 0")
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: a row without what a stage row has: {error}") from None
+    devices = sorted({found.device for _, found in counted})
+    if len(devices) > 1:
+        raise UserError(f"the reports have rows of {' and '.join(devices)}: choose one of them with --gpu")
+    stages = []
+    for number, config in enumerate(configs):
+        rows = [found for belongs_to, found in counted if belongs_to == number]
+        stages.append(Stage(config, max(rows, key=lambda found: found.rate, default=None)))
+    return stages, left_out
+
+
+def _fits(row: Row, config: TrainConfig) -> bool:
+    wanted = (parameters(config), config.model.latent_size, config.training.mask_ratio)
+    return (row["parameters"], row["latent_size"], row["mask_ratio"]) == wanted
+
+
+def _does_not_count(found: Measured, configs: Sequence[TrainConfig], gpu: str | None) -> str | None:
+    row, setting = found.row, found.row["setting"]
+    sizes = {parameters(config) for config in configs}
+    if row["problem"]:
+        return row["problem"]
+    if found.device == "none":
+        return "measured on a CPU"
+    if gpu is not None and gpu.lower() not in found.device.lower():
+        return f"measured on {found.device}"
+    if row["parameters"] not in sizes:
+        have = " and ".join(f"{size:,}" for size in sorted(sizes))
+        return f"a model of {row['parameters']:,} parameters; the recipe's has {have}"
+    if setting["precision"] != "bf16" or setting["fp8"]:
+        return f"in {'fp8' if setting['fp8'] else setting['precision']}, not bf16"
+    if not any(_fits(row, config) for config in configs):
+        return "no stage of the recipe"
+    return None
+
+
+# --- on many GPUs
+
+
+def efficiency(stage: Stage, gpus: int, machine: Machine) -> float | None:
+    """The predicted rate of a GPU among `gpus`, as a share of that of one alone, in the setting of the stage's row.
+    None where so many cannot share the global batch."""
+    if (alone := _predicted_rate(stage, 1, machine)) and (there := _predicted_rate(stage, gpus, machine)):
+        return there / alone
+    return None
+
+
+def _predicted_rate(stage: Stage, gpus: int, machine: Machine) -> float | None:
+    """Images per second and GPU; with fewer images at once where a GPU's share of the batch is smaller."""
+    setting, batch = stage.measured.row["setting"], stage.config.training.global_batch_size
+    share, rest = divmod(batch, gpus)
+    if rest:
+        return None
+    micro_batch = max(size for size in range(1, min(share, setting["micro_batch"]) + 1) if share % size == 0)
+    layout = Layout(
+        gpus,
+        setting["zero_stage"],
+        micro_batch,
+        share // micro_batch,
+        checkpointing=setting["activation_checkpointing"],
+        triton=bool(setting["kernels"]),
+    )
+    return predict(stage.config, layout, machine).images_per_second / gpus
+
+
+def scaled(stages: Sequence[Stage], gpus: int, machine: Machine) -> tuple[float, float] | None:
+    """(hours, mean efficiency) of the whole recipe on so many GPUs; None where a stage was not measured or cannot be
+    shared. The mean is weighted with GPU-hours."""
+    alone = there = 0.0
+    for stage in stages:
+        share = stage.measured and efficiency(stage, gpus, machine)
+        if not share:
+            return None
+        alone += stage.gpu_hours
+        there += stage.gpu_hours / share
+    return there / gpus, alone / there
+
+
+# --- the sets
+
+
+@dataclass(frozen=True)
+class SetTime:
+    """How long making sets of one image size took: GPU-seconds of `written` pictures, or `problem` says why not."""
+
+    image_size: int
+    written: int = 0
+    seconds: float = 0.0
+    problem: str | None = None
+
+    def gpu_hours(self, pictures: float) -> float | None:
+        return None if self.problem else pictures * self.seconds / self.written / HOUR
+
+
+def set_times(directories: Sequence[Path], image_sizes: Iterable[int], device: str | None) -> list[SetTime]:
+    """One for each image size that the recipe needs: of all finished sets of that size, if all were made on `device`
+    (None: on any GPU). Raises UserError for a set of another size."""
+    found: dict[int, list[tuple[Path, dict[str, Any]]]] = {size: [] for size in sorted(image_sizes)}
+    for directory in directories:
+        size = read_manifest(directory).fingerprint.get("image_size")
+        if size not in found:
+            raise UserError(f"{directory}: is of {size} px; the recipe has {' and '.join(map(str, found))}")
+        found[size].append((directory, read_report(directory) or {}))
+    return [_set_time(size, reports, device) for size, reports in found.items()]
+
+
+def _set_time(image_size: int, reports: list[tuple[Path, dict[str, Any]]], device: str | None) -> SetTime:
+    if not reports:
+        return SetTime(image_size, problem="no set of this size was given")
+    written = seconds = 0
+    for directory, report in reports:
+        if not report.get("seconds"):
+            return SetTime(image_size, problem=f"{directory}: made before times were recorded")
+        if others := [name for name in report["seconds"] if name == "cpu" or name != (device or name)]:
+            return SetTime(image_size, problem=f"{directory}: made on {' and '.join(others)}")
+        written, seconds = written + report["written"], seconds + sum(report["seconds"].values())
+    return SetTime(image_size, written, seconds)

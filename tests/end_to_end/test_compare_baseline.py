@@ -1,0 +1,298 @@
+"""tools/compare_baseline.py with a baseline that somebody brings: here our own model in the paper's form."""
+
+import json
+
+import pytest
+import torch
+
+from mdit.bench import rows
+from mdit.bench.contenders import Baseline, Contender
+from mdit.bench.contest import Figures, Pace, alternate, best_micro_batch, ratios
+from mdit.diffusion.edm import draw, edm_loss
+from mdit.masking import Mask
+from mdit.models import MicroDiT
+from tests.recipes import tiny_config
+from tools import compare_baseline
+
+CPU = torch.device("cpu")
+TOY = """
+import torch
+from mdit.bench.as_published import as_published
+from mdit.masking import sample_mask
+from mdit.models import MicroDiT
+
+class Toy(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.net, self.num_patches = MicroDiT(config), config.num_patches
+
+    def forward(self, latents, sigma, captions, mask_ratio):
+        mask = sample_mask(torch.rand(len(latents), self.num_patches), mask_ratio)
+        with as_published(self.net):
+            output = self.net(latents, sigma.log() / 4, captions, mask=mask)
+        if mask is None:
+            return output
+        return output, torch.ones(len(latents), self.num_patches).scatter(1, mask.keep_NK, 0.0)
+
+def toy(config):
+    return Toy(config)
+
+class Wrong(torch.nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.weight = answer, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, latents, sigma, captions, mask_ratio):
+        return self.answer(latents * self.weight)
+
+def flat(): return Wrong(lambda x: x.flatten(1))
+def mask_of_pixels(): return Wrong(lambda x: (x, torch.zeros(len(x), 64)))
+def frozen(): return Wrong(lambda x: x.detach())
+def broken(): return Wrong(lambda x: 1 / 0)
+def raising(): raise KeyError("no weights")
+def nothing(): return 3
+def greedy(one, two): return None
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    config = tiny_config()
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"recipe": config.model_dump(mode="json", exclude_none=True)}))
+    return path
+
+
+def test_both_are_measured_and_their_ratio_is_printed(toy, recipe, tmp_path, capsys):
+    asked = ["--baseline", f"{toy}:toy", "--recipe", str(recipe), "--out", str(tmp_path / "out"), "--modes", "eager"]
+    compare_baseline.main([*asked, "--micro_batch", "2", "--max_micro_batch", "4", "--rounds", "2"])
+    printed = capsys.readouterr().out
+    report = rows.load(tmp_path / "out" / "baseline.json")
+    assert {row["setting"]["micro_batch"] for row in report["rows"]} == {2, 4}
+    assert [row["contender"] for row in report["rows"][:2]] == ["ours", "baseline"]
+    for row in report["rows"]:
+        assert row["kind"] == "baseline" and row["problem"] is None and row["mfu"] is None
+        assert row["setting"]["precision"] == "fp32" and row["setting"]["weights"] == "float32"
+        parts = row["milliseconds"]
+        assert sum(parts[name] for name in ("data", "forward", "backward", "optimizer")) == pytest.approx(parts["step"])
+        assert row["images_per_second"] == pytest.approx(1e3 * row["setting"]["micro_batch"] / parts["step"])
+        assert 0 < row["fastest_ms"] <= parts["step"] * (1 + 1e-9)
+        assert row["tflops"] == pytest.approx(row["images_per_second"] * row["flops_per_image"] / 1e12)
+    assert all(line in printed for line in ratios(report["rows"])) and "same, eager: " in printed
+    ours, theirs = report["rows"][:2]
+    assert ours["parameters"] == theirs["parameters"]
+    assert 0.5 < ours["losses"][0] < 2 and ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "factory, complaint",
+    [
+        ("flat", "its output is (2, 256), expected (2, 4, 8, 8)"),
+        ("mask_of_pixels", "its mask is (2, 64), expected (2, 16)"),
+        ("frozen", "its output has no gradient"),
+        ("broken", "raised ZeroDivisionError: division by zero"),
+        ("raising", "raising raised KeyError: 'no weights'"),
+        ("nothing", "nothing gave int, expected a torch.nn.Module"),
+        ("greedy", "greedy raised TypeError"),
+        ("missing", "has no function missing"),
+    ],
+)
+def test_a_baseline_that_does_not_fit_is_told_in_one_line(toy, recipe, capsys, factory, complaint):
+    with pytest.raises(SystemExit) as exit:
+        compare_baseline.main(["--baseline", f"{toy}:{factory}", "--recipe", str(recipe), "--micro_batch", "2"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: --baseline ") and error.count("\n") == 1
+    assert complaint in error and f"toy.py:{factory}" in error
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ([], "expected --baseline FILE.py:FACTORY, or --expert_layer TOKENS"),
+        (["--baseline", "nowhere.py:toy"], "no such file: nowhere.py"),
+        (["--baseline", "toy"], "expected FILE.py:FACTORY"),
+        (["--baseline", "a.py:b", "--micro_batch", "0"], "--micro_batch 0: expected more than 0"),
+        (["--baseline", "a.py:b", "--mask_ratio", "2"], "training.mask_ratio"),
+        (["--baseline", "a.py:b", "--modes", "fast"], "--modes"),
+        (["--expert_layer", "1000"], "--expert_layer 1000: expected the tokens of a square image"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as exit:
+        compare_baseline.main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and complaint in error
+
+
+def test_a_broken_file_and_a_recipe_that_is_not_there(tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("import package_that_nobody_has\n")
+    for arguments, complaint in (
+        (["--baseline", f"{tmp_path / 'bad.py'}:f"], "raised ModuleNotFoundError: No module named"),
+        (["--baseline", "a.py:b", "--recipe", str(tmp_path / "no.toml")], "cannot read the recipe"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            compare_baseline.main(arguments)
+        assert exit.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_expert_layers_against_the_one_hot_form(recipe, capsys):
+    compare_baseline.main(["--expert_layer", "64", "--recipe", str(recipe)])
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].split()[:3] for line in lines] == [["mixer", "N1", "T64"], ["backbone", "N1", "T64"]]
+    for line in lines:
+        cells = line.split("|")[2:-1]
+        assert len(cells) == header.count("|") - 2
+        assert float(cells[2]) == pytest.approx(float(cells[1]) / float(cells[0]), rel=0.02)
+
+
+def row(who, mode, pairing, micro_batch, rate, fastest_ms=None, problem=None):
+    found = dict(contender=who, name=f"{who}, {mode}", pairing=pairing, setting={"micro_batch": micro_batch})
+    return found | dict(images_per_second=rate, fastest_ms=fastest_ms, problem=problem)
+
+
+def test_ratios_of_rows():
+    found = [
+        row("ours", "eager", "same, eager", 256, 1200.0, 200.0),
+        row("baseline", "eager", "same, eager", 256, 500.0, 500.0),
+        row("baseline", "eager", "search", 512, 9999.0, 1.0),
+        row("ours", "compiled", "same, compiled", 256, 1300.0, 190.0),
+        row("baseline", "compiled", "same, compiled", 256, None, problem="out of memory at micro-batch 256"),
+        row("ours", "compiled", "best", 512, 1500.0, 400.0),
+        row("baseline", "compiled", "best", 128, 600.0, 200.0),
+    ]
+    same, compiled, best = ratios(found)
+    assert same.startswith("same, eager: 2.40 times the images/s of the baseline, 2.50 by fastest steps")
+    assert compiled.startswith("same, compiled: no ratio")
+    assert best.startswith("best: 2.50 times the images/s of the baseline, 2.00 by fastest")  # 4 x 200 / 400
+    assert "(ours, compiled, 512 images against baseline, compiled, 128 images)" in best
+
+
+def test_the_best_micro_batch():
+    def machine(limit, rate):
+        asked = []
+
+        def measure(size):
+            asked.append(size)
+            if size > limit:
+                return f"out of memory at micro-batch {size}"
+            return Figures(size, 1, {"step": 1e3 * size / rate(size)}, 1.0, None)
+
+        return measure, asked
+
+    measure, asked = machine(64, lambda size: min(size, 32))
+    assert best_micro_batch(measure, 8, 256).micro_batch == 32 and asked == [8, 16, 32, 64]
+    measure, asked = machine(64, lambda size: size)
+    assert best_micro_batch(measure, 8, 256).micro_batch == 64 and asked == [8, 16, 32, 64, 128]
+    assert best_micro_batch(machine(64, lambda size: size)[0], 8, 16).micro_batch == 16
+    measure, asked = machine(3, lambda size: size)
+    assert best_micro_batch(measure, 8, 256).micro_batch == 2 and asked == [8, 4, 2]
+    assert best_micro_batch(machine(0, lambda size: size)[0], 8, 256) is None
+    assert best_micro_batch(lambda size: "ValueError: no", 8, 256) is None
+
+
+class Fixed(torch.nn.Module):
+    """Our model behind the baseline's signature, with a mask that is not drawn."""
+
+    def __init__(self, net, mask):
+        super().__init__()
+        self.net, self.mask = net, mask
+
+    def forward(self, latents, sigma, captions, mask_ratio):
+        dropped = torch.ones(len(latents), self.mask.num_patches).scatter(1, self.mask.keep_NK, 0.0)
+        return self.net(latents, sigma.log() / 4, captions, mask=self.mask), dropped
+
+
+def perturbed(config):
+    torch.manual_seed(3)
+    model = MicroDiT(config)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    return model
+
+
+def test_the_baseline_is_given_the_loss_of_our_model():
+    config = tiny_config(training={"global_batch_size": 3, "mask_ratio": 0.5})
+    model, drawn = perturbed(config.model), draw(config, 7, slice(0, 3))
+    mask = Mask(drawn.mask.keep_NK, 16)
+    latents, captions = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 12)
+    baseline = Baseline("fixed", Fixed(model, mask), config, CPU, "fp32")
+    expected = edm_loss(model, latents, captions, drawn, config.noise.sigma_data)
+    torch.testing.assert_close(baseline.loss(latents, captions, drawn), expected)
+    ours, theirs = Contender("ours", model, config, CPU, "fp32").data(4), baseline.data(4)
+    assert torch.equal(next(ours[1]).latents_NCHW, next(theirs[1]).latents_NCHW)  # the same data, and for 3 images
+    assert theirs[0].training.mask_ratio == 0 and torch.equal(  # the same noise
+        draw(ours[0], 1, slice(0, 4)).noise_NCHW, draw(theirs[0], 1, slice(0, 4)).noise_NCHW
+    )
+
+
+@pytest.mark.parametrize(
+    "precision, weights", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("amp", torch.float32)]
+)
+def test_a_plain_step_in_every_precision(precision, weights):
+    """The weights after two steps are those of a float32 AdamW, to rounding; in bf16, its float32 masters."""
+    config = tiny_config(training={"mask_ratio": 0.0}, optim={"lr": 1e-2})
+    mask = Mask(torch.arange(16).expand(4, 16), 16)
+    found, expected = (
+        Baseline("x", Fixed(perturbed(config.model), mask), config, CPU, precision),
+        perturbed(config.model),
+    )
+    before = [p.detach().clone() for p in expected.parameters()]
+    optim = config.optim
+    options = dict(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    optimizer = torch.optim.AdamW(expected.parameters(), **options)
+    figures = alternate([(found, 4)], Pace(rounds=1, warm_up=0, steps=1), compiled=[False])[0]
+    config, batches = found.data(4)
+    batches.step = 0
+    for number in range(2):
+        batch, drawn = next(batches), draw(config, number, slice(0, 4))
+        optimizer.zero_grad()
+        edm_loss(expected, batch.latents_NCHW, batch.captions_NLC, drawn, config.noise.sigma_data).backward()
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), optim.max_grad_norm)
+        optimizer.step()
+    assert figures.steps == 1 and len(found.losses) == 2 and {p.dtype for p in found.model.parameters()} == {weights}
+    ours, theirs = (torch.cat([p.detach().flatten() for p in part]) for part in (found.masters, expected.parameters()))
+    moved = (theirs - torch.cat([p.flatten() for p in before])).norm()
+    assert (ours - theirs).norm() < (1e-3 if precision == "fp32" else 0.5) * moved
+    for master, weight in zip(found.masters, found.weights):
+        assert torch.equal(master.to(weight.dtype), weight)
+
+
+class Stub:
+    """A contender that only counts, and has memory for three images."""
+
+    device = CPU
+
+    def __init__(self, name, turns):
+        self.name, self.turns, self.optimizer = name, turns, None
+
+    def arrive(self):
+        self.optimizer = object()
+
+    def leave(self):
+        self.optimizer = None
+        self.turns.append(f"{self.name} leaves")
+
+    def step(self, micro_batch, marks):
+        if micro_batch > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        self.turns.append(self.name)
+        for phase in ("data", "forward", "backward", "optimizer"):
+            marks.put(phase)
+
+
+def test_they_take_turns_and_go_on_without_one_that_fails():
+    turns: list[str] = []
+    ours, theirs = Stub("a", turns), Stub("b", turns)
+    found = alternate([(ours, 1), (theirs, 2)], Pace(rounds=3, warm_up=0, steps=1), compiled=[False, False])
+    assert turns == ["a", "a", "b", "b", "b", "a", "a", "b"]  # the first of each is not measured
+    assert [figures.steps for figures in found] == [3, 3]
+    turns.clear()
+    first, second = alternate([(ours, 4), (theirs, 2)], Pace(rounds=2, warm_up=0, steps=1), compiled=[False, False])
+    assert first == "out of memory at micro-batch 4" and second.micro_batch == 2
+    assert turns == ["a leaves", "b", "b", "b"]

@@ -1,0 +1,206 @@
+"""Where a step goes: categories by name, what adds up to what, a trace that other programs open; work by formula."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdit.bench.profile import TRACE, Event, by_category, category, dearest, profile_step, summary
+from mdit.bench.roofline import CATEGORY_OF_OP, category_work, products
+from mdit.config import load_config
+from mdit.diffusion.edm import draw, edm_loss
+from mdit.models import MicroDiT
+from mdit.models.flops import training_flops
+from mdit.parallel.duration import bytes_of_ops, forward_parts
+from tests.recipes import tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = load_config(ROOT / "configs/res_256_pretrain.toml")
+SETTING = dict(
+    gpus=1,
+    micro_batch=256,
+    global_batch=2048,
+    precision="bf16",
+    fp8=False,
+    kernels=[*CATEGORY_OF_OP],
+    compile=False,
+    activation_checkpointing="none",
+    zero_stage=2,
+)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopB_TNT", "matmuls"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmuls"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_nn_align8>", "matmuls"),
+        ("triton_tem_fused_bmm_3", "matmuls"),
+        ("aten::addmm", "matmuls"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64", "attention"),
+        ("_attend_held", "attention"),
+        ("_statistics", "attention"),
+        ("_norm_backward", "attention"),
+        ("_mix_backward", "norm and modulation"),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16>", "norm and modulation"),
+        ("aten::native_layer_norm_backward", "norm and modulation"),
+        ("_route", "experts"),
+        ("_gather", "experts"),
+        ("_gelu_backward", "experts"),
+        ("void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>", "experts"),
+        ("void at::native::indexSelectLargeIndex<c10::BFloat16, long>", "experts"),
+        ("_swiglu_backward", "SwiGLU"),
+        ("_quantise_rows", "float8"),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>",
+            "optimizer",
+        ),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("triton_poi_fused_adam_mul_0", "compiled elementwise"),
+        ("triton_red_fused_native_layer_norm_2", "compiled elementwise"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "communication"),
+        ("gloo:all_reduce", "communication"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("Memset (Device)", "copies"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<OpaqueType<2u>, unsigned int, 3>", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "copies"),
+        ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda(TensorIteratorBase&)>", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<c10::BFloat16>>", "elementwise"),
+        ("void (anonymous namespace)::elementwise_kernel_with_index<int, arange_cuda_out>", "elementwise"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "elementwise"),
+        ("aten::mul", "elementwise"),
+        ("aten::view", "other"),
+        ("autograd::engine::evaluate_function: NativeLayerNormBackward0", "other"),
+        ("GeluBackward0", "other"),
+        ("something_new", "other"),
+    ],
+)
+def test_kernels_are_known_by_their_names(name, expected):
+    assert category(name) == expected
+
+
+def test_every_kernel_of_ours_is_known():
+    launched = {}
+    for path in (ROOT / "kernels").glob("*/triton_impl.py"):
+        jitted = re.findall(r"@triton\.jit\ndef (\w+)", path.read_text())
+        handed_over = [name for name in jitted if re.search(rf"\b{name}\b(?!\()", path.read_text())]  # not only called
+        launched |= dict.fromkeys(handed_over, path.parent.name)
+    assert {"_attend_held", "_statistics", "_mix_backward", "_swiglu", "_route", "_scatter"} <= launched.keys()
+    expected = CATEGORY_OF_OP | {"fp8_linear": "float8"}
+    assert {name: category(name) for name in launched} == {name: expected[op] for name, op in launched.items()}
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    config, folder = tiny_config(), tmp_path_factory.mktemp("profile")
+    model, cpu = MicroDiT(config.model), torch.device("cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    shape, calls = config.model, []
+    latents = torch.randn(8, shape.latent_channels, shape.latent_size, shape.latent_size)
+    captions = torch.randn(8, shape.caption_length, shape.caption_channels)
+
+    def step():
+        calls.append(None)
+        optimizer.zero_grad()
+        edm_loss(model, latents, captions, draw(config, 0, slice(0, 8), cpu), config.noise.sigma_data).backward()
+        optimizer.step()
+
+    step()
+    row = {"name": "tiny, mask 0.75", **profile_step(step, device=cpu, directory=folder / "new", steps=3)}
+    return row, folder / "new", len(calls)
+
+
+def test_a_step_is_all_of_its_categories_and_what_is_between(profiled):
+    row, _, calls = profiled
+    assert calls == 1 + 1 + 3  # the caller's warm-up, the profiler's, and those that count
+    assert {"matmuls", "attention", "optimizer", "experts", "norm and modulation"} <= row["categories"].keys()
+    assert list(row["categories"].values()) == sorted(row["categories"].values(), reverse=True)
+    assert sum(row["categories"].values()) + row["idle_ms"] == pytest.approx(row["step_ms"])
+    assert 0 < row["idle_ms"] < row["step_ms"] and row["host"] is None
+    steps = {kernel["name"]: kernel["calls"] for kernel in row["kernels"]}
+    assert steps["aten::native_layer_norm"] == pytest.approx(round(steps["aten::native_layer_norm"]))
+
+
+def test_the_trace_is_what_perfetto_and_tensorboard_read(profiled):
+    row, folder, _ = profiled
+    assert row["trace"] == TRACE and TRACE.endswith(".pt.trace.json.gz") and [folder / TRACE] == [*folder.iterdir()]
+    events = json.loads(gzip.decompress((folder / TRACE).read_bytes()))["traceEvents"]
+    assert {"aten::addmm", "ProfilerStep#1", "ProfilerStep#2", "ProfilerStep#3"} & {event["name"] for event in events}
+    times = [event["dur"] for event in events if event["name"] == "aten::mm"]
+    (found,) = [kernel for kernel in row["kernels"] if kernel["name"] == "aten::mm"]
+    assert len(times) == 3 * found["calls"] and sum(times) / 3e3 == pytest.approx(found["ms"], rel=0.05)
+
+
+def test_a_screen_says_where_it_goes(profiled):
+    row, _, _ = profiled
+    lines = summary(row).splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120 and "tiny, mask 0.75" in lines[0]
+    (line,) = [line for line in lines if line.startswith("matmuls")]
+    assert f"{row['categories']['matmuls']:.2f} ms" in line
+    assert f"{100 * row['categories']['matmuls'] / row['step_ms']:.1f} %" in line
+    on_gpu = row | {"host": {"busy_ms": 90.0, "launches": 3210.0, "waiting_ms": 4.0}, "trace": None}
+    on_gpu |= {
+        "step_ms": row["step_ms"] - row["idle_ms"],
+        "idle_ms": 0.0,
+        "categories": {**row["categories"], "x": 9.0},
+    }
+    printed = summary(on_gpu)
+    assert "3,210 launches; 90.0 ms in operators and launches" in printed and "9.0 ms of it ran beside" in printed
+    assert summary({"name": "512 px", "problem": "out of memory"}) == "512 px: out of memory"
+
+
+def test_time_is_added_up_by_category_and_by_kernel():
+    events = [Event("_mix", 0, 3000, 3000), Event("_mix", 5000, 6000, 1000), Event("aten::mm", 0, 9000, 500)]
+    assert by_category(events, steps=2) == {"norm and modulation": 2.0, "matmuls": 0.25}
+    first, second = dearest(events, steps=2)
+    assert first == {"name": "_mix", "category": "norm and modulation", "calls": 1.0, "ms": 2.0}
+    assert second["ms"] == 0.25
+
+
+# --- work by formula
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_patch_mixer": False}, {"mixer_dim": 32}, {"experts_every_n": 0}], ids=str
+)
+def test_the_matmuls_are_all_there(changes):
+    config = tiny_config(model=changes)
+    flops = forward_parts(config.model, 0.75)
+    assert sum(product.flops for product in products(config.model, 0.75)) == flops.whole + flops.cut
+
+
+def test_work_of_a_step_of_xl_2():
+    work = category_work(PRETRAIN, SETTING)
+    model_flops = work["matmuls"]["flops"] + work["attention"]["flops"]
+    assert model_flops == 2048 * training_flops(PRETRAIN.model, 0.75)
+    for op, name in CATEGORY_OF_OP.items():
+        assert work[name]["bytes"] == 8 * sum(bytes_of_ops(PRETRAIN.model, 256, 0.75)[op])
+    assert work["experts"]["flops"] / work["experts"]["bytes"] == 1 / 2  # one for each number of bfloat16
+    assert work["optimizer"]["bytes"] == pytest.approx(28 * 1.1654e9, rel=1e-3)
+    of_tokens = [product for product in products(PRETRAIN.model, 0.75) if product.rows == 64 and product.matrices == 1]
+    qkv = max(of_tokens, key=lambda product: product.inputs * product.outputs)  # of the widest block
+    assert (qkv.inputs, qkv.outputs) == (1024, 3 * 1024)
+    assert qkv.numbers(images=512, batches=2) == 512 * 64 * (1024 + 3 * 1024) + 2 * 1024 * 3 * 1024
+
+
+def test_work_goes_where_its_time_goes():
+    plain = category_work(PRETRAIN, SETTING)
+    compiled = category_work(PRETRAIN, SETTING | {"kernels": ["swiglu"], "compile": True})
+    fused = ("norm and modulation", "experts")
+    assert compiled["compiled elementwise"]["bytes"] == sum(plain[name]["bytes"] for name in fused)
+    assert compiled["SwiGLU"] == plain["SwiGLU"] and not set(fused) & compiled.keys()
+    eager = category_work(PRETRAIN, SETTING | {"kernels": []})
+    assert eager.keys() == {"matmuls", "attention", "optimizer"}
+    again = category_work(PRETRAIN, SETTING | {"activation_checkpointing": "block"})
+    assert again["matmuls"]["flops"] == plain["matmuls"]["flops"] * 4 / 3
+    two = category_work(PRETRAIN, SETTING | {"gpus": 2})
+    assert two["matmuls"]["flops"] == plain["matmuls"]["flops"] / 2
+    assert category_work(PRETRAIN, SETTING | {"precision": "fp32"})["attention"]["bytes"] == pytest.approx(
+        2 * plain["attention"]["bytes"]
+    )

@@ -1,0 +1,171 @@
+"""Throughput of training, per second and per dollar: real optimizer steps of the paper's four stages, or any recipe.
+
+    python tools/bench_train.py --out bench                       the four stages, xl_2, on one GPU
+    deepspeed tools/bench_train.py --recipe configs/quickstart.toml --data recipe
+    python tools/bench_train.py --report bench                    stages, ladder, profile and plots, in under 8 minutes
+
+Of every step: waiting for data, forward, backward, optimizer; of the median one images/s, model TFLOP/s, MFU, dollars.
+--ladder goes from the paper's model to ours, a technique at a time, each with its loss parity; --profile writes a trace
+for Perfetto or TensorBoard and tells where a step goes; both of the first recipe, with two micro-batches a step.
+
+DIR/throughput.json (mdit/bench/rows.py) and DIR/throughput.md are written after every row; --resume goes on with what
+is missing. Where there is no memory for a micro-batch, half of it is tried. Without a GPU, or with --tiny, tiny shapes
+show that all this works; a CPU measures a --recipe as it is.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed
+
+from mdit.bench.report import Report
+from mdit.bench.session import Session
+from mdit.bench.stages import CONFIGS, STAGES, Job, prepare_data, ran_out_of_memory, settle
+from mdit.bench.trial import MADE_UP
+from mdit.config import UserError
+from mdit.dist import World, configure_logging, identify, start
+
+START = time.monotonic()
+PRICES = (3.75, 2.0)
+REPORT_BUDGET_S = {"cuda": 465.0, "cpu": 50.0}
+LADDER_SECONDS = 2.0  # a rung at most, beside its parity
+PARITY_STEPS = {"cuda": 50, "cpu": 40}
+SECONDS, SECONDS_OF_TINY = 12.0, 2.0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    world = identify()
+    configure_logging(world)
+    try:
+        complete = run(args, world)
+        torch.distributed.destroy_process_group()
+    except (UserError, OSError) as error:
+        if world.is_first or torch.distributed.is_initialized():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if world.is_first:
+            kept = f"; {args.out} has the rows so far, --resume goes on" if args.out else ""
+            print(f"interrupted{kept}", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(0 if complete else 1)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    add = parser.add_argument
+    add("--recipe", type=Path, action="append", help="TOML, or a run's config.json; several times; default: the stages")
+    add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipes")
+    add("--ds_config", type=Path, help="how it is run; default: zero1.json, of several processes zero2.json")
+    add("--compile", action=argparse.BooleanOptionalAction, help="instead of what the JSON says")
+    add("--kernels", choices=("auto", "reference", "triton"), help="instead of what the JSON says")
+    add("--fp8", action=argparse.BooleanOptionalAction, help="instead of what the JSON says")
+    add("--micro_batch", type=int, nargs="+", help="images at once on a GPU, each a row; default: what a run takes")
+    add("--global_batch", type=int, help="default: the recipe's")
+    add(
+        "--data", choices=("made_up", "recipe"), default="made_up", help="made up on the device, or the recipe's shards"
+    )
+    add("--steps", type=int, default=3, help="measured at least; default: 3")
+    add("--seconds", type=float, help="for as many steps as fit; default: 12 a row, of tiny shapes 2")
+    add("--warm_up", type=int, help="steps before; default: 1, or 2 where a step is one micro-batch")
+    add("--dollars_per_gpu_hour", type=float, action="append", help="several times; default: 3.75 and 2")
+    add("--ladder", action="store_true", help="measure the ladder instead of stages")
+    add("--parity_steps", type=int, help="of the ladder's longest comparisons of losses; default: 50, on a CPU 40")
+    add("--profile", action="store_true", help="profile instead of measuring stages")
+    add("--out", type=Path, metavar="DIR", help="write what is measured to DIR")
+    add("--report", type=Path, metavar="DIR", help="all of it, and plots, to DIR")
+    add("--resume", action="store_true", help="keep the rows that DIR holds, measure the others")
+    add(
+        "--budget_s",
+        type=float,
+        help="begin nothing that would end later; default: none; for --report 465, on a CPU 50",
+    )
+    add("--tiny", action="store_true", help="tiny shapes; without a GPU always so, unless there is a --recipe")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
+    args = parser.parse_args(arguments)
+    args.command = shlex.join(["tools/bench_train.py", *(sys.argv[1:] if arguments is None else arguments)])
+    check(args, parser)
+    return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.report and (args.out or args.ladder or args.profile):
+        parser.error("--report: has a directory, the ladder and the profile of its own")
+    args.out = args.report or args.out
+    if args.resume and args.out is None:
+        parser.error("--resume: says nothing without --out or --report")
+    args.dollars_per_gpu_hour = args.dollars_per_gpu_hour or list(PRICES)
+    for name in ("micro_batch", "global_batch", "steps", "seconds", "parity_steps", "budget_s", "dollars_per_gpu_hour"):
+        value = getattr(args, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not 0 < one < float("inf"):
+                parser.error(f"--{name} {one:g}: expected more than 0")
+    if args.warm_up is not None and args.warm_up < 0:
+        parser.error(f"--warm_up {args.warm_up}: expected 0 or more")
+
+
+def run(args: argparse.Namespace, world: World) -> bool:
+    """-> whether all stages that there was time for were measured, be it with a smaller micro-batch."""
+    kind = world.device.type
+    if kind == "cpu" and not (args.recipe or args.tiny):
+        args.tiny = True
+        tell(world, "no GPU here: tiny shapes on the CPU, which show that this works and say nothing of the stages")
+    seconds = args.seconds or (SECONDS_OF_TINY if args.tiny else SECONDS)
+    jobs = wanted_jobs(args, world)
+    for job in jobs:
+        prepare_data(job, world)
+    start(world)
+    report = Report(args.out, world, command=args.command, prices=args.dollars_per_gpu_hour, resume=args.resume)
+    report.write()
+    tell(world, ", ".join(f"{name} {value}" for name, value in report.content["environment"].items()) + "\n")
+    budget_s = args.budget_s or (REPORT_BUDGET_S[kind] if args.report else float("inf"))
+    session = Session(report, world, START + budget_s)
+    if args.report or not (args.ladder or args.profile):
+        session.stages(jobs, warm_up=args.warm_up, steps=args.steps, seconds=seconds)
+    if args.report or args.profile:
+        session.profile(jobs[0].short)  # some seconds; the ladder takes what is left
+    if args.report or args.ladder:
+        session.ladder(
+            jobs[0].short,
+            parity_steps=args.parity_steps or PARITY_STEPS[kind],
+            steps=args.steps,
+            seconds=min(seconds, LADDER_SECONDS),
+        )
+    tell(world, "\n" + report.tables())
+    if args.report:
+        session.plots(args.report)
+    if session.missing:
+        tell(world, f"\nnot measured, for want of time: {'; '.join(session.missing)}. --resume goes on with it")
+    return not any(row["kind"] == "stage" and row["problem"] and not ran_out_of_memory(row) for row in report.rows)
+
+
+def wanted_jobs(args: argparse.Namespace, world: World) -> list[Job]:
+    asked = {"compile": args.compile, "kernels": args.kernels, "fp8": args.fp8}
+    options = dict(
+        overrides=args.set,
+        global_batch=args.global_batch,
+        mdit={key: value for key, value in asked.items() if value is not None},
+        data=MADE_UP if args.data == "made_up" else "recipe",
+        tiny=args.tiny,
+    )
+    ds_config = args.ds_config or CONFIGS / ("zero1.json" if world.size == 1 else "zero2.json")
+    recipes = args.recipe or [CONFIGS / f"{name}.toml" for name in STAGES]
+    return [
+        settle(recipe, ds_config, world, micro_batch=micro_batch, **options)
+        for recipe in recipes
+        for micro_batch in args.micro_batch or [None]
+    ]
+
+
+def tell(world: World, text: str) -> None:
+    if world.is_first:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

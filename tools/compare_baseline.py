@@ -1,0 +1,174 @@
+"""Bring your own baseline: it and our model train in one process, on the same device and data, and ratios are printed.
+
+    python tools/compare_baseline.py --baseline FILE.py:FACTORY --out DIR
+    python tools/compare_baseline.py --baseline FILE.py:FACTORY --preset tiny_2 --micro_batch 8 --modes eager
+    python tools/compare_baseline.py --expert_layer 1024 --preset tiny_2
+
+FILE.py is run with its folder on Python's path. FACTORY() gives a torch.nn.Module with float32 weights; where it has an
+argument without a default, it is handed our ModelConfig (mdit.config). The module is called as
+
+    model(latents_NCHW, sigma_N, captions_NLC, mask_ratio) -> output_NCHW, or (output_NCHW, dropped_NT)
+
+    latents_NCHW   c_in * (x + sigma * noise): noisy and scaled already, float32 (in pure bfloat16 that)
+    sigma_N        float32, the noise level itself: the model makes its own conditioning (EDM's is ln(sigma) / 4)
+    captions_NLC   embeddings of L tokens, all zeros where a caption was dropped; dtype as the latents
+    mask_ratio     the share of the T patches that the model drops, by its own random choice
+    output_NCHW    F of EDM's D = c_skip * x + c_out * F, which the tool computes
+    dropped_NT     1 where a patch was dropped, row by row: the loss is taken on the others. Without it, on all
+
+Both take the same plain step: loss, backward, gradient clipping, torch's fused AdamW, no ZeRO. Theirs is compiled
+whole, ours block by block, as a run does it. First both at --micro_batch, in every mode, then each at its own best,
+found by doubling. Precision: fp32 on a CPU; on a GPU ours has bfloat16 weights with float32 masters, theirs float32
+weights under torch.autocast (amp, as the released code trains) or the same as ours (--baseline_precision pure). TFLOP/s
+and MFU count our model's FLOPs for both. OUT/baseline.json has a row for everything measured (mdit.bench.rows), written
+as it comes. With --expert_layer: our layers of experts against the one-hot form, alone.
+"""
+
+import argparse
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from math import isqrt
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mdit.bench import one_hot
+from mdit.bench.contenders import PRECISIONS, Baseline, Contender, in_one_line
+from mdit.bench.contest import BASELINE, OURS, PACES, Contest
+from mdit.config import ModelConfig, TrainConfig, UserError, kept_tokens, load_config
+from mdit.dist import identify
+from mdit.kernels.choice import choose_kernels
+from mdit.models import MicroDiT, presets
+from mdit.parallel.settings import AUTO_TOKENS
+
+RECIPE = Path(__file__).resolve().parent.parent / "configs" / "res_256_pretrain.toml"
+MODES = ("eager", "compiled")
+CPU_MICRO_BATCH = 8
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    try:
+        run(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    add = parser.add_argument
+    add("--baseline", metavar="FILE.py:FACTORY", help="what gives the other model")
+    add("--recipe", type=Path, default=RECIPE, help="default: configs/res_256_pretrain.toml")
+    add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
+    add("--preset", choices=("xl_2", "tiny_2"), help="this model instead of the recipe's")
+    add("--mask_ratio", type=float, help="instead of the recipe's")
+    add("--micro_batch", type=int, help=f"of the first pairings; default: {AUTO_TOKENS} kept tokens, on a CPU 8 images")
+    add("--max_micro_batch", type=int, help="where the search ends; default: 2048, on a CPU --micro_batch")
+    add("--modes", nargs="+", choices=MODES, default=list(MODES))
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16, on a CPU fp32")
+    add("--baseline_precision", choices=("amp", "pure"), default="amp", help="of the baseline in bf16; default: amp")
+    add("--kernels", choices=("auto", "reference", "triton"), default="auto", help="of our model; default: auto")
+    add("--rounds", type=int, help="turns of each; default: 3, on a CPU 5")
+    add("--out", type=Path, metavar="DIR", help="for baseline.json")
+    add("--budget_s", type=float, default=480, help="nothing is begun that would not end in time; default: 480")
+    add(
+        "--expert_layer", type=int, metavar="TOKENS", help="our expert layers against the one-hot form, and no baseline"
+    )
+    args = parser.parse_args(arguments)
+    if (args.baseline is None) == (args.expert_layer is None):
+        parser.error("expected --baseline FILE.py:FACTORY, or --expert_layer TOKENS")
+    for name in ("micro_batch", "max_micro_batch", "rounds", "budget_s", "expert_layer"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            parser.error(f"--{name} {value}: expected more than 0")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    config, world = settle(args), identify()
+    on_gpu = world.device.type == "cuda"
+    precision = args.precision or ("bf16" if on_gpu else "fp32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rounds = args.rounds or PACES[world.device.type].rounds
+    kernels, why = choose_kernels(args.kernels, world.device, dtype, config.model.head_dim, "--kernels")
+    if args.expert_layer is not None:
+        print(one_hot.HEADER)
+        model, images = with_tokens(config.model, args.expert_layer), args.micro_batch or 1
+        for line in one_hot.lines(model, images, world.device, dtype, rounds):
+            print(line, flush=True)
+        return
+    theirs = precision if precision == "fp32" else {"amp": "amp", "pure": "bf16"}[args.baseline_precision]
+    baseline = Baseline(
+        f"--baseline {args.baseline}", load_baseline(args.baseline, config.model), config, world.device, theirs
+    )
+    baseline.check()
+    baseline.leave()
+    torch.manual_seed(config.seed)
+    ours = Contender(OURS, MicroDiT(config.model), config, world.device, precision)
+    print(f"ours: {PRECISIONS[ours.precision]}; in Triton: {', '.join(sorted(kernels)) or 'nothing'} ({why})")
+    print(f"baseline: {args.baseline}, {PRECISIONS[baseline.precision]}")
+    options = {name: getattr(args, name) for name in ("micro_batch", "max_micro_batch", "modes", "budget_s", "out")}
+    Contest({OURS: ours, BASELINE: baseline}, world, sorted(kernels), rounds=rounds, **options).run()
+
+
+def settle(args: argparse.Namespace) -> TrainConfig:
+    """The recipe as the options change it; `--micro_batch` and `--max_micro_batch` too."""
+    overrides = [*args.set] + ([] if args.mask_ratio is None else [f"training.mask_ratio={args.mask_ratio}"])
+    config = load_config(args.recipe, overrides)
+    if args.preset:
+        config = config.model_copy(update={"model": getattr(presets, args.preset)(config.model.latent_size)})
+    on_gpu = torch.cuda.is_available()
+    if args.expert_layer is None:
+        kept = kept_tokens(config.model.num_patches, config.training.mask_ratio)
+        args.micro_batch = args.micro_batch or (max(1, AUTO_TOKENS // kept) if on_gpu else CPU_MICRO_BATCH)
+        args.max_micro_batch = args.max_micro_batch or (2048 if on_gpu else args.micro_batch)
+    return config
+
+
+def with_tokens(model: ModelConfig, tokens: int) -> ModelConfig:
+    """The same layers on an image of so many patches."""
+    if isqrt(tokens) ** 2 != tokens:
+        raise UserError(f"--expert_layer {tokens}: expected the tokens of a square image, as 256 or 1024")
+    return model.model_copy(update={"latent_size": isqrt(tokens) * model.patch_size})
+
+
+def load_baseline(spec: str, model: ModelConfig) -> nn.Module:
+    """What FACTORY of FILE.py gives. Raises UserError, naming both, for whatever is wrong with them."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        raise UserError(f"--baseline {spec}: no such file: {file or spec}; expected FILE.py:FACTORY")
+    sys.path.insert(0, str(path.parent.resolve()))
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None:
+        raise UserError(f"--baseline {spec}: {path} is no Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # of code that is not ours
+        raise UserError(f"--baseline {spec}: running {path} raised {in_one_line(error)}") from None
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise UserError(f"--baseline {spec}: {path} has no function {name}")
+    try:
+        made = factory(model) if takes_an_argument(factory) else factory()
+    except Exception as error:
+        raise UserError(f"--baseline {spec}: {name} raised {in_one_line(error)}") from None
+    if not isinstance(made, nn.Module):
+        raise UserError(f"--baseline {spec}: {name} gave {type(made).__name__}, expected a torch.nn.Module")
+    return made
+
+
+def takes_an_argument(factory: Callable) -> bool:
+    """One that has no default."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+if __name__ == "__main__":
+    main()
