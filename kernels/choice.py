@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from mdit.config import UserError
-from mdit.kernels.dispatch import OPS, interpreted, run_in_triton
+from mdit.kernels.dispatch import FP8, OPS, interpreted, run_in_triton
 from mdit.kernels.self_check import disagreement
 
 Choice = Literal["auto", "reference", "triton"]
@@ -25,26 +25,32 @@ HEAD_DIMS = (16, 32, 64, 128)  # that masked_attention has kernels for
 
 
 def choose_kernels(
-    wanted: Choice, device: torch.device, dtype: torch.dtype, head_dim: int, path: str | Path = "the DeepSpeed JSON"
+    wanted: Choice,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    path: str | Path = "the DeepSpeed JSON",
+    fp8: bool = False,
 ) -> tuple[frozenset[str], str]:
-    """Settle for this process -> the ops that run in Triton, and why. `dtype` is what the model computes in.
+    """Settle for this process -> the ops that run in Triton, and why. `dtype` is what the model computes in; without
+    `fp8` the kernels of float8 are not even looked at.
 
     Raises UserError, naming `path`, when the environment contradicts `wanted` or "triton" cannot run on this machine.
     """
     wanted, asked_for = _with_environment(wanted, path)
     hindrance = _hindrance(device, SHAPED_FOR if wanted == "auto" else OLDEST_GPU)
-    missing = _missing(head_dim)
+    missing, ops = _missing(head_dim), frozenset(op for op in OPS if fp8 or op != FP8)
     if wanted == "triton":
         if hindrance and not (interpreted() and _installed()):
             raise UserError(f"{asked_for}, but {hindrance}")
         if missing:
             raise UserError(f"{asked_for}, but {'; '.join(missing.values())}")
     if wanted == "auto" and not hindrance:
-        missing |= _disagreements(frozenset(OPS) - missing.keys(), device, dtype, head_dim)
-        chosen = frozenset(OPS) - missing.keys()
+        missing |= _disagreements(ops - missing.keys(), device, dtype, head_dim)
+        chosen = ops - missing.keys()
         reason = "; ".join([f"they agree with PyTorch on {torch.cuda.get_device_name(device)}", *missing.values()])
     else:
-        chosen = frozenset(OPS if wanted == "triton" else ())
+        chosen = ops if wanted == "triton" else frozenset()
         reason = hindrance if wanted == "auto" else "asked for"
     run_in_triton(*chosen)
     return chosen, reason

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-OPS = ("masked_attention", "patch_mixing", "expert_choice", "swiglu", "fp8_linear")
+FP8 = "fp8_linear"
+OPS = ("masked_attention", "patch_mixing", "expert_choice", "swiglu", FP8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _in_triton: frozenset[str] = frozenset()

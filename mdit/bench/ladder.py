@@ -34,6 +34,8 @@ from mdit.bench.trial import MADE_UP, Trial
 from mdit.config import TrainConfig, UserError
 from mdit.dist import World
 from mdit.kernels import dispatch
+from mdit.kernels.choice import choose_kernels
+from mdit.kernels.dispatch import FP8
 from mdit.models import MicroDiT
 from mdit.parallel.fp8 import check_fp8, use_fp8
 from mdit.parallel.settings import RunSettings
@@ -41,7 +43,6 @@ from mdit.parallel.settings import RunSettings
 Row = dict[str, Any]
 
 ORDER = ("patch_mixing", "swiglu", "expert_choice", "masked_attention")  # in which ops are switched to Triton
-FP8 = "fp8_linear"
 WARM_UP = 2  # steps before those measured, beside the steps of the parity
 NEEDS_A_GPU = "needs a GPU"
 NO_TIME = "not measured: no time was left of {budget:g} s"
@@ -177,9 +178,10 @@ class _Ladder:
         if rung.adds in ORDER and rung.adds not in self.trial.kernels:
             return self.trial.kernels_because
         if rung.fp8:
+            settings, bf16 = self.settings.model_copy(update={"fp8": True}), self.ds_config["bf16"]["enabled"]
+            dtype, head_dim = torch.bfloat16 if bf16 else torch.float32, self.config.model.head_dim
             try:
-                settings = self.settings.model_copy(update={"fp8": True})
-                bf16, in_triton = self.ds_config["bf16"]["enabled"], frozenset(self.trial.kernels)
+                in_triton, _ = choose_kernels("auto", self.world.device, dtype, head_dim, "the ladder", fp8=True)
                 check_fp8(settings, self.world.device, bf16, in_triton, "the ladder")
             except UserError as error:
                 return str(error)

@@ -62,7 +62,6 @@ DEVICES = {  # as torch names them, of those whose data sheets mdit.parallel.mac
     "NVIDIA GeForce RTX 4090": "rtx4090",
 }
 PIXELS_OF_A_LATENT = 8
-FP8_OP = "fp8_linear"
 PHASES = ("data", "forward", "backward", "optimizer")
 FIGURES = ("steps", "images_per_second", "milliseconds", "tflops", "mfu", "peak_gib")
 
@@ -116,7 +115,7 @@ def setting_of(settings: RunSettings, ds_config: dict, world: World, kernels: li
         "global_batch": ds_config["train_batch_size"],
         "precision": "bf16" if ds_config["bf16"]["enabled"] else "fp32",
         "fp8": settings.fp8,
-        "kernels": [op for op in sorted(kernels) if op != FP8_OP or settings.fp8],
+        "kernels": sorted(kernels),
         "compile": settings.compile,
         "activation_checkpointing": settings.activation_checkpointing,
         "zero_stage": ds_config["zero_optimization"]["stage"],

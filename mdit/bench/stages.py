@@ -124,7 +124,8 @@ def settle(
     check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
     check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    in_triton, _ = choose_kernels(settings.kernels, world.device, dtype, config.model.head_dim, ds_path)
+    options = world.device, dtype, config.model.head_dim, ds_path, settings.fp8
+    in_triton, _ = choose_kernels(settings.kernels, *options)
     check_fp8(settings, world.device, ds_config["bf16"]["enabled"], in_triton, ds_path)
     return Job(config, settings, ds_config, data, images, tuple(sorted(in_triton)))
 

@@ -58,7 +58,8 @@ class Trial:
     ) -> None:
         self.config, self.settings, self.ds_config, self.world, self.data = config, settings, ds_config, world, data
         dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-        in_triton, self.kernels_because = choose_kernels(settings.kernels, world.device, dtype, config.model.head_dim)
+        options = dict(device=world.device, dtype=dtype, head_dim=config.model.head_dim, fp8=settings.fp8)
+        in_triton, self.kernels_because = choose_kernels(settings.kernels, **options)
         self.kernels = sorted(in_triton)
         check_fp8(settings, world.device, dtype == torch.bfloat16, in_triton, "the DeepSpeed JSON")
         self._held_before, self._steps, self._marks = held_bytes(world.device), 0, Marks(world.device)

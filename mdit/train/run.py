@@ -55,7 +55,8 @@ def plan_run(
     check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
     choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    in_triton, reason = choose_kernels(settings.kernels, world.device, dtype, config.model.head_dim, ds_path)
+    options = world.device, dtype, config.model.head_dim, ds_path, settings.fp8
+    in_triton, reason = choose_kernels(settings.kernels, *options)
     logger.info(f"kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
     check_fp8(settings, world.device, ds_config["bf16"]["enabled"], in_triton, ds_path)
     run_dir = run_dir or Path("runs") / config.name

@@ -23,8 +23,8 @@ def settled(monkeypatch):
     monkeypatch.delenv("MDIT_KERNELS", raising=False)
 
 
-def choose_kernels(wanted, device, head_dim=64):
-    return choice.choose_kernels(wanted, device, FLOAT, head_dim, "ds.json")
+def choose_kernels(wanted, device, head_dim=64, fp8=True):
+    return choice.choose_kernels(wanted, device, FLOAT, head_dim, "ds.json", fp8)
 
 
 def pretend_gpu(monkeypatch, capability=(9, 0)) -> torch.device:
@@ -96,6 +96,14 @@ def test_triton_on_a_cpu_is_possible_interpreted(monkeypatch):
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels("triton", CPU) == (frozenset(OPS), "asked for")
     assert takes_triton("swiglu", torch.ones(1)) and not takes_triton("swiglu", torch.ones(1, dtype=torch.float64))
+
+
+def test_float8_is_left_alone_unless_it_is_wanted(monkeypatch):
+    device, looked_at = pretend_gpu(monkeypatch), []
+    monkeypatch.setattr(choice, "disagreement", lambda op, *_: looked_at.append(op) or "")
+    for wanted in ("auto", "triton"):
+        assert choose_kernels(wanted, device, fp8=False)[0] == {*OPS} - {"fp8_linear"}
+    assert sorted(looked_at) == sorted({*OPS} - {"fp8_linear"})
 
 
 def test_the_environment_speaks_where_the_json_does_not(monkeypatch):

@@ -35,7 +35,7 @@ def facts(kind="stage", name="256 px, mask 0.75", recipe="res_256_pretrain", gpu
         settings=RunSettings(**settings),
         ds_config=ds_config,
         world=world(gpus),
-        kernels=["swiglu", "fp8_linear"],
+        kernels=["swiglu", "patch_mixing"],
         data="made up",
     )
 
@@ -80,7 +80,7 @@ def test_where_there_is_an_mfu(monkeypatch, device, changes, has_mfu):
     row = rows.measured_row(measured=MEASURED, **facts(**changes))
     assert (row["mfu"] is not None) == has_mfu
     assert row["tflops"] == pytest.approx(181, abs=0.5)
-    assert row["setting"]["kernels"] == (["fp8_linear", "swiglu"] if changes.get("fp8") else ["swiglu"])
+    assert row["setting"]["kernels"] == ["patch_mixing", "swiglu"]
 
 
 def test_a_table_fits_a_terminal_and_says_everything(monkeypatch):
@@ -101,7 +101,7 @@ def test_a_table_fits_a_terminal_and_says_everything(monkeypatch):
     assert cells[4:] == ["30.0", "181", "18.3%", "70.1", "1.63 / 0.87", "832 / 444"]
     assert "- 512 px, mask 0, 256 x 1: out of memory at micro-batch 256" in shown
     assert "15,384, 3.00x" in shown and "2.0e-03 in 50" in shown
-    assert "8 processes; bf16; ZeRO-1; not compiled; in Triton swiglu; data made up:" in shown
+    assert "8 processes; bf16; ZeRO-1; not compiled; in Triton patch_mixing, swiglu; data made up:" in shown
 
 
 def test_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch):
