@@ -3,6 +3,7 @@
     python tools/bench_train.py --out bench                       the four stages, xl_2, on one GPU
     deepspeed tools/bench_train.py --recipe configs/quickstart.toml --data recipe
     python tools/bench_train.py --report bench                    stages, ladder, profile and plots, in under 8 minutes
+    python tools/bench_train.py --draw bench                      its plots once more, on a machine with matplotlib
 
 Of every step: waiting for data, forward, backward, optimizer; of the median one images/s, model TFLOP/s, MFU, dollars.
 --ladder goes from the paper's model to ours, a technique at a time, each with its loss parity; --profile writes a trace
@@ -21,7 +22,9 @@ from pathlib import Path
 
 import torch.distributed
 
-from mdit.bench.report import Report
+from mdit.bench.plots import draw
+from mdit.bench.report import JSON, Report
+from mdit.bench.rows import load
 from mdit.bench.session import Session
 from mdit.bench.stages import CONFIGS, STAGES, Job, prepare_data, ran_out_of_memory, settle
 from mdit.bench.trial import MADE_UP
@@ -41,6 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
     world = identify()
     configure_logging(world)
     try:
+        if args.draw:
+            for path in draw(load(args.draw / JSON), args.draw):
+                print(f"drawn: {path}")
+            return
         complete = run(args, world)
         torch.distributed.destroy_process_group()
     except (UserError, OSError) as error:
@@ -79,6 +86,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--profile", action="store_true", help="profile instead of measuring stages")
     add("--out", type=Path, metavar="DIR", help="write what is measured to DIR")
     add("--report", type=Path, metavar="DIR", help="all of it, and plots, to DIR")
+    add("--draw", type=Path, metavar="DIR", help="measure nothing: the plots of the report that DIR holds")
     add("--resume", action="store_true", help="keep the rows that DIR holds, measure the others")
     add(
         "--budget_s",

@@ -101,6 +101,12 @@ def test_the_whole_report(tmp_path):
     code, output = run("--recipe", recipe, *QUICK, "--parity_steps", "2", "--report", out, "--resume")
     assert code == 0 and "images/s, " not in output, output  # all is there
 
+    pictures = sorted(out.glob("*.png"))
+    for picture in pictures:
+        picture.unlink()
+    code, output = run("--draw", out)
+    assert code == 0 and sorted(out.glob("*.png")) == pictures, output
+
 
 def test_a_budget_that_ends_early(tmp_path):
     code, output = run(*QUICK, "--report", tmp_path, "--budget_s", "0.001")
