@@ -12,13 +12,9 @@ from mdit.bench.rows import Row, measured_row, problem_row, stage_name
 from mdit.bench.trial import MADE_UP, Trial, give_back_memory
 from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, load_config
 from mdit.dist import World, logger
-from mdit.kernels.choice import choose_kernels
-from mdit.parallel.fp8 import check_fp8
-from mdit.parallel.plan import check_plan, data_parallel_size
-from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings, resolve_ds_config
+from mdit.parallel.settings import RunSettings, load_ds_json
 from mdit.prepare import is_prepared, prepare
-from mdit.train.engine import check_zero_section
-from mdit.train.optim import check_implementation
+from mdit.train.run import settle_json
 
 CONFIGS = DEFAULT_RECIPE.parent
 STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
@@ -116,17 +112,7 @@ def settle(
     ds_json = ds_json | {"mdit": {**ds_json.get("mdit", {}), **(mdit or {})}}
     if micro_batch is not None:
         ds_json |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
-    settings = load_run_settings(ds_json, ds_path)
-    bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    data_size = data_parallel_size(settings, world.size, ds_path)
-    ds_config = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=bf16_works, path=ds_path)
-    check_zero_section(ds_config, ds_path)
-    check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
-    check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    options = world.device, dtype, config.model.head_dim, ds_path, settings.fp8
-    in_triton, _ = choose_kernels(settings.kernels, *options)
-    check_fp8(settings, world.device, ds_config["bf16"]["enabled"], in_triton, ds_path)
+    settings, ds_config, in_triton, _ = settle_json(ds_json, ds_path, config, recipe, world)
     return Job(config, settings, ds_config, data, images, tuple(sorted(in_triton)))
 
 

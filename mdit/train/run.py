@@ -21,7 +21,7 @@ from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan, data_parallel_size
-from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
+from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings, resolve_ds_config
 from mdit.prepare import is_prepared, prepare
 from mdit.snapshot import initial_weights, load_snapshot
 from mdit.train.checkpoint import complete_checkpoints, latest_step, read_state
@@ -46,19 +46,8 @@ def plan_run(
     """Read, check and resolve recipe, JSON, run directory and first weights. Raises UserError; writes nothing."""
     config = load_config(recipe, overrides)
     ds_json = load_ds_json(ds_path)
-    settings = load_run_settings(ds_json, ds_path)
-    bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    data_size = data_parallel_size(settings, world.size, ds_path)
-    ds_config = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=bf16_works, path=ds_path)
-    check_zero_section(ds_config, ds_path)
-    check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
-    check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
-    choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    options = world.device, dtype, config.model.head_dim, ds_path, settings.fp8
-    in_triton, reason = choose_kernels(settings.kernels, *options)
+    settings, ds_config, in_triton, reason = settle_json(ds_json, ds_path, config, recipe, world)
     logger.info(f"kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
-    check_fp8(settings, world.device, ds_config["bf16"]["enabled"], in_triton, ds_path)
     run_dir = run_dir or Path("runs") / config.name
     check_same_recipe(config, run_dir)
     weights = None
@@ -68,6 +57,27 @@ def plan_run(
     for newest in complete_checkpoints(run_dir / "checkpoints")[:1]:
         read_state(newest)  # refuses another format now, before config.json is written again
     return run
+
+
+def settle_json(
+    ds_json: dict, ds_path: Path, config: TrainConfig, recipe: Path, world: World
+) -> tuple[RunSettings, dict, frozenset[str], str]:
+    """All that a DeepSpeed JSON is checked for beside a recipe, on this machine -> its "mdit" section, what DeepSpeed
+    is given, the ops that run in Triton from now on, and why. Raises UserError."""
+    settings = load_run_settings(ds_json, ds_path)
+    bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    data_size = data_parallel_size(settings, world.size, ds_path)
+    ds_config = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=bf16_works, path=ds_path)
+    check_zero_section(ds_config, ds_path)
+    check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
+    check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
+    choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
+    bf16 = ds_config["bf16"]["enabled"]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    options = world.device, dtype, config.model.head_dim, ds_path, settings.fp8
+    in_triton, reason = choose_kernels(settings.kernels, *options)
+    check_fp8(settings, world.device, bf16, in_triton, ds_path)
+    return settings, ds_config, in_triton, reason
 
 
 def check_same_recipe(config: TrainConfig, run_dir: Path) -> None:
