@@ -21,10 +21,8 @@ CATEGORY_OF_OP = {
     "swiglu": "SwiGLU",
     "expert_choice": "experts",
 }
-ADAM_NUMBERS, MASTER_BYTES = (
-    7,
-    4,
-)  # read and written of a weight in float32: weight, gradient, two moments; three of them
+ADAM_NUMBERS = 7  # of a weight: itself, its gradient and two moments read, all but the gradient written
+MASTER_BYTES = 4
 
 
 class Product(NamedTuple):
