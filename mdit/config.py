@@ -6,18 +6,15 @@ JSON (`mdit.parallel.settings`). Every key is checked; an unknown one is an erro
 
 import difflib
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mdit.documents import UserError, parse_toml, read_json, read_toml
+
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.toml"
-
-
-class UserError(Exception):
-    """Something the user can mend. The launchers print it as one line and exit with code 2."""
 
 
 class Section(BaseModel):
@@ -233,18 +230,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises UserError naming the file, the key and the value.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
-    try:
-        values = json.loads(content)["recipe"] if path.suffix == ".json" else tomllib.loads(content.decode())
-    except (KeyError, TypeError):
-        raise UserError(f'{path}: has no "recipe"; expected the config.json of a run') from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'TOML'}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f'{path}: "recipe" is not a table')
+    values = (read_json if path.suffix == ".json" else read_toml)(path, "the recipe")
+    if path.suffix == ".json":
+        if not isinstance(values, dict) or "recipe" not in values:
+            raise UserError(f'{path}: has no "recipe"; expected the config.json of a run')
+        values = values["recipe"]
+        if not isinstance(values, dict):
+            raise UserError(f'{path}: "recipe" is not a table')
     for override in overrides:
         _apply_override(values, override)
     return parse_section(TrainConfig, values, path)
@@ -265,8 +257,8 @@ def _apply_override(values: dict, override: str) -> None:
     if not separator or not key:
         raise UserError(f"--set {override}: expected key.sub=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}", "--set")["value"]
+    except UserError:
         value = text
     *parents, leaf = key.split(".")
     table = values

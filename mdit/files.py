@@ -1,12 +1,29 @@
-"""Files that survive a power cut and can be trusted later."""
+"""Files that survive a power cut and can be trusted later: the one way to write them.
 
+A file or directory gets its name when all of it is on disk, so a kill at any moment leaves the old one or the new one.
+Some file systems (FUSE, SMB, exFAT, cloud drives) cannot sync a directory or make a link; that costs a promise about
+power cuts, said once in a line, and never the run.
+"""
+
+import errno
+import functools
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mdit.dist import logger
+from mdit.documents import to_json
+
+# What a file system answers to a request that it does not know.
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EPERM}
 
 
 def checksum(path: Path) -> str:
@@ -15,19 +32,104 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file at. Leaving the block syncs it and gives it its own name, in place of what
+    was there; leaving it by an exception removes it and changes nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file, UTF-8, in place of what was there."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a whole JSON file. Raises ValueError for NaN and infinities."""
+    write_text(path, to_json(values))
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path` to fill. Leaving the block syncs all files in it and gives it its name, in place
+    of what was there; leaving it by an exception removes it and changes nothing."""
+    partial, replaced = (path.with_name(f".{path.name}.{state}") for state in ("partial", "replaced"))
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in (*partial.iterdir(), partial):
+            sync(file)
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def point_to(link: Path, name: str) -> None:
+    """Make `link` a symbolic link to `name` beside it; a text file with that name where there are no links."""
+    partial = link.with_name(f".{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(name)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _say_once(f"{link.parent}: this file system has no symbolic links; {link.name} is a file that names {name}")
+        partial.write_text(name + "\n", encoding="utf-8")
+    partial.replace(link)
+    sync(link.parent)
+
+
+def follow(link: Path) -> Path:
+    """The directory that `point_to` made `link` a name of; `link` itself where it is none."""
+    if link.is_file():
+        with suppress(OSError, ValueError):
+            if (named := link.with_name(link.read_text(encoding="utf-8").strip())).is_dir():
+                return named
+    return link
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file and wait until it is on disk. Others may read it as far as the umask lets them:
     safetensors itself makes files that only their owner can read."""
     save_file(tensors, path, metadata)
     os.umask(mask := os.umask(0))
-    path.chmod(0o666 & ~mask)
+    with suppress(PermissionError):  # a file system without modes
+        path.chmod(0o666 & ~mask)
     sync(path)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or the names in a directory, are on disk, as far as the file system can promise."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # EACCES: directories that cannot be opened, as on Windows' shares. A file was open a moment ago.
+        if not (error.errno in UNSUPPORTED or (error.errno == errno.EACCES and path.is_dir())):
+            raise
+        _say_once(f"{path.parent}: this file system cannot sync ({error.strerror}); a power cut may lose what is new")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.warning(line)

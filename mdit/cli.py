@@ -1,0 +1,49 @@
+"""The front of every command: what a user can mend is one line and exit code 2, whatever raised it."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from mdit.documents import UserError, one_line
+
+USER_ERROR = 2
+
+
+def run(command: Callable[[], int | None], *, tells: Callable[[], bool] = lambda: True) -> NoReturn:
+    """Call `command` and exit with what it returns (None is 0), or, after one line on stderr, with
+
+        2    for UserError, and for OSError: the machine, a file or a disk is not as it should be
+        130  for Ctrl-C
+
+    and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
+    one to print an error that all processes of a run have. MDIT_TRACEBACK=1 shows where an error came from.
+    """
+    code = 0
+    try:
+        code = command() or 0
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        _tell("interrupted", tells)
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain once more at its exit
+    except (UserError, OSError) as error:
+        if os.environ.get("MDIT_TRACEBACK"):
+            raise
+        code = USER_ERROR
+        _tell(f"error: {error if isinstance(error, UserError) else explain(error)}", tells)
+    sys.exit(code)
+
+
+def explain(error: OSError) -> str:
+    """"runs/a/config.json: No space left on device"."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    reason = error.strerror or str(error) or type(error).__name__
+    return one_line(": ".join([*dict.fromkeys(names), reason]))
+
+
+def _tell(line: str, tells: Callable[[], bool]) -> None:
+    if tells():
+        print(line, file=sys.stderr, flush=True)

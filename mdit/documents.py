@@ -1,0 +1,124 @@
+"""JSON and TOML from outside, read strictly: one function for each, and the error that a user can mend.
+
+Everything a person or another program may have written (recipes, DeepSpeed JSONs, manifests, states, plans) comes
+through here. Twice the same key, NaN, a number beyond 64 bits, text that is not Unicode, or nesting without end is an
+error in one line that names the file; nothing reaches a parser or a printer that would choke on it.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_DEPTH = 64
+MAX_MESSAGE = 2000  # characters
+
+
+class UserError(Exception):
+    """Something the user can mend: one line, which the commands print before they exit with code 2 (`mdit.cli`)."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str) -> str:
+    """`text` printable on any terminal: line breaks as spaces, what is no Unicode escaped, the middle of long ones
+    left out."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE * 3 // 4]} [...] {text[-MAX_MESSAGE // 4 :]}"
+    return " ".join(text.encode(errors="backslashreplace").decode().split("\n"))
+
+
+def read_json(path: str | Path, what: str = "the file") -> Any:
+    """The content of a JSON file. Raises UserError naming it; `what` says there what could not be read."""
+    return parse_json(_read(path, what), path)
+
+
+def read_toml(path: str | Path, what: str = "the file") -> dict[str, Any]:
+    """The content of a TOML file. Raises UserError naming it."""
+    return parse_toml(_read(path, what), path)
+
+
+def parse_json(content: bytes | str, source: object) -> Any:
+    """Raises UserError, beginning with `source`, for what is not JSON or not fit for use (`check`)."""
+    try:
+        values = json.loads(_text(content), object_pairs_hook=_unique, parse_constant=_refuse)
+        check(values)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not valid JSON: {_reason(error)}") from None
+    return values
+
+
+def parse_toml(content: bytes | str, source: object) -> dict[str, Any]:
+    """Raises UserError, beginning with `source`, for what is not TOML or not fit for use (`check`)."""
+    try:
+        values = tomllib.loads(_text(content))
+        check(values)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not valid TOML: {_reason(error)}") from None
+    return values
+
+
+def check(values: Any) -> None:
+    """Raise ValueError where values nest deeper than MAX_DEPTH, where an integer takes more than 64 bits, and where a
+    text holds half of a surrogate pair."""
+    for depth, key, value in _walk(values):
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise ValueError(f"{key} is a number of more than 64 bits")
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{key} is not Unicode text: {value!r}") from None
+
+
+def to_json(values: Any) -> str:
+    """The text of a JSON file of ours. Raises ValueError for NaN and infinities, which JSON does not have."""
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def _walk(values: Any) -> Iterator[tuple[int, str, Any]]:
+    """(depth, key, value) of all that is inside, without recursion; keys themselves as values too."""
+    waiting = [(0, "the value", values)]
+    while waiting:
+        depth, key, value = waiting.pop()
+        yield depth, key, value
+        if isinstance(value, dict):
+            for name, inside in value.items():
+                yield depth, "a key", name
+                waiting.append((depth + 1, name, inside))
+        elif isinstance(value, list | tuple):
+            waiting += [(depth + 1, key, inside) for inside in value]
+
+
+def _read(path: str | Path, what: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"{path}: cannot read {what}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _text(content: bytes | str) -> str:
+    """UTF-8, with or without the mark that some editors put first."""
+    return content.decode("utf-8-sig") if isinstance(content, bytes) else content.removeprefix("\ufeff")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        both = [value for name, value in pairs if name == twice]
+        raise ValueError(f"key {twice!r} is there {len(both)} times, with {both[0]!r} and {both[1]!r}")
+    return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+def _reason(error: Exception) -> str:
+    return f"nested more than {MAX_DEPTH} deep" if isinstance(error, RecursionError) else str(error)
