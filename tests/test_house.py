@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # from the ground up
-    {"documents"},
+    {"documents", "provenance"},
     {"config"},
     {"dist", "masking", "kernels"},
     {"files", "cli"},

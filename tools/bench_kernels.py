@@ -22,7 +22,6 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from mdit.config import ModelConfig, UserError
 from mdit.kernels import comparison, dispatch, expert_choice, swiglu
 from mdit.models import presets
 from mdit.models.kernel_calls import EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
+from mdit.provenance import commit
 
 START = time.monotonic()
 BACKENDS = {
@@ -349,15 +349,13 @@ def environment() -> dict[str, str]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "not installed"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name() if gpu else "none",
         "cpu": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "torch": torch.__version__,
         "triton": triton,
         "cuda": torch.version.cuda or "none",
-        "commit": commit or "unknown",
+        "commit": commit() or "unknown",
         "date": datetime.now(UTC).date().isoformat(),
     }
 

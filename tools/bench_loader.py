@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,6 +47,7 @@ from mdit.data.order import GlobalOrder
 from mdit.data.quantise import dequantise
 from mdit.data.shards import open_dataset
 from mdit.data.writer import ShardWriter
+from mdit.provenance import commit
 
 SHARD_BYTES = 64 * 10**6
 WORKERS, SHUFFLE = 2, 1000
@@ -318,14 +318,12 @@ def describe_machine(device: str) -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "cpu": f"{cpu.split(': ')[1]}, {len(os.sched_getaffinity(0))} cores",
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
         "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or "unknown",
+        "commit": commit() or "unknown",
     }
 
 

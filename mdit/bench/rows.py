@@ -44,6 +44,7 @@ from mdit.models.flops import training_flops
 from mdit.parallel.activations import meta_model
 from mdit.parallel.machines import MACHINES, Machine
 from mdit.parallel.settings import RunSettings
+from mdit.provenance import commit, package_versions
 
 Row = dict[str, Any]
 
@@ -237,8 +238,6 @@ def _aligned(columns: list[list[str]]) -> str:
 
 def environment(world: World) -> dict[str, Any]:
     """Where and with what the rows of a report are measured."""
-    from mdit.train.run import commit, package_versions
-
     name, versions = device_name(world.device), package_versions()
     machine = machine_of(name)
     return {

@@ -1,16 +1,12 @@
 """From the command line to a settled run: everything a user can get wrong is found here, before any step."""
 
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from mdit import __version__
 from mdit.config import TrainConfig, UserError, kept_tokens, load_config
 from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
@@ -23,13 +19,13 @@ from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan, data_parallel_size
 from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings, resolve_ds_config
 from mdit.prepare import is_prepared, prepare
+from mdit.provenance import commit, package_versions
 from mdit.snapshot import initial_weights, load_snapshot
 from mdit.train.checkpoint import complete_checkpoints, latest_step, read_state
 from mdit.train.engine import check_zero_section
 from mdit.train.loop import Run
 from mdit.train.optim import check_implementation
 
-PACKAGES = ("torch", "deepspeed", "triton", "transformers", "numpy")
 # What may change between two starts of one run: how often it reports, how long it goes on, what steps its weights.
 CHANGEABLE = ("report.", "training.num_steps", "optim.implementation")
 
@@ -130,30 +126,9 @@ def description(run: Run) -> dict:
         "deepspeed": run.ds_config,
         "mdit": run.settings.model_dump(mode="json"),
         "world_size": run.world.size,
-        "versions": {"mdit": __version__, "python": platform.python_version()} | package_versions(),
+        "versions": package_versions(),
         "commit": commit(),
     }
-
-
-def package_versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    return found
-
-
-def commit() -> str | None:
-    """Of the checkout this package runs from; None when it is installed elsewhere."""
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return answer.stdout.strip() or None
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
