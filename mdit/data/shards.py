@@ -8,9 +8,16 @@
 Every file is written under a temporary name, synced and renamed, and never changed afterwards (`mdit.data.writer`).
 """
 
+import errno
+import functools
+import itertools
 import os
+import resource
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +33,7 @@ INDEX = "index.npy"
 # Where a sample's first header is in its shard, the length of its caption in bytes, and the xxh3 of all bytes from that
 # header to the caption's last.
 INDEX_DTYPE = np.dtype([("shard", "<i4"), ("text_bytes", "<i4"), ("offset", "<i8"), ("xxh3", "<u8")])
-MAX_OPEN_SHARDS = 512
+MOST_OPEN_SHARDS = 2048  # in this process; five sets that are mixed have 640 in use where windows meet
 SECONDS_BETWEEN_LOOKS = 1.0  # at whether an open shard is still the file of that name
 
 
@@ -73,14 +80,13 @@ class Index:
 
 
 class OpenShard:
-    """A file descriptor, and what the file of that name looked like when it was opened."""
+    """A file descriptor, closed with the last reference to it, and what the file looked like when it was opened."""
+
+    descriptor = -1
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from None
+        self.descriptor = os.open(path, os.O_RDONLY)
         self.identity = _identity(os.fstat(self.descriptor))
         self.looked = time.monotonic()
 
@@ -97,6 +103,76 @@ class OpenShard:
         if found != self.identity:
             raise ShardError(f"{self.path}: the shard was replaced or written to while it was in use")
 
+    def __del__(self, close=os.close) -> None:
+        if self.descriptor >= 0:
+            close(self.descriptor)
+
+
+class OpenShards:
+    """The open shards of all sets in this process, for all its threads. Those used last are kept, at most `most()`.
+
+    A shard that is no longer kept is closed when its last reader is done, so a reader needs no place of its own here.
+    """
+
+    def __init__(self) -> None:
+        # Reentrant: the garbage collector may close a set, which comes here, in a thread that is here already.
+        self._lock = threading.RLock()
+        self._kept: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()  # by set and shard, the last used at the end
+
+    def get(self, owner: int, shard: int, path: Path) -> OpenShard:
+        """The shard, opened where it is not open. Raises ShardError, also for an open one that changed (`look`)."""
+        with self._lock:
+            if (opened := self._kept.get((owner, shard))) is not None:
+                self._kept.move_to_end((owner, shard))
+        if opened is None:
+            opened = self._opened(path)
+            with self._lock:  # another thread may have been first
+                opened = self._kept.setdefault((owner, shard), opened)
+                self._keep(self.most())
+        opened.look()
+        return opened
+
+    def forget(self, owner: int) -> None:
+        """Close the shards of a set."""
+        with self._lock:
+            for key in [key for key in self._kept if key[0] == owner]:
+                self._kept.pop(key, None)
+
+    @staticmethod
+    @functools.cache
+    def most() -> int:
+        """Half of what the process may have open, after raising that as far as it helps: sockets, pipes and libraries
+        have the other half."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * MOST_OPEN_SHARDS
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            with suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+                soft = raised
+        return MOST_OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(MOST_OPEN_SHARDS, max(soft // 2, 1))
+
+    def _opened(self, path: Path) -> OpenShard:
+        try:
+            try:
+                return OpenShard(path)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                self._keep(0)  # others have taken more than their half
+                return OpenShard(path)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from None
+
+    def _keep(self, count: int) -> None:
+        with self._lock:
+            while len(self._kept) > count:
+                self._kept.popitem(last=False)
+
+
+open_shards = OpenShards()
+_owners = itertools.count()
+
 
 class LatentSet:
     """One directory of shards: `layout`, `samples`, `encoders`, `fingerprint`, `shard_sizes` in samples."""
@@ -110,11 +186,10 @@ class LatentSet:
         self.encoders, self.fingerprint = manifest.encoders, manifest.fingerprint
         self._shard_starts = np.cumsum([0, *self.shard_sizes])
         self._shard_bytes = np.array([shard.bytes for shard in manifest.shards])
-        self._open: dict[int, OpenShard] = {}  # the least recently asked for first
+        self._owner = next(_owners)
 
     def locate(self, samples: Iterable[int]) -> list[Place]:
-        """Look up samples, open their shards and look after those that are open. Others may be closed, so not while a
-        `read_row` is going on. Raises ShardError."""
+        """Look up samples. Raises ShardError where the index says what cannot be."""
         samples = np.fromiter(samples, np.int64)
         rows = self.index.rows(samples)
         shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
@@ -124,16 +199,16 @@ class LatentSet:
         if not possible.all():
             wrong = int(np.argmin(possible))
             raise self._impossible(samples[wrong], shards[wrong], rows[wrong])
-        self._open_shards(np.unique(shards).tolist())
         return list(map(Place._make, zip(samples.tolist(), *(rows[name].tolist() for name in INDEX_DTYPE.names))))
 
     def read_row(self, place: Place, row: memoryview | np.ndarray) -> str:
         """Read a sample's row into `row` (`layout.row_bytes` writable bytes), compare its checksum and return its
-        caption. From any number of threads, after `locate`. Raises ShardError."""
+        caption. From any number of threads. Raises ShardError."""
         text = bytearray(place.text_bytes)
         wanted = self.layout.row_bytes + place.text_bytes
+        shard = open_shards.get(self._owner, place.shard, self.directory / self.manifest.shards[place.shard].file)
         try:
-            found = os.preadv(self._open[place.shard].descriptor, [row, text], place.offset)
+            found = os.preadv(shard.descriptor, [row, text], place.offset)
         except OSError as error:
             raise self._damaged(place, str(error.strerror)) from None
         if found != wanted:
@@ -178,19 +253,10 @@ class LatentSet:
 
     def close(self) -> None:
         self.index.close()
-        while self._open:
-            os.close(self._open.popitem()[1].descriptor)
+        open_shards.forget(self._owner)
 
     def __del__(self) -> None:
         self.close()
-
-    def _open_shards(self, wanted: list[int]) -> None:
-        for shard in wanted:
-            opened = self._open.pop(shard, None) or OpenShard(self.directory / self.manifest.shards[shard].file)
-            self._open[shard] = opened
-            opened.look()
-        while len(self._open) > max(MAX_OPEN_SHARDS, len(wanted)):
-            os.close(self._open.pop(next(iter(self._open))).descriptor)
 
     def _impossible(self, sample: int, shard: int, row: np.void) -> ShardError:
         entry = self.manifest.shards[shard]

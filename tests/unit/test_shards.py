@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import resource
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ import webdataset
 import xxhash
 
 from mdit.config import UserError
-from mdit.data import shards
+from mdit.data import read_ahead, shards
+from mdit.data.loader import build_loader
 from mdit.data.manifest import Layout, ShardError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter, ShardWriter, finish_set, written_parts
 from mdit.files import checksum
+from tests.latent_sets import is_right, made_up, write_set
+from tests.processes import run_forked
 
 LATENT, EMBEDDING = (3, 4, 4), (5, 6)
 ENCODERS = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "mean": [0.25]}}
@@ -149,14 +154,54 @@ def test_the_same_samples_give_the_same_files(directory, tmp_path):
 
 
 def test_many_shards_are_read_with_few_open_files(directory, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "open_shards", few := shards.OpenShards())
+    monkeypatch.setattr(few, "most", lambda: 2)
     before = len(os.listdir("/proc/self/fd"))
-    dataset = open_dataset(directory)
-    _, _, texts = read_samples(dataset, [*range(23), *range(23)])
-    assert texts == [sample(i)[2] for i in range(23)] * 2
-    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 1  # two shards and the index's map
+    dataset, again = open_dataset(directory), open_dataset(directory)
+    for one in (dataset, again):
+        _, _, texts = read_samples(one, [*range(23), *range(23)])
+        assert texts == [sample(i)[2] for i in range(23)] * 2
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 2  # two shards and the indexes
     dataset.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    again.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def read_with_few_files(directories, soft, hard):
+    """All batches of two epochs of several sets, while another thread reads one of them too; with no more files than
+    `soft`, or half of `hard`, for shards."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    read_ahead.SLOW = 0  # many threads
+    validation, stop, failed = open_dataset(directories[0]), threading.Event(), []
+
+    def read():
+        try:
+            while not stop.is_set():
+                assert read_samples(validation, range(40))[2] == [made_up(i)[2] for i in range(40)]
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        # 120 shards in each batch: more than may be open at once.
+        options = dict(global_batch_size=120, seed=0, start_step=0, rank=0, world_size=1, device="cpu")
+        with build_loader(directories, **options) as batches:
+            assert all(is_right(next(batches)) for _ in range(4))
+        most = shards.open_shards.most()
+        assert most == hard // 2 and len(os.listdir("/proc/self/fd")) <= hard
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed, failed
+
+
+@pytest.mark.parametrize("soft, hard", [(64, 64), (64, 120)])
+def test_one_budget_of_open_files_for_all_sets_of_a_process(tmp_path, soft, hard):
+    """Each sample is a shard of its own, so all sets together have twice as many as the process may open files."""
+    directories = [write_set(tmp_path / str(n), 40, first=40 * n, shard_bytes=1) for n in range(3)]
+    ended = run_forked(read_with_few_files, directories, soft, hard)
+    assert ended.returncode == 0, ended.output
 
 
 def test_an_exception_leaves_no_manifest_and_the_set_cannot_be_opened(tmp_path):
