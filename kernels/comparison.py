@@ -139,7 +139,7 @@ def write(out: Path, report: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (("kernels.json", json.dumps(report, indent=1)), ("kernels.md", markdown(report))):
         new = out / f"{name}.partial"
-        new.write_text(text)
+        new.write_text(text, encoding="utf-8")
         new.replace(out / name)
 
 
@@ -147,7 +147,7 @@ def take_over(out: Path, report: dict[str, Any], rows: list[Row]) -> list[Row]:
     """Into `rows` what an earlier run of the same program on the same machine measured. -> what it has besides"""
     path = out / "kernels.json"
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except ValueError as error:

@@ -7,7 +7,6 @@ recipe for its validation captions, with the validation loss.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mdit.config import UserError
 from mdit.dist import identify
 from mdit.eval.evaluate import evaluate
 from mdit.eval.samples import grid, sampling_options
+from mdit.files import write_json
 from mdit.snapshot import load_model, load_snapshot
 
 
@@ -48,7 +48,7 @@ def report(args: argparse.Namespace) -> None:
     found = evaluate(snapshot, model, num_pictures=args.num_pictures, seed=args.seed, options=options)
     grid(found.pictures_NHWC, found.captions).save(args.out / "grid.png")
     settings = {"step": snapshot.step, "weights": args.weights, "pictures": len(found.captions), "seed": args.seed}
-    (args.out / "scores.json").write_text(json.dumps({**settings, **options, **found.scores}, indent=2) + "\n")
+    write_json(args.out / "scores.json", {**settings, **options, **found.scores})
     print(*found.lines, args.out / "grid.png", sep="\n")
 
 

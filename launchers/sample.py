@@ -52,7 +52,7 @@ def draw(args: argparse.Namespace) -> None:
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
     """Those of the command line, then the file's lines."""
     try:
-        prompts = given + (file.read_text().splitlines() if file else [])
+        prompts = given + (file.read_text(encoding="utf-8").splitlines() if file else [])
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts_file {file}: cannot read: {error}") from None
     if not prompts:

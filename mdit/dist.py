@@ -133,5 +133,5 @@ class StopSignal:
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             stop = bool(flag)
         if stop and self.world.is_first and not self.stop_file.exists():
-            self.stop_file.write_text("a signal\n")
+            self.stop_file.write_text("a signal\n", encoding="utf-8")
         return stop

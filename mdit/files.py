@@ -38,14 +38,26 @@ def replacing(path: Path) -> Iterator[Path]:
     was there; leaving it by an exception removes it and changes nothing."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
+        with _in_the_name_of(path, partial):
+            yield partial
+            sync(partial)
+            partial.replace(path)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def _in_the_name_of(path: Path, partial: Path) -> Iterator[None]:
+    """An OSError that is about `partial` names `path`, which is what the user knows."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(partial), str(path), 1)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,14 +78,15 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     partial, replaced = (path.with_name(f".{path.name}.{state}") for state in ("partial", "replaced"))
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        yield partial
-        for file in (*partial.iterdir(), partial):
-            sync(file)
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
+        with _in_the_name_of(path, partial):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in (*partial.iterdir(), partial):
+                sync(file)
+            if path.exists():
+                path.rename(replaced)
+            partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -95,8 +95,8 @@ def write_snapshot(
         if weights is not None:
             full = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in weights.items()}
             save_tensors(full, partial / f"{kind}.safetensors")
-    (partial / "config.json").write_text(json.dumps({**config_json, "step": step}, indent=2) + "\n")
-    (partial / "encoders.json").write_text(json.dumps(encoders, indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps({**config_json, "step": step}, indent=2) + "\n", encoding="utf-8")
+    (partial / "encoders.json").write_text(json.dumps(encoders, indent=2) + "\n", encoding="utf-8")
     for file in (*partial.iterdir(), partial):
         sync(file)
     if path.exists():
@@ -162,6 +162,6 @@ def check_weights(weights: dict[str, Tensor], model: ModelConfig, source: str | 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None

@@ -102,7 +102,8 @@ def tracked_files() -> list[Path]:
 
 
 def test_modules_import_only_from_lower_floors_or_their_own_part():
-    found = [complaint for path in python_files() for complaint in complaints((ROOT / path).read_text(), path)]
+    sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in python_files()}
+    found = [complaint for path, source in sources.items() for complaint in complaints(source, path)]
     assert not found, "\n".join(["", *found])
 
 
@@ -201,12 +202,71 @@ def test_calls_that_unpickle_are_found(source, count):
 
 def test_nothing_is_unpickled():
     files = [path for path in python_files() if not path.startswith("tests/")]
-    assert not {path: calls for path in files if (calls := unpickling((ROOT / path).read_text()))}
+    assert not {path: calls for path in files if (calls := unpickling((ROOT / path).read_text(encoding="utf-8")))}
+
+
+def in_the_locales_encoding(source: str) -> list[str]:
+    """Calls that read or write text in the encoding of whoever's locale it is: without `encoding=` where they take one.
+
+    open() of a string of a mode without "b", and of a Path; read_text, write_text; subprocesses in text mode.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        call, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        receiver, _, name = call.rpartition(".")
+        text = name in ("NamedTemporaryFile", "TemporaryFile")
+        text |= name in ("read_text", "write_text") and receiver not in ("", "files")  # mdit.files' own: UTF-8
+        text |= name == "fdopen" or (name == "open" and receiver not in BINARY_OPEN)
+        modes = [*map(ast.unparse, node.args), keywords.get("mode", "")]
+        text &= not any(re.fullmatch(r"'[rwaxt+]*b[rwaxt+]*'", mode) for mode in modes)
+        text &= not (name in ("NamedTemporaryFile", "TemporaryFile") and "mode" not in keywords)  # binary
+        text |= keywords.get("text") == "True" or keywords.get("universal_newlines") == "True"
+        found += [ast.unparse(node)] if text and "encoding" not in keywords else []
+    return found
+
+
+BINARY_OPEN = {"os", "Image", "tarfile", "zipfile", "zstandard", "gzip", "self"}  # or no files at all
+
+
+@pytest.mark.parametrize(
+    "source, count",
+    [
+        ("path.read_text()", 1),
+        ("path.read_text(encoding='utf-8')", 0),
+        ("(folder / name).write_text(text + 'x')", 1),
+        ("write_text(path, 'x')", 0),
+        ("open(path)", 1),
+        ("open(path, 'a')", 1),
+        ("open(path, mode='r')", 1),
+        ("open(path, 'w', encoding='utf-8')", 0),
+        ("open(path, 'rb')", 0),
+        ("path.open('a')", 1),
+        ("path.open('r+b')", 0),
+        ("os.open(path, os.O_RDONLY)", 0),
+        ("os.fdopen(descriptor, 'w')", 1),
+        ("Image.open(path)", 0),
+        ("tempfile.NamedTemporaryFile()", 0),
+        ("tempfile.NamedTemporaryFile(mode='w')", 1),
+        ("subprocess.run(command, text=True)", 1),
+        ("subprocess.run(command, text=True, encoding='utf-8')", 0),
+        ("subprocess.run(command)", 0),
+    ],
+)
+def test_text_in_the_locales_encoding_is_found(source, count):
+    assert len(in_the_locales_encoding(source)) == count
+
+
+def test_text_is_utf_8_under_any_locale():
+    files = [path for path in python_files() if not path.startswith("tests/")]
+    found = {path: in_the_locales_encoding((ROOT / path).read_text(encoding="utf-8")) for path in files}
+    assert not {path: calls for path, calls in found.items() if calls}
 
 
 def test_the_check_sees_the_files_of_this_checkout():
     assert {"mdit/models/dit.py", "kernels/expert_choice/reference.py", "tests/test_house.py"} <= {*python_files()}
-    imports = imported_modules((ROOT / "mdit/models/dit.py").read_text(), "mdit/models/dit.py")
+    imports = imported_modules((ROOT / "mdit/models/dit.py").read_text(encoding="utf-8"), "mdit/models/dit.py")
     assert "mdit.masking.Mask" in [module for _, module in imports]
 
 
@@ -226,12 +286,12 @@ def test_no_file_is_called_after_nothing():
 
 def test_launchers_are_doorways():
     scripts = [path for path in (ROOT / "launchers").rglob("*") if path.suffix in (".py", ".sh", ".sbatch")]
-    lengths = {path.name: len(path.read_text().splitlines()) for path in scripts}
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in scripts}
     assert not {name: length for name, length in lengths.items() if length >= 80}
 
 
 def test_the_readme_is_read_in_one_sitting():
-    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
 
 
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home/\w+)/")

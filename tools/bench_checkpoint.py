@@ -76,7 +76,8 @@ class PeakMemory:
 
 def anonymous_bytes() -> int:
     """RssAnon: without the pages of mapped files, which the kernel takes back when it needs them. Linux only."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
 
 

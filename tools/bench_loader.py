@@ -14,7 +14,6 @@ mapped files.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -47,6 +46,7 @@ from mdit.data.order import GlobalOrder
 from mdit.data.quantise import dequantise
 from mdit.data.shards import open_dataset
 from mdit.data.writer import ShardWriter
+from mdit.files import write_json
 from mdit.provenance import commit
 
 SHARD_BYTES = 64 * 10**6
@@ -91,7 +91,7 @@ def main() -> None:
         sys.exit(2)
     print_report(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+        write_json(args.json, report)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -263,13 +263,13 @@ def cpu_seconds() -> float:
     """Of this process and its children, all threads, in user and kernel mode."""
     ticks = 0
     for process in multiprocessing.active_children():
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_kib(pid: int | str = "self") -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
@@ -309,9 +309,8 @@ def order_cost(batch_size: int) -> dict[str, float]:
 
 
 def describe_machine(device: str) -> dict[str, str]:
-    cpu = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ": ?"
-    )
+    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line for line in cpus if line.startswith("model name")), ": ?")
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "xxhash", "webdataset", "nvidia-dali-cuda130"):
         try:

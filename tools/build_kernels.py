@@ -10,7 +10,6 @@ launch is compiled as a GPU would. Of widths that grow with depth the first, the
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
 import sys
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import ModelConfig, UserError
+from mdit.files import write_json
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
 from mdit.models import presets
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         builds, wrong, version = build_all(args)
         if args.json:
             report = {"triton": version, "capability": args.capability, "dtype": args.dtype, "preset": args.preset}
-            args.json.write_text(json.dumps({**report, "builds": builds, "faults": wrong}, indent=1))
+            write_json(args.json, {**report, "builds": builds, "faults": wrong})
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,6 @@ process a GPU; sets of one image size are added up), for --pictures pictures.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from mdit.bench import rows
 from mdit.bench.recipe_cost import SetTime, Stage, choose_rows, scaled, set_times
 from mdit.config import UserError, load_config
+from mdit.files import write_json
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{device or 'No GPU'}: measured rows only\n")
     print("\n\n".join(section for section in sections if section))
     if args.json is not None:
-        args.json.write_text(json.dumps(as_json(stages, sets, device, args, left_out), indent=1) + "\n")
+        write_json(args.json, as_json(stages, sets, device, args, left_out))
 
 
 # --- tables

@@ -10,12 +10,12 @@ is measured: docs/parallelism.md has the formulas and what they assume.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, load_config
+from mdit.files import write_json
 from mdit.parallel import machines
 from mdit.parallel.estimate import Prediction, fitted, predict
 from mdit.parallel.layout import Layout, candidates, layout_of
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{line(prediction, f'{prediction.layout.gpus:>4} {prediction.layout.label}', dollars)}{scaling:>8.0%}")
     print("\n" + remarks([*here, *sizes], dollars))
     if args.json is not None:
-        args.json.write_text(json.dumps(report(config, machine, here, sizes, dollars), indent=1) + "\n")
+        write_json(args.json, report(config, machine, here, sizes, dollars))
 
 
 def predictions(config: TrainConfig, gpus: int, machine: Machine, args: argparse.Namespace) -> list[Prediction]:

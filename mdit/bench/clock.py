@@ -118,4 +118,4 @@ def held_bytes(device: torch.device) -> int:
     """What torch's tensors take of a GPU now; of a CPU, this process's resident memory (Linux)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -53,7 +53,7 @@ class Report:
             return
         save(self.directory / JSON, self.content)
         partial = self.directory / (MARKDOWN + ".partial")
-        partial.write_text(self.markdown())
+        partial.write_text(self.markdown(), encoding="utf-8")
         partial.replace(self.directory / MARKDOWN)
 
     def markdown(self) -> str:

@@ -268,14 +268,14 @@ def save(path: Path, report: dict[str, Any]) -> None:
     """The whole report, or, should this be interrupted, the one that was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Raises UserError for a file that is not there or is no report."""
     try:
-        report = json.loads(Path(path).read_text())
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the report: {error.strerror}") from None
     except ValueError as error:

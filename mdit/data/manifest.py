@@ -111,7 +111,7 @@ class Manifest(Section):
 def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ShardError(f"{path}: cannot read the manifest of a set: {error.strerror}; see docs/data.md") from None
     except ValueError as error:

@@ -246,7 +246,7 @@ def _record_path(directory: Path, part: int) -> Path:
 
 
 def _read_record(path: Path) -> PartRecord:
-    return parse_section(PartRecord, json.loads(path.read_text()), path)
+    return parse_section(PartRecord, json.loads(path.read_text(encoding="utf-8")), path)
 
 
 def _publish(path: Path, content: bytes, samples: int) -> FileEntry:

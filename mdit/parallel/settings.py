@@ -77,7 +77,7 @@ class RunSettings(Section):
 
 def load_ds_json(path: str | Path) -> dict[str, Any]:
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}") from None
     except ValueError as error:

@@ -37,7 +37,7 @@ def is_finished(directory: Path) -> bool:
 def read_plan(directory: Path) -> Plan | None:
     """Of the set that is to become `directory`; None when it has not been begun."""
     try:
-        return json.loads((_work(directory) / PLAN).read_text())
+        return json.loads((_work(directory) / PLAN).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -208,7 +208,7 @@ def _lock_path(directory: Path) -> Path:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     sync(temporary)
     temporary.rename(path)
     sync(path.parent)

@@ -46,7 +46,7 @@ def merge(reports: Iterable[Report]) -> Report:
 def read_report(directory: Path) -> Report | None:
     """Of a finished set; None where there is none, as in sets that were brought."""
     try:
-        return json.loads((directory / REPORT).read_text())
+        return json.loads((directory / REPORT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 

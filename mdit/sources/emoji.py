@@ -122,7 +122,8 @@ class EmojiScenes:
         import resvg_py
 
         side = 2 * self.image_size
-        png = resvg_py.svg_to_bytes(svg_string=self.art[name][style].read_text(), width=side, height=side)
+        svg = self.art[name][style].read_text(encoding="utf-8")
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)
         image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
         image = image.crop(image.getbbox())
         image.thumbnail((LARGEST * self.image_size,) * 2, Image.Resampling.LANCZOS)

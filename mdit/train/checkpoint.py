@@ -82,7 +82,8 @@ def save_training_state(
         state = partial / "state.json"
         files = {name: entry for rank in gathered for name, entry in rank["files"].items()}
         values = {"format": FORMAT, "step": step, "layout": layout, "files": files}
-        state.write_text(json.dumps(values | {"memory": [rank["memory"] for rank in gathered]}, indent=1))
+        text = json.dumps(values | {"memory": [rank["memory"] for rank in gathered]}, indent=1)
+        state.write_text(text, encoding="utf-8")
         sync(state)
         sync(partial)
         if final.exists():
@@ -154,7 +155,7 @@ def set_aside(path: Path) -> None:
 def read_state(path: Path) -> Checkpoint | None:
     """None where its state.json is damaged. Raises UserError for a checkpoint of another format."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if state.get("format") != FORMAT:

@@ -115,7 +115,7 @@ def prepare_on_first(run: Run) -> None:
 def write_config(run: Run) -> None:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     temporary = run.run_dir / "config.json.tmp"
-    temporary.write_text(json.dumps(description(run), indent=1) + "\n")
+    temporary.write_text(json.dumps(description(run), indent=1) + "\n", encoding="utf-8")
     temporary.rename(run.run_dir / "config.json")
 
 
