@@ -16,7 +16,7 @@ from mdit.data.writer import ShardWriter
 from mdit.files import checksum
 
 LATENT, EMBEDDING = (2, 4, 4), (3, 64)
-ENCODERS = {"image": {"id": "pixels", "scale": 1.0}, "text": {"id": "none"}}
+ENCODERS = {"image": {"id": "pixels", "scale": 1.0}, "text": {"id": "none", "max_tokens": 3, "channels": 64}}
 
 
 @cache

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # from the ground up
     {"documents", "provenance"},
     {"config"},
-    {"dist", "masking", "kernels"},
+    {"dist", "masking", "kernels", "descriptions"},
     {"files", "cli"},
     {"models", "diffusion"},
     {"parallel", "data", "sources", "encoders", "snapshot"},

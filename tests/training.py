@@ -20,7 +20,7 @@ from tests.recipes import tiny_config
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER = REPOSITORY / "launchers" / "train.py"
 # Decodes by itself and embeds nothing: enough for runs whose prompts are the validation set's.
-ENCODERS = {"image": {"id": "pixels", "scale": 1.0}, "text": {"id": "none"}}
+ENCODERS = {"image": {"id": "pixels", "scale": 1.0}, "text": {"id": "none", "max_tokens": 3, "channels": 64}}
 
 
 def write_shards(directory: Path, config, samples: int, seed: int) -> None:

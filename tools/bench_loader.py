@@ -119,7 +119,8 @@ def make_set(directory: Path, args: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(16, *args.latent)).astype(np.float16)
     captions = rng.normal(size=(16, *args.embedding)).astype(np.float16)
-    encoders = {"image": {"id": "pixels"}, "text": {"id": "none"}}
+    length, channels = args.embedding
+    encoders = {"image": {"id": "pixels"}, "text": {"id": "none", "max_tokens": length, "channels": channels}}
     with ShardWriter(
         directory, args.latent, args.embedding, encoders, {}, SHARD_BYTES, embeddings=args.embeddings
     ) as writer:

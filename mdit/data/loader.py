@@ -75,7 +75,8 @@ def choose_engine(wanted: Literal["auto", "native", "dali"], device: torch.devic
 
 
 def require_same_kind(one: LatentSet, other: LatentSet) -> None:
-    """Raise UserError unless two sets have the same shapes and were made by the same encoders."""
+    """Raise UserError unless two sets have the same shapes and were made by the same encoders. Which weights those had
+    counts where both sets say so, and then makes it no difference where the weights lay."""
     paths = f"{one.directory / MANIFEST} and {other.directory / MANIFEST}"
     for name in ("latent_shape", "embedding_shape", "embeddings"):
         first, second = getattr(one.layout, name), getattr(other.layout, name)
@@ -83,7 +84,9 @@ def require_same_kind(one: LatentSet, other: LatentSet) -> None:
             raise UserError(f"{paths}: {name} is {first} and {second}; one model cannot read both")
     for name in sorted(one.encoders.keys() | other.encoders.keys()):
         first, second = one.encoders.get(name, {}), other.encoders.get(name, {})
-        for key in sorted(first.keys() | second.keys()):
+        weights = {first.get("weights"), second.get("weights")}
+        apart = {"weights"} if None in weights else {"id"} if len(weights) == 1 else set()
+        for key in sorted((first.keys() | second.keys()) - apart):
             if first.get(key) != second.get(key):
                 values = f"{_short(first.get(key))} and {_short(second.get(key))}"
                 raise UserError(f"{paths}: encoders.{name}.{key} is {values}; make both with the same encoders")

@@ -1,6 +1,5 @@
 """What a set says of itself: manifest.json, and the layout of its samples. See `mdit.data.shards` for the format."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from mdit.config import NonNegativeInt, PositiveInt, Section, UserError, parse_section
 from mdit.data.quantise import BLOCK, dequantise, stored_bytes
+from mdit.descriptions import Encoders
+from mdit.documents import read_json
 
 FORMAT = "mdit-latents/1"
 MANIFEST = "manifest.json"
@@ -95,7 +96,7 @@ class Manifest(Section):
 
     format: Literal["mdit-latents/1"]
     members: Members
-    encoders: dict[str, dict[str, Any]]
+    encoders: Encoders
     fingerprint: dict[str, Any]
     samples: PositiveInt
     index: FileEntry
@@ -109,21 +110,16 @@ class Manifest(Section):
 
 
 def read_manifest(directory: str | Path) -> Manifest:
+    """Raises ShardError for what is not a whole manifest."""
     path = Path(directory) / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ShardError(f"{path}: cannot read the manifest of a set: {error.strerror}; see docs/data.md") from None
-    except ValueError as error:
-        raise ShardError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else values
-        raise ShardError(f"{path}: format is {found!r}, expected {FORMAT!r}")
-    try:
+        values = read_json(path, "the manifest of a set (see docs/data.md)")
+        if (found := values.get("format") if isinstance(values, dict) else values) != FORMAT:
+            raise UserError(f"{path}: format is {found!r}, expected {FORMAT!r}")
         manifest = parse_section(Manifest, values, path)
         manifest.layout.check()
     except UserError as error:
-        raise ShardError(str(error)) from None
+        raise ShardError(error) from None
     if len(manifest.shards) != len(manifest.dali_indexes):
         raise ShardError(f"{path}: has {len(manifest.shards)} shards, but {len(manifest.dali_indexes)} DALI indexes")
     return manifest

@@ -183,7 +183,7 @@ class LatentSet:
         self.samples: int = manifest.samples
         self.shard_sizes = [shard.samples for shard in manifest.shards]
         self.latent_shape, self.embedding_shape = self.layout.latent_shape, self.layout.embedding_shape
-        self.encoders, self.fingerprint = manifest.encoders, manifest.fingerprint
+        self.encoders, self.fingerprint = manifest.encoders.plain(), manifest.fingerprint
         self._shard_starts = np.cumsum([0, *self.shard_sizes])
         self._shard_bytes = np.array([shard.bytes for shard in manifest.shards])
         self._owner = next(_owners)

@@ -20,6 +20,7 @@ from mdit.config import Section, UserError, parse_section
 from mdit.data.manifest import FORMAT, MANIFEST, FileEntry, Layout, Manifest, Member, Members, padded, read_manifest
 from mdit.data.quantise import quantise
 from mdit.data.shards import INDEX, INDEX_DTYPE
+from mdit.descriptions import Encoders, check_descriptions
 from mdit.files import checksum, sync
 
 SHARD_BYTES = 10**9
@@ -182,14 +183,14 @@ def finish_set(
                 lat=Member(dtype="f16", shape=layout.latent_shape),
                 emb=Member(dtype=layout.embeddings, shape=layout.embedding_shape),
             ),
-            encoders=encoders,
+            encoders=parse_section(Encoders, encoders, directory / MANIFEST),
             fingerprint=fingerprint,
             samples=index.samples,
             index=index,
             shards=tuple(shard for record in records for shard in record.shards),
             dali_indexes=tuple(entry for record in records for entry in record.dali_indexes),
         )
-        content = json.dumps(manifest.model_dump(mode="json"), indent=1)
+        content = json.dumps(manifest.model_dump(mode="json", exclude_unset=True), indent=1)
         _publish(directory / MANIFEST, content.encode(), index.samples)
     for path in [*directory.glob("part_*.json"), *directory.glob("part_*.npy")]:
         path.unlink()
@@ -217,7 +218,7 @@ class ShardWriter(PartWriter):
         if any(directory.iterdir()):
             raise UserError(f"{directory}: is not empty, and shards are never rewritten; choose another directory")
         layout = Layout(latent_shape=tuple(latent_shape), embedding_shape=tuple(embedding_shape), embeddings=embeddings)
-        self._encoders, self._fingerprint = encoders, fingerprint
+        self._encoders, self._fingerprint = check_descriptions(encoders, f"{directory}: encoders"), fingerprint
         super().__init__(directory, 0, layout, shard_bytes)
 
     def close(self) -> None:

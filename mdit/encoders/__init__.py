@@ -1,6 +1,6 @@
 """Frozen towers: pictures to latents and back, captions to token embeddings.
 
-A description is what a set's manifest says about an encoder: enough to build it again, the same.
+A description (`mdit.descriptions`) is what a set's manifest says about an encoder: enough to build it again, the same.
 """
 
 from mdit.encoders.image import ImageEncoder, build_image_encoder

@@ -1,5 +1,6 @@
 """Pictures to latents and back: plain pixels, or an autoencoder of the Stable Diffusion family."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.encoders.precision import described, dtype_of
+from mdit.encoders.precision import described, digest, dtype_of, require_weights
 
 # Brings emoji scenes, of standard deviation 0.6 in [-1, 1], near the sigma_data of 0.9 that the recipes use.
 PIXEL_SCALE = 1.5
@@ -21,7 +22,7 @@ class ImageEncoder(Protocol):
         """(N, C, h, w) latents -> (N, 3, H, W) float32 pictures in about [-1, 1], on the encoder's device."""
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square picture."""
+        """(C, h, w) of the latents of a square picture. Raises UserError for a size that gives no whole latents."""
 
     def describe(self) -> dict[str, Any]:
         """For the manifest; build_image_encoder takes it."""
@@ -58,6 +59,10 @@ class AutoencoderEncoder:
         self.name, self.autoencoder, self.scale, self.shift = name, autoencoder, scale, shift
         self.precision, self.dtype = precision, dtype_of(precision)
 
+    @cached_property
+    def weights(self) -> str:
+        return digest(self.autoencoder.parameters())
+
     @torch.no_grad()
     def encode(self, images_NCHW: Tensor) -> Tensor:
         images_NCHW = images_NCHW.to(self.autoencoder.device, self.dtype)
@@ -70,11 +75,14 @@ class AutoencoderEncoder:
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         config = self.autoencoder.config
-        size = image_size // 2 ** (len(config.block_out_channels) - 1)
-        return config.latent_channels, size, size
+        side = 2 ** (len(config.block_out_channels) - 1)  # of a latent, in pixels
+        if image_size % side:
+            raise UserError(f"image_size {image_size}: image encoder {self.name!r} takes multiples of {side} pixels")
+        return config.latent_channels, image_size // side, image_size // side
 
     def describe(self) -> dict[str, Any]:
-        return {"id": self.name, "scale": self.scale, "shift": self.shift} | described(self.precision)
+        description = {"id": self.name, "scale": self.scale, "shift": self.shift, "weights": self.weights}
+        return description | described(self.precision)
 
 
 def build_image_encoder(
@@ -83,7 +91,7 @@ def build_image_encoder(
     """From "pixels", a local path or a hub id of an AutoencoderKL (or of a pipeline with one under vae/), or from a
     description, whose scale, shift and precision then count. Pixels are float32 in any precision.
 
-    Raises UserError when it cannot be loaded.
+    Raises UserError when it cannot be loaded, or has other weights than the description's.
     """
     if isinstance(encoder, dict):
         asked, precision = encoder, encoder.get("precision", "float32")
@@ -95,7 +103,10 @@ def build_image_encoder(
     config = autoencoder.config
     scale = asked.get("scale", config.scaling_factor)
     shift = asked.get("shift", getattr(config, "shift_factor", None) or 0.0)
-    return AutoencoderEncoder(asked["id"], autoencoder, scale, shift, precision)
+    built = AutoencoderEncoder(asked["id"], autoencoder, scale, shift, precision)
+    if "weights" in asked:
+        require_weights(f"image encoder {asked['id']!r}", built.weights, asked)
+    return built
 
 
 def _load_autoencoder(name: str, dtype: torch.dtype):

@@ -8,6 +8,7 @@ All but MiniLM give their last hidden states as they are, padding included, as r
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.encoders.precision import described, dtype_of
+from mdit.encoders.precision import described, digest, dtype_of, require_weights
 from mdit.encoders.text_openclip import PREFIX, load_openclip
 from mdit.encoders.text_transformers import load_minilm, load_transformers
 
@@ -26,6 +27,7 @@ BATCH_SIZE = 64
 class Tower(Protocol):
     """`most_tokens` is None where any number of tokens can be asked for."""
 
+    model: torch.nn.Module
     channels: int
     default_tokens: int
     most_tokens: int | None
@@ -47,6 +49,10 @@ class TextEncoder:
         self.precision, self.standardised, self.channels = precision, standardised, tower.channels
         self.mean_C: Tensor | None = None
         self.std_C: Tensor | None = None
+
+    @cached_property
+    def weights(self) -> str:
+        return digest(self.tower.model.parameters())
 
     @property
     def needs_fit(self) -> bool:
@@ -85,7 +91,7 @@ class TextEncoder:
     def describe(self) -> dict[str, Any]:
         """For the manifest; build_text_encoder_from takes it."""
         description = {"id": self.name, "max_tokens": self.max_tokens, "channels": self.channels}
-        description |= described(self.precision)
+        description |= {"weights": self.weights} | described(self.precision)
         if self.mean_C is not None and self.std_C is not None:
             description |= {"mean": self.mean_C.tolist(), "std": self.std_C.tolist()}
         return description
@@ -118,7 +124,8 @@ def build_text_encoder(
 
 
 def build_text_encoder_from(description: dict[str, Any], device: torch.device | str = "cpu") -> TextEncoder:
-    """The encoder of a set, with the statistics of that set if it has any. Raises UserError."""
+    """The encoder of a set, with the statistics of that set if it has any. Raises UserError when it cannot be loaded,
+    or is another one than the description's."""
     name, tokens = description["id"], description["max_tokens"]
     precision = description.get("precision", "float32")
     encoder = build_text_encoder(name, max_tokens=tokens, device=device, precision=precision)
@@ -127,6 +134,8 @@ def build_text_encoder_from(description: dict[str, Any], device: torch.device | 
             f"text encoder {name!r}: has {encoder.channels} channels, but the set was made with "
             f"{description['channels']}"
         )
+    if "weights" in description:
+        require_weights(f"text encoder {name!r}", encoder.weights, description)
     if "mean" in description:
         encoder.mean_C, encoder.std_C = torch.tensor(description["mean"]), torch.tensor(description["std"])
     return encoder

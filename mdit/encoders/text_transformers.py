@@ -85,7 +85,7 @@ def load_transformers(name: str, key: str, device: torch.device | str, dtype: to
     problems = []
     for place in _places(name, key):
         try:
-            kind = AutoConfig.from_pretrained(place.source, subfolder=place.tower).model_type
+            kind = AutoConfig.from_pretrained(place.source, subfolder=place.tower, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             problems.append(_first_line(error))
             continue
@@ -114,9 +114,15 @@ def _load(place: Place, family: Family, key: str) -> TransformersTower:
     transformers = _transformers(key)
     try:
         model, found = getattr(transformers, family.model).from_pretrained(
-            place.source, subfolder=place.tower, use_safetensors=True, output_loading_info=True
+            place.source,
+            subfolder=place.tower,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place.source, subfolder=place.tokenizer)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            place.source, subfolder=place.tokenizer, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{key}: {EXPECTED}: {_first_line(error)}") from None
     if found["missing_keys"]:

@@ -133,7 +133,7 @@ def _text_description(args: argparse.Namespace) -> dict[str, Any]:
     directory = Path(args.text_encoder)
     if not (directory / MANIFEST).exists():
         return {}
-    description = read_manifest(directory).encoders["text"]
+    description = read_manifest(directory).encoders.plain()["text"]
     if args.caption_length not in (None, description["max_tokens"]):
         raise UserError(
             f"--caption_length {args.caption_length}: the captions of {directory} have {description['max_tokens']}"
@@ -142,9 +142,11 @@ def _text_description(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _encodings(args, world: World, sets: dict[int, Path], made_from: dict[str, Any]) -> list[tuple[Job, Maker]]:
+    image_encoder = build_image_encoder(args.image_encoder, world.device, precision=made_from["precision"])
+    for size in sets:
+        image_encoder.latent_shape(size)  # raises for a size that it cannot take
     source = open_named_source(args.source, args.root, split=args.split or "train", caption_key=args.caption_key)
     decoder = build_decoder(tuple(sets), made_from["min_side"], world.device, engine=args.decoder or "auto")
-    image_encoder = build_image_encoder(args.image_encoder, world.device, precision=made_from["precision"])
     if description := _text_description(args):
         text_encoder = build_text_encoder_from(description, world.device)
     else:

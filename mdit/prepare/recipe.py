@@ -12,7 +12,7 @@ from mdit.data.loader import require_same_kind
 from mdit.data.manifest import MANIFEST, read_manifest
 from mdit.data.shards import LatentSet, open_dataset
 from mdit.dist import logger
-from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.prepare.decoders import build_decoder
 from mdit.prepare.in_progress import check_set, is_finished
 from mdit.prepare.precompute import Job, precompute
@@ -82,9 +82,8 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
         raise UserError(f"data.train and data.validation are both {config.data.validation!r}; give each a directory")
     for directory, split in _makeable(config).items():
         check_set(directory, _made_from(config, split), WHOSE)
-    image_encoder = build_image_encoder(recipe.image_encoder, device)
+    image_encoder, text_encoder = _encoders(config, device)
     _require("data.prepare.image_encoder", "latents", image_encoder.latent_shape(recipe.image_size), _latents(config))
-    text_encoder = _text_encoder(config, device)
     shape = (text_encoder.max_tokens, text_encoder.channels)
     _require("data.prepare.text_encoder", "caption embeddings", shape, _embeddings(config))
     device = torch.device(device)
@@ -111,20 +110,27 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
             logger.info(f"{directory}: {summary(outcome.finished[directory])}")
 
 
-def _text_encoder(config: TrainConfig, device: torch.device | str) -> TextEncoder:
-    """With the statistics of a set that is already there, if one is."""
-    name, length = config.data.prepare.text_encoder, config.model.caption_length
-    for directory in _directories(config):
-        if is_finished(directory):
-            description = read_manifest(directory).encoders["text"]
-            if (description.get("id"), description.get("max_tokens")) != (name, length):
-                raise UserError(
-                    f"{directory / MANIFEST}: captions were embedded by {description.get('id')!r} in "
-                    f"{description.get('max_tokens')} tokens, but data.prepare.text_encoder = {name!r} and "
-                    f"model.caption_length = {length}"
-                )
-            return build_text_encoder_from(description, device)
-    return build_text_encoder(name, max_tokens=length, device=device)
+def _encoders(config: TrainConfig, device: torch.device | str) -> tuple[ImageEncoder, TextEncoder]:
+    """Where some set is there already, its very encoders: with its weights and its statistics. Raises UserError."""
+    recipe, length = config.data.prepare, config.model.caption_length
+    for directory in filter(is_finished, _directories(config)):
+        described = read_manifest(directory).encoders.plain()
+        image, text = described["image"], described["text"]
+        if image["id"] != recipe.image_encoder:
+            raise UserError(
+                f"{directory / MANIFEST}: pictures were encoded by {image['id']!r}, but data.prepare.image_encoder = "
+                f"{recipe.image_encoder!r}"
+            )
+        if (text["id"], text["max_tokens"]) != (recipe.text_encoder, length):
+            raise UserError(
+                f"{directory / MANIFEST}: captions were embedded by {text['id']!r} in {text['max_tokens']} tokens, but "
+                f"data.prepare.text_encoder = {recipe.text_encoder!r} and model.caption_length = {length}"
+            )
+        return build_image_encoder(image, device), build_text_encoder_from(text, device)
+    return (
+        build_image_encoder(recipe.image_encoder, device),
+        build_text_encoder(recipe.text_encoder, max_tokens=length, device=device),
+    )
 
 
 def _latents(config: TrainConfig) -> tuple[int, int, int]:

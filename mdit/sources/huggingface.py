@@ -9,9 +9,10 @@ the column that the caption key names, or the first of CAPTIONS; of a list the f
 Parquet files are read in place, each is one part; other sets are cut in ranges of rows. Needs the package `datasets`.
 """
 
+import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,12 @@ def open_pictures(root: Path, split: str, caption_key: str | None) -> Source:
             saved = library.load_from_disk(str(root))
             splits = saved if isinstance(saved, library.DatasetDict) else {"train": saved}
             return _rows(root, _of_split(root, splits, split), caption_key)
-        builder = library.load_dataset_builder(str(root))
+        builder = library.load_dataset_builder(str(root), **_no_code_of_others(library.load_dataset_builder))
         if root.is_dir() and builder.name == "parquet":
             files = _of_split(root, {str(name): files for name, files in builder.config.data_files.items()}, split)
             return _parquet_files(root, [Path(file) for file in files], caption_key)
-        return _rows(root, library.load_dataset(str(root), split=split), caption_key)
+        loaded = library.load_dataset(str(root), split=split, **_no_code_of_others(library.load_dataset))
+        return _rows(root, loaded, caption_key)
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
         raise UserError(f"{root}: cannot open it as a set of Hugging Face's: {' '.join(str(error).split())}") from None
 
@@ -152,6 +154,11 @@ def _of_split(root: Path, splits: Mapping[str, Any], split: str) -> Any:
     if split not in splits:
         raise UserError(f"--split {split}: {root} has no such split; it has {' and '.join(splits)}")
     return splits[split]
+
+
+def _no_code_of_others(load: Callable) -> dict[str, bool]:
+    """For versions of `datasets` that could run a script from the hub; later ones have forgotten the question."""
+    return {"trust_remote_code": False} if "trust_remote_code" in inspect.signature(load).parameters else {}
 
 
 def _library() -> Any:

@@ -15,6 +15,7 @@ from launchers import precompute
 from mdit.data.shards import open_dataset, read_samples
 from tests.processes import fork_server
 from tests.training import REPOSITORY, environment
+from tests.unit.test_encoders import save_autoencoder
 from tests.unit.test_precompute import contents, png
 from tests.unit.test_sources import write_folder, write_tar
 from tests.unit.test_sources_mds import LATENTS, latents, write_mds
@@ -254,6 +255,14 @@ def test_what_is_refused_is_one_line_and_nothing_is_written(downloads, tmp_path,
     error = refused([part for pair in given.items() if pair[1] is not None for part in pair], capsys)
     assert message in error
     assert not list(tmp_path.rglob("*")) or message.startswith("no picture")
+
+
+def test_a_size_that_the_autoencoder_cannot_take_is_refused_before_the_source_is_read(tmp_path, capsys):
+    towers = ["--image_encoder", save_autoencoder(tmp_path / "vae"), "--text_encoder", "minilm"]
+    where = ["--source", "webdataset", "--root", "/nowhere", "--out", tmp_path / "out"]
+    error = refused([*where, "--image_size", "16", "--image_size", "17", *towers], capsys)
+    assert "image_size 17: image encoder" in error and "takes multiples of 2 pixels" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_place_that_cannot_be_written(downloads, tmp_path, capsys):

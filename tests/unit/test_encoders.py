@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdit.config import UserError
+from mdit.descriptions import check_descriptions
 from mdit.encoders import build_image_encoder, build_text_encoder, build_text_encoder_from
 
 CAPTIONS = ["a red apple on a blue background", "banana, green background", "an image of a frog on white", "grapes"]
@@ -144,7 +145,7 @@ def test_clip_embeds_all_77_tokens_after_the_final_norm_as_they_are(clip_path):
         expected = CLIPTextModel.from_pretrained(clip_path)(input_ids=ids).last_hidden_state
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-4)
     encoder.fit(CAPTIONS)  # measures nothing
-    assert encoder.describe() == {"id": str(clip_path), "max_tokens": 77, "channels": 16}
+    assert encoder.describe() == {"id": str(clip_path), "max_tokens": 77, "channels": 16, "weights": encoder.weights}
     again = build_text_encoder_from(json.loads(json.dumps(encoder.describe())))
     assert torch.equal(again.encode(CAPTIONS), embeddings)
 
@@ -193,7 +194,7 @@ def test_t5_masks_its_padding_and_keeps_what_stands_there(t5_path):
             alone = tower(input_ids=torch.tensor([words])).last_hidden_state[0]
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(row[: len(words)], alone, atol=1e-5, rtol=1e-4)
-    assert encoder.describe() == {"id": str(t5_path), "max_tokens": 120, "channels": 16}
+    assert encoder.describe() == {"id": str(t5_path), "max_tokens": 120, "channels": 16, "weights": encoder.weights}
 
 
 def test_t5_takes_any_number_of_tokens(t5_path):
@@ -273,7 +274,13 @@ def test_autoencoder_encodes_the_scaled_mean_and_decodes_it_back(autoencoder_pat
         decoded = plain.decode(mean).sample
     torch.testing.assert_close(latents, (mean - 0.1) * 0.13025)
     torch.testing.assert_close(encoder.decode(latents), decoded, atol=1e-5, rtol=1e-4)
-    assert encoder.describe() == {"id": str(path), "scale": 0.13025, "shift": 0.1}
+    assert encoder.describe() == {"id": str(path), "scale": 0.13025, "shift": 0.1, "weights": encoder.weights}
+
+
+def test_an_autoencoder_takes_whole_latents_only(autoencoder_path):
+    encoder = build_image_encoder(str(autoencoder_path))
+    with pytest.raises(UserError, match=f"image_size 17: image encoder '{autoencoder_path}' takes multiples of 2 pixel"):
+        encoder.latent_shape(17)
 
 
 def test_an_autoencoder_is_scaled_as_described(autoencoder_path):
@@ -308,9 +315,67 @@ def test_an_autoencoder_in_bfloat16_is_near_float32_and_says_so(autoencoder_path
     for found, wanted in ((rough.encode(images), latents), (rough.decode(latents), exact.decode(latents))):
         assert found.dtype == torch.float32
         assert 0 < (found - wanted).abs().mean() < 0.05 * wanted.abs().mean()
-    assert rough.describe() == {**exact.describe(), "precision": "bfloat16"}
+    assert rough.describe() == {**exact.describe(), "precision": "bfloat16", "weights": rough.weights}
     again = build_image_encoder(json.loads(json.dumps(rough.describe())))
     assert torch.equal(again.encode(images), rough.encode(images))
+
+
+# --- the same tower, or another one of its name
+
+
+def test_a_tower_whose_weights_were_replaced_is_another_one(clip_path, t5_path, autoencoder_path, tmp_path):
+    text = lambda encoder: build_text_encoder_from(encoder.describe())  # noqa: E731
+    towers = {
+        clip_path: (lambda path: build_text_encoder(path, max_tokens=5), text),
+        t5_path: (lambda path: build_text_encoder(path, max_tokens=5), text),
+        autoencoder_path: (build_image_encoder, lambda encoder: build_image_encoder(encoder.describe())),
+    }
+    for source, (build, build_again) in towers.items():
+        copy_files(source, copy := tmp_path / source.name)
+        before = build(str(copy))
+        assert before.weights == build(str(source)).weights == build_again(before).weights
+        (file,) = copy.glob("*.safetensors")
+        weights = load_file(file)
+        changed = next(name for name, weight in weights.items() if weight.ndim > 1)
+        weights[changed].view(-1)[-1] += 1
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"encoder '{copy}': its weights have xxh3 .* have {before.weights}"):
+            build_again(before)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_python_that_lies_beside_a_tower_is_not_run(clip_path, tmp_path, monkeypatch, file):
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    copy_files(clip_path, tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')")
+    classes = {"config.json": {"AutoConfig": "evil.Evil"}, "tokenizer_config.json": {"AutoTokenizer": ["evil.E", None]}}
+    values = json.loads((tmp_path / file).read_text()) | {"auto_map": classes[file], "model_type": "evil"}
+    (tmp_path / file).write_text(json.dumps({**values, "tokenizer_class": "Evil"}))
+    with pytest.raises(UserError, match="text encoder"):
+        build_text_encoder(str(tmp_path))
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image": {"id": "pixels", "scale": "1.5"}}, "image.scale = '1.5'"),
+        ({"image": {"id": 7}}, "image.id = 7"),
+        ({"image": {"id": "pixels", "scale": -1.0}}, "image.scale = -1.0"),
+        ({"image": {"scale": 1.0}}, "missing key image.id"),
+        ({"text": {"id": "minilm", "max_tokens": 5}}, "missing key text.channels"),
+        ({"text": {"id": "minilm", "max_tokens": 5, "channels": 2, "mean": [0.0]}}, "mean has 1 values for 2 channels"),
+        ({"text": {"id": "a", "max_tokens": 5, "channels": 1, "mean": [0.0]}}, "std has 0 values for 1 channels"),
+        ({"text": {"id": "a", "max_tokens": 5, "channels": 1, "precision": "f8"}}, "text.precision = 'f8'"),
+        ({"text": None}, "text = None"),
+        ({"sound": {"id": "a"}}, "unknown key sound"),
+    ],
+)
+def test_descriptions_that_cannot_be_are_refused_by_key(change, message):
+    right = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "minilm", "max_tokens": 5, "channels": 384}}
+    assert check_descriptions(right, "encoders.json") == right
+    with pytest.raises(UserError, match=f"^encoders.json: .*{message}"):
+        check_descriptions({**right, **change}, "encoders.json")
 
 
 # --- what can be missing

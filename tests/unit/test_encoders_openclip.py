@@ -109,7 +109,8 @@ def test_fewer_tokens_are_the_first_ones(encoder, path):
 
 def test_a_description_builds_the_same_encoder(encoder, path):
     description = encoder.describe()
-    assert description == {"id": f"openclip:local-dir:{path}", "max_tokens": 77, "channels": 16}
+    weights = encoder.weights
+    assert description == {"id": f"openclip:local-dir:{path}", "max_tokens": 77, "channels": 16, "weights": weights}
     assert not encoder.needs_fit
     again = build_text_encoder_from(json.loads(json.dumps(description)))
     assert torch.equal(again.encode(CAPTIONS), encoder.encode(CAPTIONS))

@@ -54,6 +54,14 @@ def test_directories_that_do_not_fit_together(tmp_path, directories):
     other_scale = {**ENCODERS, "image": {"id": "pixels", "scale": 2.0}}
     with pytest.raises(UserError, match=r"encoders.image.scale is 1.0 and 2.0"):
         loader([directories[0], write_set(tmp_path / "scale", 4, encoders=other_scale)])
+    texts = [{**ENCODERS["text"], "id": id, "weights": digit * 16} for id, digit in (("a", "1"), ("a", "2"), ("b", "1"))]
+    here, replaced, moved = [
+        write_set(tmp_path / str(number), 4, encoders={**ENCODERS, "text": text}) for number, text in enumerate(texts)
+    ]
+    with pytest.raises(UserError, match="encoders.text.weights is '1111111111111111' and '2222222222222222'"):
+        loader([here, replaced], batch=4)
+    with loader([here, moved], batch=4):
+        pass  # the same tower in another place
     with pytest.raises(UserError, match="embeddings is f16 and i8b64"):
         loader([directories[0], write_set(tmp_path / "bits", 4, embeddings="i8b64")])
 

@@ -37,8 +37,8 @@ class WordCounts:
 
     max_tokens, channels = 4, 64
 
-    def __init__(self, needs_fit=False):
-        self.needs_fit, self.mean_C, self.std_C = needs_fit, None, None
+    def __init__(self, needs_fit=False, weights="1" * 16):
+        self.needs_fit, self.mean_C, self.std_C, self.weights = needs_fit, None, None, weights
         self.fitted_on, self.asked = [], []
 
     def fit(self, captions):
@@ -56,7 +56,7 @@ class WordCounts:
 
     def describe(self):
         statistics = {} if self.mean_C is None else {"mean": self.mean_C.tolist(), "std": self.std_C.tolist()}
-        return {"id": "words", "max_tokens": 4, "channels": 64, **statistics}
+        return {"id": "words", "max_tokens": 4, "channels": 64, "weights": self.weights, **statistics}
 
 
 def png(number, size=(20, 12)):
@@ -357,6 +357,7 @@ def test_one_of_two_sets_is_finished_the_other_begun(tmp_path, monkeypatch, undi
         ({"shard_bytes": 999}, "shard_bytes = 1000000000, but this command's is 999"),
         ({"embeddings": "i8b64"}, "layout.embeddings = 'f16', but this command's is 'i8b64'"),
         ({"maker": towers(batch_size=5)}, "batch_size = 4, but this command's is 5"),
+        ({"maker": towers(WordCounts(weights="2" * 16))}, "encoders.text.weights = '1{16}', but this .* is '2{16}'"),
         ({"items": pictures(47)}, r"parts.5 = '00005', but this command's is None"),
         ({"items": pictures(67)}, r"parts.6 = None, but this command's is '00006'"),
     ],

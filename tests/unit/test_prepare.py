@@ -1,5 +1,6 @@
 """Making sets: all or nothing, once, alike, and only what the recipe asks for."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mdit.data.writer
 import mdit.prepare.recipe
@@ -18,6 +20,7 @@ from mdit.prepare import is_prepared, prepare
 from mdit.sources import open_source
 from tests.recipes import tiny_config
 from tests.training import write_shards
+from tests.unit.test_encoders import save_autoencoder
 from tests.unit.test_precompute import contents
 from tests.unit.test_sources import write_folder
 
@@ -175,6 +178,27 @@ def test_nothing_is_written_for_a_recipe_that_cannot_be_made(tmp_path, change, m
     with pytest.raises(UserError, match=message):
         make(recipe(tmp_path, **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_size_of_pictures_that_the_autoencoder_cannot_take(tmp_path):
+    path = save_autoencoder(tmp_path / "vae")  # latents of 2 x 2 pixels
+    source = {"name": "folder", "path": "nowhere", "validation_share": 0.1}  # is not looked at
+    with pytest.raises(UserError, match="image_size 17: image encoder '.*vae' takes multiples of 2 pixels"):
+        make(recipe(tmp_path / "data", source, prepare={"image_size": 17, "image_encoder": str(path)}))
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_autoencoder_that_was_replaced_makes_no_second_set(tmp_path, monkeypatch):
+    """The validation set is there, the training set is not."""
+    model, changes = {**MODEL, "latent_channels": 4}, {"image_size": 16, "image_encoder": str(tmp_path / "vae")}
+    save_autoencoder(tmp_path / "vae", scaling_factor=1.0)
+    make(recipe(tmp_path, model=model, prepare=changes))
+    shutil.rmtree(tmp_path / "train")
+    (weights,) = (tmp_path / "vae").glob("*.safetensors")
+    save_file({name: weight + 1 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="image encoder '.*vae': its weights have xxh3 .*, but those that made the lat"):
+        make(recipe(tmp_path, model=model, prepare=changes))
+    assert not (tmp_path / "train").exists()
 
 
 def test_a_broken_picture_is_found_before_anything_is_written(tmp_path):

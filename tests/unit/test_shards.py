@@ -23,7 +23,7 @@ from tests.latent_sets import is_right, made_up, write_set
 from tests.processes import run_forked
 
 LATENT, EMBEDDING = (3, 4, 4), (5, 6)
-ENCODERS = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "mean": [0.25]}}
+ENCODERS = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "max_tokens": 5, "channels": 1, "mean": [0.25], "std": [1.5]}}
 
 
 def sample(i):
@@ -49,7 +49,8 @@ def directory(tmp_path):
 def edit_manifest(directory, change):
     manifest = json.loads((directory / "manifest.json").read_text())
     change(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    text = json.dumps(manifest).replace('"nested 100"', '{"a":' * 100 + "1" + "}" * 100)
+    (directory / "manifest.json").write_text(text.replace('"nested 90000"', '{"a":' * 90_000 + "1" + "}" * 90_000))
 
 
 def test_samples_come_back_as_they_were_written(directory):
@@ -386,7 +387,7 @@ def test_a_complete_part_is_not_written_again(tmp_path):
 def test_a_set_without_samples(tmp_path):
     write_part(tmp_path, 2)
     with pytest.raises(UserError, match="not a single sample"):
-        finish_set(tmp_path, 0, Layout(latent_shape=LATENT, embedding_shape=EMBEDDING), {}, {})
+        finish_set(tmp_path, 0, Layout(latent_shape=LATENT, embedding_shape=EMBEDDING), ENCODERS, {})
 
 
 @pytest.mark.parametrize(
@@ -399,6 +400,10 @@ def test_a_set_without_samples(tmp_path):
         (lambda m: m.update(samples=24), "samples is 24, but there are 23 rows in the index"),
         (lambda m: m["shards"][0].update(samples=1), "samples is 23, but there are .* samples in its shards"),
         (lambda m: m["shards"][0].update(samples=0), "shards.0.samples = 0"),
+        (lambda m: m["encoders"]["text"].update(max_tokens="5"), "encoders.text.max_tokens = '5'"),
+        (lambda m: m["encoders"].pop("image"), "missing key encoders.image"),
+        (lambda m: m.update(fingerprint="nested 100"), "manifest.json: not valid JSON: nested more than"),
+        (lambda m: m.update(fingerprint="nested 90000"), "manifest.json: not valid JSON: nested more than"),
         (lambda m: m["dali_indexes"].pop(), "shards, but"),
     ],
 )
@@ -418,8 +423,9 @@ def test_index_of_another_set(directory, tmp_path):
         open_dataset(directory)
 
 
-def test_manifest_that_is_no_json(directory):
-    (directory / "manifest.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", '{"format": "mdit-latents/1", "format": "mdit-latents/1"}', '{"samples": NaN}'])
+def test_manifest_that_is_no_json(directory, text):
+    (directory / "manifest.json").write_text(text)
     with pytest.raises(ShardError, match="manifest.json: not valid JSON"):
         open_dataset(directory)
 

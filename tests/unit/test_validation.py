@@ -158,7 +158,7 @@ def test_a_snapshot_without_scenes_gets_its_validation_loss(tmp_path):
     values = load_config(DEFAULT_RECIPE, [f"data.validation={tmp_path / 'set'}", "model.depth=2"]).model_dump()
     values["data"]["prepare"] = None
     config = TrainConfig.model_validate(values)
-    description = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none"}}
+    description = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "max_tokens": 16, "channels": 384}}
     with ShardWriter(tmp_path / "set", (3, 32, 32), (16, 384), description, {}) as writer:
         for i in range(3):
             latent, embedding = np.full((3, 32, 32), 0.5 * i), np.full((16, 384), 0.1)
