@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run_dir", type=Path, help="default: runs/<recipe name>")
     parser.add_argument("--init_from", type=Path, metavar="SNAPSHOT", help="start from these weights")
+    parser.add_argument("--restart", action="store_true", help="start anew; what the run directory has is moved aside")
     parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, run nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args()
@@ -36,7 +37,7 @@ def main() -> None:
     world = identify()
     configure_logging(world)
     try:
-        from mdit.train.run import describe, finished, plan_run, prepare_on_first
+        from mdit.train.run import describe, finished, opened, plan_run, prepare_on_first
 
         run = plan_run(
             arguments.recipe,
@@ -44,6 +45,7 @@ def main() -> None:
             overrides=arguments.set,
             run_dir=arguments.run_dir,
             init_from=arguments.init_from,
+            restart=arguments.restart,
             world=world,
         )
         if arguments.dry_run:
@@ -56,7 +58,8 @@ def main() -> None:
         start(world)
         from mdit.train.loop import train
 
-        train(run)
+        with opened(run) as directory:
+            train(run, directory)
         torch.distributed.destroy_process_group()
     except UserError as error:
         # Before the processes have met, all of them see the same error: one line is enough.

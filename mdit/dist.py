@@ -1,13 +1,17 @@
 """Process start-up, the same under deepspeed, torchrun, srun and plain python; rank-0 logging; the stop signal."""
 
+import errno
 import logging
 import os
 import re
 import signal
+import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -15,6 +19,7 @@ import torch.distributed
 from mdit.config import UserError
 
 logger = logging.getLogger("mdit")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,34 @@ def start(world: World) -> None:
     torch.distributed.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
 
 
+def on_all_ranks(world: World, function: Callable[[], T]) -> T:
+    """Return what `function` returns on this rank. A collective: where it raises on any rank, all ranks raise the error
+    of the first such rank, so none waits for one that is gone; UserError and OSError stay what they are."""
+    value, error = None, None
+    try:
+        value = function()
+    except Exception as caught:
+        error = caught
+    errors = [None] * world.size
+    torch.distributed.all_gather_object(errors, error and _described(error, world))
+    if error is not None and not isinstance(error, UserError | OSError):
+        raise error  # a fault of ours, with its traceback
+    for kind, arguments in filter(None, errors):
+        raise kind(*arguments)
+    return value
+
+
+def _described(error: Exception, world: World) -> tuple[type[Exception], tuple]:
+    """An error as it can be sent: its class and arguments. Away from rank 0 an OSError says where it happened."""
+    if isinstance(error, UserError):
+        return UserError, (str(error),)
+    if isinstance(error, OSError):
+        where = "" if world.is_first else f" (rank {world.rank} on {socket.gethostname()})"
+        name = error.filename if isinstance(error.filename, str | bytes | None) else str(error.filename)
+        return OSError, (error.errno or errno.EIO, (error.strerror or str(error)) + where, name)
+    return RuntimeError, (f"rank {world.rank}: {type(error).__name__}: {error}",)
+
+
 def find_meeting_point(world: World) -> None:
     """Set MASTER_ADDR and MASTER_PORT from what srun tells its tasks; what is set already stays."""
     env = os.environ
@@ -133,5 +166,8 @@ class StopSignal:
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             stop = bool(flag)
         if stop and self.world.is_first and not self.stop_file.exists():
-            self.stop_file.write_text("a signal\n", encoding="utf-8")
+            try:
+                self.stop_file.write_text("a signal\n", encoding="utf-8")
+            except OSError as error:
+                logger.warning(f"{self.stop_file}: cannot be written ({error.strerror}); stopping all the same")
         return stop

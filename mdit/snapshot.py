@@ -40,12 +40,16 @@ class Snapshot:
     config: TrainConfig
     encoders: dict[str, Any]
 
+    def weights_file(self, kind: WeightKind = "ema") -> Path:
+        """ "ema" means "raw" when the recipe has no EMA."""
+        return self.path / ("ema.safetensors" if kind == "ema" and self.config.ema else "raw.safetensors")
+
     def weights(self, kind: WeightKind = "ema") -> dict[str, Tensor]:
-        """State dict on the CPU, checked against the recipe's model. "ema" means "raw" when the recipe has no EMA.
+        """State dict on the CPU, checked against the recipe's model.
 
         Raises UserError when the file is missing or damaged, or does not fit the recipe.
         """
-        path = self.path / ("ema.safetensors" if kind == "ema" and self.config.ema else "raw.safetensors")
+        path = self.weights_file(kind)
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, world: World) -> None:
     layout = {"world_size": world.size, "expert_parallel": ep}
     if not arguments.load:
         fill(tensors, pieces)
-        state = dict(memory={}, layout=layout, world=world, keep=1)
+        state = dict(memory={}, run={}, layout=layout, world=world, keep=1)
         timed("save", int(size), save_training_state, arguments.dir, 1, tensors, pieces, **state)
         for (flat,) in tensors.values():
             flat.zero_()

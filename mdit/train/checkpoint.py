@@ -2,10 +2,10 @@
 
     checkpoints/step_00000250/rank_00000_000.safetensors   this rank's pieces of masters, moments and EMA; at most 1 GiB
                               rank_00000_001.safetensors   ... and so on
-                              state.json                   step, layout, size and xxh3 of every file; written last
+                              state.json                   step, run, layout, size and xxh3 of every file and of itself
 
-A directory appears under its final name only when every byte of it is on disk; until then it is `*.partial`. There is
-no pointer that could point elsewhere: the newest directory is the latest checkpoint.
+A directory appears under its final name only when every byte of it is on disk. There is no pointer that could point
+elsewhere: the newest directory of such a name, and of no other, is the latest checkpoint.
 
 Every tensor is a piece of one parameter, named KIND/PARAMETER, and the file's header says which elements it holds. A
 run of the same layout reads its own pieces back as they are, bit for bit. A run of another layout (processes, ZeRO
@@ -14,26 +14,39 @@ one tensor in memory at a time. Nothing here is ever unpickled.
 """
 
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
+import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.dist import World, logger
-from mdit.files import checksum, save_tensors, sync
+from mdit.dist import World, logger, on_all_ranks
+from mdit.documents import parse_json
+from mdit.files import (
+    DEFINITE,
+    checksum,
+    partial_name,
+    patiently,
+    remove_directory,
+    replacing_directory,
+    save_tensors,
+    write_json,
+)
 from mdit.train.pieces import Piece, from_json, to_json
 
-FORMAT = "mdit-checkpoint/2"
+FORMAT = "mdit-checkpoint/3"
 MAX_FILE_BYTES = 2**30  # bounds the copy in host memory that a file is written from
 
 
@@ -52,8 +65,15 @@ class Checkpoint:
         return [self.path / name for name in sorted(self.state["files"]) if name.startswith(rank_prefix(rank))]
 
     def is_whole(self, name: str) -> bool:
-        file, entry = self.path / name, self.state["files"][name]
-        return file.exists() and file.stat().st_size == entry["bytes"] and checksum(file) == entry["xxh3"]
+        """Raises OSError where a file cannot be read, which says nothing about its content."""
+        try:
+            return patiently(partial(describe, self.path / name)) == self.state["files"][name]
+        except DEFINITE:
+            return False
+
+
+class Damaged(Exception):
+    """A checkpoint that is not as it was written; the message says in what."""
 
 
 def save_training_state(
@@ -63,36 +83,61 @@ def save_training_state(
     pieces: list[Piece],
     *,
     memory: dict[str, float],
+    run: dict,
     layout: dict,
     world: World,
     keep: int,
 ) -> None:
     """A collective: each rank writes its pieces of `tensors`, then rank 0 publishes. The newest `keep` stay.
 
-    `tensors` has for each kind one flat tensor a partition; `memory` are the numbers that this rank has to remember.
+    `tensors` has for each kind one flat tensor a partition; `memory` are the numbers that this rank has to remember;
+    `run`, rank 0's, says what is trained. Raises on all ranks alike when one of them cannot write: nothing has changed
+    then.
     """
-    final, partial = directory / step_name(step), directory / (step_name(step) + ".partial")
-    if world.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    described = {path.name: describe(path) for path in write_pieces(partial, world.rank, tensors, pieces)}
-    gathered = gather({"files": described, "memory": memory}, world)
-    if world.is_first:
-        state = partial / "state.json"
+    final = directory / step_name(step)
+
+    def write_state() -> None:
         files = {name: entry for rank in gathered for name, entry in rank["files"].items()}
-        values = {"format": FORMAT, "step": step, "layout": layout, "files": files}
-        text = json.dumps(values | {"memory": [rank["memory"] for rank in gathered]}, indent=1)
-        state.write_text(text, encoding="utf-8")
-        sync(state)
-        sync(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync(directory)
-        for old in complete_checkpoints(directory)[keep:]:
-            shutil.rmtree(old)
+        values = {"format": FORMAT, "step": step, "run": run, "layout": layout, "files": files}
+        write_json(partial_name(final) / "state.json", seal(values | {"memory": [rank["memory"] for rank in gathered]}))
+
+    with ExitStack() as publishing:
+        on_first(world, lambda: publishing.enter_context(replacing_directory(final)))
+        written = on_all_ranks(
+            world, lambda: {p.name: describe(p) for p in write_pieces(partial_name(final), world.rank, tensors, pieces)}
+        )
+        gathered = gather({"files": written, "memory": finite(memory)}, world)
+        on_first(world, write_state)
+        on_first(world, publishing.close)
+    if world.is_first:
+        remove_beyond(directory, keep)
     torch.distributed.barrier()
+
+
+def on_first(world: World, function: Callable[[], Any]) -> None:
+    """Call `function` on rank 0. A collective, which raises on all ranks what is raised there."""
+    on_all_ranks(world, lambda: function() if world.is_first else None)
+
+
+def remove_beyond(directory: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints. One that cannot be removed costs space, not the run."""
+    for old in complete_checkpoints(directory)[keep:]:
+        try:
+            remove_directory(old)
+        except OSError as error:
+            logger.warning(f"{old}: cannot be removed: {error.strerror or error}")
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """A state with the checksum of all else that is in it."""
+    values = {key: value for key, value in values.items() if key != "xxh3"}
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return values | {"xxh3": xxhash.xxh3_64_hexdigest(canonical.encode())}
+
+
+def finite(memory: dict[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN and no infinities; "nan", "inf" and "-inf" stand for them."""
+    return {key: value if math.isfinite(value) else str(value) for key, value in memory.items()}
 
 
 def write_pieces(directory: Path, rank: int, tensors: dict[str, list[Tensor]], pieces: list[Piece]) -> Iterator[Path]:
@@ -122,44 +167,70 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def find_latest(directory: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as it was written; None when there is none. A collective.
+    """The newest checkpoint whose every byte is as it was written; None when there is none at all. A collective.
 
-    A damaged one is passed over with a warning, on all ranks alike, and set aside as `*.damaged`, so that it does not
-    count among the newest that are kept. The ranks share the work of reading the files.
+    Damaged ones are passed over with a warning, on all ranks alike, and set aside as `*.damaged`, so that they do not
+    count among the newest that are kept. The ranks share the work of reading the files. Raises UserError, and leaves
+    all where it is, when every checkpoint is damaged, or one cannot be read for now.
     """
-    for path in gather(complete_checkpoints(directory), world)[0]:  # on a shared file system one sees more than another
-        checkpoint = read_state(path)
-        found = [name for names in gather(damaged_files(checkpoint, world), world) for name in names]
-        if not found:
+    damaged: dict[Path, str] = {}
+    # On a shared file system one rank may see more than another: all look at what rank 0 sees.
+    for path in gather(on_all_ranks(world, lambda: complete_checkpoints(directory)), world)[0]:
+        checkpoint, reason = on_all_ranks(world, partial(examine, path, world))
+        reasons = [each for each in gather(reason, world) if each]
+        if not reasons:
+            on_first(world, partial(set_aside, damaged))
             return checkpoint
-        if world.is_first:
-            logger.warning(f"{path}: damaged ({found[0]} is missing or not as it was written); trying the one before")
-            set_aside(path)
+        damaged[path] = reasons[0]
+    if damaged:
+        told = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise UserError(f"{directory}: every checkpoint is damaged ({told}); put a copy back, or start anew: --restart")
     return None
 
 
-def damaged_files(checkpoint: Checkpoint | None, world: World) -> list[str]:
-    """Of those that are this rank's to check."""
-    if checkpoint is None:
-        return ["state.json"]
-    mine = [name for name in checkpoint.state["files"] if rank_in(name) % world.size == world.rank]
-    return [name for name in mine if not checkpoint.is_whole(name)]
+def examine(path: Path, world: World) -> tuple[Checkpoint | None, str]:
+    """A checkpoint, and in what it is damaged as far as it is this rank's to look at it: "" where it is not.
 
-
-def set_aside(path: Path) -> None:
-    aside = path.with_name(path.name + ".damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-
-
-def read_state(path: Path) -> Checkpoint | None:
-    """None where its state.json is damaged. Raises UserError for a checkpoint of another format."""
+    Raises UserError where that cannot be told because the file system fails.
+    """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path / 'state.json'}: format is {state.get('format')!r}, this version reads {FORMAT!r}")
+        checkpoint = read_state(path)
+        mine = [name for name in sorted(checkpoint.state["files"]) if rank_in(name) % world.size == world.rank]
+        damaged = [name for name in mine if not checkpoint.is_whole(name)]
+        return checkpoint, f"{damaged[0]} is missing or not as it was written" if damaged else ""
+    except Damaged as damage:
+        return None, str(damage)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path}: cannot be read: {error.strerror or error}; start again when it can, or move "
+            f"{path} away to go on from the checkpoint before it"
+        ) from None
+
+
+def set_aside(damaged: dict[Path, str]) -> None:
+    for path, reason in damaged.items():
+        logger.warning(f"{path}: damaged ({reason}); the checkpoint before it is taken, this one is *.damaged now")
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+
+def read_state(path: Path) -> Checkpoint:
+    """Raises Damaged where its state.json is not as it was written, OSError where it cannot be read for now, UserError
+    for a checkpoint of another format."""
+    file = path / "state.json"
+    try:
+        state = parse_json(patiently(file.read_bytes), file)
+    except DEFINITE:
+        raise Damaged("state.json is missing") from None
+    except UserError:
+        raise Damaged("state.json is not as it was written") from None
+    if isinstance(state, dict) and state.get("format") != FORMAT:
+        raise UserError(f"{file}: format is {state.get('format')!r}, this version reads {FORMAT!r}")
+    if not isinstance(state, dict) or seal(state) != state:
+        raise Damaged("state.json is not as it was written")
+    if path.name != step_name(state["step"]):
+        raise Damaged(f"state.json is that of {step_name(state['step'])}")
     return Checkpoint(path, state)
 
 
@@ -178,12 +249,12 @@ def load_into(
         for kind, flat in tensors.items():
             reader.fill(kind, piece, piece.of(flat))
     if same:
-        return memories[world.rank]
+        return {key: float(value) for key, value in memories[world.rank].items()}
     before = checkpoint.state["layout"]
     differing = [key for key in layout if before.get(key) != layout[key]]
     written, now = (", ".join(f"{key} {each.get(key)}" for key in differing) for each in (before, layout))
     logger.info(f"{checkpoint.path}: written with {written}; this run has {now}: taken over tensor by tensor")
-    return {key: sum(memory[key] for memory in memories) / len(memories) for key in memories[0]}
+    return {key: sum(float(memory[key]) for memory in memories) / len(memories) for key in memories[0]}
 
 
 class Reader:
@@ -207,6 +278,12 @@ class Reader:
         stored = self.stored[piece.name]
         if not stored:
             raise UserError(f"{self.path}: has no {piece.name}, which the recipe's model needs")
+        for _, other in stored:
+            if other.whole_shape != piece.whole_shape:
+                raise UserError(
+                    f"{self.path}: {piece.name} has shape {other.whole_shape}, the recipe's model needs "
+                    f"{piece.whole_shape}"
+                )
         if same_part := [(file, other) for file, other in stored if other.shard == piece.shard]:
             self.fill_from_runs(kind, piece, out, same_part, place=attrgetter("start"))
         elif piece.first is not None and all(other.first is not None for _, other in stored):
@@ -245,15 +322,25 @@ class Reader:
 
 
 def latest_step(directory: Path) -> int:
-    """Step of the newest complete checkpoint, 0 without one."""
+    """Step of the newest checkpoint, 0 without one."""
     complete = complete_checkpoints(directory)
-    return int(complete[0].name.removeprefix("step_")) if complete else 0
+    return step_in(complete[0].name) if complete else 0
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Newest first."""
-    found = directory.glob("step_*[0-9]") if directory.is_dir() else ()
-    return sorted((path for path in found if (path / "state.json").exists()), reverse=True)
+    """Everything that has a checkpoint's name, newest first: such a name is given to complete ones only."""
+    try:
+        found = patiently(lambda: list(directory.iterdir()))
+    except FileNotFoundError:
+        return []
+    steps = {path: step_in(path.name) for path in found}
+    return sorted((path for path, step in steps.items() if step is not None), key=steps.get, reverse=True)
+
+
+def step_in(name: str) -> int | None:
+    """The step of a checkpoint or snapshot of that very name; None for every other name."""
+    digits = name.removeprefix("step_")
+    return int(digits) if digits.isascii() and digits.isdigit() and name == step_name(int(digits)) else None
 
 
 def step_name(step: int) -> str:

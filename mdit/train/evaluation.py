@@ -1,6 +1,7 @@
 """What a run shows on the way, from a plain copy of the model: validation loss, expert coverage, grids, snapshots."""
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from mdit.dist import World
 from mdit.encoders import build_image_encoder, build_text_encoder_from
 from mdit.eval.samples import grid, sample_latents, to_images
 from mdit.eval.validation import ExpertCoverage, validation_loss
+from mdit.files import optional
 from mdit.models import MicroDiT
 from mdit.snapshot import save_snapshot
-from mdit.train.checkpoint import gather
+from mdit.train.checkpoint import gather, on_first
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.metrics import Metrics
@@ -75,23 +77,25 @@ class Evaluation:
         latents = torch.stack([by_index[i] for i in range(len(self.texts))])
         image = grid(to_images(build_image_encoder(self.dataset.encoders["image"]), latents), self.texts)
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        with optional(path.parent):
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
         metrics.write_image(step, "samples", image)
 
     def save_snapshot(self, step: int, engine: Engine, ema: EMA | None) -> None:
-        """A collective."""
+        """A collective. Raises OSError on all ranks alike where it cannot be written."""
         raw = self._state_dict(engine, None)
         averaged = self._state_dict(engine, ema.partitions) if ema else None
-        if self.world.is_first:
-            save_snapshot(
-                self.run_dir / "snapshots",
-                step=step,
-                config_json={"recipe": self.config.model_dump(mode="json", exclude_none=True)},
-                raw=raw,
-                ema=averaged,
-                encoders=self.dataset.encoders,
-            )
+        write = partial(
+            save_snapshot,
+            self.run_dir / "snapshots",
+            step=step,
+            config_json={"recipe": self.config.model_dump(mode="json", exclude_none=True)},
+            raw=raw,
+            ema=averaged,
+            encoders=self.dataset.encoders,
+        )
+        on_first(self.world, write)
 
     def _prompts(self) -> tuple[list[str], Tensor]:
         prompts = self.config.report.prompts

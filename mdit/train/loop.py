@@ -1,6 +1,7 @@
 """The training loop. Read it aloud: the rest of mdit is what its words mean."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,17 +15,18 @@ from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings
-from mdit.train.checkpoint import Checkpoint, find_latest, load_into, save_training_state
+from mdit.train.checkpoint import Checkpoint, load_into, save_training_state
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.evaluation import Evaluation
 from mdit.train.metrics import Metrics, Stopwatch, memory_gib
 from mdit.train.optim import learning_rate
+from mdit.train.run_directory import CHECKPOINTS, RunDirectory
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is settled before step 0. `initial_weights` is a state dict that --init_from asks for."""
+    """Everything that is settled before step 0. `initial_weights` is a state dict that `init_from` asks for."""
 
     config: TrainConfig
     settings: RunSettings
@@ -32,6 +34,8 @@ class Run:
     run_dir: Path
     world: World
     initial_weights: dict[str, torch.Tensor] | None = None
+    init_from: Path | None = None
+    restart: bool = False
 
     @property
     def layout(self) -> dict:
@@ -47,13 +51,12 @@ class Run:
         }
 
 
-def train(run: Run) -> int:
+def train(run: Run, directory: RunDirectory) -> int:
     """Train, or go on training, to the recipe's last step; returns the step reached. A collective over all ranks.
 
     Stops early, with a checkpoint, when any rank receives SIGTERM or SIGUSR1, or when there is a file run_dir/STOP.
     """
     config, world, report = run.config, run.world, run.config.report
-    checkpoints = run.run_dir / "checkpoints"
 
     torch.manual_seed(config.seed)
     model = MicroDiT(config.model)
@@ -66,7 +69,7 @@ def train(run: Run) -> int:
     losses = LossAverage(world)
 
     step = 0
-    if (checkpoint := find_latest(checkpoints, world)) is not None:
+    if (checkpoint := directory.checkpoint) is not None:
         step = checkpoint.step
         restore(checkpoint, run, engine, ema, losses)
         logger.info(f"resuming at step {step} of {config.training.num_steps}")
@@ -92,28 +95,18 @@ def train(run: Run) -> int:
             done = step >= config.training.num_steps
             stopping = stop.agreed()
 
-            if step > first_step:  # what was due at the first step was done before the run stopped there
-                if step % report.log_every == 0 or done:
-                    report_progress(step, engine, losses, stopwatch, config, metrics)
-                if due := due_at(step, report, done=done, stopping=stopping):
-                    stopwatch.pause()
-                if "validate" in due:
-                    evaluation.validate(step, engine, ema, metrics)
-                if "sample" in due:
-                    evaluation.sample(step, engine, ema, metrics)
-                if "snapshot" in due:
-                    evaluation.save_snapshot(step, engine, ema)
-                if "checkpoint" in due:
-                    save_training_state(
-                        checkpoints,
-                        step,
-                        state_tensors(engine, ema),
-                        engine.pieces(),
-                        memory=losses.memory(),
-                        layout=run.layout,
-                        world=world,
-                        keep=report.keep_checkpoints,
-                    )
+            if step > first_step and (step % report.log_every == 0 or done):
+                report_progress(step, engine, losses, stopwatch, config, metrics)
+            if due := due_at(step, first_step, report, done=done, stopping=stopping):
+                stopwatch.pause()
+            if "validate" in due:
+                evaluation.validate(step, engine, ema, metrics)
+            if "sample" in due:
+                evaluation.sample(step, engine, ema, metrics)
+            if "snapshot" in due:
+                directory.attempt("snapshot", step, partial(evaluation.save_snapshot, step, engine, ema))
+            if "checkpoint" in due:
+                directory.attempt("checkpoint", step, partial(save, run, directory, step, engine, ema, losses))
             if done or stopping:
                 break
 
@@ -128,6 +121,7 @@ def train(run: Run) -> int:
             metrics.advance(step)
 
     metrics.close()
+    directory.check_saved(step)
     if done:
         logger.info(f"finished at step {step}: {run.run_dir / 'snapshots' / 'latest'}")
     else:
@@ -135,8 +129,13 @@ def train(run: Run) -> int:
     return step
 
 
-def due_at(step: int, report: ReportConfig, *, done: bool, stopping: bool) -> set[str]:
-    """What follows the step that led to `step`. The last step brings everything that is not turned off."""
+def due_at(step: int, first_step: int, report: ReportConfig, *, done: bool, stopping: bool) -> set[str]:
+    """What follows the step that led to `step`. The last step brings everything that is not turned off.
+
+    What was due at the first step was done before the run stopped there, but for a snapshot of the last step.
+    """
+    if step == first_step:
+        return {"snapshot"} if done else set()
     every = {
         "validate": report.validate_every,
         "sample": report.sample_every,
@@ -213,6 +212,20 @@ def report_progress(
 def state_tensors(engine: Engine, ema: EMA | None) -> dict[str, list[torch.Tensor]]:
     """All tensors that this rank has to remember: randomness and the order of samples are functions of the step."""
     return engine.optimizer_state() | ({"ema": ema.partitions} if ema else {})
+
+
+def save(run: Run, directory: RunDirectory, step: int, engine: Engine, ema: EMA | None, losses: LossAverage) -> None:
+    save_training_state(
+        directory.path / CHECKPOINTS,
+        step,
+        state_tensors(engine, ema),
+        engine.pieces(),
+        memory=losses.memory(),
+        run=directory.run,
+        layout=run.layout,
+        world=run.world,
+        keep=run.config.report.keep_checkpoints,
+    )
 
 
 def restore(checkpoint: Checkpoint, run: Run, engine: Engine, ema: EMA | None, losses: LossAverage) -> None:

@@ -30,6 +30,13 @@ class Piece:
         return math.prod(self.shape)
 
     @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        if self.shard.count == 1:
+            return self.shape
+        return tuple(n * (self.shard.count if i == self.shard.dim else 1) for i, n in enumerate(self.shape))
+
+    @property
     def first(self) -> int | None:
         """Where in the whole tensor, row by row, the piece begins; None when it lies there in several runs."""
         one_run = self.shard.count == 1 or (self.shard.dim, self.shard.blocks) == (0, 1)

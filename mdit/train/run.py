@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,14 +22,11 @@ from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings,
 from mdit.prepare import is_prepared, prepare
 from mdit.provenance import commit, package_versions
 from mdit.snapshot import initial_weights, load_snapshot
-from mdit.train.checkpoint import complete_checkpoints, latest_step, read_state
+from mdit.train.checkpoint import Damaged, complete_checkpoints, latest_step, read_state
 from mdit.train.engine import check_zero_section
 from mdit.train.loop import Run
 from mdit.train.optim import check_implementation
-
-# What may change between two starts of one run: how often it reports, how long it goes on, what steps its weights.
-CHANGEABLE = ("report.", "training.num_steps", "optim.implementation")
-
+from mdit.train.run_directory import CHECKPOINTS, CONFIG, RunDirectory, check_place, check_same_recipe, finished_at
 
 def plan_run(
     recipe: Path,
@@ -37,6 +35,7 @@ def plan_run(
     overrides: Sequence[str],
     run_dir: Path | None,
     init_from: Path | None,
+    restart: bool,
     world: World,
 ) -> Run:
     """Read, check and resolve recipe, JSON, run directory and first weights. Raises UserError; writes nothing."""
@@ -45,14 +44,22 @@ def plan_run(
     settings, ds_config, in_triton, reason = settle_json(ds_json, ds_path, config, recipe, world)
     logger.info(f"kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
     run_dir = run_dir or Path("runs") / config.name
-    check_same_recipe(config, run_dir)
+    check_place(run_dir)
+    if not restart:
+        check_what_is_there(run_dir, config)
     weights = None
-    if init_from is not None and latest_step(run_dir / "checkpoints") == 0:  # a run that has begun goes on from itself
-        weights = initial_weights(load_snapshot(init_from), config.model)
-    run = Run(config, settings, ds_config, run_dir, world, weights)
-    for newest in complete_checkpoints(run_dir / "checkpoints")[:1]:
-        read_state(newest)  # refuses another format now, before config.json is written again
-    return run
+    if init_from is not None and (restart or latest_step(run_dir / CHECKPOINTS) == 0):
+        weights = initial_weights(load_snapshot(init_from), config.model)  # a run that has begun goes on from itself
+    return Run(config, settings, ds_config, run_dir, world, weights, init_from, restart)
+
+
+def check_what_is_there(run_dir: Path, config: TrainConfig) -> None:
+    """Raise UserError, before anything is made, where the run directory is another recipe's or another version's."""
+    if (run_dir / CONFIG).exists():
+        check_same_recipe(load_config(run_dir / CONFIG), config, run_dir / CONFIG)
+    for newest in complete_checkpoints(run_dir / CHECKPOINTS)[:1]:
+        with suppress(Damaged):
+            read_state(newest)
 
 
 def settle_json(
@@ -76,31 +83,17 @@ def settle_json(
     return settings, ds_config, in_triton, reason
 
 
-def check_same_recipe(config: TrainConfig, run_dir: Path) -> None:
-    """A run directory belongs to one recipe."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        return
-    before, now = (flatten(c.model_dump(mode="json")) for c in (load_config(path), config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
-            raise UserError(
-                f"{path}: this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
-                "choose another --run_dir"
-            )
-
-
 def finished(run: Run) -> bool:
     """Say so when there is nothing left to do."""
-    step = latest_step(run.run_dir / "checkpoints")
-    if step < run.config.training.num_steps:
+    step = None if run.restart else finished_at(run.run_dir, run.config.training.num_steps)
+    if step is None:
         return False
-    logger.info(f"{run.run_dir}: finished at step {step}; snapshot {run.run_dir / 'snapshots' / 'latest'}")
+    logger.info(f"{run.run_dir}: finished at step {step}; snapshot {run.run_dir / 'snapshots' / f'step_{step:08d}'}")
     return True
 
 
 def prepare_on_first(run: Run) -> None:
-    """Rank 0 makes the data if it is missing, the others wait for it; all check it; then rank 0 writes config.json."""
+    """Rank 0 makes the data if it is missing, the others wait for it; all check it."""
     config = run.config
     while not (run.world.is_first or is_prepared(config)):
         time.sleep(0.5)
@@ -108,15 +101,15 @@ def prepare_on_first(run: Run) -> None:
     shard_sizes = [open_dataset(directory).shard_sizes for directory in config.data.train]
     # Refuses a set that is smaller than its share of a batch.
     build_order(shard_sizes, config.data.weights, config.training.global_batch_size, config.seed)
-    if run.world.is_first:
-        write_config(run)
 
 
-def write_config(run: Run) -> None:
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run.run_dir / "config.json.tmp"
-    temporary.write_text(json.dumps(description(run), indent=1) + "\n", encoding="utf-8")
-    temporary.rename(run.run_dir / "config.json")
+@contextmanager
+def opened(run: Run) -> Iterator[RunDirectory]:
+    """The run's directory in the hands of this run: tried out, locked, its checkpoint found, config.json and a line of
+    starts.jsonl written. A collective; raises on all ranks alike."""
+    with RunDirectory(run.run_dir, run.world, restart=run.restart) as directory:
+        directory.begin(run.config, description(run), run.init_from, has_weights=run.initial_weights is not None)
+        yield directory
 
 
 def description(run: Run) -> dict:
@@ -129,16 +122,6 @@ def description(run: Run) -> dict:
         "versions": package_versions(),
         "commit": commit(),
     }
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def describe(run: Run) -> str:
@@ -159,6 +142,6 @@ def describe(run: Run) -> str:
         f"batch: {config.training.global_batch_size} = {run.world.size // run.settings.tensor_parallel} shares x "
         f"{ds['train_micro_batch_size_per_gpu']} samples x {ds['gradient_accumulation_steps']} accumulated",
         f"data: {', '.join(config.data.train)} ({'there' if is_prepared(config) else 'not there yet'})",
-        f"run directory: {run.run_dir} (at step {latest_step(run.run_dir / 'checkpoints')})",
+        f"run directory: {run.run_dir} (at step {latest_step(run.run_dir / CHECKPOINTS)})",
     ]
     return "\n".join(lines)

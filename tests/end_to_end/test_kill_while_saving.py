@@ -36,7 +36,15 @@ def save_for_ever(rank: int, directory, journal, meeting) -> None:
             tensors = {"master": [torch.full((NUMEL // RANKS * len(PARAMETERS),), float(step))]}
             memory, layout = {"loss_sum": float(step)}, {"world_size": RANKS}
             save_training_state(
-                directory, step, tensors, pieces_of(rank, RANKS), memory=memory, layout=layout, world=world, keep=1
+                directory,
+                step,
+                tensors,
+                pieces_of(rank, RANKS),
+                memory=memory,
+                run={},
+                layout=layout,
+                world=world,
+                keep=1,
             )
             if world.is_first:
                 file.write(f"saved {step}\n")

@@ -102,7 +102,7 @@ def test_another_format_is_refused_and_nothing_is_written(undisturbed, tmp_path)
     returncode, output = attempt(recipe, ds_json, run, "--set", "training.num_steps=99")
     assert returncode == 2
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert str(state) in error and "'mdit-checkpoint/92'" in error and "'mdit-checkpoint/2'" in error
+    assert str(state) in error and "'mdit-checkpoint/93'" in error and "'mdit-checkpoint/3'" in error
     assert (run / "config.json").read_bytes() == before
 
 

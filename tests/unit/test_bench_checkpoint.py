@@ -1,5 +1,6 @@
 """tools/bench_checkpoint.py: writes in one layout, reads in another, and sees when a number is not what was written."""
 
+import json
 import runpy
 import sys
 
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mdit.files import checksum
+from mdit.train.checkpoint import seal
 from tests.processes import run_forked
 from tests.training import REPOSITORY, write_recipe
 
@@ -51,7 +53,8 @@ def test_a_wrong_number_is_named(written):
     tensors = load_file(file)
     tensors["exp_avg/blocks.1.mlp.w1"][7] += 1
     save_file(tensors, file, metadata)
-    state.write_text(state.read_text().replace(before, checksum(file)))
+    values = json.loads(state.read_text(encoding="utf-8").replace(before, checksum(file)))
+    state.write_text(json.dumps(seal(values)), encoding="utf-8")
     ended = run_forked(run_tool, [*arguments, "--load"])
     assert ended.returncode == 2 and "error: exp_avg/blocks.1.mlp.w1: not what was written" in ended.output
 

@@ -1,0 +1,332 @@
+"""A run's directory: whose it is, what is in it, whether it can be written, and how a run goes on in it.
+
+    runs/NAME/config.json     the recipe (itself a valid --recipe), data and first weights, how the latest start runs it
+              starts.jsonl    a line for each start: time, host, processes, step, versions, JSON
+              run.lock        while a run is in it (mdit.train.lock)
+              STOP            somebody's wish that it should stop
+              metrics.jsonl  tensorboard/  samples/  snapshots/  checkpoints/
+              before_1/       what was there before --restart
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdit.cli import explain
+from mdit.config import TrainConfig, UserError, parse_section
+from mdit.data.manifest import MANIFEST
+from mdit.dist import World, logger, on_all_ranks
+from mdit.documents import parse_json, read_json
+from mdit.files import checksum, clean_leftovers, sync, write_json, write_text
+from mdit.models import MicroDiT
+from mdit.snapshot import load_snapshot
+from mdit.train.checkpoint import (
+    Checkpoint,
+    Damaged,
+    complete_checkpoints,
+    find_latest,
+    gather,
+    on_first,
+    read_state,
+    step_in,
+)
+from mdit.train.lock import Lock
+from mdit.train.optim import learning_rate
+
+CONFIG, STARTS, METRICS, LOCK, STOP = "config.json", "starts.jsonl", "metrics.jsonl", "run.lock", "STOP"
+FILES = (CONFIG, STARTS, METRICS, LOCK, STOP)
+CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
+FOLDERS = (CHECKPOINTS, SNAPSHOTS, SAMPLES, "tensorboard")
+# What may change between two starts of one run: how often it reports, how long it goes on, what steps its weights.
+CHANGEABLE = ("report.", "training.num_steps", "optim.implementation")
+SEEN_WITHIN = 20.0  # seconds in which a shared file system shows to one node what another wrote
+
+
+class RunDirectory:
+    """The directory in the hands of this run: a context manager that all ranks enter together. Raises UserError or
+    OSError, on all ranks alike, where the directory cannot serve.
+
+    After `begin`, `checkpoint` is what training goes on from, and `run` says, on rank 0, what is trained.
+    """
+
+    def __init__(self, path: Path, world: World, *, restart: bool = False) -> None:
+        self.path, self.world, self.restart = path, world, restart
+        self.lock = Lock(path / LOCK)
+        self.checkpoint: Checkpoint | None = None
+        self.run: dict[str, Any] = {}
+        self._failed: dict[str, OSError] = {}
+        self._held = ExitStack()
+
+    def __enter__(self) -> "RunDirectory":
+        with ExitStack() as undo:
+            undo.push(self._held)
+            on_first(self.world, self._take)
+            token = gather(self.lock.token, self.world)[0]
+            on_all_ranks(self.world, lambda: try_out(self.path, token, self.world))
+            undo.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._held.close()
+
+    def begin(
+        self, config: TrainConfig, description: dict[str, Any], init_from: Path | None, *, has_weights: bool
+    ) -> None:
+        """Find the checkpoint to go on from, check that it and the directory are those of this very run, and write down
+        that it begins. `has_weights` says whether `init_from` has been read. A collective."""
+        self.checkpoint = find_latest(self.path / CHECKPOINTS, self.world)
+        on_first(self.world, lambda: self._check_and_write(config, description, init_from))
+        if self.checkpoint is None and init_from is not None and not has_weights:
+            raise UserError(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again")
+
+    def attempt(self, what: str, step: int, save: Callable[[], None]) -> None:
+        """Call `save`, a collective that raises on all ranks alike. Where the disk does not take it, what was saved
+        before is still there and training goes on: that is said, and `check_saved` remembers it."""
+        on_first(self.world, self.lock.check)
+        try:
+            save()
+        except OSError as error:
+            self._failed[what] = error
+            if self.world.is_first:
+                logger.warning(f"{what} of step {step} not saved: {explain(error)}; the next one that is due is tried")
+        else:
+            self._failed.pop(what, None)
+
+    def check_saved(self, step: int) -> None:
+        """Raise UserError where the last attempt to save something has failed."""
+        for what, error in self._failed.items():
+            raise UserError(
+                f"stopped at step {step}, but its {what} is not saved: {explain(error)}; what was saved before is "
+                "there, and the same command goes on from it"
+            )
+
+    def _take(self) -> None:
+        check_place(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(self.lock)
+        if self.restart:
+            move_aside(self.path)
+        for directory in (self.path, *(self.path / name for name in (CHECKPOINTS, SNAPSHOTS, SAMPLES))):
+            clean_leftovers(directory)
+
+    def _check_and_write(self, config: TrainConfig, description: dict[str, Any], init_from: Path | None) -> None:
+        path, found = self.path / CONFIG, self.checkpoint
+        sets = (*config.data.train, config.data.validation)
+        data = {directory: checksum(Path(directory) / MANIFEST) for directory in sets}
+        before = None
+        if found is not None:
+            check_same_run(before := found.state["run"], config, data, found.path / "state.json")
+            tell_moved_schedule(found, config)
+        if path.exists():
+            check_same_run(before := read_json(path), config, data, path)
+        if found is None:
+            check_unbegun(self.path, config, before)
+        weights = self._initial_weights(before, init_from)
+        check_space(self.path, config)
+        self.run = {"recipe": description["recipe"], "data": data, "initial_weights": weights}
+        write_json(path, description | self.run)
+        step = found.step if found else 0
+        append_start(self.path / STARTS, {"step": step, **{k: v for k, v in description.items() if k != "recipe"}})
+
+    def _initial_weights(self, before: dict[str, Any] | None, init_from: Path | None) -> dict[str, Any] | None:
+        """Which weights the run began from. Raises UserError where it is asked to begin from others."""
+        recorded = (before or {}).get("initial_weights")
+        if self.checkpoint is not None:  # it goes on from itself, so they need not be there any more
+            if init_from is not None and recorded is None:
+                raise UserError(f"--init_from {init_from}: {self.path} was begun without it; {CHOICES}")
+            if init_from is not None and recorded["snapshot"] != str(init_from.resolve()):
+                logger.warning(f"--init_from {init_from}: not read; {self.path} was begun with {recorded['snapshot']}")
+            return recorded
+        now = None
+        if init_from is not None:
+            snapshot = load_snapshot(init_from)
+            now = {"snapshot": str(snapshot.path), "step": snapshot.step, "xxh3": checksum(snapshot.weights_file())}
+        if before is not None and (recorded or {}).get("xxh3") != (now or {}).get("xxh3"):
+            was, asked = map(describe_weights, (recorded, now))
+            raise UserError(f"{self.path / CONFIG}: this run was begun with {was}, now it is {asked}; {CHOICES}")
+        return now
+
+
+CHOICES = "choose another --run_dir, or start anew in this one: --restart"
+
+
+def describe_weights(weights: dict[str, Any] | None) -> str:
+    return f"--init_from {weights['snapshot']} (xxh3 {weights['xxh3']})" if weights else "no --init_from"
+
+
+def check_place(path: Path) -> None:
+    """Raise UserError where something in the way shows by looking: the wrong kind of file, a link to nowhere, a
+    directory that cannot be written."""
+    for place in (path, *(path / name for name in FOLDERS)):
+        if os.path.lexists(place) and not place.is_dir():
+            what = f"a link to {os.readlink(place)}, which is no directory" if place.is_symlink() else "not a directory"
+            raise UserError(f"{place}: is {what}; a run keeps files in it: move it away or choose another --run_dir")
+    for name in FILES:
+        if (path / name).is_dir():
+            raise UserError(f"{path / name}: is a directory, where a run keeps a file; choose another --run_dir")
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{nearest}: cannot be written; choose another --run_dir")
+
+
+def try_out(path: Path, token: str, world: World) -> None:
+    """Do on this rank's node what a run does in its directory. Raises UserError where rank 0's files are not seen,
+    OSError where a file cannot be written, synced, renamed, read or removed."""
+    deadline = time.monotonic() + SEEN_WITHIN
+    while True:
+        with suppress(OSError):
+            if token in (path / LOCK).read_text(encoding="utf-8"):
+                break
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path.absolute()}: rank {world.rank} on {socket.gethostname()} does not see what rank 0 wrote there; "
+                "the nodes of a run have to share its directory"
+            )
+        time.sleep(0.1)
+    trial = path / f".preflight_{world.rank:05d}.partial"  # a name of those that are cleaned up
+    write_text(trial, token)
+    if trial.read_text(encoding="utf-8") != token:
+        raise UserError(f"{trial}: reads back as something else than was written")
+    trial.unlink()
+
+
+def move_aside(path: Path) -> None:
+    """What earlier runs left in a directory -> before_N in it. Nothing is deleted."""
+    ours = [path / name for name in (*FILES, *FOLDERS) if name not in (LOCK, STOP)]
+    if there := [place for place in ours if os.path.lexists(place)]:
+        number = next(n for n in range(1, 10**6) if not os.path.lexists(path / f"before_{n}"))
+        (aside := path / f"before_{number}").mkdir()
+        for place in there:
+            place.rename(aside / place.name)
+        logger.info(f"{path}: what was there is in {aside} now")
+
+
+def check_same_run(before: dict[str, Any], config: TrainConfig, data: dict[str, str], source: Path) -> None:
+    """Raise UserError naming the first thing of recipe and data that differs from what a run began with."""
+    check_same_recipe(parse_section(TrainConfig, before["recipe"], source), config, source)
+    then = before.get("data", data)
+    for directory, found in data.items():
+        if then.get(directory) != found:
+            raise UserError(
+                f"{source}: this run was started with other samples in {directory} (xxh3 {then.get(directory)} of its "
+                f"{MANIFEST}, now {found}); {CHOICES}"
+            )
+
+
+def check_same_recipe(before: TrainConfig, config: TrainConfig, source: Path) -> None:
+    """A run directory belongs to one recipe. Raises UserError naming the first key that differs."""
+    then, now = (flatten(each.model_dump(mode="json")) for each in (before, config))
+    for key in sorted(then.keys() | now.keys()):
+        if then.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
+            raise UserError(
+                f"{source}: this run was started with {key} = {then.get(key)!r}, now it is {now.get(key)!r}; {CHOICES}"
+            )
+
+
+def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None) -> None:
+    """Raise UserError where there is no checkpoint, though one was due: starting at step 0 would write over a run."""
+    damaged = [file.name for file in sorted((path / CHECKPOINTS).glob("*.damaged"))]
+    reached = max(steps_told(path / METRICS) + snapshots_there(path / SNAPSHOTS), default=0)
+    first = before["recipe"]["report"]["checkpoint_every"] if before else 1
+    if damaged or reached >= first:
+        told = f" ({', '.join(damaged)})" if damaged else ""
+        raise UserError(
+            f"{path / CHECKPOINTS}: has no checkpoint to go on from{told}, though the run has been at step {reached}; "
+            "put a copy back, or start anew: --restart"
+        )
+
+
+def steps_told(metrics: Path) -> list[int]:
+    """Steps of the lines of metrics.jsonl, as far as they are whole."""
+    found = []
+    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
+        with suppress(UserError, TypeError, KeyError):
+            found.append(int(parse_json(line, metrics)["step"]))
+    return found
+
+
+def snapshots_there(snapshots: Path) -> list[int]:
+    names = [path.name for path in snapshots.iterdir()] if snapshots.exists() else []
+    return [step for name in names if (step := step_in(name)) is not None]
+
+
+def tell_moved_schedule(found: Checkpoint, config: TrainConfig) -> None:
+    """Say so where another num_steps moves the learning rate of the steps that follow."""
+    then = found.state["run"]["recipe"]["training"]["num_steps"]
+    now = config.training.num_steps
+    before, after = (learning_rate(found.step, steps, config.optim) for steps in (then, now))
+    if before != after and found.step < now:
+        logger.warning(
+            f"training.num_steps was {then}, now it is {now}: the {config.optim.schedule} schedule is another, and the "
+            f"learning rate at step {found.step} goes from {before:.3g} to {after:.3g}"
+        )
+
+
+def check_space(path: Path, config: TrainConfig) -> None:
+    """Raise UserError where two checkpoints and a snapshot will not fit. What is there already has its space."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MicroDiT(config.model).parameters())
+    averages = 1 if config.ema else 0
+    missing = max(1, 2 - len(complete_checkpoints(path / CHECKPOINTS)))
+    needs = {CHECKPOINTS: missing * (3 + averages) * 4 * parameters, SNAPSHOTS: (1 + averages) * 4 * parameters}
+    volumes: dict[int, tuple[Path, int]] = {}  # a folder may be a link to another volume
+    for name, size in needs.items():
+        place = path / name if (path / name).exists() else path
+        device = place.stat().st_dev
+        volumes[device] = place, volumes.get(device, (place, 0))[1] + size
+    for place, size in volumes.values():
+        usage = shutil.disk_usage(place)
+        if usage.total and usage.free < size:  # some file systems do not tell
+            raise UserError(
+                f"{place}: {usage.free / 2**30:.3g} GiB are free, but two checkpoints and a snapshot need "
+                f"{size / 2**30:.3g} GiB more"
+            )
+
+
+def append_start(path: Path, values: dict[str, Any]) -> None:
+    """One line more in starts.jsonl, on a line of its own even after a torn one."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(), "pid": os.getpid()}
+    with path.open("a+b") as file:
+        if end := file.tell():
+            file.seek(end - 1)
+            torn = file.read(1) != b"\n"
+            file.write(b"\n" * torn)
+        file.write(json.dumps(line | values).encode() + b"\n")
+    sync(path)
+
+
+def finished_at(path: Path, num_steps: int) -> int | None:
+    """The step at which a run of `num_steps` has left a checkpoint and a snapshot; None when there is more to do."""
+    for newest in complete_checkpoints(path / CHECKPOINTS)[:1]:
+        with suppress(Damaged):
+            step = read_state(newest).step
+            if step >= num_steps and is_snapshot(path / SNAPSHOTS / newest.name):
+                return step
+    return None
+
+
+def is_snapshot(path: Path) -> bool:
+    try:
+        load_snapshot(path)
+    except UserError:
+        return False
+    return True
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
