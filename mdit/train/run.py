@@ -1,6 +1,7 @@
 """From the command line to a settled run: everything a user can get wrong is found here, before any step."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,9 @@ from mdit.train.engine import check_zero_section
 from mdit.train.loop import Run
 from mdit.train.optim import check_implementation
 from mdit.train.run_directory import CHECKPOINTS, CONFIG, RunDirectory, check_place, check_same_recipe, finished_at
+# Variables that count how often Slurm and torchrun gave the same command again: a --restart in it was for the first.
+STARTED_AGAIN = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+
 
 def plan_run(
     recipe: Path,
@@ -45,6 +49,7 @@ def plan_run(
     logger.info(f"kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
     run_dir = run_dir or Path("runs") / config.name
     check_place(run_dir)
+    restart = restart and not any(int(os.environ.get(name) or 0) for name in STARTED_AGAIN)
     if not restart:
         check_what_is_there(run_dir, config)
     weights = None
