@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed
 
+from mdit.cli import explain
 from mdit.config import DEFAULT_RECIPE, UserError
 from mdit.dist import configure_logging, identify, start
 
@@ -61,10 +62,10 @@ def main() -> None:
         with opened(run) as directory:
             train(run, directory)
         torch.distributed.destroy_process_group()
-    except UserError as error:
+    except (UserError, OSError) as error:
         # Before the processes have met, all of them see the same error: one line is enough.
         if world.is_first or torch.distributed.is_initialized():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error if isinstance(error, UserError) else explain(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

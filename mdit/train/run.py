@@ -28,6 +28,7 @@ from mdit.train.engine import check_zero_section
 from mdit.train.loop import Run
 from mdit.train.optim import check_implementation
 from mdit.train.run_directory import CHECKPOINTS, CONFIG, RunDirectory, check_place, check_same_recipe, finished_at
+
 # Variables that count how often Slurm and torchrun gave the same command again: a --restart in it was for the first.
 STARTED_AGAIN = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
