@@ -1,9 +1,11 @@
 """The front of every command: what a user can mend is one line and exit code 2, whatever raised it."""
 
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from mdit.documents import UserError, one_line
@@ -18,22 +20,32 @@ def run(command: Callable[[], int | None], *, tells: Callable[[], bool] = lambda
         130  for Ctrl-C
 
     and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
-    one to print an error that all processes of a run have. MDIT_TRACEBACK=1 shows where an error came from.
+    one to print an error that all processes of a run have. MDIT_TRACEBACK=1 shows where an error came from. What the
+    terminal's encoding lacks is printed escaped.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: it was closed, as by `>&-`
+        setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = 0
     try:
-        code = command() or 0
+        try:
+            code = command() or 0
+        finally:
+            sys.stdout.flush()  # here, where an error of it still finds a handler; also after argparse's --help
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
         _tell("interrupted", tells)
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain once more at its exit
     except (UserError, OSError) as error:
         if os.environ.get("MDIT_TRACEBACK"):
             raise
         code = USER_ERROR
         _tell(f"error: {error if isinstance(error, UserError) else explain(error)}", tells)
+    finally:
+        _give_up_on_stdout()
     sys.exit(code)
 
 
@@ -44,6 +56,16 @@ def explain(error: OSError) -> str:
     return one_line(": ".join([*dict.fromkeys(names), reason]))
 
 
+def _give_up_on_stdout() -> None:
+    """Let what cannot be written to stdout go: Python would complain of it once more at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):  # a stdout that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _tell(line: str, tells: Callable[[], bool]) -> None:
     if tells():
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads stderr either
+            print(line, file=sys.stderr, flush=True)

@@ -5,9 +5,10 @@ Some file systems (FUSE, SMB, exFAT, cloud drives) cannot sync a directory or ma
 power cuts, said once in a line, and never the run.
 """
 
+import ctypes
 import errno
-import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -31,6 +32,10 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errn
 DEFINITE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 PATIENCE = (0.1, 1.0, 3.0)  # seconds before each new try
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux
+LONGEST_NAME = 255  # bytes
+
+_said: set[object] = set()
 T = TypeVar("T")
 
 
@@ -61,7 +66,12 @@ def partial_name(path: Path) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file at. Leaving the block syncs it and gives it its own name, in place of what
-    was there; leaving it by an exception removes it and changes nothing."""
+    was there; leaving it by an exception removes it and changes nothing. What is no file, as /dev/stdout or a pipe, is
+    written to directly, and a link stays one."""
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = _linked(path)
     partial = partial_name(path)
     try:
         with _in_the_name_of(path, partial):
@@ -75,17 +85,6 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-@contextmanager
-def _in_the_name_of(path: Path, partial: Path) -> Iterator[None]:
-    """An OSError that is about `partial` names `path`, which is what the user knows."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error.filename, str):
-            error.filename = error.filename.replace(str(partial), str(path), 1)
-        raise
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file, UTF-8, in place of what was there."""
     with replacing(path) as partial:
@@ -97,27 +96,43 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, to_json(values))
 
 
+def try_to_write(path: Path) -> None:
+    """Raise the OSError that `replacing(path)` would end with, before the work whose result goes there is begun."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not path.exists() or path.is_file():
+        path = _linked(path)
+        partial = partial_name(path)
+        with _in_the_name_of(path, partial):
+            partial.touch()
+            partial.unlink()
+
+
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
     """An empty directory beside `path` to fill. Leaving the block syncs all files in it and gives it its name, in place
-    of what was there; leaving it by an exception removes it and changes nothing."""
+    of what was there; leaving it by an exception removes it and changes nothing.
+
+    Where the system cannot exchange two names in one step, a kill between two renames leaves the old directory under
+    its hidden name, from which the next call brings it back.
+    """
     partial, replaced = partial_name(path), path.with_name(f".{path.name}.replaced")
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with _in_the_name_of(path, partial):
             partial.mkdir(parents=True)
             yield partial
-            for file in (*partial.iterdir(), partial):
+            for file in (*partial.rglob("*"), partial):
                 sync(file)
-            if path.exists():
-                path.rename(replaced)
-            partial.rename(path)
+            old = _take_the_place_of(path, partial, replaced)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
@@ -142,39 +157,45 @@ def clean_leftovers(directory: Path) -> None:
 
 
 def point_to(link: Path, name: str) -> None:
-    """Make `link` a symbolic link to `name` beside it; a text file with that name where there are no links."""
+    """Make `link` a symbolic link to `name` beside it; a text file with that name where there are no links. A directory
+    in its place, as copies of a run on a drive without links have it, is kept as `<link>.old`."""
     partial = partial_name(link)
     partial.unlink(missing_ok=True)
     try:
         partial.symlink_to(name)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        _say_once(f"{link.parent}: this file system has no symbolic links; {link.name} is a file that names {name}")
+    except OSError as error:  # a full or broken disk says so again when the file is written
+        what = f"has no symbolic links ({error.strerror}); {link.name} is a file that names the newest"
+        _say_of_file_system(link.parent, what)
         partial.write_text(name + "\n", encoding="utf-8")
+        sync(partial)
+    if link.is_dir() and not link.is_symlink():
+        names = (link.with_name(f"{link.name}.old{i or ''}") for i in itertools.count())
+        old = next(name for name in names if not name.exists())
+        logger.warning(f"{link}: a directory where a link belongs; kept as {old.name}")
+        link.rename(old)
     partial.replace(link)
     sync(link.parent)
 
 
 def follow(link: Path) -> Path:
     """The directory that `point_to` made `link` a name of; `link` itself where it is none."""
-    if link.is_file():
-        with suppress(OSError, ValueError):
-            if (named := link.with_name(link.read_text(encoding="utf-8").strip())).is_dir():
+    with suppress(OSError, ValueError):  # ValueError: not text, or no name
+        if link.is_file() and link.stat().st_size <= LONGEST_NAME + 1:
+            name = link.read_text(encoding="utf-8").strip()
+            if name != ".." and (named := link.with_name(name)).is_dir():
                 return named
     return link
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file and wait until it is on disk. Others may read it as far as the umask lets them:
-    safetensors itself makes files that only their owner can read. Raises OSError where it cannot be written."""
+    safetensors itself makes files that only their owner can read. Raises OSError where safetensors has its own."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        raise
     os.umask(mask := os.umask(0))
     with suppress(PermissionError):  # a file system without modes
         path.chmod(0o666 & ~mask)
@@ -192,8 +213,9 @@ def sync(path: Path) -> None:
     except OSError as error:
         # EACCES: directories that cannot be opened, as on Windows' shares. A file was open a moment ago.
         if not (error.errno in UNSUPPORTED or (error.errno == errno.EACCES and path.is_dir())):
+            error.filename = error.filename or str(path)
             raise
-        _say_once(f"{path.parent}: this file system cannot sync ({error.strerror}); a power cut may lose what is new")
+        _say_of_file_system(path, f"cannot sync ({error.strerror}); a power cut may lose what is new")
 
 
 @contextmanager
@@ -205,6 +227,54 @@ def optional(path: Path) -> Iterator[None]:
         _say_once(f"{path}: cannot be written ({error.strerror or error}); the run goes on without")
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    logger.warning(line)
+def _linked(path: Path) -> Path:
+    """The file that `path` is a link to, or would be; `path` where it is no link."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _take_the_place_of(path: Path, partial: Path, replaced: Path) -> Path:
+    """Rename `partial` to `path`. -> the hidden name that what was there has now"""
+    if path.exists():
+        if _exchange(partial, path):
+            return partial
+        path.rename(replaced)
+    try:
+        partial.rename(path)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    return replaced
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step. False, and nothing done, where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other))
+    return renameat2 is not None and renameat2(*names, RENAME_EXCHANGE) == 0
+
+
+@contextmanager
+def _in_the_name_of(path: Path, partial: Path) -> Iterator[None]:
+    """An OSError about `partial` names `path`, which is what the user knows."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(partial), str(path), 1)
+        raise
+
+
+def _say_once(line: str, key: object = None) -> None:
+    """Log a line, unless one with this key (the line itself, by default) was logged before."""
+    if (key := key or line) not in _said:
+        _said.add(key)
+        logger.warning(line)
+
+
+def _say_of_file_system(path: Path, what: str) -> None:
+    _say_once(f"{path.parent}: this file system {what}", (os.stat(path).st_dev, what))

@@ -4,13 +4,15 @@
                             ema.safetensors   their moving average, when the recipe has an [ema] section
                             config.json       {"recipe": ..., "step": 1000, ...}; itself a valid --recipe
                             encoders.json     the frozen encoders: how to embed a caption and decode latents
-    snapshots/latest -> step_00001000
+                            checksums.json    {"config.json": {"bytes": 1687, "xxh3": "83d9..."}, ...}
+    snapshots/latest -> step_00001000         a link, or a text file with that name where there are no links
 
-A directory appears under its name only when all of it is on disk. Nothing here is ever unpickled.
+A directory appears under its name only when all of it is on disk, and no file is used that is not what was written.
+Nothing here is ever unpickled. `tools/convert_checkpoint.py seal` accepts a config.json or encoders.json that somebody
+edited on purpose, as with the path that a tower has on another machine.
 """
 
-import json
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +23,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mdit.config import ModelConfig, TrainConfig, UserError, load_config
-from mdit.files import save_tensors, sync
+from mdit.documents import read_json
+from mdit.files import checksum, follow, point_to, replacing_directory, save_tensors, write_json
 from mdit.models import MicroDiT
 
 WeightKind = Literal["ema", "raw"]
+
+DOCUMENTS = ("config.json", "encoders.json")
+REQUIRED = (*DOCUMENTS, "raw.safetensors")
+CHECKSUMS = "checksums.json"
 
 # Model keys that change no weight but the position embedding, which is rebuilt when one of the first two differs.
 POSITION_KEYS = ("latent_size", "pos_interp_scale")
@@ -33,12 +40,14 @@ FREE_KEYS = POSITION_KEYS + ("capacity_factor", "caption_length")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`path` is the directory itself, never the `latest` link; `encoders` is as in a latent data set's manifest."""
+    """`path` is the directory itself, never the `latest` link; `encoders` is as in a latent data set's manifest;
+    `checksums` is what checksums.json says of every file."""
 
     path: Path
     step: int
     config: TrainConfig
     encoders: dict[str, Any]
+    checksums: dict[str, Any]
 
     def weights_file(self, kind: WeightKind = "ema") -> Path:
         """ "ema" means "raw" when the recipe has no EMA."""
@@ -47,14 +56,16 @@ class Snapshot:
     def weights(self, kind: WeightKind = "ema") -> dict[str, Tensor]:
         """State dict on the CPU, checked against the recipe's model.
 
-        Raises UserError when the file is missing or damaged, or does not fit the recipe.
+        Raises UserError when the file is missing or damaged, does not fit the recipe, or holds NaN or infinities.
         """
         path = self.weights_file(kind)
+        _compare(path, self.checksums)
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot read the weights: {error}") from None
         check_weights(weights, self.config.model, path)
+        check_numbers(weights, path)
         return weights
 
 
@@ -73,11 +84,7 @@ def save_snapshot(
     """
     path = Path(directory) / f"step_{step:08d}"
     write_snapshot(path, step=step, config_json=config_json, raw=raw, ema=ema, encoders=encoders)
-    link = path.parent / ".latest.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
-    link.replace(path.parent / "latest")
-    sync(path.parent)
+    point_to(path.parent / "latest", path.name)
     return path
 
 
@@ -90,37 +97,34 @@ def write_snapshot(
     ema: dict[str, Tensor] | None,
     encoders: dict[str, Any],
 ) -> None:
-    """Write a snapshot at `path`: under a hidden name beside it first, renamed when it is complete and on disk."""
-    partial, replaced = (path.parent / f".{path.name}.{state}" for state in ("partial", "replaced"))
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for kind, weights in (("raw", raw), ("ema", ema)):
-        if weights is not None:
+    """Write a snapshot at `path`, all of it or nothing. Raises UserError for weights that are not finite."""
+    kinds = {kind: weights for kind, weights in (("raw", raw), ("ema", ema)) if weights is not None}
+    with replacing_directory(path) as partial:
+        for kind, weights in kinds.items():
             full = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in weights.items()}
+            check_numbers(full, f"{path}: not written: {kind} weights")
             save_tensors(full, partial / f"{kind}.safetensors")
-    (partial / "config.json").write_text(json.dumps({**config_json, "step": step}, indent=2) + "\n", encoding="utf-8")
-    (partial / "encoders.json").write_text(json.dumps(encoders, indent=2) + "\n", encoding="utf-8")
-    for file in (*partial.iterdir(), partial):
-        sync(file)
-    if path.exists():
-        path.rename(replaced)
-    partial.rename(path)
-    sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+        write_json(partial / "config.json", {**config_json, "step": step})
+        write_json(partial / "encoders.json", encoders)
+        write_json(partial / CHECKSUMS, {file.name: _measure(file) for file in sorted(partial.iterdir())})
 
 
 def load_snapshot(path: str | Path) -> Snapshot:
-    """Read all but the weights. Raises UserError naming the file that is missing or damaged."""
-    path = Path(path)
-    for name in ("config.json", "encoders.json", "raw.safetensors"):
-        if not (path / name).is_file():
-            latest = path / "snapshots" / "latest"
-            hint = f"; did you mean {latest}?" if latest.exists() else ""
-            raise UserError(f"{path}: not a snapshot: it has no {name}{hint}")
-    path = path.resolve()
-    config = load_config(path / "config.json")
-    return Snapshot(path, _read_json(path / "config.json").get("step", 0), config, _read_json(path / "encoders.json"))
+    """Read all but the weights, whose sizes alone are checked. Raises UserError naming the file that is missing or not
+    what was written."""
+    directory, checksums = _open(path)
+    return _read(directory, checksums)
+
+
+def seal_snapshot(path: str | Path) -> Snapshot:
+    """Accept the documents as they are now: once they, and weights that nobody touched, are a snapshot."""
+    directory, checksums = _open(path)
+    checksums |= {name: _measure(directory / name) for name in DOCUMENTS}
+    snapshot = _read(directory, checksums)
+    snapshot.weights("raw")
+    snapshot.weights("ema")
+    write_json(directory / CHECKSUMS, checksums)
+    return snapshot
 
 
 def load_model(snapshot: Snapshot, kind: WeightKind = "ema", device: torch.device | str = "cpu") -> MicroDiT:
@@ -150,7 +154,7 @@ def initial_weights(snapshot: Snapshot, model: ModelConfig, kind: WeightKind = "
 
 
 def check_weights(weights: dict[str, Tensor], model: ModelConfig, source: str | Path) -> None:
-    """Raise UserError unless the names and shapes are exactly those of MicroDiT(model)."""
+    """Raise UserError unless names and shapes are exactly those of MicroDiT(model)."""
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in MicroDiT(model).state_dict().items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
@@ -164,8 +168,56 @@ def check_weights(weights: dict[str, Tensor], model: ModelConfig, source: str | 
             raise UserError(f"{source}: {name} {shape} belongs to no part of the recipe's model")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+def check_numbers(weights: dict[str, Tensor], source: object, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
+    """Raise UserError naming the first tensor of another dtype, else the first with a NaN or an infinity in it."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in dtypes:
+            raise UserError(f"{source}: {name} is of {tensor.dtype}, not of {' or '.join(map(str, dtypes))}")
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} is not finite")
+
+
+def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The directory that `path` names and what its checksums.json says."""
+    path = Path(path)
+    directory = follow(path)
+    for name in (*REQUIRED, CHECKSUMS):
+        if not (directory / name).is_file():
+            latest = path / "snapshots" / "latest"
+            hint = f"; did you mean {latest}?" if latest.exists() else ""
+            raise UserError(f"{path}: not a snapshot: it has no {name}{hint}")
+    file = directory.resolve() / CHECKSUMS
+    content = read_json(file)
+    checksums = content if isinstance(content, dict) else {}
+    for name in {**dict.fromkeys(REQUIRED), **checksums}:
+        entry = checksums.get(name)
+        if not isinstance(entry, dict) or {*entry} != {"bytes", "xxh3"}:
+            raise UserError(f"{file}: does not give bytes and xxh3 of {name}")
+    return file.parent, checksums
+
+
+def _read(directory: Path, checksums: dict[str, Any]) -> Snapshot:
+    for name in checksums:
+        _compare(directory / name, checksums, content=name in DOCUMENTS)
+    file = directory / "config.json"
+    config, step = load_config(file), read_json(file).get("step")
+    if type(step) is not int or step < 0:
+        raise UserError(f"{file}: step is {step!r}, which is no number of steps")
+    return Snapshot(directory, step, config, read_json(directory / "encoders.json"), checksums)
+
+
+def _measure(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "xxh3": checksum(file)}
+
+
+def _compare(file: Path, checksums: dict[str, Any], content: bool = True) -> None:
+    """Raise UserError unless a file has the size, and the content, that it was written with."""
+    if file.name not in checksums or not file.is_file():
+        raise UserError(f"{file}: is missing, here or in {CHECKSUMS}")
+    written = checksums[file.name]
+    found = _measure(file) if content else {"bytes": file.stat().st_size, "xxh3": written["xxh3"]}
+    if found != written:
+        both = "{bytes} bytes, xxh3 {xxh3}".format_map
+        way = f"; edited on purpose? tools/convert_checkpoint.py seal {file.parent}" if file.name in DOCUMENTS else ""
+        raise UserError(f"{file}: damaged or changed: {both(found)}; {CHECKSUMS} says {both(written)}{way}")

@@ -1,9 +1,15 @@
+import errno
 import importlib.util
+import math
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mdit.config import UserError
 from mdit.models import MicroDiT
@@ -129,3 +135,121 @@ def test_nothing_is_overwritten(tmp_path):
     import_file(tmp_path, released_weights())
     with pytest.raises(UserError, match="snapshot: exists already"):
         convert.import_checkpoint(tmp_path / "released.pt", tmp_path / "snapshot")
+
+
+POSITION, NORM = "pos_embed", "blocks.1.norm2.weight"
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        (NORM, lambda t: t * math.nan, f"{NORM} is not finite"),
+        (NORM, lambda t: t + math.inf, f"{NORM} is not finite"),
+        (NORM, lambda t: t.to(torch.complex64), f"{NORM} is of torch.complex64"),
+        (NORM, lambda t: t.to(torch.int8), f"{NORM} is of torch.int8"),
+        (NORM, lambda t: t.double(), f"{NORM} is of torch.float64"),
+        (NORM, lambda t: t.to_sparse(), f"{NORM} is no plain tensor"),
+        (NORM, lambda t: t.to("meta"), f"{NORM} is no plain tensor"),
+        (NORM, lambda t: "text", f"has no {NORM}"),
+        (POSITION, lambda t: t[0], "pos_embed has shape .*, and 3 dimensions in a MicroDiT"),
+        (POSITION, lambda t: t[:, :0], "pos_embed is of latents 0 wide"),
+        (POSITION, lambda t: t[:, :1].expand(1, 10**12, -1), "pos_embed is of latents 2000000 wide"),
+        (convert.FIRST_LAYER, lambda t: torch.tensor(1.0), "x_embedder.proj.weight has shape"),
+        (convert.FIRST_LAYER, lambda t: t[:, :0], r"no miniature: .*latent_channels"),
+        (convert.CAPTION_LAYER, lambda t: t[:, :0], r"no miniature: .*caption_channels"),
+    ],
+)
+def test_odd_tensors_are_one_line_and_nothing_is_written(tmp_path, name, change, message):
+    weights = released_weights()
+    weights[name] = change(weights[name])
+    with pytest.raises(UserError, match=f"released.pt.*: {message}"):
+        import_file(tmp_path, weights)
+    assert not (tmp_path / "snapshot").exists()
+
+
+def test_half_precision_is_taken_as_it_is(tmp_path):
+    weights = {name: t.bfloat16() if t.ndim > 1 else t.half() for name, t in released_weights().items()}
+    assert_same(import_file(tmp_path, weights).weights(), {name: t.float() for name, t in weights.items()})
+
+
+@pytest.fixture(scope="module")
+def files_of_weights(tmp_path_factory):
+    """The same weights in PyTorch's two formats."""
+    folder, weights = tmp_path_factory.mktemp("files"), released_weights()
+    torch.save(weights, folder / "zip.pt")
+    torch.save(weights, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    return weights, [(folder / f"{name}.pt").read_bytes() for name in ("zip", "legacy")]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_gives_the_same_weights(tmp_path, files_of_weights, data):
+    """A byte changed anywhere, or the end cut off. (PyTorch's older format has no checksums of its numbers.)"""
+    weights, (zipped, legacy) = files_of_weights
+    content = data.draw(st.sampled_from([zipped, legacy]))
+    place = data.draw(st.integers(0, len(content) - 1))
+    cut, byte = data.draw(st.booleans()), data.draw(st.integers(0, 255))
+    damaged = content[:place] if cut else content[:place] + bytes([byte]) + content[place + 1 :]
+    (tmp_path / "damaged.pt").write_bytes(damaged)
+    shutil.rmtree(tmp_path / "snapshot", ignore_errors=True)
+    try:
+        convert.import_checkpoint(tmp_path / "damaged.pt", tmp_path / "snapshot")
+    except UserError as error:
+        assert "damaged.pt" in str(error)
+        return
+    if content is zipped:
+        assert_same(load_snapshot(tmp_path / "snapshot").weights(), weights)
+
+
+def test_a_pickle_that_nests_without_end_is_refused(tmp_path):
+    (tmp_path / "released.pt").write_bytes(b"\x80\x02]q\x00" + b"(" * 10_000 + b".")
+    with pytest.raises(UserError, match="released.pt: refused"):
+        convert.import_checkpoint(tmp_path / "released.pt", tmp_path / "snapshot")
+
+
+def test_export_replaces_a_file_only_when_told_to_and_then_all_of_it(tmp_path, monkeypatch):
+    weights = released_weights()
+    import_file(tmp_path, weights)
+    out = tmp_path / "back.pt"
+    out.write_bytes(b"precious")
+    with pytest.raises(UserError, match="back.pt: exists already; --overwrite"):
+        convert.export_checkpoint(tmp_path / "snapshot", out, "raw")
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError):
+            convert.export_checkpoint(tmp_path / "snapshot", out, "raw", overwrite=True)
+    assert out.read_bytes() == b"precious" and not list(tmp_path.glob(".*"))
+    convert.export_checkpoint(tmp_path / "snapshot", out, "raw", overwrite=True)
+    assert_same(torch.load(out, weights_only=True), weights)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_pytorchs_own_account_of_a_full_disk_is_an_os_error():
+    with pytest.raises(OSError, match="No space left on device"), open("/dev/full", "wb") as file:
+        convert.save_pickled(released_weights(), file)
+
+
+def test_the_command_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    import_file(tmp_path, released_weights())
+    snapshot, out = str(tmp_path / "snapshot"), str(tmp_path / "nowhere" / "x.pt")
+    capsys.readouterr()
+    for arguments, line in (
+        (["import", str(tmp_path / "absent.pt"), out], f"error: {tmp_path}/absent.pt: No such file or directory"),
+        (["import", str(tmp_path), out], f"error: {tmp_path}: Is a directory"),
+        (["export", snapshot, out], f"error: {out}: No such file or directory"),
+        (["export", snapshot, snapshot], f"error: {snapshot}: Is a directory"),
+        (["seal", str(tmp_path)], f"error: {tmp_path}: not a snapshot: it has no config.json"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            convert.main()
+        assert (stop.value.code, capsys.readouterr().err) == (2, line + "\n")
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", "seal", snapshot])
+    with pytest.raises(SystemExit) as stop:
+        convert.main()
+    assert (stop.value.code, capsys.readouterr().out) == (0, snapshot + "\n")

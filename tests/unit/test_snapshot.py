@@ -1,14 +1,19 @@
+import errno
 import json
+import math
 import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mdit.snapshot
 from mdit.config import DEFAULT_RECIPE, UserError, load_config
+from mdit.files import checksum
 from mdit.models import MicroDiT
-from mdit.snapshot import initial_weights, load_model, load_snapshot, save_snapshot
+from mdit.snapshot import initial_weights, load_model, load_snapshot, save_snapshot, seal_snapshot
 
 ENCODERS = {"image": {"id": "pixels"}, "text": {"id": "minilm"}}
 SMALL = [
@@ -38,6 +43,19 @@ def save(directory, config, step=1000, **changes):
     values = dict(raw=weights_of(config, 0), ema=weights_of(config, 1), encoders=ENCODERS)
     recipe = config.model_dump(mode="json", exclude_none=True)
     return save_snapshot(directory, step=step, config_json={"recipe": recipe}, **{**values, **changes})
+
+
+def record(path, *names):
+    """Write into checksums.json what files are now."""
+    checksums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+    for name in names:
+        checksums[name] = {"bytes": (path / name).stat().st_size, "xxh3": checksum(path / name)}
+    (path / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
+
+
+def load_all(path):
+    snapshot = load_snapshot(path)
+    return snapshot, snapshot.weights("raw"), snapshot.weights("ema")
 
 
 def test_what_was_saved_is_loaded_bit_for_bit(tmp_path):
@@ -119,16 +137,106 @@ def test_not_a_snapshot(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     path = save(tmp_path, small_config())
     (path / "raw.safetensors").write_bytes((path / "raw.safetensors").read_bytes()[:-1])
+    with pytest.raises(UserError, match="raw.safetensors: damaged or changed"):
+        load_snapshot(path)  # a size is seen without reading
+    record(path, "raw.safetensors")
     with pytest.raises(UserError, match="raw.safetensors: cannot read"):
         load_snapshot(path).weights("raw")
     (path / "encoders.json").write_text('{"image": ')
+    with pytest.raises(UserError, match="encoders.json: damaged or changed"):
+        load_snapshot(path)
+    record(path, "encoders.json")
     with pytest.raises(UserError, match="encoders.json: not valid JSON"):
         load_snapshot(path)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("snapshots"), small_config())
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_flipped_bit_is_an_error_that_names_its_file(written, data):
+    file = written / data.draw(st.sampled_from(sorted(path.name for path in written.iterdir())))
+    content = file.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(damaged)
+    try:
+        with pytest.raises(UserError, match=rf"{file.name}|checksums.json"):
+            load_all(written)
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["config.json", "encoders.json", "raw.safetensors", "ema.safetensors"])
+def test_a_file_of_another_snapshot_is_an_error(tmp_path, name):
+    config = small_config()
+    path, other = save(tmp_path / "a", config), tmp_path / "b"
+    changed = dict(raw=weights_of(config, 2), ema=weights_of(config, 3), encoders=ENCODERS | {"text": {"id": "t5"}})
+    other = save(other, small_config("seed=9"), **changed)
+    (path / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(UserError, match="damaged or changed"):
+        load_all(path)
+    (path / name).unlink()
+    with pytest.raises(UserError, match=name):
+        load_all(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"config.json": 1}', "{}", '{"raw.safetensors": {"bytes": 1}}'])
+def test_odd_checksums_are_one_line(tmp_path, content):
+    path = save(tmp_path, small_config())
+    (path / "checksums.json").write_text(content)
+    with pytest.raises(UserError, match="checksums.json: does not give bytes and xxh3 of config.json"):
+        load_snapshot(path)
+
+
+def test_documents_edited_on_purpose_are_sealed_and_weights_are_not(tmp_path):
+    path = save(tmp_path, small_config())
+    edited = ENCODERS | {"text": {"id": "minilm", "max_tokens": 77, "channels": 384}}
+    (path / "encoders.json").write_text(json.dumps(edited))
+    with pytest.raises(UserError, match="encoders.json: damaged or changed: .*tools/convert_checkpoint.py seal"):
+        load_snapshot(path)
+    seal_snapshot(tmp_path / "latest")
+    assert load_snapshot(path).encoders == edited
+    raw = path / "raw.safetensors"
+    raw.write_bytes(raw.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="raw.safetensors: damaged or changed"):
+        seal_snapshot(path)
+
+
+@pytest.mark.parametrize("kind", ["raw", "ema"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_written(tmp_path, kind, number):
+    config = small_config()
+    save(tmp_path, config, step=1)
+    weights = weights_of(config, 0)
+    weights["blocks.1.norm2.weight"][7] = number
+    message = f"step_00000002: not written: {kind} weights: blocks.1.norm2.weight is not finite"
+    with pytest.raises(UserError, match=message):
+        save(tmp_path, config, step=2, **{kind: weights})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_latest_is_a_file_where_there_are_no_links(tmp_path, monkeypatch):
+    def no_links(*names, **options):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "symlink", no_links)
+    for step in (1, 2):
+        path = save(tmp_path, small_config(), step=step)
+        assert (tmp_path / "latest").is_file()
+        assert load_snapshot(tmp_path / "latest").path == path
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
+        (lambda w: w["x_embedder.proj.weight"].view(-1)[3:4].fill_(math.nan), "x_embedder.proj.weight is not finite"),
+        (lambda w: w["pos_embed"].view(-1)[-1:].fill_(-math.inf), "pos_embed is not finite"),
+        (lambda w: w.update(mask_token=w["mask_token"].half()), "mask_token is of torch.float16, not of torch.float32"),
         (lambda w: w.pop("blocks.1.norm2.weight"), r"has no blocks.1.norm2.weight.*\(32,\)"),
         (lambda w: w.update(extra=torch.zeros(3)), r"extra \(3,\) belongs to no part"),
         (
@@ -142,6 +250,7 @@ def test_weights_that_do_not_fit_their_recipe(tmp_path, damage, message):
     path, weights = save(tmp_path, config), weights_of(config, 0)
     damage(weights)
     save_file(weights, path / "raw.safetensors")
+    record(path, "raw.safetensors")
     with pytest.raises(UserError, match=rf"raw.safetensors: {message}"):
         load_snapshot(path).weights("raw")
 
@@ -174,6 +283,7 @@ def test_the_recipe_is_checked(tmp_path):
     content = json.loads((path / "config.json").read_text())
     content["recipe"]["model"]["dpth"] = 3
     (path / "config.json").write_text(json.dumps(content))
+    record(path, "config.json")
     with pytest.raises(UserError, match="config.json: unknown key model.dpth"):
         load_snapshot(path)
 

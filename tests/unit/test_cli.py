@@ -1,0 +1,113 @@
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mdit.cli import run
+from mdit.documents import UserError
+
+
+def ending(function, capsys, **options):
+    """-> exit code, stdout, stderr"""
+    with pytest.raises(SystemExit) as stop:
+        run(function, **options)
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+def raising(error):
+    def command():
+        print("begun")
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("recipe.toml: seed is -1"), 2, "error: recipe.toml: seed is -1"),
+        (UserError("two\nlines"), 2, "error: two lines"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "error: a/b: No such file or directory"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device"),
+        (OSError(18, "Cross-device link", "a", None, "b"), 2, "error: a: b: Cross-device link"),
+        (OSError(5, "Input/output error", b"bytes\nname"), 2, "error: bytes name: Input/output error"),
+        (TimeoutError("timed out"), 2, "error: timed out"),
+        (ConnectionError(), 2, "error: ConnectionError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_every_error_is_one_line_and_a_code(error, code, line, capsys):
+    assert ending(raising(error), capsys) == (code, "begun\n", line + "\n")
+    assert ending(raising(error), capsys, tells=lambda: False) == (code, "begun\n", "")
+
+
+def test_results_are_exit_codes(capsys):
+    assert ending(lambda: None, capsys)[0] == 0
+    assert ending(lambda: 3, capsys)[0] == 3
+    assert ending(lambda: sys.exit(7), capsys)[0] == 7
+
+
+def test_what_only_we_can_break_keeps_its_traceback(capsys):
+    with pytest.raises(AssertionError):
+        run(raising(AssertionError()))
+
+
+def test_where_an_error_came_from_can_be_asked(monkeypatch):
+    monkeypatch.setenv("MDIT_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        run(raising(UserError("x")))
+
+
+def test_text_beyond_the_terminals_encoding_is_escaped(monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def command():
+        print("café 漢 \udcff")
+        raise UserError("漢.toml: is missing")
+
+    with pytest.raises(SystemExit):
+        run(command)
+    assert out.buffer.getvalue() == rb"caf\xe9 \u6f22 \udcff" + b"\n"
+    assert err.buffer.getvalue() == rb"error: \u6f22.toml: is missing" + b"\n"
+
+
+PRINTING = """
+from mdit.cli import run
+
+def command():
+    for _ in range({lines}):
+        print("a line", end={end!r})
+
+run(command)
+"""
+
+
+def program(lines, end="\n"):
+    return [sys.executable, "-c", PRINTING.format(lines=lines, end=end)]
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_nobody_reads_any_more(lines):
+    """Whether the pipe breaks while the command prints or when the rest is written at its end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        ended = subprocess.run(program(lines), stdout=stdout, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_behind_stdout():
+    with open("/dev/full", "wb") as stdout:
+        ended = subprocess.run(program(1), stdout=stdout, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (2, b"error: No space left on device\n")
+
+
+def test_no_stdout_at_all():
+    command = " ".join(f"'{part}'" if i < 2 else '"$P"' for i, part in enumerate(program(1))) + " >&-"
+    ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, env={**os.environ, "P": program(1)[2]})
+    assert (ended.returncode, ended.stderr) == (0, b"")
