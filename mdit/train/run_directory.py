@@ -35,6 +35,7 @@ from mdit.train.checkpoint import (
     complete_checkpoints,
     find_latest,
     gather,
+    latest_step,
     on_first,
     read_state,
     step_in,
@@ -104,10 +105,9 @@ class RunDirectory:
     def check_saved(self, step: int) -> None:
         """Raise UserError where the last attempt to save something has failed."""
         for what, error in self._failed.items():
-            raise UserError(
-                f"stopped at step {step}, but its {what} is not saved: {explain(error)}; what was saved before is "
-                "there, and the same command goes on from it"
-            )
+            last = latest_step(self.path / CHECKPOINTS)
+            there = f"the last checkpoint is of step {last}: the same command goes on from it" if last else "no checkpoint"
+            raise UserError(f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}")
 
     def _take(self) -> None:
         check_place(self.path)
