@@ -26,7 +26,7 @@ from mdit.config import TrainConfig, UserError, parse_section
 from mdit.data.manifest import MANIFEST
 from mdit.dist import World, logger, on_all_ranks
 from mdit.documents import parse_json, read_json
-from mdit.files import checksum, clean_leftovers, sync, write_json, write_text
+from mdit.files import checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.models import MicroDiT
 from mdit.snapshot import load_snapshot
 from mdit.train.checkpoint import (
@@ -143,13 +143,14 @@ class RunDirectory:
         if self.checkpoint is not None:  # it goes on from itself, so they need not be there any more
             if init_from is not None and recorded is None:
                 raise UserError(f"--init_from {init_from}: {self.path} was begun without it; {CHOICES}")
-            if init_from is not None and recorded["snapshot"] != str(init_from.resolve()):
+            if init_from is not None and recorded["snapshot"] != str(follow(init_from).resolve()):
                 logger.warning(f"--init_from {init_from}: not read; {self.path} was begun with {recorded['snapshot']}")
             return recorded
         now = None
         if init_from is not None:
             snapshot = load_snapshot(init_from)
-            now = {"snapshot": str(snapshot.path), "step": snapshot.step, "xxh3": checksum(snapshot.weights_file())}
+            xxh3 = snapshot.checksums[snapshot.weights_file().name]["xxh3"]
+            now = {"snapshot": str(snapshot.path), "step": snapshot.step, "xxh3": xxh3}
         if before is not None and (recorded or {}).get("xxh3") != (now or {}).get("xxh3"):
             was, asked = map(describe_weights, (recorded, now))
             raise UserError(f"{self.path / CONFIG}: this run was begun with {was}, now it is {asked}; {CHOICES}")
