@@ -91,6 +91,15 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file; where the last one is torn (a kill, a full disk), behind its end."""
+    with path.open("a+b") as file:
+        if size := file.tell():
+            file.seek(size - 1)
+        torn = bool(size) and file.read(1) != b"\n"
+        file.write(b"\n" * torn + line.encode() + b"\n")
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a whole JSON file. Raises ValueError for NaN and infinities."""
     write_text(path, to_json(values))

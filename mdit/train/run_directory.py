@@ -26,7 +26,7 @@ from mdit.config import TrainConfig, UserError, parse_section
 from mdit.data.manifest import MANIFEST
 from mdit.dist import World, logger, on_all_ranks
 from mdit.documents import parse_json, read_json
-from mdit.files import checksum, clean_leftovers, follow, sync, write_json, write_text
+from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.models import MicroDiT
 from mdit.snapshot import load_snapshot
 from mdit.train.checkpoint import (
@@ -294,14 +294,9 @@ def check_space(path: Path, config: TrainConfig) -> None:
 
 
 def append_start(path: Path, values: dict[str, Any]) -> None:
-    """One line more in starts.jsonl, on a line of its own even after a torn one."""
-    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(), "pid": os.getpid()}
-    with path.open("a+b") as file:
-        if end := file.tell():
-            file.seek(end - 1)
-            torn = file.read(1) != b"\n"
-            file.write(b"\n" * torn)
-        file.write(json.dumps(line | values).encode() + b"\n")
+    """One line more in starts.jsonl."""
+    here = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(), "pid": os.getpid()}
+    append_line(path, json.dumps(here | values))
     sync(path)
 
 
