@@ -134,9 +134,12 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
+    """A step whose gradient is not finite is skipped; the run ends when that happens `max_skipped_in_a_row` times."""
+
     num_steps: PositiveInt
     global_batch_size: PositiveInt
     mask_ratio: Annotated[float, Field(ge=0, lt=1)]
+    max_skipped_in_a_row: PositiveInt = 10
 
 
 class OptimConfig(Section):

@@ -95,7 +95,7 @@ class Trial:
         self._marks.put("data")
         batch = next(self._batches)
         self._marks.put("forward")
-        loss = optimizer_step(self.engine, batch, self._steps, self.config)
+        loss = optimizer_step(self.engine, batch, self._steps, self.config).mean()
         self._marks.put("optimizer")
         self._steps += 1
         if self.ema is not None:
@@ -146,7 +146,7 @@ class Trial:
 
     def reset(self) -> None:
         """As at the start: the same weights, moments of zero, step 0, the same batches and random numbers again."""
-        self.engine.begin_at(0)
+        self.engine.clear_moments()
         whole = dict(draw_model(self.config, self.world.device).named_parameters())
         with torch.no_grad():
             for piece in self.engine.pieces():

@@ -66,7 +66,12 @@ def denoise(
 
 
 def edm_loss(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, draw: Draw, sigma_data: float) -> Tensor:
-    """Mean over samples and kept patches of lambda(sigma) |D(x + sigma n) - x|^2 (equation 8). A scalar, float32.
+    """Mean over samples and kept patches of lambda(sigma) |D(x + sigma n) - x|^2 (equation 8). A scalar, float32."""
+    return edm_losses(net, latents_NCHW, captions_NLC, draw, sigma_data).mean()
+
+
+def edm_losses(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, draw: Draw, sigma_data: float) -> Tensor:
+    """(N,) float32: the loss of every sample, a mean over its kept patches, of which all samples have equally many.
 
     Deterministic given its arguments. Dropped captions are all zeros, as classifier-free guidance expects them.
     """
@@ -78,9 +83,9 @@ def edm_loss(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, draw: Dr
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     error = weight * (denoised - latents) ** 2
     if draw.mask is None:
-        return error.mean()
+        return error.flatten(1).mean(1)
     kept = draw.mask.image(*latents.shape[-2:])
-    return (error * kept).sum() / (kept.sum() * latents.shape[1])
+    return (error * kept).flatten(1).sum(1) / (kept.flatten(1).sum(1) * latents.shape[1])
 
 
 def denoiser(net: Callable, captions_NLC: Tensor, sigma_data: float, guidance: float = 1.0) -> Denoiser:

@@ -149,6 +149,9 @@ def _bf16_section(ds_json: dict, bf16_works: bool, path) -> dict:
         enabled = bf16_works
     if not isinstance(enabled, bool):
         raise UserError(f'{path}: bf16.enabled = {enabled!r}: expected true, false or "auto"')
+    if section.get("check_grad_overflow", True) is not True:
+        value = section["check_grad_overflow"]
+        raise UserError(f"{path}: bf16.check_grad_overflow = {value!r}: expected true, else NaN reaches the weights")
     return section | {"enabled": enabled}
 
 

@@ -21,7 +21,7 @@ from mdit.models import MicroDiT
 from mdit.parallel import expert
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.shard import gather_whole, shard_of
-from mdit.train.optim import build_optimizer, moments, set_moments
+from mdit.train.optim import build_optimizer, moments, set_moments, step_count
 from mdit.train.pieces import Piece
 
 
@@ -82,10 +82,19 @@ class Engine:
     def backward_and_step(self, loss: Tensor) -> None:
         """Accumulate; the last micro-batch of a step also clips and updates the weights."""
         self.deepspeed.backward(loss)
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
+        if boundary and self.stage == 3 and not self.step_applied:
+            self._gather_persistent()
+
+    @property
+    def step_applied(self) -> bool:
+        """Whether the last optimizer step changed anything: DeepSpeed skips it, on all ranks alike, where the gradient's
+        norm is not finite. Costs no wait: clipping has read the norm already."""
+        return self.deepspeed.was_step_applied()
 
     def gradient_norm(self) -> float:
-        """Global norm before clipping, of the last optimizer step."""
+        """Global norm before clipping, of the last optimizer step; infinity where that was skipped."""
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
     def full_weights(self, partitions: list[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -123,15 +132,27 @@ class Engine:
 
     def optimizer_state(self) -> dict[str, list[Tensor]]:
         """This rank's masters and Adam moments: for each kind one flat float32 tensor a partition. Views, no copies."""
+        if not moments(self.zero.optimizer, self.masters[0]):  # no step has been taken, or all were skipped
+            self.clear_moments()
         state = {"master": [master.detach() for master in self.masters]}
         of_masters = [moments(self.zero.optimizer, master) for master in self.masters]
         return state | {key: [found[key] for found in of_masters] for key in of_masters[0]}
 
-    def begin_at(self, step: int) -> None:
-        """The optimizer as after `step` steps, with moments of zero: what `optimizer_state` gives is to be filled."""
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that Adam has taken: fewer than the run's where some were skipped."""
+        return step_count(self.zero.optimizer, self.masters[0])
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for master in self.masters:
+            set_moments(self.zero.optimizer, master, **moments(self.zero.optimizer, master), step=steps)
+
+    def clear_moments(self) -> None:
+        """Put the optimizer to before its first step, with moments of zero."""
         for master in self.masters:
             zeros = [torch.zeros_like(master) for _ in range(2)]
-            set_moments(self.zero.optimizer, master, *zeros, step)
+            set_moments(self.zero.optimizer, master, *zeros, step=0)
 
     @torch.no_grad()
     def _fill_masters(self, partitions: list[Tensor]) -> None:
@@ -151,6 +172,12 @@ class Engine:
                 zero.fp16_partitioned_groups[i], zero.unflatten(flat, zero.fp16_partitioned_groups[i])
             ):
                 part.data = value.data
-        if zero.persistent_parameters:  # small ones stay whole on every rank between steps
+        if zero.persistent_parameters:
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        """ZeRO 3's small parameters stay whole on every rank between steps: its forward pass counts on that. A step that
+        is skipped leaves them in parts."""
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)

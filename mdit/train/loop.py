@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from mdit.config import ReportConfig, TrainConfig
+from mdit.config import ReportConfig, TrainConfig, UserError
 from mdit.data.loader import Batch, build_loader
-from mdit.diffusion.edm import draw, edm_loss
+from mdit.diffusion.edm import draw, edm_losses
 from mdit.dist import StopSignal, World, logger
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
@@ -22,6 +22,7 @@ from mdit.train.evaluation import Evaluation
 from mdit.train.metrics import Metrics, Stopwatch, memory_gib
 from mdit.train.optim import learning_rate
 from mdit.train.run_directory import CHECKPOINTS, RunDirectory
+from mdit.train.skipped import SkippedSteps, last_checkpoint, require_finite
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def train(run: Run, directory: RunDirectory) -> int:
     """Train, or go on training, to the recipe's last step; returns the step reached. A collective over all ranks.
 
     Stops early, with a checkpoint, when any rank receives SIGTERM or SIGUSR1, or when there is a file run_dir/STOP.
+    Raises UserError, without one, when steps do not stop being skipped or weights are not finite (mdit.train.skipped).
     """
     config, world, report = run.config, run.world, run.config.report
+    checkpoints = directory.path / CHECKPOINTS
 
     torch.manual_seed(config.seed)
     model = MicroDiT(config.model)
@@ -66,12 +69,12 @@ def train(run: Run, directory: RunDirectory) -> int:
     parallelize(model, run.settings, plan)
     engine = Engine(model, config, run.ds_config, plan)
     ema = EMA(config.ema, engine.masters) if config.ema else None
-    losses = LossAverage(world)
+    losses, skipped = LossAverage(world), SkippedSteps(config.training.max_skipped_in_a_row, world)
 
     step = 0
     if (checkpoint := directory.checkpoint) is not None:
         step = checkpoint.step
-        restore(checkpoint, run, engine, ema, losses)
+        restore(checkpoint, run, engine, ema, losses, skipped)
         logger.info(f"resuming at step {step} of {config.training.num_steps}")
     first_step = step
 
@@ -90,15 +93,17 @@ def train(run: Run, directory: RunDirectory) -> int:
         engine=run.settings.data_engine,
     )
 
-    with loader:
+    with loader, metrics:
         while True:
             done = step >= config.training.num_steps
             stopping = stop.agreed()
 
             if step > first_step and (step % report.log_every == 0 or done):
-                report_progress(step, engine, losses, stopwatch, config, metrics)
+                report_progress(step, engine, losses, skipped, stopwatch, config, metrics)
             if due := due_at(step, first_step, report, done=done, stopping=stopping):
                 stopwatch.pause()
+            if due & {"snapshot", "checkpoint"}:
+                require_finite(step, state_tensors(engine, ema), engine.pieces(), checkpoints, world)
             if "validate" in due:
                 evaluation.validate(step, engine, ema, metrics)
             if "sample" in due:
@@ -106,24 +111,37 @@ def train(run: Run, directory: RunDirectory) -> int:
             if "snapshot" in due:
                 directory.attempt("snapshot", step, partial(evaluation.save_snapshot, step, engine, ema))
             if "checkpoint" in due:
-                directory.attempt("checkpoint", step, partial(save, run, directory, step, engine, ema, losses))
+                write = partial(save, run, directory, step, engine, ema, losses, skipped)
+                directory.attempt("checkpoint", step, write)
             if done or stopping:
                 break
 
             stopwatch.start()
             with stopwatch.waiting():
                 batch = next(loader)
-            losses.add(optimizer_step(engine, batch, step, config))
+            losses_N = optimizer_step(engine, batch, step, config)
             step += 1
-            if ema is not None:
-                ema.update(step)
+            if engine.step_applied:
+                skipped.in_a_row = 0
+                losses.add(losses_N.mean())
+                if ema is not None:
+                    ema.update(step)
+            else:
+                skipped.add(step, batch, losses_N)
             stopwatch.count_step()
             metrics.advance(step)
+            if skipped.too_many:
+                report_progress(step, engine, losses, skipped, stopwatch, config, metrics)
+                raise UserError(
+                    f"{run.run_dir}: stopped at step {step}: {skipped.in_a_row} steps in a row were skipped "
+                    f"(training.max_skipped_in_a_row = {skipped.limit}); in this one {skipped.reason}; "
+                    f"{last_checkpoint(checkpoints)}"
+                )
 
-    metrics.close()
     directory.check_saved(step)
     if done:
-        logger.info(f"finished at step {step}: {run.run_dir / 'snapshots' / 'latest'}")
+        counted = f" ({skipped.total} of them skipped: not finite)" if skipped.total else ""
+        logger.info(f"finished at step {step}{counted}: {run.run_dir / 'snapshots' / 'latest'}")
     else:
         logger.info(f"stopped at step {step}; the same command goes on from there")
     return step
@@ -147,23 +165,23 @@ def due_at(step: int, first_step: int, report: ReportConfig, *, done: bool, stop
 
 
 def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig) -> torch.Tensor:
-    """One step on this rank's share of the global batch, micro-batch by micro-batch -> the share's mean loss."""
+    """One step on this rank's share of the global batch, micro-batch by micro-batch -> (N,) the loss of each sample."""
     engine.set_learning_rate(learning_rate(step, config.training.num_steps, config.optim))
     share = len(batch.latents_NCHW)
     start = engine.plan.data_rank * share
     drawn = draw(config, step, slice(start, start + share), engine.world.device)
-    total = torch.zeros((), device=engine.world.device)
+    losses = []
     for rows in engine.micro_batches(share):
-        loss = edm_loss(
+        losses_N = edm_losses(
             engine, batch.latents_NCHW[rows], batch.captions_NLC[rows], drawn[rows], config.noise.sigma_data
         )
-        engine.backward_and_step(loss)
-        total += loss.detach() * (rows.stop - rows.start) / share
-    return total
+        engine.backward_and_step(losses_N.mean())
+        losses.append(losses_N.detach())
+    return torch.cat(losses)
 
 
 class LossAverage:
-    """Mean loss since the last report. Kept on the device, so that no step waits for a number."""
+    """Mean loss of the steps since the last report. Kept on the device, so that no step waits for a number."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -174,7 +192,7 @@ class LossAverage:
         self.sum_and_count[1] += 1
 
     def read(self) -> float:
-        """Over all ranks; starts anew. A collective."""
+        """Over all ranks, NaN where no step was added; starts anew. A collective."""
         total = self.sum_and_count.clone()
         torch.distributed.all_reduce(total)
         self.sum_and_count.zero_()
@@ -189,11 +207,17 @@ class LossAverage:
 
 
 def report_progress(
-    step: int, engine: Engine, losses: LossAverage, stopwatch: Stopwatch, config: TrainConfig, metrics: Metrics
+    step: int,
+    engine: Engine,
+    losses: LossAverage,
+    skipped: SkippedSteps,
+    stopwatch: Stopwatch,
+    config: TrainConfig,
+    metrics: Metrics,
 ) -> None:
     steps, seconds, waited = stopwatch.read()
     loss, images_per_second = losses.read(), steps * config.training.global_batch_size / seconds
-    metrics.show(loss, images_per_second)
+    metrics.show(step, loss, images_per_second)
     metrics.write(
         step,
         "train",
@@ -201,6 +225,7 @@ def report_progress(
             "loss": loss,
             "learning_rate": learning_rate(step - 1, config.training.num_steps, config.optim),
             "gradient_norm": engine.gradient_norm(),
+            "skipped_steps": skipped.total,
             "images_per_second": images_per_second,
             "step_seconds": seconds / steps,
             "data_wait_share": waited / seconds,
@@ -214,13 +239,21 @@ def state_tensors(engine: Engine, ema: EMA | None) -> dict[str, list[torch.Tenso
     return engine.optimizer_state() | ({"ema": ema.partitions} if ema else {})
 
 
-def save(run: Run, directory: RunDirectory, step: int, engine: Engine, ema: EMA | None, losses: LossAverage) -> None:
+def save(
+    run: Run,
+    directory: RunDirectory,
+    step: int,
+    engine: Engine,
+    ema: EMA | None,
+    losses: LossAverage,
+    skipped: SkippedSteps,
+) -> None:
     save_training_state(
         directory.path / CHECKPOINTS,
         step,
         state_tensors(engine, ema),
         engine.pieces(),
-        memory=losses.memory(),
+        memory=losses.memory() | skipped.memory() | {"optimizer_steps": engine.optimizer_steps},
         run=directory.run,
         layout=run.layout,
         world=run.world,
@@ -228,8 +261,12 @@ def save(run: Run, directory: RunDirectory, step: int, engine: Engine, ema: EMA 
     )
 
 
-def restore(checkpoint: Checkpoint, run: Run, engine: Engine, ema: EMA | None, losses: LossAverage) -> None:
-    engine.begin_at(checkpoint.step)
+def restore(
+    checkpoint: Checkpoint, run: Run, engine: Engine, ema: EMA | None, losses: LossAverage, skipped: SkippedSteps
+) -> None:
     tensors = state_tensors(engine, ema)
-    losses.recall(load_into(checkpoint, tensors, engine.pieces(), layout=run.layout, world=run.world))
+    kept = load_into(checkpoint, tensors, engine.pieces(), layout=run.layout, world=run.world)
+    engine.optimizer_steps = int(kept["optimizer_steps"])
+    losses.recall(kept)
+    skipped.recall(kept)
     engine.refresh_parameters()

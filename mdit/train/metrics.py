@@ -1,8 +1,9 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, a progress bar. Only rank 0 writes."""
+"""Records of a run: metrics.jsonl, TensorBoard events, a progress bar. Only rank 0 writes."""
 
 import json
-import os
+import math
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from mdit.dist import World
+from mdit.dist import World, logger
+from mdit.documents import UserError, parse_json
+from mdit.files import append_line, write_text
 
 
 class Metrics:
-    """Rank 0's record of a run from `first_step` on; on the other ranks every call does nothing."""
+    """Rank 0's record of a run from `first_step` on; on the other ranks every call does nothing. A context manager."""
 
     def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, world: World) -> None:
         self.active = world.is_first
@@ -27,16 +30,26 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         forget_after(self.path, first_step)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self.progress = Progress(first_step, num_steps)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.active:
+            self.progress.close()
+            self.board.close()
 
     def write(self, step: int, group: str, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl; on TensorBoard one scalar "group/name" for each value."""
+        """One line of metrics.jsonl; on TensorBoard one scalar "group/name" for each value. What is not finite is null
+        in the one and missing in the other: JSON has no NaN."""
         if not self.active:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        append_line(self.path, json.dumps({"step": step, **values}, allow_nan=False))
         for name, value in values.items():
-            self.board.add_scalar(f"{group}/{name}", value, step)
+            if value is not None:
+                self.board.add_scalar(f"{group}/{name}", value, step)
 
     def write_image(self, step: int, name: str, image: Image) -> None:
         if self.active:
@@ -45,16 +58,35 @@ class Metrics:
 
     def advance(self, step: int) -> None:
         if self.active:
+            self.progress.advance(step)
+
+    def show(self, step: int, loss: float, images_per_second: float) -> None:
+        if self.active:
+            self.progress.show(step, f"loss {loss:.4f}, {images_per_second:.0f} images/s")
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line for every report. A run goes on when the terminal, or what reads its lines,
+    goes away: tqdm and logging give up by themselves."""
+
+    def __init__(self, first_step: int, num_steps: int) -> None:
+        self.num_steps, self.bar = num_steps, None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def show(self, loss: float, images_per_second: float) -> None:
-        if self.active:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.0f} images/s")
+    def show(self, step: int, text: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            logger.info(f"step {step} of {self.num_steps}: {text}")
 
     def close(self) -> None:
-        if self.active:
+        if self.bar is not None:
             self.bar.close()
-            self.board.close()
 
 
 class Stopwatch:
@@ -100,16 +132,33 @@ def memory_gib(device: torch.device) -> float:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps (and a torn last line): a resumed run writes them again."""
+    """Drop the lines of later steps: a resumed run writes them again. Lines that say nothing of a step, as a kill may
+    leave one, go to a file beside it, with a warning: nothing that was written is lost, and what stays can be read."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    content = path.read_bytes()
+    kept, odd = [], []
+    for line in filter(bytes.strip, content.splitlines()):
+        reached = step_of(line)
+        if reached is None:
+            odd.append(line)
+        elif reached <= step:
+            kept.append(line)
+    if odd:
+        aside = path.with_name(path.name + ".damaged")
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for line in odd)
+        logger.warning(f"{path}: {len(odd)} lines are not of the form {{\"step\": 1, ...}}: they are in {aside.name} now")
+    text = b"".join(line + b"\n" for line in kept)
+    if text != content:
+        write_text(path, text.decode())
+
+
+def step_of(line: bytes) -> int | None:
+    """The step that a line of metrics.jsonl is of; None where it is no such line."""
+    try:
+        values = parse_json(line, "")
+    except UserError:
+        return None
+    found = values.get("step") if isinstance(values, dict) else None
+    return found if type(found) is int else None

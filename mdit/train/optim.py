@@ -90,6 +90,14 @@ def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Te
     return {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
 
 
+def step_count(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
+    """The t of the formula above: steps that the optimizer has taken on a parameter."""
+    if parameter not in optimizer.state:
+        return 0
+    state = optimizer.state[parameter]
+    return int(state["step"] if "step" in state else _group_of(optimizer, parameter)["step"])
+
+
 def set_moments(
     optimizer: torch.optim.Optimizer, parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int
 ) -> None:
@@ -108,9 +116,13 @@ def set_moments(
     elif package == "deepspeed":
         state["step"] = step
     else:
-        (group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-        group["step"] = step
+        _group_of(optimizer, parameter)["step"] = step
     optimizer.state[parameter] = state
+
+
+def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict:
+    (group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return group
 
 
 # What an implementation needs, found out without compiling or importing it.

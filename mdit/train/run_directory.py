@@ -25,7 +25,7 @@ from mdit.cli import explain
 from mdit.config import TrainConfig, UserError, parse_section
 from mdit.data.manifest import MANIFEST
 from mdit.dist import World, logger, on_all_ranks
-from mdit.documents import parse_json, read_json
+from mdit.documents import read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.models import MicroDiT
 from mdit.snapshot import load_snapshot
@@ -41,6 +41,7 @@ from mdit.train.checkpoint import (
     step_in,
 )
 from mdit.train.lock import Lock
+from mdit.train.metrics import step_of
 from mdit.train.optim import learning_rate
 
 CONFIG, STARTS, METRICS, LOCK, STOP = "config.json", "starts.jsonl", "metrics.jsonl", "run.lock", "STOP"
@@ -48,7 +49,7 @@ FILES = (CONFIG, STARTS, METRICS, LOCK, STOP)
 CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
 FOLDERS = (CHECKPOINTS, SNAPSHOTS, SAMPLES, "tensorboard")
 # What may change between two starts of one run: how often it reports, how long it goes on, what steps its weights.
-CHANGEABLE = ("report.", "training.num_steps", "optim.implementation")
+CHANGEABLE = ("report.", "training.num_steps", "training.max_skipped_in_a_row", "optim.implementation")
 SEEN_WITHIN = 20.0  # seconds in which a shared file system shows to one node what another wrote
 
 
@@ -248,11 +249,8 @@ def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None
 
 def steps_told(metrics: Path) -> list[int]:
     """Steps of the lines of metrics.jsonl, as far as they are whole."""
-    found = []
-    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
-        with suppress(UserError, TypeError, KeyError):
-            found.append(int(parse_json(line, metrics)["step"]))
-    return found
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else ()
+    return [step for step in map(step_of, lines) if step is not None]
 
 
 def snapshots_there(snapshots: Path) -> list[int]:

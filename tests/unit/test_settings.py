@@ -89,6 +89,7 @@ def test_misspelled_key_names_the_near_one():
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ["data_types", "float32"]),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param.device", "nvme"]),
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled", "'yes'"]),
+        ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow", "False", "true"]),
         ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage", "0"]),
         ({"zero_optimization": {}}, ["zero_optimization.stage", "None"]),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, ["round_robin_gradients = True", "False"]),

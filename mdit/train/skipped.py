@@ -1,0 +1,89 @@
+"""Steps whose loss or gradient is not finite: skipped, counted, named, and the end of a run when they do not stop.
+
+DeepSpeed leaves the weights, the moments and Adam's count as they are where the gradient's norm is not finite
+(`Engine.step_applied`), on all ranks alike. The rest is here: the loop leaves the EMA and the mean loss alone too, a
+line names the samples, and weights that are not finite are never saved.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mdit.config import UserError
+from mdit.data.loader import Batch
+from mdit.dist import World, logger
+from mdit.train.checkpoint import complete_checkpoints, gather
+from mdit.train.pieces import Piece
+
+NAMED = 8  # samples of a rank, and ranks, that a line names
+
+
+class SkippedSteps:
+    """How many steps of a run were skipped: in all (`total`), and up to now without one between that was not. `reason`
+    says of the last one what was not finite."""
+
+    def __init__(self, limit: int, world: World) -> None:
+        self.limit, self.world, self.total, self.in_a_row, self.reason = limit, world, 0, 0, ""
+
+    @property
+    def too_many(self) -> bool:
+        return self.in_a_row >= self.limit
+
+    def add(self, step: int, batch: Batch, losses_N: Tensor) -> None:
+        """Count the step that ended in `step`, with one line in the log. A collective."""
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        mine = batch.samples[~losses_N.isfinite().cpu().numpy()].tolist()
+        self.reason = name_samples(gather(mine, self.world))
+        if self.world.is_first:
+            logger.warning(f"step {step} skipped, {self.in_a_row} in a row of at most {self.limit}: {self.reason}")
+
+    def memory(self) -> dict[str, int]:
+        """What a checkpoint keeps of it."""
+        return {"skipped_steps": self.total, "skipped_in_a_row": self.in_a_row}
+
+    def recall(self, memory: dict[str, float]) -> None:
+        self.total, self.in_a_row = int(memory["skipped_steps"]), int(memory["skipped_in_a_row"])
+
+
+def name_samples(by_rank: list[list[int]]) -> str:
+    """"the loss is not finite of sample 5 on rank 0, of samples 3, 9 on rank 1"."""
+    clauses = [f"of {_some('sample', samples)} on rank {rank}" for rank, samples in enumerate(by_rank) if samples]
+    if not clauses:
+        return "the gradient is not finite, though every loss is"
+    more = f", and on {len(clauses) - NAMED} more ranks" if len(clauses) > NAMED else ""
+    return f"the loss is not finite {', '.join(clauses[:NAMED])}{more}"
+
+
+def _some(noun: str, numbers: list[int]) -> str:
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:NAMED]))}{more}"
+
+
+def require_finite(
+    step: int, tensors: dict[str, list[Tensor]], pieces: list[Piece], checkpoints: Path, world: World
+) -> None:
+    """Raise UserError, on all ranks alike, when a rank's state at `step` holds NaN or infinities. A collective."""
+    found = gather(non_finite(tensors, pieces), world)
+    for rank, name in enumerate(found):
+        if name is not None:
+            raise UserError(
+                f"{checkpoints.parent}: step {step}: {name} on rank {rank} is not finite: nothing is saved; "
+                f"{last_checkpoint(checkpoints)}"
+            )
+
+
+def non_finite(tensors: dict[str, list[Tensor]], pieces: list[Piece]) -> str | None:
+    """KIND/PARAMETER of the first piece with a NaN or an infinity. Waits for the device once."""
+    names, extremes = [], []
+    for kind, flat in tensors.items():
+        for piece in pieces:
+            names.append(f"{kind}/{piece.name}")
+            extremes += torch.aminmax(piece.of(flat))  # NaN where there is one; allocates nothing of the piece's size
+    finite = torch.stack(extremes).view(-1, 2).isfinite().all(1).tolist() if extremes else []
+    return next((name for name, good in zip(names, finite, strict=True) if not good), None)
+
+
+def last_checkpoint(checkpoints: Path) -> str:
+    newest = next(iter(complete_checkpoints(checkpoints)), None)
+    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"

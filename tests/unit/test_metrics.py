@@ -1,0 +1,109 @@
+"""metrics.jsonl keeps every good line, whatever stands beside it; progress needs no terminal and nobody who reads it."""
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdit.dist import World
+from mdit.train.metrics import Metrics, forget_after, step_of
+from tests.training import command, environment, read_metrics, write_ds_json, write_recipe
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+ODD = [
+    b"[1, 2]",
+    b"3",
+    b"null",
+    b'"step"',
+    b"{}",
+    b'{"loss": 0.5}',
+    b'{"step": "3"}',
+    b'{"step": 2.0}',
+    b'{"step": true}',
+    b'{"step": null}',
+    b'{"step": 1, "step": 2}',
+    b'{"step": 123456789012345678901234567890}',
+    b'{"step": 2, "loss": NaN}',
+    b'{"step": 2, "lo',
+    b'{"step": 2, "lo{"step": 3, "loss": 1.0}',
+    b'{"step": 2, "name": "\xff\xfe"}',
+    b"\x00\x01\x02",
+    b"[" * 100_000,
+]
+
+
+def good(step: int) -> bytes:
+    return json.dumps({"step": step, "loss": step / 7}).encode()
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_an_odd_line_is_set_aside_and_costs_no_other_line(tmp_path, odd, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([good(1), odd, good(2), good(3), odd]))
+    forget_after(path, 2)
+    assert path.read_bytes() == good(1) + b"\n" + good(2) + b"\n"
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == (odd + b"\n") * 2
+    assert "2 lines" in caplog.text
+
+
+GOOD = {good(step): step for step in range(10)}
+LINES = st.one_of(st.sampled_from([*GOOD]), st.binary(max_size=20), st.sampled_from(ODD[:-1]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(LINES), st.integers(0, 9))
+def test_what_stays_is_every_good_line_up_to_the_step(tmp_path_factory, lines, step):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    forget_after(path, step)
+    kept = path.read_bytes().splitlines()
+    assert [line for line in kept if line in GOOD] == [line for line in lines if GOOD.get(line, 99) <= step]
+    assert all(step_of(line) <= step for line in kept)
+
+
+def test_a_file_in_order_is_not_touched_and_none_is_made(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    forget_after(path, 3)
+    assert not path.exists()
+    path.write_bytes(good(1) + b"\n")
+    before = path.stat().st_ino
+    forget_after(path, 3)
+    assert path.stat().st_ino == before and os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    with Metrics(tmp_path, first_step=0, num_steps=2, world=WORLD) as metrics:
+        metrics.write(1, "train", {"loss": math.nan, "gradient_norm": math.inf, "learning_rate": 0.5})
+        metrics.write(2, "train", {"loss": 0.25})
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert first == '{"step": 1, "loss": null, "gradient_norm": null, "learning_rate": 0.5}'
+    assert second == '{"step": 2, "loss": 0.25}'
+
+
+def test_without_a_terminal_a_report_is_a_line(tmp_path, caplog, capsys):
+    caplog.set_level(logging.INFO, logger="mdit")
+    with Metrics(tmp_path, first_step=0, num_steps=3, world=WORLD) as metrics:
+        for step in (1, 2, 3):
+            metrics.advance(step)
+        metrics.show(2, 0.5, 141.4)
+    assert caplog.messages == ["step 2 of 3: loss 0.5000, 141 images/s"]
+    assert "\r" not in "".join(capsys.readouterr())
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):
+    """As under `| tee log` when the terminal is gone."""
+    recipe = write_recipe(tmp_path, training={"num_steps": 4})
+    arguments = command(recipe, write_ds_json(tmp_path / "ds.json"), tmp_path / "run")
+    reading, writing = os.pipe()
+    process = subprocess.Popen(arguments, env=environment(), stdout=writing, stderr=writing)
+    os.close(writing)
+    os.close(reading)
+    assert process.wait(timeout=120) == 0
+    assert sorted(read_metrics(tmp_path / "run")) == [1, 2, 3, 4]
