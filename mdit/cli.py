@@ -8,20 +8,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from mdit.documents import UserError, one_line
+from mdit.documents import UserError, explain
 
 USER_ERROR = 2
 
 
-def run(command: Callable[[], int | None], *, tells: Callable[[], bool] = lambda: True) -> NoReturn:
+def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], bool] = lambda error: True) -> NoReturn:
     """Call `command` and exit with what it returns (None is 0), or, after one line on stderr, with
 
         2    for UserError, and for OSError: the machine, a file or a disk is not as it should be
         130  for Ctrl-C
 
     and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
-    one to print an error that all processes of a run have. MDIT_TRACEBACK=1 shows where an error came from. What the
-    terminal's encoding lacks is printed escaped.
+    one to print an error that several processes of a run may have (`mdit.dist.tells`). MDIT_TRACEBACK=1 shows where an
+    error came from. What the terminal's encoding lacks is printed escaped.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: it was closed, as by `>&-`
@@ -34,26 +34,19 @@ def run(command: Callable[[], int | None], *, tells: Callable[[], bool] = lambda
             code = command() or 0
         finally:
             sys.stdout.flush()  # here, where an error of it still finds a handler; also after argparse's --help
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         code = 128 + signal.SIGINT
-        _tell("interrupted", tells)
+        _tell("interrupted", error, tells)
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         if os.environ.get("MDIT_TRACEBACK"):
             raise
         code = USER_ERROR
-        _tell(f"error: {error if isinstance(error, UserError) else explain(error)}", tells)
+        _tell(f"error: {explain(error)}", error, tells)
     finally:
         _give_up_on_stdout()
     sys.exit(code)
-
-
-def explain(error: OSError) -> str:
-    """"runs/a/config.json: No space left on device"."""
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    reason = error.strerror or str(error) or type(error).__name__
-    return one_line(": ".join([*dict.fromkeys(names), reason]))
 
 
 def _give_up_on_stdout() -> None:
@@ -65,7 +58,7 @@ def _give_up_on_stdout() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(line: str, tells: Callable[[], bool]) -> None:
-    if tells():
+def _tell(line: str, error: BaseException, tells: Callable[[BaseException], bool]) -> None:
+    if tells(error):
         with suppress(OSError):  # nobody reads stderr either
             print(line, file=sys.stderr, flush=True)

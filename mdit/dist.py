@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -82,32 +82,65 @@ def start(world: World) -> None:
     torch.distributed.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
 
 
+def gather(value: Any, world: World) -> list:
+    """One small object of every rank, on every rank. A collective."""
+    values = [None] * world.size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def on_all_ranks(world: World, function: Callable[[], T]) -> T:
     """Return what `function` returns on this rank. A collective: where it raises on any rank, all ranks raise the error
-    of the first such rank, so none waits for one that is gone; UserError and OSError stay what they are."""
+    of the first such rank, so none waits for one that is gone; UserError and OSError stay what they are. The line names
+    that rank and its host, but for rank 0 and where all ranks say the same."""
     value, error = None, None
     try:
         value = function()
     except Exception as caught:
         error = caught
-    errors = [None] * world.size
-    torch.distributed.all_gather_object(errors, error and _described(error, world))
+    where = "" if world.is_first else f" (rank {world.rank} on {socket.gethostname()})"
+    found = gather(error and (*_described(error), where), world)
     if error is not None and not isinstance(error, UserError | OSError):
         raise error  # a fault of ours, with its traceback
-    for kind, arguments in filter(None, errors):
-        raise kind(*arguments)
+    if errors := [each for each in found if each]:
+        kind, arguments, where = errors[0]
+        alike = len(errors) == world.size and all(each[:2] == (kind, arguments) for each in errors)
+        raise shared(_made(kind, arguments, "" if alike else where))
     return value
 
 
-def _described(error: Exception, world: World) -> tuple[type[Exception], tuple]:
-    """An error as it can be sent: its class and arguments. Away from rank 0 an OSError says where it happened."""
+def shared(error: Exception) -> Exception:
+    """The error, marked as one that all ranks raise alike, so that rank 0 alone tells it."""
+    error.all_ranks_have_it = True
+    return error
+
+
+def tells(error: BaseException) -> bool:
+    """Whether this process is the one to print an error: rank 0 where all ranks have it, else whoever raises it."""
+    if not (isinstance(error, KeyboardInterrupt) or getattr(error, "all_ranks_have_it", False)):
+        return True
+    try:
+        return identify().is_first
+    except UserError:
+        return True
+
+
+def _described(error: Exception) -> tuple[type[Exception], tuple]:
+    """An error as it can be sent: its class and arguments."""
     if isinstance(error, UserError):
         return UserError, (str(error),)
     if isinstance(error, OSError):
-        where = "" if world.is_first else f" (rank {world.rank} on {socket.gethostname()})"
         name = error.filename if isinstance(error.filename, str | bytes | None) else str(error.filename)
-        return OSError, (error.errno or errno.EIO, (error.strerror or str(error)) + where, name)
-    return RuntimeError, (f"rank {world.rank}: {type(error).__name__}: {error}",)
+        return OSError, (error.errno or errno.EIO, error.strerror or str(error), name)
+    return RuntimeError, (f"{type(error).__name__}: {error}",)
+
+
+def _made(kind: type[Exception], arguments: tuple, where: str) -> Exception:
+    """The error again, with `where` it happened in its words."""
+    if kind is OSError:
+        number, reason, name = arguments
+        return OSError(number, reason + where, name)
+    return kind(arguments[0] + where)
 
 
 def find_meeting_point(world: World) -> None:

@@ -6,6 +6,7 @@ error in one line that names the file; nothing reaches a parser or a printer tha
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,15 @@ def one_line(text: str) -> str:
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE * 3 // 4]} [...] {text[-MAX_MESSAGE // 4 :]}"
     return " ".join(text.encode(errors="backslashreplace").decode().split("\n"))
+
+
+def explain(error: BaseException) -> str:
+    """The line to tell of an error: for OSError "runs/a/config.json: No space left on device", else its own words."""
+    if isinstance(error, OSError):
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        reason = error.strerror or str(error) or type(error).__name__
+        return one_line(": ".join([*dict.fromkeys(names), reason]))
+    return one_line(str(error) or type(error).__name__)
 
 
 def read_json(path: str | Path, what: str = "the file") -> Any:

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.dist import World, logger, on_all_ranks
+from mdit.dist import World, gather, logger, on_all_ranks
 from mdit.documents import parse_json
 from mdit.files import (
     DEFINITE,
@@ -353,10 +353,3 @@ def rank_prefix(rank: int) -> str:
 
 def rank_in(file_name: str) -> int:
     return int(file_name.split("_")[1])
-
-
-def gather(value, world: World) -> list:
-    """One small object of every rank, on every rank."""
-    values = [None] * world.size
-    torch.distributed.all_gather_object(values, value)
-    return values

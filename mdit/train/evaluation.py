@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mdit.config import TrainConfig
 from mdit.data.shards import open_dataset, read_samples
-from mdit.dist import World
+from mdit.dist import World, gather
 from mdit.encoders import build_image_encoder, build_text_encoder_from
 from mdit.eval.samples import grid, sample_latents, to_images
 from mdit.eval.validation import ExpertCoverage, validation_loss
 from mdit.files import optional
 from mdit.models import MicroDiT
 from mdit.snapshot import save_snapshot
-from mdit.train.checkpoint import gather, on_first
+from mdit.train.checkpoint import on_first
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.metrics import Metrics

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 
-from mdit.cli import explain
 from mdit.config import TrainConfig, UserError, parse_section
 from mdit.data.manifest import MANIFEST
-from mdit.dist import World, logger, on_all_ranks
-from mdit.documents import read_json
+from mdit.dist import World, gather, logger, on_all_ranks
+from mdit.documents import explain, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.models import MicroDiT
 from mdit.snapshot import load_snapshot
@@ -34,7 +33,6 @@ from mdit.train.checkpoint import (
     Damaged,
     complete_checkpoints,
     find_latest,
-    gather,
     latest_step,
     on_first,
     read_state,

@@ -40,7 +40,7 @@ def raising(error):
 )
 def test_every_error_is_one_line_and_a_code(error, code, line, capsys):
     assert ending(raising(error), capsys) == (code, "begun\n", line + "\n")
-    assert ending(raising(error), capsys, tells=lambda: False) == (code, "begun\n", "")
+    assert ending(raising(error), capsys, tells=lambda error: False) == (code, "begun\n", "")
 
 
 def test_results_are_exit_codes(capsys):

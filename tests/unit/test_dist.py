@@ -2,6 +2,7 @@ import itertools
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,19 @@ import pytest
 import torch
 
 from mdit.config import UserError
-from mdit.dist import StopSignal, World, configure_logging, find_meeting_point, first_host, identify, logger, start
+from mdit.documents import explain
+from mdit.dist import (
+    StopSignal,
+    World,
+    configure_logging,
+    find_meeting_point,
+    first_host,
+    identify,
+    logger,
+    on_all_ranks,
+    start,
+    tells,
+)
 from tests.training import run_in_processes
 
 CPU = torch.device("cpu")
@@ -209,3 +222,39 @@ def test_one_process_starts_a_group_of_one_with_no_address_given(environment):
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True).stdout
     assert out.split() == ["1", "1.0", "gloo"]
+
+
+FAULTS = {  # what a rank raises -> what all ranks raise, and whether rank 0 alone tells it
+    "one": lambda rank: UserError("no such file") if rank == 1 else None,
+    "all": lambda rank: UserError("seed is -1"),
+    "disk": lambda rank: OSError(28, "No space left on device", "a/b") if rank == 1 else None,
+}
+
+
+def fail_together(world: World, fault: str) -> tuple:
+    error = FAULTS[fault](world.rank)
+
+    def function():
+        if error is not None:
+            raise error
+        return world.rank
+
+    try:
+        return "returned", on_all_ranks(world, function)
+    except (UserError, OSError) as raised:
+        return type(raised), explain(raised), tells(raised)
+
+
+def fail_together_in_all_ways(world: World) -> list[tuple]:
+    return [on_all_ranks(world, lambda: world.rank), *(fail_together(world, fault) for fault in FAULTS)]
+
+
+def test_what_one_rank_raises_all_raise_and_rank_0_tells():
+    host = f"rank 1 on {socket.gethostname()}"
+    for rank, found in enumerate(run_in_processes(fail_together_in_all_ways, 2)):
+        assert found == [
+            rank,
+            (UserError, f"no such file ({host})", rank == 0),
+            (UserError, "seed is -1", rank == 0),
+            (OSError, f"a/b: No space left on device ({host})", rank == 0),
+        ]
