@@ -37,6 +37,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, help="pictures in the encoder at a time; default: 32")
     add("--shard_bytes", type=int, help="size of a shard; default: 10^9")
     add("--decoder", choices=("auto", "pillow", "dali"), help="default: dali where it works on a GPU, else pillow")
+    add("--max_rejected", type=float, metavar="SHARE", help="more left out than that is no set; default: 0.5")
+    add("--extend", action="store_true", default=None, help="bring sets that are there up to the source")
+    add("--remake", action="append", metavar="PART", help="make a part of a set that is there again: 00012.tar")
     add("--verify", action="store_true", help="read every shard again and compare its checksums")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args(arguments)

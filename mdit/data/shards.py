@@ -1,11 +1,12 @@
 """The on-disk format `mdit-latents/1`: latents and caption embeddings in plain tar shards. See docs/data.md.
 
     manifest.json          written last: shapes, encoders, every file's size and xxh3; without it there is no set
-    index.npy              one INDEX_DTYPE row a sample, in the order of writing
+    index.npy              one INDEX_DTYPE row a sample, in the order of writing; index_0001.npy after the first change
     shard_00012_000.tar    KEY.emb.bin  KEY.lat.bin  KEY.txt, one after the other for every sample
     shard_00012_000.idx    where they are, as DALI's webdataset reader wants it
 
-Every file is written under a temporary name, synced and renamed, and never changed afterwards (`mdit.data.writer`).
+Every file is written under a temporary name, synced and renamed. Only manifest.json is ever replaced: what a set was
+before it grew stays readable to those who have opened it (`mdit.data.writer`, `mdit.prepare.in_progress`).
 """
 
 import errno
@@ -75,6 +76,11 @@ class Index:
             raise ShardError(f"{self.path}: the index was cut short while it was in use")
         return np.frombuffer(found, INDEX_DTYPE)
 
+    def span(self, first: int, end: int) -> np.ndarray:
+        """The rows of consecutive samples, read at once."""
+        size = INDEX_DTYPE.itemsize
+        return np.fromfile(self.path, INDEX_DTYPE, end - first, offset=self._start + size * first)
+
     def close(self) -> None:
         self._file.close()
 
@@ -117,7 +123,7 @@ class OpenShards:
     def __init__(self) -> None:
         # Reentrant: the garbage collector may close a set, which comes here, in a thread that is here already.
         self._lock = threading.RLock()
-        self._kept: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()  # by set and shard, the last used at the end
+        self._kept: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()  # by set and shard, last used last
 
     def get(self, owner: int, shard: int, path: Path) -> OpenShard:
         """The shard, opened where it is not open. Raises ShardError, also for an open one that changed (`look`)."""
@@ -216,7 +222,8 @@ class LatentSet:
         digest = xxhash.xxh3_64(row)
         digest.update(text)
         if digest.intdigest() != place.xxh3:
-            raise self._damaged(place, f"xxh3 is {digest.hexdigest()}, but {INDEX} says {place.xxh3:016x}")
+            index = self.index.path.name
+            raise self._damaged(place, f"xxh3 is {digest.hexdigest()}, but {index} says {place.xxh3:016x}")
         try:
             return text.decode()
         except UnicodeDecodeError:
@@ -259,9 +266,9 @@ class LatentSet:
         self.close()
 
     def _impossible(self, sample: int, shard: int, row: np.void) -> ShardError:
-        entry = self.manifest.shards[shard]
+        entry, index = self.manifest.shards[shard], self.index.path.name
         return ShardError(
-            f"{self.directory / entry.file}: sample {sample} of the set cannot be read: {INDEX} says shard "
+            f"{self.directory / entry.file}: sample {sample} of the set cannot be read: {index} says shard "
             f"{row['shard']}, byte {row['offset']} and {row['text_bytes']} bytes of caption, but {MANIFEST} says shard "
             f"{shard} of {entry.bytes} bytes"
         )

@@ -4,7 +4,6 @@ A part's shards appear under their names as they fill; its record (part_00012.js
 complete. `finish_set` joins the records to index.npy and manifest.json. Bytes depend on the samples alone.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -19,9 +18,10 @@ import xxhash
 from mdit.config import Section, UserError, parse_section
 from mdit.data.manifest import FORMAT, MANIFEST, FileEntry, Layout, Manifest, Member, Members, padded, read_manifest
 from mdit.data.quantise import quantise
-from mdit.data.shards import INDEX, INDEX_DTYPE
+from mdit.data.shards import INDEX, INDEX_DTYPE, LatentSet
 from mdit.descriptions import Encoders, check_descriptions
-from mdit.files import checksum, sync
+from mdit.documents import parse_json
+from mdit.files import checksum, replacing, sync, write_json, write_text
 
 SHARD_BYTES = 10**9
 
@@ -42,7 +42,8 @@ class PartWriter:
     """One part of a set. The part is complete once the `with` block has been left without an exception.
 
     A shard is closed when it reaches `shard_bytes`. `report` is kept in the part's record and may be filled until then.
-    What a killed writer of the same part left is removed. Raises ValueError when the part is complete already.
+    `suffix` is added to the shards' names, of a part that is made again. What a killed writer of the same part left is
+    removed. Raises ValueError when the part is complete already.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class PartWriter:
         layout: Layout,
         shard_bytes: int = SHARD_BYTES,
         report: dict[str, Any] | None = None,
+        suffix: str = "",
     ) -> None:
         layout.check()
         self.directory, self.part, self.layout, self.shard_bytes = Path(directory), part, layout, shard_bytes
-        self.report = {} if report is None else report
+        self.report, self._suffix = {} if report is None else report, suffix
         if is_written(self.directory, part):
             raise ValueError(f"{self.directory}: part {part} is complete")
-        for left in [*self.directory.glob(f"shard_{part:05d}_*"), *self.directory.glob(f"part_{part:05d}.*")]:
+        for left in [path for name in ("shard", "part") for path in self.directory.glob(f"*{name}_{part:05d}[_.]*")]:
             left.unlink()
         self._shards: list[FileEntry] = []
         self._dali_indexes: list[FileEntry] = []
@@ -90,14 +92,8 @@ class PartWriter:
         """Finish the last shard, then write the record."""
         if self._tar is not None:
             self._close_shard()
-        record = PartRecord(
-            report=self.report, shards=tuple(self._shards), dali_indexes=tuple(self._dali_indexes)
-        ).model_dump(mode="json")
-        path = _record_path(self.directory, self.part)
-        with open(path.with_suffix(".npy"), "wb") as file:
-            np.save(file, np.array(self._rows, dtype=INDEX_DTYPE), allow_pickle=False)
-            _sync_file(file)
-        _publish(path, json.dumps(record).encode(), samples=1)
+        record = PartRecord(report=self.report, shards=tuple(self._shards), dali_indexes=tuple(self._dali_indexes))
+        _write_record(self.directory, self.part, record, np.array(self._rows, dtype=INDEX_DTYPE))
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -111,7 +107,7 @@ class PartWriter:
 
     @property
     def _name(self) -> str:
-        return f"shard_{self.part:05d}_{len(self._shards):03d}"
+        return f"shard_{self.part:05d}_{len(self._shards):03d}{self._suffix}"
 
     def _half(self, key: str, what: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         if values.shape != shape:
@@ -131,9 +127,15 @@ class PartWriter:
                 shard, text_bytes, offset, _ = self._rows[number]
                 sample = os.pread(self._file.fileno(), self.layout.row_bytes + text_bytes, offset)
                 self._rows[number] = (shard, text_bytes, offset, xxhash.xxh3_64_intdigest(sample))
-            entry = _rename(self._file, self.directory / f"{self._name}.tar", samples)
-        dali_index = "".join([f"v1.2 {samples}\n", *map(self._dali_line, self._keys, self._rows[first:])])
-        self._dali_indexes.append(_publish(self.directory / f"{self._name}.idx", dali_index.encode(), samples))
+        path = self.directory / f"{self._name}.tar"
+        temporary = path.with_name(f"{path.name}.tmp")
+        sync(temporary)
+        entry = _entry(temporary, path.name, samples)
+        temporary.rename(path)
+        dali_index = path.with_suffix(".idx")
+        lines = "".join([f"v1.2 {samples}\n", *map(self._dali_line, self._keys, self._rows[first:])])
+        write_text(dali_index, lines)  # syncs the directory, and with it the shard's name
+        self._dali_indexes.append(_entry(dali_index, dali_index.name, samples))
         self._shards.append(entry)
         self._tar, self._keys = None, []
 
@@ -170,13 +172,14 @@ def finish_set(
     layout: Layout,
     encoders: dict[str, dict[str, Any]],
     fingerprint: dict[str, Any],
+    index_name: str = INDEX,
 ) -> Manifest:
     """Join all parts to a set; after a kill, again. For one process at a time. Raises UserError for a set without
     samples."""
     directory = Path(directory)
     if not (directory / MANIFEST).exists():
         records = [_read_record(_record_path(directory, part)) for part in range(num_parts)]
-        index = _join_indexes(directory, records)
+        index = _join_indexes(directory, records, index_name)
         manifest = Manifest(
             format=FORMAT,
             members=Members(
@@ -190,11 +193,34 @@ def finish_set(
             shards=tuple(shard for record in records for shard in record.shards),
             dali_indexes=tuple(entry for record in records for entry in record.dali_indexes),
         )
-        content = json.dumps(manifest.model_dump(mode="json", exclude_unset=True), indent=1)
-        _publish(directory / MANIFEST, content.encode(), index.samples)
+        write_json(directory / MANIFEST, manifest.model_dump(mode="json", exclude_unset=True))
     for path in [*directory.glob("part_*.json"), *directory.glob("part_*.npy")]:
         path.unlink()
     return read_manifest(directory)
+
+
+def take_over(dataset: LatentSet, part: int, into: Path, report: dict[str, Any]) -> None:
+    """Make a part of a finished set a complete part of the set in the making `into`. Its shards stay where they are.
+
+    Raises UserError unless the report has as many samples."""
+    numbers = [n for n, shard in enumerate(dataset.manifest.shards) if _part_of(shard.file) == part]
+    first, end = (min(numbers), max(numbers) + 1) if numbers else (0, 0)
+    samples = sum(dataset.shard_sizes[first:end])
+    if report.get("written") != samples:
+        raise UserError(
+            f"{dataset.directory}: part {part} has {samples} samples, but its report says {report.get('written')}; "
+            "make the set again"
+        )
+    start = sum(dataset.shard_sizes[:first])
+    rows = dataset.index.span(start, start + samples)
+    rows["shard"] -= first
+    shards, dali_indexes = dataset.manifest.shards[first:end], dataset.manifest.dali_indexes[first:end]
+    _write_record(into, part, PartRecord(report=report, shards=shards, dali_indexes=dali_indexes), rows)
+
+
+def _part_of(shard: str) -> int | None:
+    match = re.match(r"shard_(\d+)_", shard)
+    return int(match[1]) if match else None
 
 
 class ShardWriter(PartWriter):
@@ -226,46 +252,51 @@ class ShardWriter(PartWriter):
         finish_set(self.directory, 1, self.layout, self._encoders, self._fingerprint)
 
 
-def _join_indexes(directory: Path, records: list[PartRecord]) -> FileEntry:
+def _join_indexes(directory: Path, records: list[PartRecord], name: str) -> FileEntry:
     samples = sum(shard.samples for record in records for shard in record.shards)
     if samples == 0:
         raise UserError(f"{directory}: not a single sample was written")
-    with open(directory / f"{INDEX}.tmp", "wb") as file:
-        header = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (samples,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        first_shard = 0
-        for part, record in enumerate(records):
-            rows = np.load(_record_path(directory, part).with_suffix(".npy"), allow_pickle=False)
-            rows["shard"] += first_shard
-            file.write(rows.tobytes())
-            first_shard += len(record.shards)
-        return _rename(file, directory / INDEX, samples)
+    with replacing(directory / name) as partial:
+        with open(partial, "wb") as file:
+            header = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (samples,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            first_shard = 0
+            for part, record in enumerate(records):
+                rows = _read_rows(directory, part, record)
+                rows["shard"] += first_shard
+                file.write(rows.tobytes())
+                first_shard += len(record.shards)
+        return _entry(partial, name, samples)
 
 
 def _record_path(directory: Path, part: int) -> Path:
     return directory / f"part_{part:05d}.json"
 
 
+def _write_record(directory: Path, part: int, record: PartRecord, rows: np.ndarray) -> None:
+    """The rows first: the record makes the part complete."""
+    path = _record_path(directory, part)
+    with replacing(path.with_suffix(".npy")) as partial, open(partial, "wb") as file:
+        np.save(file, rows, allow_pickle=False)
+    write_json(path, record.model_dump(mode="json"))
+
+
 def _read_record(path: Path) -> PartRecord:
-    return parse_section(PartRecord, json.loads(path.read_text(encoding="utf-8")), path)
+    return parse_section(PartRecord, parse_json(path.read_bytes(), path), path)
 
 
-def _publish(path: Path, content: bytes, samples: int) -> FileEntry:
-    with open(path.with_name(f"{path.name}.tmp"), "wb") as file:
-        file.write(content)
-        return _rename(file, path, samples)
+def _read_rows(directory: Path, part: int, record: PartRecord) -> np.ndarray:
+    path = _record_path(directory, part).with_suffix(".npy")
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a numpy file: {error}") from None
+    samples = sum(shard.samples for shard in record.shards)
+    if (found := (rows.dtype, rows.shape)) != (INDEX_DTYPE, (samples,)):
+        raise UserError(f"{path}: has rows of {found[0].descr} {found[1]}, expected {samples} of {INDEX_DTYPE.descr}")
+    return rows
 
 
-def _rename(file, path: Path, samples: int) -> FileEntry:
-    """Sync the file that is open under its temporary name, then give it its own."""
-    _sync_file(file)
-    temporary = path.with_name(f"{path.name}.tmp")
-    entry = FileEntry(file=path.name, samples=samples, bytes=temporary.stat().st_size, xxh3=checksum(temporary))
-    temporary.rename(path)
-    sync(path.parent)
-    return entry
-
-
-def _sync_file(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _entry(path: Path, name: str, samples: int) -> FileEntry:
+    """The entry of the file that lies at `path` and is, or will be, called `name`."""
+    return FileEntry(file=name, samples=samples, bytes=path.stat().st_size, xxh3=checksum(path))

@@ -1,7 +1,9 @@
 """What launchers/precompute.py does with its flags."""
 
 import argparse
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from mdit.dist import World, logger
 from mdit.encoders import build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.prepare.decoders import build_decoder
 from mdit.prepare.imported import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
-from mdit.prepare.in_progress import check_set, is_finished
-from mdit.prepare.precompute import Job, Maker, precompute
+from mdit.prepare.in_progress import check_set, is_changing, is_finished, plan_of_finished
+from mdit.prepare.precompute import MAX_REJECTED, Job, Maker, check_source, precompute
 from mdit.prepare.recipe import prepare
 from mdit.prepare.report import read_report, summary
 from mdit.prepare.towers import Towers
@@ -69,9 +71,12 @@ def _plan_source(args: argparse.Namespace, world: World) -> Callable[[], list[Pa
     sets = {size: args.out / str(size) for size in sorted(set(args.image_size))}
     for size, directory in sets.items():
         check_set(directory, {**made_from, "image_size": size}, WHOSE)
-    finished = [directory for directory in sets.values() if is_finished(directory)]
-    for directory in finished:
-        logger.info(f"{directory}: is there already")
+        if args.remake and not is_finished(directory):
+            raise UserError(f"--remake {args.remake[0]}: {directory} is not there yet")
+    open_sources = partial(_latents if imports else _pictures, args)
+    finished = [] if args.extend or args.remake else [path for path in sets.values() if is_finished(path)]
+    if finished:
+        _look_at_finished({size: path for size, path in sets.items() if path in finished}, open_sources, args.limit)
     unfinished = {size: directory for size, directory in sets.items() if directory not in finished}
     jobs = (_imports if imports else _encodings)(args, world, unfinished, made_from) if unfinished else []
 
@@ -79,6 +84,20 @@ def _plan_source(args: argparse.Namespace, world: World) -> Callable[[], list[Pa
         return [*(finished if world.is_first else []), *(path for job in jobs for path in _finished_by(job))]
 
     return make
+
+
+def _look_at_finished(sets: dict[int, Path], open_sources: Callable, limit: int | None) -> None:
+    """Raise UserError where the source is no longer what a finished set was made from; it may be gone."""
+    try:
+        sources = open_sources(sets)
+    except UserError as error:
+        logger.info(f"the source cannot be compared with the sets that are there: {error}")
+        sources = {}
+    for size, directory in sets.items():
+        if size in sources:
+            check_source(sources[size], directory, limit)
+        changing = "; it was being changed: give the same --extend or --remake again" if is_changing(directory) else ""
+        logger.info(f"{directory}: is there already{changing}")
 
 
 def _finished_by(job: tuple[Job, Maker]) -> list[Path]:
@@ -101,6 +120,10 @@ def _check_flags(args: argparse.Namespace, imports: bool) -> None:
         for number in numbers if isinstance(numbers, list) else [numbers]:
             if number is not None and number < 1:
                 raise UserError(f"--{name} {number}: must be at least 1")
+    if args.max_rejected is not None and not 0 <= args.max_rejected <= 1:
+        raise UserError(f"--max_rejected {args.max_rejected}: must be a share, from 0 to 1")
+    if args.limit is not None and (args.extend or args.remake):
+        raise UserError(f"--{'extend' if args.extend else 'remake'}: goes without --limit {args.limit}")
     for name in FOR_PICTURES if imports else ():
         if getattr(args, name) is not None:
             raise UserError(f"--{name} {getattr(args, name)}: changes nothing; {args.root} holds latents, not pictures")
@@ -141,29 +164,46 @@ def _text_description(args: argparse.Namespace) -> dict[str, Any]:
     return description
 
 
+def _pictures(args: argparse.Namespace, sets: Iterable[int]) -> dict[int, Source]:
+    """Image size -> source: one for all."""
+    source = open_named_source(args.source, args.root, split=args.split or "train", caption_key=args.caption_key)
+    return dict.fromkeys(sets, source)
+
+
+def _latents(args: argparse.Namespace, sets: Iterable[int]) -> dict[int, Source]:
+    """Image size -> source, as each has latents of its own."""
+    parts = {size: open_latents(args.root, size) for size in sets}
+    return {size: Source(found, sum(part.samples for part in found)) for size, found in parts.items()}
+
+
 def _encodings(args, world: World, sets: dict[int, Path], made_from: dict[str, Any]) -> list[tuple[Job, Maker]]:
+    """One for all sets that are to have the same parts made."""
     image_encoder = build_image_encoder(args.image_encoder, world.device, precision=made_from["precision"])
     for size in sets:
         image_encoder.latent_shape(size)  # raises for a size that it cannot take
-    source = open_named_source(args.source, args.root, split=args.split or "train", caption_key=args.caption_key)
-    decoder = build_decoder(tuple(sets), made_from["min_side"], world.device, engine=args.decoder or "auto")
+    source = next(iter(_pictures(args, sets).values()))
     if description := _text_description(args):
         text_encoder = build_text_encoder_from(description, world.device)
     else:
         text_encoder = build_text_encoder(args.text_encoder, max_tokens=args.caption_length, device=world.device)
-    overlap = world.device.type == "cuda"
-    towers = Towers(image_encoder, text_encoder, decoder, args.batch_size or BATCH_SIZE, overlap)
-    return [(_job(args, world, source, sets, made_from), towers)]
+    overlap, jobs, alike = world.device.type == "cuda", [], defaultdict(dict)
+    for size, directory in sets.items():
+        plan = plan_of_finished(directory) if is_finished(directory) else None
+        alike[None if plan is None else tuple(plan.parts.items())][size] = directory
+    for together in alike.values():
+        decoder = build_decoder(
+            tuple(together), made_from["min_side"], world.device, engine=args.decoder or "auto"
+        )
+        towers = Towers(image_encoder, text_encoder, decoder, args.batch_size or BATCH_SIZE, overlap)
+        jobs.append((_job(args, world, source, together, made_from), towers))
+    return jobs
 
 
 def _imports(args, world: World, sets: dict[int, Path], made_from: dict[str, Any]) -> list[tuple[Job, Maker]]:
-    """One for each image size, as each has latents of its own."""
     jobs = []
-    for size, directory in sets.items():
-        parts = open_latents(args.root, size)
-        source = Source(parts, sum(part.samples for part in parts))
-        maker = ImportedLatents(parts[0], made_from["image_encoder"], made_from["text_encoder"])
-        jobs.append((_job(args, world, source, {size: directory}, made_from), maker))
+    for size, source in _latents(args, sets).items():
+        maker = ImportedLatents(source.parts[0], made_from["image_encoder"], made_from["text_encoder"])
+        jobs.append((_job(args, world, source, {size: sets[size]}, made_from), maker))
     return jobs
 
 
@@ -177,4 +217,7 @@ def _job(args, world: World, source: Source, sets: dict[int, Path], made_from: d
         shard_bytes=args.shard_bytes or SHARD_BYTES,
         limit=args.limit,
         progress=world.is_first,
+        max_rejected=MAX_REJECTED if args.max_rejected is None else args.max_rejected,
+        extend=bool(args.extend),
+        remake=args.remake or (),
     )

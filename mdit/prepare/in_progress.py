@@ -6,40 +6,99 @@
 
 The locks are POSIX record locks, which fall free with the process that holds them, however it ends. What is read and
 written under them is up to date on network file systems too, where a look into a directory may not be.
+
+A set that is there grows, or has parts made again, in the same way: .256.partial then begins with change.json and the
+records of the parts that stay, and when the others are made, its files move to data/cc12m/256 under names that are new
+there. Last, manifest.json is replaced. So there is the old set or the new one, and the files of the old one stay.
 """
 
 import errno
 import fcntl
-import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mdit.config import UserError
+from mdit.config import PositiveInt, Section, UserError, parse_section
 from mdit.data.manifest import MANIFEST, Layout, read_manifest
-from mdit.data.writer import finish_set, is_written, written_parts
-from mdit.files import sync
-from mdit.prepare.report import REPORT, Report, merge, new_report, read_report, summary
+from mdit.data.shards import INDEX, open_dataset
+from mdit.data.writer import PartWriter, finish_set, is_written, take_over, written_parts
+from mdit.descriptions import Encoders
+from mdit.dist import logger
+from mdit.documents import parse_json
+from mdit.files import sync, write_json, write_text
+from mdit.prepare.report import (
+    REPORT,
+    Report,
+    check_report,
+    merge,
+    merge_parts,
+    new_report,
+    read_report,
+    rejected_share,
+    summary,
+)
 
-PLAN = "plan.json"
+T = TypeVar("T", bound=Section)
+PLAN, CHANGE = "plan.json", "change.json"
 COMPLETE = b"1"
 
-Plan = dict[str, Any]
+
+class Plan(Section):
+    """What decides the bytes of a set. `parts` are the names of the source's parts, each with the fingerprint of what
+    the source held (`mdit.sources.fingerprint`); `settings` are the maker's."""
+
+    made_from: dict[str, Any]
+    encoders: Encoders
+    layout: Layout
+    shard_bytes: PositiveInt
+    settings: dict[str, Any]
+    parts: dict[str, str]
+    pictures_of_last_part: PositiveInt | None
+
+    def plain(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Change(Section):
+    """What change.json holds: the plan and the index of the set that is to be replaced, and which parts are made."""
+
+    replaces: Plan
+    index: str
+    made: tuple[str, ...]
+
+    @property
+    def number(self) -> int:
+        """1 for the first change of a set."""
+        match = re.search(r"_(\d+)\.npy$", self.index)
+        return int(match[1]) + 1 if match else 1
+
+
+class TooManyRejected(UserError):
+    """A set whose parts are complete, but with fewer samples than asked for."""
 
 
 def is_finished(directory: Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
+def is_changing(directory: Path) -> bool:
+    """Whether a finished set is being changed, or was when a process was killed."""
+    return is_finished(directory) and (_work(directory) / PLAN).exists()
+
+
 def read_plan(directory: Path) -> Plan | None:
-    """Of the set that is to become `directory`; None when it has not been begun."""
-    try:
-        return json.loads((_work(directory) / PLAN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    """The plan of the set that is to become `directory`; None when it has not been begun."""
+    return _read(Plan, _work(directory) / PLAN)
+
+
+def plan_of_finished(directory: Path) -> Plan | None:
+    """The plan that a finished set was made by; None for one that was brought."""
+    return _read(Plan, directory / PLAN)
 
 
 def check_set(directory: Path, made_from: dict[str, Any], whose: str) -> None:
@@ -53,21 +112,27 @@ def check_set(directory: Path, made_from: dict[str, Any], whose: str) -> None:
 
 def _check_set(directory: Path, made_from: dict[str, Any], whose: str) -> None:
     if is_finished(directory):
-        with suppress(OSError):  # left by a process that was killed after it gave the set its name
-            _lock_path(directory).unlink(missing_ok=True)
+        _remove_leftovers(directory)
         found, what = read_manifest(directory).fingerprint, f"{directory / MANIFEST}: was made with"
         _require_equal(found, made_from, what, whose, f"remove {directory} to make it again")
     elif directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"{directory}: holds files but no {MANIFEST}; remove it or choose another directory")
     elif plan := read_plan(directory):
-        require_plan(directory, plan, {**plan, "made_from": made_from}, whose)
+        require_plan(directory, plan, plan.model_copy(update={"made_from": made_from}), whose)
 
 
 def require_plan(directory: Path, begun: Plan, wanted: Plan, whose: str) -> None:
     """Raise UserError naming the first difference between the plan of a set that was begun and the one wanted."""
-    begun, wanted = ({**plan, **plan["made_from"], "made_from": {}} for plan in (begun, wanted))
     work = _work(directory)
-    _require_equal(begun, wanted, f"{work / PLAN}: was begun with", whose, f"remove {work} to start again")
+    what, remedy = f"{work / PLAN}: was begun with", f"remove {work} to start again"
+    _require_equal(_hoisted(begun), _hoisted(wanted), what, whose, remedy)
+
+
+def require_same_making(directory: Path, finished: Plan, wanted: Plan, whose: str) -> None:
+    """Raise UserError naming the first difference, but for the parts, between the plan of a finished set and the one
+    wanted."""
+    found, wanted = ({**_hoisted(plan), "parts": {}} for plan in (finished, wanted))
+    _require_equal(found, wanted, f"{directory / PLAN}: was made with", whose, f"remove {directory} to make it again")
 
 
 class SetInProgress:
@@ -83,16 +148,30 @@ class SetInProgress:
         self._lock: int | None = None
         self._held: set[int] = set()
         self._reports: dict[int, Report] = {}
+        self._change: Change | None = None
 
-    def agree(self, make_plan: Callable[[Plan | None], Plan]) -> Plan:
+    def agree(self, make_plan: Callable[[Plan | None, Plan | None], tuple[Plan, Collection[str]]]) -> Plan:
         """The plan of all processes. `make_plan` is called by one at a time; it takes what was stored by another, or
-        None, and returns or raises UserError. When it raises and there was no plan, nothing is left behind."""
+        None, and the plan of the finished set that is to be changed, or None. It returns the plan and the names of the
+        parts to make, or raises UserError. When it raises and there was no plan, nothing is left behind."""
         new = [path for path in self.directory.parents if not path.exists()]
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self._open_lock()
-        stored = read_plan(self.directory)
+        stored, finished = read_plan(self.directory), is_finished(self.directory)
         try:
-            plan = make_plan(stored)
+            if stored is not None:
+                self._change = _read(Change, self.work / CHANGE)
+                plan, _ = make_plan(stored, self._change and self._change.replaces)
+            else:
+                before = plan_of_finished(self.directory) if finished else None
+                plan, made = make_plan(None, before)
+                if made or not finished:
+                    os.truncate(self._lock, 0)
+                    shutil.rmtree(self.work, ignore_errors=True)
+                    self.work.mkdir()
+                    if before is not None:
+                        self._begin_change(before, made)
+                    write_json(self.work / PLAN, plan.plain())
         except BaseException:
             if stored is None:
                 self._lock_path.unlink(missing_ok=True)
@@ -100,23 +179,28 @@ class SetInProgress:
                     with suppress(OSError):  # another process has use for it
                         path.rmdir()
             raise
-        if stored is None and not is_finished(self.directory):
-            os.truncate(self._lock, 0)
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir()
-            _write_json(self.work / PLAN, plan)
         self._unlock(0, 1)
         return plan
+
+    def is_joined(self) -> bool:
+        """Whether the parts' records are, or may be, gone into the manifest."""
+        return (self.work / MANIFEST).exists() or self._is_done()
+
+    def writer(self, part: int, shard_bytes: int) -> PartWriter:
+        """A writer of a part that was claimed."""
+        again = self._change is not None and part < len(self._change.replaces.parts)
+        suffix = f"_{self._change.number:04d}" if again else ""
+        return PartWriter(self.work, part, self.layout, shard_bytes, new_report(), suffix)
 
     def claim(self, part: int) -> bool:
         """Whether this process is to make the part: it is not complete, and nobody is at it. May be called by a thread
         beside the one that writes."""
         if part in self._held or not self._try_lock(1 + part, 1):
             return False
-        if os.pread(self._lock, 1, 1 + part) == COMPLETE or self._is_joined():
+        if os.pread(self._lock, 1, 1 + part) == COMPLETE or self.is_joined():
             self._unlock(1 + part, 1)
             return False
-        if is_written(self.work, part):  # by a process that was killed before it could say so
+        if is_written(self.work, part):  # by a process that was killed before it could say so; or it stays as it is
             self.complete(part)
             return False
         self._held.add(part)
@@ -135,31 +219,33 @@ class SetInProgress:
     def reports(self) -> dict[int, Report]:
         """Part -> report, of the complete ones, as far as another process has not joined them to a set meanwhile."""
         with suppress(FileNotFoundError):
-            self._reports = written_parts(self.work, self._reports)
+            found = written_parts(self.work, self._reports)
+            new = found.keys() - self._reports.keys()
+            self._reports |= {part: check_report(found[part], f"{self.work}: report of part {part}") for part in new}
         return self._reports
 
-    def finish(self, plan: Plan) -> Report | None:
+    def finish(self, plan: Plan, max_rejected: float) -> Report | None:
         """Give the set its name when all parts are complete and nobody else is at it. -> its report; None when it is
-        not finished. Raises UserError, after removing what there is, when no picture was written."""
+        not finished. Raises UserError, after removing what there is, when no picture was written; TooManyRejected,
+        with all left as it is, when more than the share `max_rejected` of what was read for it was left out."""
         if not self._try_lock(0, 0):
             return None
         try:
-            num_parts = len(plan["parts"])
-            if not self._is_joined():
-                reports = self.reports()
-                if len(reports) < num_parts:
-                    return None
-                report = merge(reports[part] for part in range(num_parts))
-                if report["written"] == 0:
-                    shutil.rmtree(self.work)
-                    self._lock_path.unlink()
-                    raise UserError(f"{self.directory}: no picture can be used: {summary(report)}")
-                _write_json(self.work / REPORT, report)
-            if not is_finished(self.directory):
-                finish_set(self.work, num_parts, self.layout, plan["encoders"], self.made_from)
-                sync(self.work)
-                self.work.rename(self.directory)
-                sync(self.directory.parent)
+            if not self._is_done():
+                if not self.is_joined():
+                    reports = self.reports()
+                    if len(reports) < len(plan.parts):
+                        return None
+                    self._judge({name: reports[part] for part, name in enumerate(plan.parts)}, max_rejected)
+                index = INDEX if self._change is None else f"index_{self._change.number:04d}.npy"
+                finish_set(self.work, len(plan.parts), self.layout, plan.encoders.plain(), self.made_from, index)
+                if self._change is None:
+                    sync(self.work)
+                    self.work.rename(self.directory)
+                    sync(self.directory.parent)
+                else:
+                    self._replace()
+            shutil.rmtree(self.work, ignore_errors=True)  # what a process left that was killed while it removed it
             self._lock_path.unlink(missing_ok=True)
             return read_report(self.directory) or new_report()
         finally:
@@ -172,9 +258,48 @@ class SetInProgress:
         if self._lock is not None:
             os.close(self._lock)
 
-    def _is_joined(self) -> bool:
-        """Whether the parts' records are, or may be, gone into the manifest."""
-        return (self.work / MANIFEST).exists() or is_finished(self.directory)
+    def _begin_change(self, before: Plan, made: Collection[str]) -> None:
+        dataset, report = open_dataset(self.directory), read_report(self.directory) or {}
+        for part, name in enumerate(before.parts):
+            if name not in made:
+                take_over(dataset, part, self.work, (report.get("parts") or {}).get(name) or {})
+        self._change = Change(replaces=before, index=dataset.manifest.index.file, made=tuple(made))
+        write_json(self.work / CHANGE, self._change.model_dump(mode="json", exclude_unset=True))
+
+    def _judge(self, reports: dict[str, Report], max_rejected: float) -> None:
+        """Write the report of the set, unless it is one to be refused."""
+        report = merge_parts(reports)
+        if report["written"] == 0:
+            shutil.rmtree(self.work)
+            self._lock_path.unlink()
+            raise UserError(f"{self.directory}: no picture can be used: {summary(report)}")
+        made = merge(reports[name] for name in (reports if self._change is None else self._change.made))
+        if (share := rejected_share(made)) > max_rejected:
+            raise TooManyRejected(
+                f"{self.directory}: is not finished, as {share:.1%} is left out and --max_rejected is {max_rejected}: "
+                f"{summary(made)}; all parts are made, and the same command with --max_rejected "
+                f"{math.ceil(share * 100) / 100} finishes the set at once"
+            )
+        write_json(self.work / REPORT, report)
+
+    def _replace(self) -> None:
+        """Put the joined set into the place of the one that it changes; after a kill, again."""
+        manifest = read_manifest(self.work)
+        listed = [entry.file for entry in (manifest.index, *manifest.shards, *manifest.dali_indexes)]
+        for file in listed:
+            with suppress(FileNotFoundError):  # it was there before, or moved before a kill
+                (self.work / file).replace(self.directory / file)
+        sync(self.directory)
+        for name in (REPORT, PLAN, MANIFEST):
+            write_text(self.directory / name, (self.work / name).read_text(encoding="utf-8"))
+        (self.work / PLAN).unlink()
+        sync(self.work)
+        files = sorted(path.name for path in self.directory.iterdir() if path.suffix in (".npy", ".tar", ".idx"))
+        old = ", ".join(name for name in files if name not in {*listed})
+        logger.info(f"{self.directory}: stay for runs that read the set as it was, to be removed after them: {old}")
+
+    def _is_done(self) -> bool:
+        return is_finished(self.directory) and not (self.work / PLAN).exists()
 
     def _open_lock(self) -> None:
         """Wait for the lock for planning, on the file that has the name."""
@@ -206,12 +331,32 @@ def _lock_path(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.lock")
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what a process left that was killed when all was done but that. Another one may hold the lock."""
+    with suppress(OSError):
+        lock = os.open(_lock_path(directory), os.O_RDWR)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_changing(directory):
+                shutil.rmtree(_work(directory), ignore_errors=True)
+                _lock_path(directory).unlink()
+        finally:
+            os.close(lock)
+
+
+def _read(kind: type[T], path: Path) -> T | None:
+    """None when there is no such file. Raises UserError naming it for what is not of that kind."""
+    try:
+        return parse_section(kind, parse_json(path.read_bytes(), path), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _hoisted(plan: Plan) -> dict[str, Any]:
+    """What a plan holds, with the settings as if they were its own keys."""
+    values = plan.plain()
+    made_from, settings = values.pop("made_from"), values.pop("settings")
+    return values | made_from | settings
 
 
 def _require_equal(found: dict[str, Any], wanted: dict[str, Any], was: str, whose: str, remedy: str) -> None:

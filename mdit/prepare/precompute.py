@@ -7,8 +7,10 @@ Pictures are written in the order of reading: training shuffles shards, and the 
 (`mdit.data.order`).
 """
 
+import difflib
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +20,27 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from mdit.config import UserError
+from mdit.config import UserError, parse_section
 from mdit.data.manifest import Layout
 from mdit.data.writer import SHARD_BYTES, NotFinite, PartWriter
-from mdit.prepare.in_progress import Plan, SetInProgress, require_plan
-from mdit.prepare.report import Report, new_report, reject
+from mdit.descriptions import Encoders
+from mdit.dist import logger
+from mdit.prepare.in_progress import (
+    Plan,
+    SetInProgress,
+    TooManyRejected,
+    plan_of_finished,
+    require_plan,
+    require_same_making,
+)
+from mdit.prepare.report import Report, reject
 from mdit.prepare.towers import Claim, Samples, read
 from mdit.sources import Part, Picture, Rejected, Source
+from mdit.sources.fingerprint import fingerprint
 
 FIT_CAPTIONS = 4096
+MAX_REJECTED = 0.5
+LOOKED_AT_ONCE = 16  # parts
 NOT_FINITE = "not finite"
 
 
@@ -55,7 +69,10 @@ class Job:
     """Sets to make: `sets` maps image sizes to directories. `made_from` holds the settings that decide what is in them
     (each manifest's fingerprint is that and the image size), `whose` says where these come from, for errors.
     `captions` are those to measure text statistics on; by default the first ones of the source. `limit` is a number of
-    pictures."""
+    pictures. `max_rejected` is the share of what is read that may be left out.
+
+    Of a set that is there, `extend` makes the parts that are new or changed in the source, `remake` those of these names;
+    all others stay as they are."""
 
     source: Source
     sets: Mapping[int, Path]
@@ -66,6 +83,9 @@ class Job:
     limit: int | None = None
     captions: Callable[[], Sequence[str]] | None = None
     progress: bool = True
+    max_rejected: float = MAX_REJECTED
+    extend: bool = False
+    remake: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +100,8 @@ class Outcome:
 def precompute(job: Job, maker: Maker) -> Outcome:
     """Make all parts of the sets that are neither complete nor being made.
 
-    Raises UserError when a set was begun from something else, cannot be written, or would be empty.
+    Raises UserError when a set was begun from something else, cannot be written, would be empty, or has more left out
+    than it may.
     """
     try:
         with ExitStack() as stack:
@@ -89,15 +110,23 @@ def precompute(job: Job, maker: Maker) -> Outcome:
                 layout, made_from = maker.layout(size, job.embeddings), {**job.made_from, "image_size": size}
                 layout.check()
                 sets[size] = stack.enter_context(SetInProgress(directory, layout, made_from))
+            fingerprints = Fingerprints(job.source, job.limit)
             for size, unfinished in sets.items():
-                plans[size] = unfinished.agree(partial(_plan, job, maker, unfinished, plans))
+                plans[size] = unfinished.agree(partial(_plan, job, maker, fingerprints, unfinished, plans))
             _make_parts(job, maker, sets, plans[size])
-            finished, left = {}, {}
+            finished, left, refused = {}, {}, []
             for size, unfinished in sets.items():
-                if (report := unfinished.finish(plans[size])) is not None:
+                try:
+                    report = unfinished.finish(plans[size], job.max_rejected)
+                except TooManyRejected as error:  # the other sets may be better
+                    refused.append(error)
+                    continue
+                if report is not None:
                     finished[unfinished.directory] = report
                 else:
-                    left[unfinished.directory] = unfinished.left(len(plans[size]["parts"]))
+                    left[unfinished.directory] = unfinished.left(len(plans[size].parts))
+            if refused:
+                raise refused[0]
             return Outcome(finished, left)
     except OSError as error:
         raise UserError(f"{job.sets[size]}: cannot write the set: {error}") from None
@@ -109,27 +138,120 @@ def first_captions(source: Source, limit: int | None = None) -> list[str]:
     return [picture.caption for picture in pictures]
 
 
-def _plan(job: Job, maker: Maker, unfinished: SetInProgress, others: Mapping[int, Plan], stored: Plan | None) -> Plan:
-    """What decides the bytes. `others` are the plans for other image sizes. Raises UserError when something else is
-    stored."""
-    maker.settle(stored and stored["encoders"], job.captions or partial(first_captions, job.source, job.limit))
-    known = next(iter(others.values()), stored)
-    if known is not None and job.limit is not None:
-        num_parts, of_last_part = len(known["parts"]), known["pictures_of_last_part"]
+class Fingerprints(dict[str, str]):
+    """The fingerprints of a source's parts by their names: of all parts, looked at side by side, or with a limit of
+    those that are asked for. Raises UserError for parts that cannot be read."""
+
+    def __init__(self, source: Source, limit: int | None) -> None:
+        self.parts = {part.name: part for part in source.parts}
+        if limit is None:
+            with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
+                self.update(zip(self.parts, pool.map(self._look, self.parts)))
+
+    def __missing__(self, name: str) -> str:
+        return self.setdefault(name, self._look(name))
+
+    def _look(self, name: str) -> str:
+        try:
+            return fingerprint(self.parts[name], read(Claim(0, self.parts[name])))
+        except OSError as error:
+            raise UserError(f"part {name} of the source cannot be read: {error}") from None
+
+    def new(self, plan: Plan) -> list[str]:
+        """The parts that a set does not have."""
+        return [name for name in self.parts if name not in plan.parts]
+
+    def changed(self, plan: Plan) -> list[str]:
+        """The parts that are no longer what a set was made from. Those that are gone do not count."""
+        return [name for name, was in plan.parts.items() if name in self.parts and self[name] != was]
+
+
+def check_source(source: Source, directory: Path, limit: int | None) -> None:
+    """Raise UserError when a finished set was made from another source of the same name; log what is new there."""
+    if (plan := plan_of_finished(directory)) is None:
+        return  # it was brought
+    fingerprints = Fingerprints(source, limit)
+    if changed := fingerprints.changed(plan):
+        raise _is_another(directory, changed)
+    if limit is None and (new := fingerprints.new(plan)):
+        logger.info(f"{directory}: lacks {_some(new)} of the source; --extend adds them")
+
+
+def _is_another(directory: Path, changed: Sequence[str]) -> UserError:
+    return UserError(
+        f"{directory}: was made when the source held something else in {_some(changed)}; --extend makes all of them "
+        "again, --remake one; or choose another directory"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    """ "3 parts (00000.tar, 00001.tar, ...)"."""
+    return f"{len(names)} part{'s' * (len(names) > 1)} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+
+
+def _plan(
+    job: Job,
+    maker: Maker,
+    fingerprints: Fingerprints,
+    unfinished: SetInProgress,
+    others: Mapping[int, Plan],
+    stored: Plan | None,
+    before: Plan | None,
+) -> tuple[Plan, Collection[str]]:
+    """What decides the bytes, and the parts to make. `others` are the plans for other image sizes. Raises UserError
+    when something else is stored."""
+    known, changing = stored or before, bool(job.extend or job.remake)
+    if before is not None and (unfinished.is_joined() if stored else not changing):
+        return known, ()
+    maker.settle(known and known.encoders.plain(), job.captions or partial(first_captions, job.source, job.limit))
+    if before is None:
+        parts, of_last_part = _first_parts(job, fingerprints, next(iter(others.values()), known))
+        made: Collection[str] = parts
     else:
-        num_parts, of_last_part = _limited(job.source.parts, job.limit)
-    plan = {
-        "made_from": unfinished.made_from,
-        "encoders": maker.encoders(),
-        "layout": unfinished.layout.model_dump(mode="json"),
-        "shard_bytes": job.shard_bytes,
-        **maker.settings(),
-        "parts": [part.name for part in job.source.parts[:num_parts]],
-        "pictures_of_last_part": of_last_part,
-    }
+        parts, made = _changes(job, fingerprints, unfinished.directory, before)
+        of_last_part = None
+    plan = Plan(
+        made_from=unfinished.made_from,
+        encoders=parse_section(Encoders, maker.encoders(), unfinished.directory),
+        layout=unfinished.layout,
+        shard_bytes=job.shard_bytes,
+        settings=maker.settings(),
+        parts=parts,
+        pictures_of_last_part=of_last_part,
+    )
     if stored is not None:
         require_plan(unfinished.directory, stored, plan, job.whose)
-    return plan
+    elif before is not None:
+        require_same_making(unfinished.directory, before, plan, job.whose)
+    return plan, made
+
+
+def _first_parts(job: Job, fingerprints: Fingerprints, known: Plan | None) -> tuple[dict[str, str], int | None]:
+    """The parts up to the limit, and how many pictures of the last one that takes."""
+    if known is not None and job.limit is not None:
+        num_parts, of_last_part = len(known.parts), known.pictures_of_last_part
+    else:
+        num_parts, of_last_part = _limited(job.source.parts, job.limit)
+    return {part.name: fingerprints[part.name] for part in job.source.parts[:num_parts]}, of_last_part
+
+
+def _changes(
+    job: Job, fingerprints: Fingerprints, directory: Path, before: Plan
+) -> tuple[dict[str, str], Collection[str]]:
+    """The parts of a set when it is changed, old ones first and in their order, and those to make."""
+    for name in job.remake:
+        if name not in before.parts:
+            nearest = difflib.get_close_matches(name, before.parts, n=1) or list(before.parts)[:1]
+            raise UserError(f"--remake {name}: {directory} has no such part (did you mean {nearest[0]}?)")
+        if name not in fingerprints.parts:
+            raise UserError(f"--remake {name}: {directory} has this part, but the source has it no longer")
+    changed = fingerprints.changed(before)
+    if not job.extend and (others := [name for name in changed if name not in job.remake]):
+        raise _is_another(directory, others)
+    made = {*job.remake, *(fingerprints.new(before) + changed if job.extend else ())}
+    names = [*before.parts, *(name for name in fingerprints.new(before) if name in made)]
+    parts = {name: fingerprints[name] if name in made else before.parts[name] for name in names}
+    return parts, [name for name in names if name in made]
 
 
 def _limited(parts: Sequence[Part], limit: int | None) -> tuple[int, int | None]:
@@ -149,16 +271,12 @@ def _pictures(parts: Iterable[Part]) -> Iterator[Picture]:
 
 
 def _make_parts(job: Job, maker: Maker, sets: Mapping[int, SetInProgress], plan: Plan) -> None:
-    bar, began = _Progress(job, sets, len(plan["parts"])), time.perf_counter()
+    bar, began = _Progress(job, sets, len(plan.parts)), time.perf_counter()
     with bar, closing(maker.samples(_claims(job.source.parts, sets, plan))) as stream:
         for first in stream:
             with ExitStack() as stack:
                 writers = {
-                    size: stack.enter_context(
-                        PartWriter(
-                            sets[size].work, first.claim.number, sets[size].layout, job.shard_bytes, new_report()
-                        )
-                    )
+                    size: stack.enter_context(sets[size].writer(first.claim.number, job.shard_bytes))
                     for size in first.claim.image_sizes
                 }
                 for samples in chain([first], stream):
@@ -183,14 +301,14 @@ def _note_seconds(writers: Mapping[int, PartWriter], device: str, began: float) 
 
 def _claims(parts: Sequence[Part], sets: Mapping[int, SetInProgress], plan: Plan) -> Iterator[Claim]:
     """Parts for this process to make, until there is none that is neither complete nor claimed."""
-    last, found = len(plan["parts"]) - 1, True
+    by_name, found = {part.name: part for part in parts}, True
     while found:
         found = False
-        for number in range(last + 1):
+        for number, name in enumerate(plan.parts):
             if image_sizes := tuple(size for size, unfinished in sets.items() if unfinished.claim(number)):
                 found = True
-                limit = plan["pictures_of_last_part"] if number == last else None
-                yield Claim(number, parts[number], limit, image_sizes)
+                limit = plan.pictures_of_last_part if number == len(plan.parts) - 1 else None
+                yield Claim(number, by_name[name], limit, image_sizes)
 
 
 def _write(samples: Samples, image_size: int, writer: PartWriter) -> None:

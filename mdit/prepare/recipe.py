@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mdit.config import TrainConfig, UserError
+from mdit.config import FolderSource, TrainConfig, UserError
 from mdit.data.loader import require_same_kind
 from mdit.data.manifest import MANIFEST, read_manifest
 from mdit.data.shards import LatentSet, open_dataset
@@ -18,7 +18,9 @@ from mdit.prepare.in_progress import check_set, is_finished
 from mdit.prepare.precompute import Job, precompute
 from mdit.prepare.report import summary
 from mdit.prepare.towers import Towers
+from mdit.files import checksum
 from mdit.sources import Source, open_source, slices
+from mdit.sources.folder import CAPTIONS
 
 WHOSE = "the recipe's"
 BATCH_SIZE = 32
@@ -55,7 +57,7 @@ def prepare(config: TrainConfig, progress: bool = True, device: torch.device | s
         require_same_kind(sets[0], dataset)
     if config.data.prepare is not None:
         for directory, split in _makeable(config).items():
-            check_set(directory, _made_from(config, split), WHOSE)
+            check_set(directory, _made_from(config, directory, split), WHOSE)
 
 
 def _directories(config: TrainConfig) -> list[Path]:
@@ -71,9 +73,19 @@ def _makeable(config: TrainConfig) -> dict[Path, str]:
     return {Path(config.data.validation): "validation", Path(config.data.train[0]): "training"}
 
 
-def _made_from(config: TrainConfig, split: str) -> dict[str, Any]:
-    made_from = config.data.prepare.model_dump(mode="json")
-    return {"split": split, "caption_length": config.model.caption_length, **made_from}
+def _made_from(config: TrainConfig, directory: Path, split: str) -> dict[str, Any]:
+    """The settings of a set, and of a folder the xxh3 of its captions: of those that the set in `directory` was made
+    from where the folder is not there, as on machines that only train."""
+    recipe = config.data.prepare
+    made_from = {"split": split, "caption_length": config.model.caption_length, **recipe.model_dump(mode="json")}
+    if not isinstance(recipe.source, FolderSource):
+        return made_from
+    captions, found = Path(recipe.source.path) / CAPTIONS, None
+    if captions.is_file():
+        found = checksum(captions)
+    elif is_finished(directory):
+        found = read_manifest(directory).fingerprint.get("captions")
+    return {**made_from, "captions": found}
 
 
 def _make_missing(config: TrainConfig, progress: bool, device: torch.device | str) -> None:
@@ -81,7 +93,7 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
     if len(_makeable(config)) == 1:
         raise UserError(f"data.train and data.validation are both {config.data.validation!r}; give each a directory")
     for directory, split in _makeable(config).items():
-        check_set(directory, _made_from(config, split), WHOSE)
+        check_set(directory, _made_from(config, directory, split), WHOSE)
     image_encoder, text_encoder = _encoders(config, device)
     _require("data.prepare.image_encoder", "latents", image_encoder.latent_shape(recipe.image_size), _latents(config))
     shape = (text_encoder.max_tokens, text_encoder.channels)
@@ -97,7 +109,7 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
         job = Job(
             source=Source(slices(samples, PICTURES_PER_PART[recipe.source.name], seed=0), len(samples)),
             sets={recipe.image_size: directory},
-            made_from=_made_from(config, split),
+            made_from=_made_from(config, directory, split),
             whose=WHOSE,
             embeddings=recipe.embeddings,
             captions=lambda: source.training.captions,

@@ -63,7 +63,7 @@ class Rejected:
 
 class Part(Protocol):
     """A piece of a source that one process reads from beginning to end, in bounded memory. Iterating again gives the
-    same. `name` is unique in the source."""
+    same. `name` is unique in the source. See `mdit.sources.fingerprint` for how it is known again."""
 
     name: str
 
@@ -157,6 +157,9 @@ class Slice:
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
         return (self.split[int(index)] for index in self.indices)
+
+    def look(self) -> Sequence[Path | bytes]:
+        return [self.split.look(int(index) for index in self.indices)] if hasattr(self.split, "look") else []
 
 
 def not_found(root: Path, what: str, how: str) -> UserError:

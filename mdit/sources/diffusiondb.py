@@ -69,6 +69,9 @@ class Zips:
             for item in read_members(path, path.name, is_picture):
                 yield self._judged(path, item, prompts, safe) if isinstance(item, Member) else item
 
+    def look(self) -> list[Path]:
+        return [*self.paths, self.table]
+
     def _judged(self, path: Path, member: Member, prompts: dict, safe: dict[str, bool]) -> Picture | Rejected:
         name = PurePosixPath(member.name).name
         origin = f"{path.name}/{name}"

@@ -1,7 +1,7 @@
 """Pictures in single files, named by captions in JSON."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ class CaptionedFiles:
     def __getitem__(self, index: int) -> Picture | Rejected:
         file, caption = self.entries[index]
         return read_picture(self.directory / file, file, caption)
+
+    def look(self, indices: Iterable[int]) -> bytes:
+        return repr([self.entries[index] for index in indices]).encode()
 
 
 def read_picture(path: Path, origin: str, caption: str | None) -> Picture | Rejected:

@@ -5,9 +5,10 @@ A recipe wants every one of them: what is wrong is an error that names the line,
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import xxhash
@@ -57,6 +58,11 @@ class Lines:
                 if not (line := lines.readline()):
                     return
                 yield self._read(f"{CAPTIONS}:{number}", line)
+
+    def look(self) -> list[bytes]:
+        with reading(self.captions) as lines:
+            lines.seek(self.start)
+            return [b"".join(islice(lines, LINES_PER_PART))]
 
     def _read(self, origin: str, line: bytes) -> Picture | Rejected:
         if (values := read_object(line)) is None:
@@ -116,6 +122,9 @@ class Pictures:
             return Picture(where, path.read_bytes(), entry.caption)
         except OSError as error:
             raise UserError(f"{self.folder / where}: cannot read the picture {path}: {error}") from None
+
+    def look(self, indices: Iterable[int]) -> bytes:
+        return repr([(self.entries[index].file, self.entries[index].caption) for index in indices]).encode()
 
     @property
     def captions(self) -> list[str]:

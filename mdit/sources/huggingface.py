@@ -75,6 +75,10 @@ class Rows:
         for index, row in zip(self.indices, self.dataset.select(self.indices)):
             yield self.columns.read(f"row {index}", row)
 
+    def look(self) -> list[bytes]:
+        captions = self.dataset.select_columns([self.columns.caption]).select(self.indices)
+        return [repr([row[self.columns.caption] for row in captions]).encode(errors="surrogatepass")]
+
 
 @dataclass(frozen=True)
 class ParquetFile:
@@ -96,6 +100,9 @@ class ParquetFile:
         except (pyarrow.ArrowException, OSError) as error:
             logger.warning(f"{self.path}: damaged: {error}")
             yield Rejected(self.name, "damaged archive")
+
+    def look(self) -> list[Path]:
+        return [self.path]
 
 
 def _rows(root: Path, dataset: Any, caption_key: str | None) -> Source:

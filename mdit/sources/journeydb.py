@@ -93,3 +93,6 @@ class Archive:
             yield captioned(f"{self.path.name}/{name}", item.data, prompt) if isinstance(item, Member) else item
         for name in prompts:
             yield Rejected(f"{self.path.name}/{name}", "missing picture")
+
+    def look(self) -> list[Path | bytes]:
+        return [self.path, self.lines.tobytes()]  # where the captions begin: it changes with the length of any

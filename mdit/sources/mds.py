@@ -51,6 +51,9 @@ class ShardOfPictures:
         for item in self.shard.read((self.picture, self.caption)):
             yield item if isinstance(item, Rejected) else self._sample(*item)
 
+    def look(self) -> list[Path]:
+        return [self.shard.path]
+
     def _sample(self, origin: str, columns: dict[str, bytes]) -> Picture | Rejected:
         try:
             return captioned(origin, columns[self.picture], self.shard.text(self.caption, columns[self.caption]))
@@ -75,6 +78,9 @@ class ShardOfLatents:
     def __iter__(self) -> Iterator[Latents | Rejected]:
         for item in self.shard.read((self.column, EMBEDDING, CAPTION)):
             yield item if isinstance(item, Rejected) else self._sample(*item)
+
+    def look(self) -> list[Path]:
+        return [self.shard.path]
 
     def _sample(self, origin: str, columns: dict[str, bytes]) -> Latents | Rejected:
         try:

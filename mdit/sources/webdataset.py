@@ -40,6 +40,9 @@ class Tar:
             else:
                 yield self._sample(f"{self.name}/{key}", {_split(member.name)[1]: member.data for member in group})
 
+    def look(self) -> list[Path]:
+        return [self.path]
+
     def _sample(self, origin: str, files: dict[str, bytes]) -> Picture | Rejected:
         picture = next((files[suffix] for suffix in PICTURES if suffix in files), None)
         if picture is None:

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,46 @@ def test_what_is_there_is_not_made_again(downloads, undisturbed, capsys, caplog)
     assert contents(undisturbed) == before
 
 
+def test_a_source_that_grew_or_changed_is_noticed_and_the_set_follows(downloads, tmp_path, capsys):
+    root, out = tmp_path / "tars", tmp_path / "out"
+    root.mkdir()
+    for number in range(3):
+        shutil.copy(downloads / f"{number:05d}.tar", root)
+    arguments = flags(root, out)
+    precompute.main(arguments)
+    shutil.copy(downloads / "00003.tar", root)
+    precompute.main(arguments)
+    assert f"{out}/16: 27 samples in 3 shards" in capsys.readouterr().out  # as it was
+    precompute.main([*arguments, "--extend"])
+    assert f"{out}/16: 36 samples in 4 shards" in capsys.readouterr().out
+    assert open_dataset(out / "16").manifest.index.file == "index_0001.npy"
+
+    files = {f"{number:06d}.png": png(number, (20, 18)) for number in range(12, 24)}
+    files |= {name.replace("png", "txt"): b"rewritten" for name in files}
+    write_tar(root / "00001.tar", dict(sorted(files.items())))
+    before = contents(out)
+    error = refused(arguments, capsys)
+    assert "16: was made when the source held something else in 1 part (00001.tar); --extend makes" in error
+    assert "00009.tar: " in refused([*arguments, "--remake", "00009.tar"], capsys) and contents(out) == before
+    precompute.main([*arguments, "--remake", "00001.tar", "--verify"])
+    assert f"{out}/16: 39 samples in 4 shards" in capsys.readouterr().out
+    dataset = open_dataset(out / "16")
+    assert read_samples(dataset, range(39))[2].count("rewritten") == 12
+
+    shutil.rmtree(root)
+    precompute.main(arguments)  # the source is not needed any more
+    assert f"{out}/16: 39 samples" in capsys.readouterr().out
+
+
+def test_more_left_out_than_may_be(downloads, tmp_path, capsys):
+    arguments = flags(downloads, tmp_path, extra=["--limit", "20"])
+    error = refused([*arguments, "--max_rejected", "0.1"], capsys)
+    assert "16: is not finished, as" in error and "1 no caption (00000.tar/000009)" in error
+    assert [path.name for path in tmp_path.iterdir()] == [".16.lock", ".16.partial"]
+    precompute.main([*arguments, "--max_rejected", error.split()[-6]])
+    assert f"{tmp_path}/16: " in capsys.readouterr().out
+
+
 def refused(arguments, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
         precompute.main([str(argument) for argument in arguments])
@@ -245,6 +286,9 @@ def test_a_set_is_not_made_again_in_another_way(downloads, undisturbed, capsys, 
         ({"--caption_length": "1000"}, "takes at most 512 tokens, not 1000"),
         ({"--split": "test"}, "--split test: webdataset has no such split"),
         ({"--min_side": "100"}, "no picture can be used: 0 of 240 pictures; rejected: "),
+        ({"--max_rejected": "1.5"}, "--max_rejected 1.5: must be a share, from 0 to 1"),
+        ({"--remake": "00000.tar"}, "set/16 is not there yet"),
+        ({"--remake": "00000.tar", "--limit": "5"}, "--remake: goes without --limit 5"),
         ({"--recipe": "a.toml"}, "--recipe: goes without --source webdataset"),
         ({"--source": None}, "--root: needs --source"),
     ],

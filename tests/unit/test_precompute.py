@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -23,10 +26,11 @@ from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter
 from mdit.encoders import build_image_encoder
 from mdit.prepare.decoders import build_decoder
-from mdit.prepare.precompute import Job, precompute
+from mdit.prepare.precompute import Job, check_source, precompute
 from mdit.prepare.report import merge, new_report, reject, summary
 from mdit.prepare.towers import CaptionCache, Towers, ahead
-from mdit.sources import Picture, Rejected, Source, slices
+from mdit.sources import Picture, Rejected, Slice, Source, slices
+from tests.processes import run_forked
 
 SIZE, PER_PART = 8, 10
 
@@ -94,7 +98,12 @@ def contents(folder):
     """Path -> bytes, and of reports all but the time that was needed."""
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     reports = {path: json.loads(data) for path, data in found.items() if path.endswith("report.json")}
-    return found | {path: {**report, "seconds": sorted(report["seconds"])} for path, report in reports.items()}
+    return found | {path: without_seconds(report) for path, report in reports.items()}
+
+
+def without_seconds(report):
+    parts = {name: without_seconds(part) for name, part in report.get("parts", {}).items()}
+    return {**report, "seconds": sorted(report["seconds"]), "parts": parts}
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +133,10 @@ def test_samples_are_encoded_and_in_the_order_of_reading(tmp_path):
     assert dataset.encoders["text"] == text.describe()
     assert len(dataset.shard_sizes) == 3
     report = json.loads((tmp_path / "8" / "report.json").read_text())
+    parts = report.pop("parts")
     assert report.pop("seconds")["cpu"] > 0
     assert report == {"seen": 23, "written": 23, "rejected": {}}
+    assert {name: part["written"] for name, part in parts.items()} == {"00000": 8, "00001": 8, "00002": 7}
 
 
 def test_shards_are_of_the_size_asked_for_and_embeddings_in_8_bits(tmp_path):
@@ -181,7 +192,9 @@ def test_what_cannot_be_used_is_counted_by_reason_with_the_first_origins(tmp_pat
     }
     report = json.loads((tmp_path / "8" / "report.json").read_text())
     assert finished == {tmp_path / "8": report}
-    assert report == {"seen": 40, "written": 27, "rejected": expected, "seconds": report["seconds"]}
+    seconds, parts = report["seconds"], report["parts"]
+    assert report == {"seen": 40, "written": 27, "rejected": expected, "seconds": seconds, "parts": parts}
+    assert merge(parts.values())["rejected"] == expected
     assert list(report["rejected"]) == sorted(expected)
     _, _, texts = read_samples(open_dataset(tmp_path / "8"), range(27))
     lost = {3, 5, *range(10, 18), 20, 21, 39}
@@ -220,6 +233,21 @@ def test_every_part_in_the_set_counts_its_own_time_once(tmp_path, monkeypatch):
     reports = make(pictures(57), tmp_path, towers(sizes=(8, 16)), sizes=(8, 16))
     seconds = [report["seconds"]["cpu"] for report in reports.values()]
     assert seconds == pytest.approx([6 * 64 / 320, 6 * 256 / 320])  # six parts of a second, shared by pixels
+
+
+def test_more_left_out_than_may_be_is_no_set_until_it_may(tmp_path, monkeypatch):
+    items = [Rejected(f"d/{i}", "no caption") if i % 3 else item for i, item in enumerate(pictures(30))]
+    items[0] = dataclasses.replace(items[0], image=b"torn")
+    message = (
+        r"out/8: is not finished, as 70.0% is left out and --max_rejected is 0.5: 9 of 30 pictures; rejected: "
+        r"20 no caption \(d/1, ...\), 1 not decodable \(picture 0\); all parts are made, .* --max_rejected 0.7 "
+    )
+    with pytest.raises(UserError, match=message):
+        make(items, tmp_path / "out", towers(sizes=(8, 16)), sizes=(8, 16))
+    assert not (tmp_path / "out" / "8").exists()
+    monkeypatch.setattr(PartWriter, "write", None)  # nothing is made again
+    make(items, tmp_path / "out", towers(sizes=(8, 16)), sizes=(8, 16), max_rejected=0.7)
+    assert open_dataset(tmp_path / "out" / "8").samples == open_dataset(tmp_path / "out" / "16").samples == 9
 
 
 def test_a_set_without_a_picture_is_no_set(tmp_path):
@@ -328,7 +356,7 @@ def test_interrupted_while_the_set_gets_its_name(tmp_path, monkeypatch, undistur
         unpatched = getattr(Path, where)
         monkeypatch.setattr(Path, where, stop_at)
     else:
-        monkeypatch.setattr(in_progress, "_write_json" if where == "report" else "finish_set", stop)
+        monkeypatch.setattr(in_progress, "write_json" if where == "report" else "finish_set", stop)
     with pytest.raises(KeyboardInterrupt):
         make(pictures(57), tmp_path)
     monkeypatch.undo()
@@ -358,8 +386,8 @@ def test_one_of_two_sets_is_finished_the_other_begun(tmp_path, monkeypatch, undi
         ({"embeddings": "i8b64"}, "layout.embeddings = 'f16', but this command's is 'i8b64'"),
         ({"maker": towers(batch_size=5)}, "batch_size = 4, but this command's is 5"),
         ({"maker": towers(WordCounts(weights="2" * 16))}, "encoders.text.weights = '1{16}', but this .* is '2{16}'"),
-        ({"items": pictures(47)}, r"parts.5 = '00005', but this command's is None"),
-        ({"items": pictures(67)}, r"parts.6 = None, but this command's is '00006'"),
+        ({"items": pictures(47)}, r"parts.0000\d = '\w{16}', but this command's is '\w{16}'"),
+        ({"items": pictures(67)}, r"parts.0000\d = '\w{16}', but this command's is '\w{16}'"),
     ],
 )
 def test_a_set_is_not_gone_on_with_in_another_way(tmp_path, monkeypatch, changes, message):
@@ -445,6 +473,165 @@ def test_a_part_whose_process_was_killed_before_it_said_so_is_not_made_again(tmp
     make(pictures(57), tmp_path)
     assert (tmp_path / "8" / part.name).stat().st_mtime_ns == before
     assert contents(tmp_path) == undisturbed
+
+
+# --- sets that are there grow, or have parts made again
+
+
+def tars(numbers, **changed):
+    """A source of parts of ten pictures each, called 00000.tar, ...; `changed` are captions of parts by number."""
+    parts = []
+    for number in numbers:
+        items = pictures(10 * number + 10)[10 * number :]
+        if caption := changed.get(f"part_{number}"):
+            items = [dataclasses.replace(item, caption=caption) for item in items]
+        parts.append(Slice(f"{number:05d}.tar", items, np.arange(10)))
+    return Source(parts, 10 * len(parts))
+
+
+def make_of(source, folder, maker=None, **changes):
+    job = dataclasses.replace(job_of([], folder, **changes), source=source)
+    outcome = precompute(job, maker or towers())
+    assert not outcome.left
+    return folder / "8"
+
+
+def bytes_of(directory):
+    """What the set is made of, whatever its files are called: shards and DALI's indexes, index, report, plan."""
+    manifest = open_dataset(directory).manifest
+    names = [entry.file for entry in (*manifest.shards, *manifest.dali_indexes, manifest.index)]
+    report = without_seconds(json.loads((directory / "report.json").read_text()))
+    return [(directory / name).read_bytes() for name in names], report, (directory / "plan.json").read_text()
+
+
+def captions_of(dataset):
+    return read_samples(dataset, range(dataset.samples))[2]
+
+
+def test_a_set_grows_by_what_is_new_in_the_source(tmp_path):
+    at_once = make_of(tars(range(6)), tmp_path / "at once")
+    grown, text = make_of(tars(range(4)), tmp_path / "grown"), WordCounts()
+    old, before = open_dataset(grown), {path.name: path.stat().st_mtime_ns for path in grown.glob("shard_*")}
+    make_of(tars([1, 2, 3, 4, 5]), tmp_path / "grown", towers(text), extend=True)  # 00000.tar is not needed any more
+    assert bytes_of(grown) == bytes_of(at_once)
+    assert [path.name for path in grown.glob("shard_*")] == [path.name for path in at_once.glob("shard_*")]
+    assert {*text.asked} == {item.caption for item in pictures(60)[40:]}
+    assert all((grown / name).stat().st_mtime_ns == modified for name, modified in before.items())
+    assert captions_of(old) == [item.caption for item in pictures(40)]  # a run that reads it goes on
+    old.verify()
+    assert [path.name for path in (tmp_path / "grown").iterdir()] == ["8"]
+    manifest = (grown / "manifest.json").read_bytes()
+    make_of(tars(range(6)), tmp_path / "grown", extend=True)
+    assert (grown / "manifest.json").read_bytes() == manifest  # nothing is new
+
+
+def test_one_part_is_made_again(tmp_path):
+    new = tars(range(4), part_1="another caption")
+    at_once, remade = make_of(new, tmp_path / "at once"), make_of(tars(range(4)), tmp_path / "remade")
+    old, text = open_dataset(remade), WordCounts()
+    with pytest.raises(UserError, match=r"8: was made when the source held something else in 1 part \(00001.tar\)"):
+        check_source(new, remade, None)
+    check_source(tars([0, 2]), remade, None)  # what is gone is not missed
+    make_of(new, tmp_path / "remade", towers(text), remake=["00001.tar"])
+    assert bytes_of(remade) == bytes_of(at_once) and text.asked == ["another caption"]
+    assert captions_of(old) == [item.caption for item in pictures(40)]
+    check_source(new, remade, None)
+    newer = tars(range(5), part_1="another caption", part_2="and again")
+    make_of(newer, tmp_path / "remade", extend=True)  # makes what changed as well
+    assert bytes_of(remade) == bytes_of(make_of(newer, tmp_path / "at once again"))
+    assert captions_of(old) == [item.caption for item in pictures(40)]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"remake": ["00004.tar"]}, r"--remake 00004.tar: .*8 has no such part \(did you mean 0000\d.tar\?\)"),
+        ({"extend": True, "maker": towers(batch_size=5)}, "plan.json: was made with batch_size = 4, but this .* is 5"),
+        ({"extend": True, "maker": towers(WordCounts(weights="2" * 16))}, "encoders.text.weights = '1{16}', but"),
+        ({"remake": ["00000.tar"], "source": tars(range(1, 5))}, "00000.tar: .* but the source has it no longer"),
+        ({"remake": ["00000.tar"], "source": tars(range(5), part_1="x")}, r"else in 1 part \(00001.tar\); --extend"),
+    ],
+)
+def test_a_change_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path, changes, message):
+    make_of(tars(range(3)), tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message):
+        make_of(**{"source": tars(range(5)), "folder": tmp_path, **changes})
+    assert contents(tmp_path) == before
+
+
+def test_a_change_that_leaves_out_too_much_leaves_the_set_as_it_is(tmp_path):
+    make_of(tars(range(3)), tmp_path)
+    manifest, source = (tmp_path / "8" / "manifest.json").read_bytes(), tars(range(4))
+    source.parts[3].split[1:] = [Rejected("x", "no caption")] * 9
+    with pytest.raises(UserError, match="as 90.0% is left out"):
+        make_of(source, tmp_path, extend=True)
+    assert (tmp_path / "8" / "manifest.json").read_bytes() == manifest
+    make_of(source, tmp_path, extend=True, max_rejected=0.9)
+    assert open_dataset(tmp_path / "8").samples == 31
+
+
+def count_and_kill(folders, new):
+    """Change the first set and count the writes, renamings and removals that takes; change each of the others in a
+    process of its own, which is killed ever nearer to the end. Prints the moments."""
+    done, last = [], None
+
+    def patched(function):
+        def watched(*arguments, **options):
+            if len(done) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(function)
+            return function(*arguments, **options)
+
+        return watched
+
+    for owner, names in {
+        Path: ("replace", "rename", "unlink", "write_text", "mkdir"),
+        shutil: ("rmtree",),
+        PartWriter: ("write",),
+        os: ("fsync", "pwrite"),
+    }.items():
+        for name in names:
+            setattr(owner, name, patched(getattr(owner, name)))
+    make_of(new, folders[0], extend=True)
+    count, done = len(done), []
+    for number, folder in enumerate(folders[1:]):
+        last = count - int(2 * 1.8**number)
+        if (child := os.fork()) == 0:
+            try:
+                make_of(new, folder, extend=True)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, (count, last)
+
+
+def test_killed_at_any_moment_of_a_change_there_is_the_old_set_or_the_new_one(tmp_path):
+    new = tars(range(5), part_1="another caption")
+    made, wanted = make_of(tars(range(3)), tmp_path / "made"), bytes_of(make_of(new, tmp_path / "at once"))
+    before, after = [item.caption for item in pictures(30)], captions_of(open_dataset(tmp_path / "at once" / "8"))
+    folders = [shutil.copytree(made.parent, tmp_path / str(number)) for number in range(9)]
+    ended = run_forked(count_and_kill, folders, new)
+    assert ended.returncode == 0, ended.output
+    found = []
+    for folder in folders[1:]:
+        dataset = open_dataset(folder / "8")
+        dataset.verify()
+        found.append(captions_of(dataset) == after)
+        assert found[-1] or captions_of(dataset) == before
+        make_of(new, folder, extend=True)
+        assert bytes_of(folder / "8") == wanted
+        assert [path.name for path in folder.iterdir()] == ["8"]
+    assert found == sorted(found, reverse=True) and {*found} == {False, True}, found
+
+
+@pytest.mark.parametrize("file", ["plan.json", "report.json"])
+@pytest.mark.parametrize("text", ["{", '{"a": 1, "a": 2}', "[]", '{"parts": 3}', '{"a":' * 9000 + "1" + "}" * 9000])
+def test_damaged_documents_of_a_set_are_one_line(tmp_path, file, text):
+    shutil.copytree(make_of(tars([0]), tmp_path / "whole"), tmp_path / "8")
+    (tmp_path / "8" / file).write_text(text)
+    with pytest.raises(UserError, match=f"^{tmp_path / '8' / file}: ") as error:
+        make_of(tars([0, 1]), tmp_path, extend=True)
+    assert len(str(error.value)) < 2100 and "\n" not in str(error.value)
 
 
 # --- what goes wrong

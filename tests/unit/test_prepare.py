@@ -216,6 +216,13 @@ def test_a_folder_of_pictures_becomes_sets(tmp_path):
     sizes = [open_dataset(tmp_path / "data" / name).samples for name in ("train", "validation")]
     assert sum(sizes) == 40 and min(sizes) > 0
 
+    captions = tmp_path / "pictures" / "captions.jsonl"
+    captions.write_text(captions.read_text().replace("picture", "drawing"))  # file names and captions
+    with pytest.raises(UserError, match="manifest.json: was made with captions = '.*', but the recipe's is '.*'; rem"):
+        make(recipe(tmp_path / "data", source=source))
+    captions.unlink()
+    make(recipe(tmp_path / "data", source=source))  # as on a machine that only trains
+
 
 def test_embeddings_in_8_bits(folder, tmp_path):
     make(recipe(tmp_path, prepare={"embeddings": "i8b64"}))
