@@ -74,7 +74,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = _linked(path)
     partial = partial_name(path)
     try:
-        with _in_the_name_of(path, partial):
+        with in_the_name_of(path, partial):
             yield partial
             sync(partial)
             partial.replace(path)
@@ -93,7 +93,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a text file; where the last one is torn (a kill, a full disk), behind its end."""
-    with path.open("a+b") as file:
+    with in_the_name_of(path), path.open("a+b") as file:
         if size := file.tell():
             file.seek(size - 1)
         torn = bool(size) and file.read(1) != b"\n"
@@ -112,7 +112,7 @@ def try_to_write(path: Path) -> None:
     if not path.exists() or path.is_file():
         path = _linked(path)
         partial = partial_name(path)
-        with _in_the_name_of(path, partial):
+        with in_the_name_of(path, partial):
             partial.touch()
             partial.unlink()
 
@@ -131,7 +131,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        with _in_the_name_of(path, partial):
+        with in_the_name_of(path, partial):
             partial.mkdir(parents=True)
             yield partial
             for file in (*partial.rglob("*"), partial):
@@ -268,13 +268,13 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def _in_the_name_of(path: Path, partial: Path) -> Iterator[None]:
-    """An OSError about `partial` names `path`, which is what the user knows."""
+def in_the_name_of(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """An OSError about `partial`, or about no file, as when a disk is full, names `path`: that is what the user knows."""
     try:
         yield
     except OSError as error:
-        if isinstance(error.filename, str):
-            error.filename = error.filename.replace(str(partial), str(path), 1)
+        named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(path)
+        error.filename = named.replace(str(partial or path), str(path), 1)
         raise
 
 

@@ -37,6 +37,7 @@ from mdit.documents import parse_json
 from mdit.files import (
     DEFINITE,
     checksum,
+    in_the_name_of,
     partial_name,
     patiently,
     remove_directory,
@@ -95,17 +96,20 @@ def save_training_state(
     then.
     """
     final = directory / step_name(step)
+    hidden = partial_name(final)
+
+    def write() -> dict[str, dict]:
+        with in_the_name_of(final, hidden):
+            return {path.name: describe(path) for path in write_pieces(hidden, world.rank, tensors, pieces)}
 
     def write_state() -> None:
         files = {name: entry for rank in gathered for name, entry in rank["files"].items()}
         values = {"format": FORMAT, "step": step, "run": run, "layout": layout, "files": files}
-        write_json(partial_name(final) / "state.json", seal(values | {"memory": [rank["memory"] for rank in gathered]}))
+        write_json(hidden / "state.json", seal(values | {"memory": [rank["memory"] for rank in gathered]}))
 
     with ExitStack() as publishing:
         on_first(world, lambda: publishing.enter_context(replacing_directory(final)))
-        written = on_all_ranks(
-            world, lambda: {p.name: describe(p) for p in write_pieces(partial_name(final), world.rank, tensors, pieces)}
-        )
+        written = on_all_ranks(world, write)
         gathered = gather({"files": written, "memory": finite(memory)}, world)
         on_first(world, write_state)
         on_first(world, publishing.close)

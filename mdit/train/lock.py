@@ -20,6 +20,7 @@ from typing import Any
 from mdit.config import UserError
 from mdit.dist import logger
 from mdit.documents import parse_json
+from mdit.files import in_the_name_of
 
 BEAT = 5.0  # seconds between two signs of life
 SILENCE = 60.0  # longer than network file systems keep what they have read, and than most of them stall
@@ -96,7 +97,7 @@ class Lock:
         except FileExistsError:
             return False
         try:
-            with open(descriptor, "wb", buffering=0) as file:
+            with in_the_name_of(self.path), open(descriptor, "wb", buffering=0) as file:
                 file.write(self._content())
         except OSError:
             self.path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import torch.distributed
 from mdit.config import ReportConfig, TrainConfig, UserError
 from mdit.data.loader import Batch, build_loader
 from mdit.diffusion.edm import draw, edm_losses
-from mdit.dist import StopSignal, World, logger
+from mdit.dist import StopSignal, World, logger, on_all_ranks
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
@@ -21,7 +21,7 @@ from mdit.train.engine import Engine
 from mdit.train.evaluation import Evaluation
 from mdit.train.metrics import Metrics, Stopwatch, memory_gib
 from mdit.train.optim import learning_rate
-from mdit.train.run_directory import CHECKPOINTS, RunDirectory
+from mdit.train.run_directory import CHECKPOINTS, STOP, RunDirectory
 from mdit.train.skipped import SkippedSteps, last_checkpoint, require_finite
 
 
@@ -79,8 +79,9 @@ def train(run: Run, directory: RunDirectory) -> int:
     first_step = step
 
     evaluation = Evaluation(run.config, run.run_dir, world)
-    metrics = Metrics(run.run_dir, first_step=step, num_steps=config.training.num_steps, world=world)
-    stop, stopwatch = StopSignal(run.run_dir / "STOP", world), Stopwatch(world.device)
+    record = partial(Metrics, run.run_dir, first_step=step, num_steps=config.training.num_steps, world=world)
+    metrics = on_all_ranks(world, record)  # rank 0 writes
+    stop, stopwatch = on_all_ranks(world, partial(StopSignal, run.run_dir / STOP, world)), Stopwatch(world.device)
     loader = build_loader(
         config.data.train,
         global_batch_size=config.training.global_batch_size,

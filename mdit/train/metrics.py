@@ -4,10 +4,12 @@ import json
 import math
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -15,11 +17,14 @@ from tqdm import tqdm
 
 from mdit.dist import World, logger
 from mdit.documents import UserError, parse_json
-from mdit.files import append_line, write_text
+from mdit.files import append_line, optional, write_text
 
 
 class Metrics:
-    """Rank 0's record of a run from `first_step` on; on the other ranks every call does nothing. A context manager."""
+    """Rank 0's record of a run from `first_step` on; on the other ranks every call does nothing. A context manager.
+
+    What cannot be written, as when the disk is full, is said once and does not end the run.
+    """
 
     def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, world: World) -> None:
         self.active = world.is_first
@@ -27,9 +32,11 @@ class Metrics:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is needed
 
-        self.path = run_dir / "metrics.jsonl"
+        self.path, self.folder, self.board = run_dir / "metrics.jsonl", run_dir / "tensorboard", None
         forget_after(self.path, first_step)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        threading.excepthook = self._thread_failed
+        with optional(self.folder):
+            self.board = SummaryWriter(str(self.folder), purge_step=first_step + 1)
         self.progress = Progress(first_step, num_steps)
 
     def __enter__(self) -> "Metrics":
@@ -38,7 +45,7 @@ class Metrics:
     def __exit__(self, *error) -> None:
         if self.active:
             self.progress.close()
-            self.board.close()
+            self._tell(lambda board: board.close())
 
     def write(self, step: int, group: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; on TensorBoard one scalar "group/name" for each value. What is not finite is null
@@ -46,15 +53,35 @@ class Metrics:
         if not self.active:
             return
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        append_line(self.path, json.dumps({"step": step, **values}, allow_nan=False))
+        with optional(self.path):
+            append_line(self.path, json.dumps({"step": step, **values}, allow_nan=False))
         for name, value in values.items():
             if value is not None:
-                self.board.add_scalar(f"{group}/{name}", value, step)
+                self._tell(lambda board: board.add_scalar(f"{group}/{name}", value, step))  # noqa: B023
 
     def write_image(self, step: int, name: str, image: Image) -> None:
         if self.active:
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            self.board.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
+            pixels = pixels.view(image.height, image.width, 3)
+            self._tell(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+
+    def _tell(self, tell: Callable[[Any], None]) -> None:
+        """Call `tell` with TensorBoard's writer. It does not recover from an error: after one it is told no more."""
+        if self.board is not None:
+            with optional(self.folder):
+                try:
+                    tell(self.board)
+                except OSError:
+                    self.board = None
+                    raise
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, whose errors show late or never: say them as they come."""
+        if type(failed.thread).__module__.startswith("tensorboard.") and isinstance(failed.exc_value, OSError):
+            with optional(self.folder):
+                raise failed.exc_value
+        else:
+            threading.__excepthook__(failed)
 
     def advance(self, step: int) -> None:
         if self.active:

@@ -40,6 +40,7 @@ from mdit.train.checkpoint import (
 )
 from mdit.train.lock import Lock
 from mdit.train.metrics import step_of
+from mdit.train.metrics import step_of
 from mdit.train.optim import learning_rate
 
 CONFIG, STARTS, METRICS, LOCK, STOP = "config.json", "starts.jsonl", "metrics.jsonl", "run.lock", "STOP"
@@ -201,7 +202,7 @@ def try_out(path: Path, token: str, world: World) -> None:
 
 def move_aside(path: Path) -> None:
     """What earlier runs left in a directory -> before_N in it. Nothing is deleted."""
-    ours = [path / name for name in (*FILES, *FOLDERS) if name not in (LOCK, STOP)]
+    ours = [path / name for name in (*FILES, f"{METRICS}.damaged", *FOLDERS) if name not in (LOCK, STOP)]
     if there := [place for place in ours if os.path.lexists(place)]:
         number = next(n for n in range(1, 10**6) if not os.path.lexists(path / f"before_{n}"))
         (aside := path / f"before_{number}").mkdir()
@@ -247,8 +248,8 @@ def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None
 
 def steps_told(metrics: Path) -> list[int]:
     """Steps of the lines of metrics.jsonl, as far as they are whole."""
-    lines = metrics.read_bytes().splitlines() if metrics.exists() else ()
-    return [step for step in map(step_of, lines) if step is not None]
+    steps = map(step_of, metrics.read_bytes().splitlines() if metrics.exists() else ())
+    return [step for step in steps if step is not None]
 
 
 def snapshots_there(snapshots: Path) -> list[int]:
