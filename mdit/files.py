@@ -269,7 +269,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def in_the_name_of(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """An OSError about `partial`, or about no file, as when a disk is full, names `path`: that is what the user knows."""
+    """An OSError about `partial`, or about no file, as when a disk is full, names `path`, which the user knows."""
     try:
         yield
     except OSError as error:

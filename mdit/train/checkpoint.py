@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.dist import World, gather, logger, on_all_ranks
+from mdit.dist import World, gather, logger, on_all_ranks, shared
 from mdit.documents import parse_json
 from mdit.files import (
     DEFINITE,
@@ -188,7 +188,8 @@ def find_latest(directory: Path, world: World) -> Checkpoint | None:
         damaged[path] = reasons[0]
     if damaged:
         told = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-        raise UserError(f"{directory}: every checkpoint is damaged ({told}); put a copy back, or start anew: --restart")
+        message = f"{directory}: every checkpoint is damaged ({told}); put a copy back, or start anew: --restart"
+        raise shared(UserError(message))
     return None
 
 

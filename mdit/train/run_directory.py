@@ -23,7 +23,7 @@ import torch
 
 from mdit.config import TrainConfig, UserError, parse_section
 from mdit.data.manifest import MANIFEST
-from mdit.dist import World, gather, logger, on_all_ranks
+from mdit.dist import World, gather, logger, on_all_ranks, shared
 from mdit.documents import explain, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.models import MicroDiT
@@ -87,7 +87,7 @@ class RunDirectory:
         self.checkpoint = find_latest(self.path / CHECKPOINTS, self.world)
         on_first(self.world, lambda: self._check_and_write(config, description, init_from))
         if self.checkpoint is None and init_from is not None and not has_weights:
-            raise UserError(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again")
+            raise shared(UserError(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again"))
 
     def attempt(self, what: str, step: int, save: Callable[[], None]) -> None:
         """Call `save`, a collective that raises on all ranks alike. Where the disk does not take it, what was saved
@@ -106,8 +106,8 @@ class RunDirectory:
         """Raise UserError where the last attempt to save something has failed."""
         for what, error in self._failed.items():
             last = latest_step(self.path / CHECKPOINTS)
-            there = f"the last checkpoint is of step {last}: the same command goes on from it" if last else "no checkpoint"
-            raise UserError(f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}")
+            there = f"the same command goes on from step {last}" if last else "there is no checkpoint"
+            raise shared(UserError(f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}"))
 
     def _take(self) -> None:
         check_place(self.path)
@@ -189,8 +189,8 @@ def try_out(path: Path, token: str, world: World) -> None:
                 break
         if time.monotonic() > deadline:
             raise UserError(
-                f"{path.absolute()}: rank {world.rank} on {socket.gethostname()} does not see what rank 0 wrote there; "
-                "the nodes of a run have to share its directory"
+                f"{path.absolute()}: what rank 0 wrote there is not to be seen; the nodes of a run have to share its "
+                "directory"
             )
         time.sleep(0.1)
     trial = path / f".preflight_{world.rank:05d}.partial"  # a name of those that are cleaned up

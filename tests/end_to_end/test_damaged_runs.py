@@ -1,4 +1,4 @@
-"""Whole runs in directories that are not as they should be: one line, exit code 2, and nothing that was there is lost."""
+"""Whole runs in directories that are not as they should be: one line, exit code 2, nothing that was there is lost."""
 
 import json
 import resource
