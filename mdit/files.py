@@ -45,13 +45,13 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
-def patiently(read: Callable[[], T]) -> T:
+def patiently(read: Callable[[], T], definite: tuple[type[OSError], ...] = DEFINITE) -> T:
     """What `read` returns, called again after a while where the file system fails (EIO, EACCES, ESTALE), before that
-    is believed. That something is not there, or is no directory, is believed at once."""
+    is believed. `definite` errors are believed at once: that something is not there, or is no directory."""
     for pause in PATIENCE:
         try:
             return read()
-        except DEFINITE:
+        except definite:
             raise
         except OSError:
             time.sleep(pause)

@@ -66,9 +66,10 @@ class Checkpoint:
         return [self.path / name for name in sorted(self.state["files"]) if name.startswith(rank_prefix(rank))]
 
     def is_whole(self, name: str) -> bool:
-        """Raises OSError where a file cannot be read, which says nothing about its content."""
+        """Raises OSError where a file cannot be read, which says nothing about its content. One that is not there is
+        looked for again: network file systems may show a file late."""
         try:
-            return patiently(partial(describe, self.path / name)) == self.state["files"][name]
+            return patiently(partial(describe, self.path / name), definite=()) == self.state["files"][name]
         except DEFINITE:
             return False
 

@@ -64,7 +64,7 @@ class RunDirectory:
         self.lock = Lock(path / LOCK)
         self.checkpoint: Checkpoint | None = None
         self.run: dict[str, Any] = {}
-        self._failed: dict[str, OSError] = {}
+        self._failed: list[tuple[int, str, OSError]] = []
         self._held = ExitStack()
 
     def __enter__(self) -> "RunDirectory":
@@ -91,20 +91,18 @@ class RunDirectory:
 
     def attempt(self, what: str, step: int, save: Callable[[], None]) -> None:
         """Call `save`, a collective that raises on all ranks alike. Where the disk does not take it, what was saved
-        before is still there and training goes on: that is said, and `check_saved` remembers it."""
+        before is still there and training goes on: that is said, and `check_saved` knows it."""
         on_first(self.world, self.lock.check)
         try:
             save()
         except OSError as error:
-            self._failed[what] = error
+            self._failed.append((step, what, error))
             if self.world.is_first:
                 logger.warning(f"{what} of step {step} not saved: {explain(error)}; the next one that is due is tried")
-        else:
-            self._failed.pop(what, None)
 
     def check_saved(self, step: int) -> None:
-        """Raise UserError where the last attempt to save something has failed."""
-        for what, error in self._failed.items():
+        """Raise UserError where something of `step`, the last one, is not saved."""
+        for what, error in [(what, error) for failed, what, error in self._failed if failed == step]:
             last = latest_step(self.path / CHECKPOINTS)
             there = f"the same command goes on from step {last}" if last else "there is no checkpoint"
             raise shared(UserError(f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}"))

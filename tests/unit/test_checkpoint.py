@@ -11,6 +11,7 @@ import torch.distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdit import files
 from mdit.config import UserError
 from mdit.dist import World
 from mdit.parallel.shard import WHOLE, Shard
@@ -30,6 +31,11 @@ from mdit.train.pieces import Piece, from_json, to_json
 WORLD = World(0, 1, 0, torch.device("cpu"))
 LAYOUT = {"world_size": 1, "zero_stage": 2, "bf16": False}
 PIECES = [Piece("weights", (3,), WHOLE, 0, 3, partition=0, offset=1)]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", (0, 0))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -27,6 +27,11 @@ from tests.training import ENCODERS, run_in_processes
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", (0, 0))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def group_of_one():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -127,7 +132,6 @@ def test_killed_before_its_first_checkpoint_it_begins_again(tmp_path, config):
 
 def test_a_passing_error_of_the_disk_loses_no_checkpoint(tmp_path, config, monkeypatch):
     path = begun(tmp_path / "run", config, 2, 4)
-    monkeypatch.setattr(files, "PATIENCE", (0, 0))
     read, failures = Path.read_bytes, [errno.EIO, errno.EACCES]
 
     def failing(file):
@@ -141,6 +145,35 @@ def test_a_passing_error_of_the_disk_loses_no_checkpoint(tmp_path, config, monke
     with pytest.raises(UserError, match="step_00000004/state.json: cannot be read"):
         opened(path, config)
     assert [each.name for each in complete_checkpoints(path / "checkpoints")] == ["step_00000004", "step_00000002"]
+
+
+def test_checkpoints_that_cannot_be_listed_are_never_a_fresh_start(tmp_path, config, monkeypatch):
+    path = begun(tmp_path / "run", config, 2)
+    before, iterate = content(path), Path.iterdir
+
+    def closed(folder):
+        if folder.name == "checkpoints":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return iterate(folder)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(OSError, match="Permission denied: .*checkpoints"):
+        opened(path, config)
+    monkeypatch.undo()
+    assert content(path) == before
+
+
+def test_a_file_that_shows_late_is_not_missing(tmp_path, config, monkeypatch):
+    path = begun(tmp_path / "run", config, 2)
+    measure, failures = checkpoint.checksum, [FileNotFoundError(errno.ENOENT, "not yet")]
+
+    def late(file):
+        if failures:
+            raise failures.pop()
+        return measure(file)
+
+    monkeypatch.setattr(checkpoint, "checksum", late)
+    assert opened(path, config).checkpoint.step == 2
 
 
 def test_only_exact_names_are_checkpoints(tmp_path, config):
@@ -330,6 +363,7 @@ def save_with_a_full_disk(world: World, folder: Path) -> tuple[str, list[str]]:
                 told.append(str(error))
             found = find_latest(folder / "checkpoints", world)
             told.append(str(found.step))
+        directory.check_saved(6)
     return told
 
 
