@@ -24,7 +24,7 @@ from mdit.sources import Source, check_name, open_named_source
 from mdit.sources.mds import holds_latents, open_latents
 
 WHOSE = "this command's"
-FOR_BOTH = ("recipe", "set", "verify", "local_rank")  # flags that go without --source
+FOR_BOTH = ("recipe", "set", "max_rejected", "verify", "local_rank")  # flags that go without --source
 FOR_PICTURES = ("split", "caption_key", "caption_length", "min_side", "precision", "batch_size", "decoder")
 NUMBERS = ("image_size", "min_side", "limit", "batch_size", "shard_bytes", "caption_length")
 BATCH_SIZE = 32
@@ -42,7 +42,7 @@ def _plan_recipe(args: argparse.Namespace, world: World) -> Callable[[], list[Pa
     config = load_config(args.recipe or DEFAULT_RECIPE, args.set)
 
     def make() -> list[Path]:
-        prepare(config, progress=world.is_first, device=world.device)
+        prepare(config, progress=world.is_first, device=world.device, max_rejected=_max_rejected(args))
         directories = dict.fromkeys(map(Path, (*config.data.train, config.data.validation)))
         return list(directories) if world.is_first else []
 
@@ -108,6 +108,14 @@ def _finished_by(job: tuple[Job, Maker]) -> list[Path]:
     return list(outcome.finished)
 
 
+def _max_rejected(args: argparse.Namespace) -> float:
+    """Raises UserError for what is no share."""
+    share = MAX_REJECTED if args.max_rejected is None else args.max_rejected
+    if not 0 <= share <= 1:
+        raise UserError(f"--max_rejected {share}: must be a share, from 0 to 1")
+    return share
+
+
 def _check_flags(args: argparse.Namespace, imports: bool) -> None:
     if args.recipe is not None or args.set:
         raise UserError(f"--{'set' if args.set else 'recipe'}: goes without --source {args.source}")
@@ -120,8 +128,7 @@ def _check_flags(args: argparse.Namespace, imports: bool) -> None:
         for number in numbers if isinstance(numbers, list) else [numbers]:
             if number is not None and number < 1:
                 raise UserError(f"--{name} {number}: must be at least 1")
-    if args.max_rejected is not None and not 0 <= args.max_rejected <= 1:
-        raise UserError(f"--max_rejected {args.max_rejected}: must be a share, from 0 to 1")
+    _max_rejected(args)
     if args.limit is not None and (args.extend or args.remake):
         raise UserError(f"--{'extend' if args.extend else 'remake'}: goes without --limit {args.limit}")
     for name in FOR_PICTURES if imports else ():
@@ -217,7 +224,7 @@ def _job(args, world: World, source: Source, sets: dict[int, Path], made_from: d
         shard_bytes=args.shard_bytes or SHARD_BYTES,
         limit=args.limit,
         progress=world.is_first,
-        max_rejected=MAX_REJECTED if args.max_rejected is None else args.max_rejected,
+        max_rejected=_max_rejected(args),
         extend=bool(args.extend),
         remake=args.remake or (),
     )

@@ -184,7 +184,7 @@ class SetInProgress:
 
     def is_joined(self) -> bool:
         """Whether the parts' records are, or may be, gone into the manifest."""
-        return (self.work / MANIFEST).exists() or self._is_done()
+        return self._is_unlocked() or self._is_done() or (self.work / MANIFEST).exists()
 
     def writer(self, part: int, shard_bytes: int) -> PartWriter:
         """A writer of a part that was claimed."""
@@ -231,6 +231,8 @@ class SetInProgress:
         if not self._try_lock(0, 0):
             return None
         try:
+            if self._is_unlocked():  # what there is now may be another process's next change
+                return (read_report(self.directory) or new_report()) if is_finished(self.directory) else None
             if not self._is_done():
                 if not self.is_joined():
                     reports = self.reports()
@@ -297,6 +299,10 @@ class SetInProgress:
         files = sorted(path.name for path in self.directory.iterdir() if path.suffix in (".npy", ".tar", ".idx"))
         old = ", ".join(name for name in files if name not in {*listed})
         logger.info(f"{self.directory}: stay for runs that read the set as it was, to be removed after them: {old}")
+
+    def _is_unlocked(self) -> bool:
+        """Whether another process has removed the lock, as the last one does."""
+        return os.fstat(self._lock).st_nlink == 0
 
     def _is_done(self) -> bool:
         return is_finished(self.directory) and not (self.work / PLAN).exists()

@@ -15,7 +15,7 @@ from mdit.dist import logger
 from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.prepare.decoders import build_decoder
 from mdit.prepare.in_progress import check_set, is_finished
-from mdit.prepare.precompute import Job, precompute
+from mdit.prepare.precompute import MAX_REJECTED, Job, precompute
 from mdit.prepare.report import summary
 from mdit.prepare.towers import Towers
 from mdit.files import checksum
@@ -32,7 +32,12 @@ def is_prepared(config: TrainConfig) -> bool:
     return not _missing(config)
 
 
-def prepare(config: TrainConfig, progress: bool = True, device: torch.device | str = "cpu") -> None:
+def prepare(
+    config: TrainConfig,
+    progress: bool = True,
+    device: torch.device | str = "cpu",
+    max_rejected: float = MAX_REJECTED,
+) -> None:
     """Make `data.validation` and `data.train[0]` where they are missing, then check all sets against the recipe.
 
     A set appears under its name when all of it is on disk; after an interruption the same call goes on with the parts
@@ -50,7 +55,7 @@ def prepare(config: TrainConfig, progress: bool = True, device: torch.device | s
             )
         if others := [path for path in missing if path not in _makeable(config)]:
             raise UserError(f"{others[0] / MANIFEST}: is missing; only the first of data.train is made: docs/data.md")
-        _make_missing(config, progress, device)
+        _make_missing(config, progress, device, max_rejected)
     sets = [open_dataset(directory) for directory in dict.fromkeys(_directories(config))]
     for dataset in sets:
         _check_shapes(dataset, config)
@@ -88,7 +93,7 @@ def _made_from(config: TrainConfig, directory: Path, split: str) -> dict[str, An
     return {**made_from, "captions": found}
 
 
-def _make_missing(config: TrainConfig, progress: bool, device: torch.device | str) -> None:
+def _make_missing(config: TrainConfig, progress: bool, device: torch.device | str, max_rejected: float) -> None:
     recipe = config.data.prepare
     if len(_makeable(config)) == 1:
         raise UserError(f"data.train and data.validation are both {config.data.validation!r}; give each a directory")
@@ -114,6 +119,7 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
             embeddings=recipe.embeddings,
             captions=lambda: source.training.captions,
             progress=progress,
+            max_rejected=max_rejected,
         )
         while not (outcome := precompute(job, towers)).finished:  # whoever is at the last parts may still be killed
             job = replace(job, progress=False)

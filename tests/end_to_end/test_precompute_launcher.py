@@ -205,7 +205,7 @@ def test_what_is_there_is_not_made_again(downloads, undisturbed, capsys, caplog)
     assert contents(undisturbed) == before
 
 
-def test_a_source_that_grew_or_changed_is_noticed_and_the_set_follows(downloads, tmp_path, capsys):
+def test_a_source_that_grew_or_changed_is_noticed_and_the_set_follows(downloads, start, tmp_path, capsys):
     root, out = tmp_path / "tars", tmp_path / "out"
     root.mkdir()
     for number in range(3):
@@ -215,7 +215,12 @@ def test_a_source_that_grew_or_changed_is_noticed_and_the_set_follows(downloads,
     shutil.copy(downloads / "00003.tar", root)
     precompute.main(arguments)
     assert f"{out}/16: 27 samples in 3 shards" in capsys.readouterr().out  # as it was
-    precompute.main([*arguments, "--extend"])
+    all_three = [start([*arguments, "--extend"]) for _ in range(3)]
+    for child in all_three:
+        child.join(timeout=120)
+    assert [child.exitcode for child in all_three] == [0, 0, 0]
+    assert [path.name for path in out.iterdir()] == ["16"]
+    precompute.main(arguments)
     assert f"{out}/16: 36 samples in 4 shards" in capsys.readouterr().out
     assert open_dataset(out / "16").manifest.index.file == "index_0001.npy"
 
