@@ -84,8 +84,8 @@ class Engine:
         self.deepspeed.backward(loss)
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
-        if boundary and self.stage == 3 and not self.step_applied:
-            self._gather_persistent()
+        if boundary and not self.step_applied:
+            self._clean_up_skipped_step()
 
     @property
     def step_applied(self) -> bool:
@@ -176,8 +176,16 @@ class Engine:
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             self._gather_persistent()
 
+    def _clean_up_skipped_step(self) -> None:
+        """Leave nothing of a skipped step to the next one. DeepSpeed 0.19.8 does so but for two things: the gradients
+        that bf16 under ZeRO 1 or 2 sums up for an optimizer in host memory, and ZeRO 3's small parameters."""
+        if self.stage == 3:
+            self._gather_persistent()
+            return
+        sums = getattr(self.zero, "averaged_gradients", {})
+        sums.update(dict.fromkeys(sums))
+
     def _gather_persistent(self) -> None:
-        """ZeRO 3's small parameters stay whole on every rank between steps: its forward pass counts on that. A step that
-        is skipped leaves them in parts."""
+        """Make ZeRO 3's small parameters whole: they stay so between steps, and its forward pass counts on that."""
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)

@@ -96,13 +96,17 @@ EP2 = {"mdit": {"expert_parallel": 2}}
 BF16 = {"bf16": {"enabled": True}}
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 CHAIN = [
-    {"zero_optimization": {"stage": 2, **OFFLOADED}},
-    {"stage": 3, "micro_batch": 2},
     {"stage": 1},
+    {"stage": 3, "micro_batch": 2},
+    {"zero_optimization": {"stage": 2, **OFFLOADED}},
 ]
 IN_PARTS = {
     "ZeRO-1, experts over 2": {"stage": 1, **BF16, **EP2},
-    "ZeRO-2, accumulated twice": {"stage": 2, "micro_batch": 2, **BF16},
+    "ZeRO-2, in host memory, accumulated twice": {
+        "zero_optimization": {"stage": 2, **OFFLOADED},
+        "micro_batch": 2,
+        **BF16,
+    },
     "ZeRO-3": {"stage": 3, **BF16},
 }
 
@@ -147,6 +151,9 @@ def test_every_layout_skips_the_same_steps_and_goes_on_from_every_other(runs):
 
 @pytest.mark.parametrize("name", IN_PARTS)
 def test_a_run_that_is_stopped_after_skipped_steps_goes_on_bit_for_bit(runs, name):
+    """In bf16. Nothing of a skipped step is left to those that follow: they are those of float32, about."""
+    losses, expected = ([row["loss"] for row in metrics(runs[0] / run)] for run in (f"{name}, whole", "expected"))
+    assert [loss or -1 for loss in losses] == pytest.approx([loss or -1 for loss in expected], rel=1e-2)
     whole, parts = (runs[0] / f"{name}, {how}" for how in ("whole", "in parts"))
     ours, theirs = state(parts), state(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
