@@ -2,17 +2,21 @@
 
 A recipe never says how the run is laid out on machines: ZeRO stage, precision and micro-batch live in the DeepSpeed
 JSON (`mdit.parallel.settings`). Every key is checked; an unknown one is an error that names the file and the key.
+Bounds are of what can be counted in 64 bits or built at all: whether a model fits into memory is not known here.
 """
 
+import copy
 import difflib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mdit.documents import UserError, parse_toml, read_json, read_toml
+from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.toml"
 
@@ -23,12 +27,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+MAX_CLAUSES = 20  # of one error
+
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch takes
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Span = tuple[PositiveFloat, PositiveFloat]
+Size = Annotated[int, Field(gt=0, le=2**16)]  # pixels, channels, tokens
+Count = Annotated[int, Field(ge=0, le=2**10)]  # layers, experts
+Ratio = Annotated[float, Field(gt=0, le=2**6)]
+Location = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # of a file or directory
 
 
 class ModelConfig(Section):
@@ -39,26 +49,26 @@ class ModelConfig(Section):
     last block; the mixer's blocks likewise, its last one included. `experts_every_n` 0 gives a dense model.
     """
 
-    latent_size: PositiveInt
-    latent_channels: PositiveInt
-    patch_size: PositiveInt
-    dim: PositiveInt
-    depth: PositiveInt
-    head_dim: PositiveInt
-    multiple_of: PositiveInt
-    caption_length: PositiveInt
-    caption_channels: PositiveInt
-    pos_interp_scale: PositiveFloat
+    latent_size: Size
+    latent_channels: Annotated[int, Field(gt=0, le=2**10)]
+    patch_size: Size
+    dim: Size
+    depth: Annotated[Count, Field(gt=0)]
+    head_dim: Size
+    multiple_of: Size
+    caption_length: Size
+    caption_channels: Size
+    pos_interp_scale: Annotated[float, Field(ge=2**-10, le=2**10)]
     norm_eps: PositiveFloat
     use_bias: bool
-    qkv_ratio: Span
-    ffn_ratio: Span
+    qkv_ratio: tuple[Ratio, Ratio]
+    ffn_ratio: tuple[Ratio, Ratio]
     use_patch_mixer: bool
-    mixer_depth: NonNegativeInt
-    mixer_dim: PositiveInt
-    mixer_qkv_ratio: PositiveFloat
-    mixer_ffn_ratio: PositiveFloat
-    num_experts: PositiveInt
+    mixer_depth: Count
+    mixer_dim: Size
+    mixer_qkv_ratio: Ratio
+    mixer_ffn_ratio: Ratio
+    num_experts: Annotated[Count, Field(gt=0)]
     capacity_factor: PositiveFloat
     experts_every_n: NonNegativeInt
 
@@ -71,8 +81,12 @@ class ModelConfig(Section):
         _require_multiple("latent_size", self.latent_size, "patch_size", self.patch_size)
         _require_multiple("dim", self.dim, "head_dim", self.head_dim)
         _require_multiple("dim", self.dim, "4 (sine and cosine of two axes)", 4)
+        _require_width("dim", self.dim, "qkv_ratio", min(self.qkv_ratio))
+        _require_width("dim", self.dim, "ffn_ratio", min(self.ffn_ratio))
         if self.use_patch_mixer:
             _require_multiple("mixer_dim", self.mixer_dim, "head_dim", self.head_dim)
+            _require_width("mixer_dim", self.mixer_dim, "mixer_qkv_ratio", self.mixer_qkv_ratio)
+            _require_width("mixer_dim", self.mixer_dim, "mixer_ffn_ratio", self.mixer_ffn_ratio)
         if self.capacity_factor > self.num_experts:
             raise ValueError(f"capacity_factor {self.capacity_factor} is above num_experts {self.num_experts}")
         return self
@@ -95,14 +109,14 @@ class EmojiSource(Section):
     scenes: PositiveInt = Field(description="training pictures")
     validation_scenes: PositiveInt = Field(description="pictures of held-out object x background pairs")
     held_out: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the pairs that training never sees")
-    seed: NonNegativeInt
+    seed: Seed
 
 
 class FolderSource(Section):
     """A directory of pictures with a `captions.jsonl` beside them (`mdit.sources.folder`)."""
 
     name: Literal["folder"]
-    path: str
+    path: Location
     validation_share: Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -110,7 +124,7 @@ class PrepareConfig(Section):
     """How the training set is made when it is not there yet: source, frozen encoders, caption tokens."""
 
     source: EmojiSource | FolderSource = Field(discriminator="name")
-    image_size: PositiveInt
+    image_size: Size
     image_encoder: str
     text_encoder: str
     embeddings: Literal["f16", "i8b64"] = Field("f16", description="how caption embeddings are stored: docs/data.md")
@@ -120,9 +134,9 @@ class DataConfig(Section):
     """Directories of latent shards (`mdit-latents/1`). Several training directories are read as one set, in proportion
     to their sizes; with `weights`, one for each, every batch holds them in that proportion."""
 
-    train: Annotated[tuple[str, ...], Field(min_length=1)]
+    train: Annotated[tuple[Location, ...], Field(min_length=1)]
     weights: tuple[PositiveFloat, ...] | None = None
-    validation: str
+    validation: Location
     caption_drop: Probability
     prepare: PrepareConfig | None = None
 
@@ -182,9 +196,9 @@ class ReportConfig(Section):
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt
     prompts: Literal["validation"] | tuple[str, ...] = Field(description="captions of the sample grids")
-    num_samples: PositiveInt = Field(description="pictures in a grid when the prompts are those of the validation set")
+    num_samples: Size = Field(description="pictures in a grid when the prompts are those of the validation set")
     guidance: PositiveFloat
-    sampler_steps: Annotated[int, Field(ge=2)]
+    sampler_steps: Annotated[Size, Field(ge=2)]
 
     @model_validator(mode="after")
     def _prompts_given(self):
@@ -196,8 +210,8 @@ class ReportConfig(Section):
 class TrainConfig(Section):
     """A whole recipe."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    seed: NonNegativeInt
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]  # of its run directory
+    seed: Seed
     model: ModelConfig
     noise: NoiseConfig
     data: DataConfig
@@ -240,43 +254,107 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         values = values["recipe"]
         if not isinstance(values, dict):
             raise UserError(f'{path}: "recipe" is not a table')
+    return parse_recipe(values, path, overrides)
+
+
+def parse_recipe(values: dict[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Check what the file `path` has for a recipe. Relative places of data become absolute: those of the file below the
+    folder of its project, which has the pyproject.toml, or else beside it; those of overrides below the current
+    directory."""
+    values, root = copy.deepcopy(values), _project(path) or Path(os.path.abspath(path)).parent
+    _change_locations(values, lambda place: os.path.join(root, place))
     for override in overrides:
         _apply_override(values, override)
+    _change_locations(values, os.path.abspath)
     return parse_section(TrainConfig, values, path)
 
 
+def portable(config: TrainConfig, path: str | Path) -> dict[str, Any]:
+    """The recipe as the file `path` is to hold it: data of its project are named from there, so that a project may move
+    with its runs."""
+    values, root = config.model_dump(mode="json", exclude_none=True), _project(path)
+    if root is not None:
+        _change_locations(values, lambda place: str(Path(place).relative_to(root)) if _is_below(place, root) else place)
+    return values
+
+
+def _project(path: str | Path) -> Path | None:
+    return next((up for up in Path(os.path.abspath(path)).parents if os.path.exists(up / "pyproject.toml")), None)
+
+
 def parse_section(section: type[Section], values: Any, path: str | Path):
-    """Check `values` against a section; all that is wrong comes in one UserError, one clause for each key."""
+    """Check `values` against a section; what is wrong comes in one UserError, one clause for each key."""
     try:
         # As JSON, where a list may become a tuple though all else is strict: "3" is no number and 1 no truth value.
-        return section.model_validate_json(json.dumps(values, default=str))
+        return section.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        clauses = {_written(e, values): _explain(e, values, section) for e in error.errors()}
-        raise UserError(f"{path}: " + "; ".join(clauses.values())) from None
+        errors = {_written(e, values): e for e in error.errors(include_url=False)}
+        clauses = [_explain(e, values, section) for e in islice(errors.values(), MAX_CLAUSES)]
+        more = [f"and {len(errors) - MAX_CLAUSES} keys more"] if len(errors) > MAX_CLAUSES else []
+        raise UserError(f"{path}: " + "; ".join(clauses + more)) from None
+
+
+def near_key(key: str, known: Iterable[str]) -> str:
+    """" (did you mean seed?)", or nothing."""
+    match = difflib.get_close_matches(key[:100], known, n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _change_locations(values: dict, change: Callable[[str], str]) -> None:
+    """`change` every place of data in a recipe that nobody has checked yet."""
+
+    def changed(place: Any) -> Any:
+        return change(place) if isinstance(place, str) and place and "\0" not in place else place
+
+    data = values.get("data")
+    for table, key in ((data, "train"), (data, "validation"), (_inside(data, "prepare", "source"), "path")):
+        if isinstance(table, dict) and key in table:
+            place = table[key]
+            table[key] = [changed(each) for each in place] if isinstance(place, list) else changed(place)
+
+
+def _inside(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _is_below(place: str, folder: Path) -> bool:
+    return Path(place).is_relative_to(folder)
 
 
 def _apply_override(values: dict, override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {override}: expected key.sub=value")
-    try:
-        value = parse_toml(f"value = {text}", "--set")["value"]
-    except UserError:
-        value = text
     *parents, leaf = key.split(".")
+    if not separator or not all((*parents, leaf)):
+        raise UserError(f"--set {override}: expected key.sub=value")
     table = values
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise UserError(f"--set {override}: {parent} is not a table")
-    table[leaf] = value
+    table[leaf] = _value(text)
+    try:
+        check(values)
+    except ValueError as error:
+        raise UserError(f"--set {override}: {error}") from None
+
+
+def _value(text: str) -> Any:
+    """As TOML where all of the text is one value, else as a bare string."""
+    try:
+        read = parse_toml(f"value = {text}", "--set")
+    except UserError:
+        return text
+    return read["value"] if read.keys() == {"value"} else text
 
 
 def _explain(error: dict, values: Any, section: type[Section]) -> str:
     key = _written(error, values)
     if error["type"] == "extra_forbidden":
-        match = difflib.get_close_matches(error["loc"][-1], _known_keys(error["loc"], section), n=1)
-        return f"unknown key {key} = {error['input']!r}" + (f" (did you mean {match[0]}?)" if match else "")
+        return f"unknown key {key} = {error['input']!r}" + near_key(
+            error["loc"][-1], _known_keys(error["loc"], section)
+        )
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")
@@ -316,3 +394,8 @@ def _sections(parent: type[Section], key: str) -> list[type[Section]]:
 def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:
     if value % of:
         raise ValueError(f"{name} {value} is not a multiple of {of_name} {of}")
+
+
+def _require_width(name: str, value: int, ratio_name: str, ratio: float) -> None:
+    if value * ratio < 2:
+        raise ValueError(f"{name} {value} times {ratio_name} {ratio} is no width")

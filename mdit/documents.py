@@ -1,11 +1,12 @@
 """JSON and TOML from outside, read strictly: one function for each, and the error that a user can mend.
 
 Everything a person or another program may have written (recipes, DeepSpeed JSONs, manifests, states, plans) comes
-through here. Twice the same key, NaN, a number beyond 64 bits, text that is not Unicode, or nesting without end is an
-error in one line that names the file; nothing reaches a parser or a printer that would choke on it.
+through here. Twice the same key, NaN, a number beyond 64 bits, text that is not Unicode, a date, or nesting without end
+is an error in one line that names the file; nothing reaches a parser or a printer that would choke on it.
 """
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Iterator
@@ -24,11 +25,16 @@ class UserError(Exception):
 
 
 def one_line(text: str) -> str:
-    """`text` printable on any terminal: line breaks as spaces, what is no Unicode escaped, the middle of long ones
-    left out."""
-    if len(text) > MAX_MESSAGE:
-        text = f"{text[: MAX_MESSAGE * 3 // 4]} [...] {text[-MAX_MESSAGE // 4 :]}"
-    return " ".join(text.encode(errors="backslashreplace").decode().split("\n"))
+    """`text` printable on any terminal: line breaks as spaces, control characters and what is no Unicode escaped, the
+    middle of long ones left out."""
+    text = _without_middle(text).replace("\n", " ")
+    return _without_middle("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def _without_middle(text: str) -> str:
+    if len(text) <= MAX_MESSAGE:
+        return text
+    return f"{text[: MAX_MESSAGE * 3 // 4]} [...] {text[-MAX_MESSAGE // 4 :]}"
 
 
 def explain(error: BaseException) -> str:
@@ -53,7 +59,7 @@ def read_toml(path: str | Path, what: str = "the file") -> dict[str, Any]:
 def parse_json(content: bytes | str, source: object) -> Any:
     """Raises UserError, beginning with `source`, for what is not JSON or not fit for use (`check`)."""
     try:
-        values = json.loads(_text(content), object_pairs_hook=_unique, parse_constant=_refuse)
+        values = json.loads(_text(content), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
         check(values)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not valid JSON: {_reason(error)}") from None
@@ -71,8 +77,8 @@ def parse_toml(content: bytes | str, source: object) -> dict[str, Any]:
 
 
 def check(values: Any) -> None:
-    """Raise ValueError where values nest deeper than MAX_DEPTH, where an integer takes more than 64 bits, and where a
-    text holds half of a surrogate pair."""
+    """Raise ValueError where values nest deeper than MAX_DEPTH, where an integer takes more than 64 bits, where a text
+    holds half of a surrogate pair, and for what JSON does not have, such as TOML's dates."""
     for depth, key, value in _walk(values):
         if depth > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
@@ -83,6 +89,8 @@ def check(values: Any) -> None:
                 value.encode()
             except UnicodeEncodeError:
                 raise ValueError(f"{key} is not Unicode text: {value!r}") from None
+        if not isinstance(value, str | int | float | dict | list | tuple | None):
+            raise ValueError(f"{key} = {value} is a {type(value).__name__}, which no key takes")
 
 
 def to_json(values: Any) -> str:
@@ -119,8 +127,8 @@ def _text(content: bytes | str) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         both = [value for name, value in pairs if name == twice]
         raise ValueError(f"key {twice!r} is there {len(both)} times, with {both[0]!r} and {both[1]!r}")
     return values
@@ -128,6 +136,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is beyond a float of 64 bits")
+    return value
 
 
 def _reason(error: Exception) -> str:

@@ -10,17 +10,18 @@ is measured: docs/parallelism.md has the formulas and what they assume.
 """
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from mdit import cli
 from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, load_config
 from mdit.files import write_json
 from mdit.parallel import machines
 from mdit.parallel.estimate import Prediction, fitted, predict
 from mdit.parallel.layout import Layout, candidates, layout_of
 from mdit.parallel.machines import MACHINES, Machine
-from mdit.parallel.settings import load_ds_json, load_run_settings
+from mdit.parallel.plan import data_parallel_size
+from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 CHECKPOINTING = ("none", "block", "selective")
@@ -37,12 +38,7 @@ LABEL = 22
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(lambda: command(arguments))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,12 +57,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="write both tables, with all they assume, to this file")
     args = parser.parse_args(arguments)
     for name in ("gpus", "micro_batch", "dollars_per_gpu_hour"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            parser.error(f"--{name} {value}: expected more than 0")
+        if (value := getattr(args, name)) is not None and not 0 < value < 2**63:
+            parser.error(f"--{name} {value}: expected more than 0, in 63 bits")
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def command(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     config, machine = load_config(args.recipe, args.set), MACHINES[args.gpu]
     here = predictions(config, args.gpus, machine, args)
     dollars = args.dollars_per_gpu_hour
@@ -99,12 +96,16 @@ def layouts(config: TrainConfig, gpus: int, machine: Machine, args: argparse.Nam
         options = {"micro_batch": args.micro_batch, "checkpointing": checkpointing or "none", "triton": triton}
         found = candidates(config, gpus, **options)
         return found if args.micro_batch else [fitted(config, layout, machine) for layout in found]
+    from mdit.train.engine import check_ds_config  # with all of DeepSpeed, which nothing else here needs
+
     ds_json = load_ds_json(args.ds_config)
     settings = load_run_settings(ds_json, args.ds_config)
     asked = {"activation_checkpointing": checkpointing, "kernels": args.kernels}
     settings = settings.model_copy(update={key: value for key, value in asked.items() if value is not None})
     if args.micro_batch is not None:
         ds_json |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": "auto"}
+    options = {"data_size": data_parallel_size(settings, gpus, args.ds_config), "bf16_works": True}
+    check_ds_config(resolve_ds_config(ds_json, config, path=args.ds_config, **options), args.ds_config)
     triton = settings.kernels == "triton" or (settings.kernels == "auto" and machine.triton)
     return [layout_of(ds_json, settings, config, gpus, triton=triton, path=args.ds_config)]
 

@@ -147,12 +147,13 @@ def candidates(
             if micro_batch is not None:
                 ds_json["train_micro_batch_size_per_gpu"] = micro_batch
             try:
-                batch = batches(ds_json, config, gpus // tp, f"--gpus {gpus}")
+                options = {"data_size": gpus // tp, "bf16_works": True, "path": f"--gpus {gpus}"}
+                resolved = resolve_ds_config(ds_json, config, **options)
             except UserError as error:
                 errors.append(error)
             else:
                 options = ZeroOptions(reduce_bucket_size=bucket_size(config))
-                found.append(Layout(gpus, stage, *batch, ep, tp, checkpointing, triton, options=options))
+                found.append(Layout(gpus, stage, *_batches(resolved), ep, tp, checkpointing, triton, options=options))
     if not found:
         raise errors[0]
     return found
@@ -163,27 +164,24 @@ def layout_of(
 ) -> Layout:
     """The layout that a DeepSpeed JSON and its "mdit" section (RunSettings) ask for."""
     ep, tp = settings.expert_parallel, settings.tensor_parallel
-    if min(ep, tp) < 1:
-        raise UserError(f'{path}: "mdit": expert_parallel = {ep}, tensor_parallel = {tp}: expected 1 or more')
-    micro_batch, accumulation = batches(ds_json, config, max(1, gpus // tp), path)
-    zero = ds_json["zero_optimization"]
+    resolved = resolve_ds_config(ds_json, config, data_size=max(1, gpus // tp), bf16_works=True, path=path)
+    micro_batch, accumulation = _batches(resolved)
+    zero = resolved["zero_optimization"]
     moved = {key: zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
     if moved["offload_param"] or (moved["offload_optimizer"] and zero["stage"] != 2):
         key = next(key for key in reversed(moved) if moved[key])
         why = "a paper plan knows offload_optimizer at stage 2 only"
         raise UserError(f"{path}: zero_optimization.{key} = {zero[key]!r}: {why}")
-    if ds_json.get("bf16", {}).get("enabled") is False:
+    if not resolved["bf16"]["enabled"]:
         raise UserError(f"{path}: bf16.enabled = False: a paper plan is for bfloat16")
     if why := problem(config.model, gpus, zero["stage"], ep, tp):
         raise UserError(f"{path}: {why}")
-    named = {key: zero[key] for key in ZeroOptions.__dataclass_fields__ if key in zero}
-    options = ZeroOptions(**{"reduce_bucket_size": bucket_size(config)} | named)
+    options = ZeroOptions(**{key: zero[key] for key in ZeroOptions.__dataclass_fields__ if key in zero})
     checkpointing = settings.activation_checkpointing
     plain = Layout(gpus, zero["stage"], micro_batch, accumulation, ep, tp, checkpointing, triton, options=options)
     return replace(plain, offload=moved["offload_optimizer"])
 
 
-def batches(ds_json: dict, config: TrainConfig, data_size: int, path: str | Path) -> tuple[int, int]:
+def _batches(resolved: dict) -> tuple[int, int]:
     """(images of a micro-batch, micro-batches of a step): what a run would take (mdit.parallel.settings)."""
-    resolved = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=True, path=path)
     return resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]

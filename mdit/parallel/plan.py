@@ -59,7 +59,7 @@ def data_parallel_size(settings: RunSettings, world_size: int, path: str | Path)
     """Into how many shares a global batch is cut. Raises UserError, naming the JSON at `path`, for uneven groups."""
     for key in ("expert_parallel", "tensor_parallel"):
         value = getattr(settings, key)
-        if value < 1 or world_size % value:
+        if world_size % value:
             raise UserError(f'{path}: "mdit": {key} = {value} does not divide the {world_size} processes')
     return world_size // settings.tensor_parallel
 

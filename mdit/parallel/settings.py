@@ -1,58 +1,139 @@
 """The DeepSpeed JSON: how a run is laid out. It never changes what is learned.
 
-Its "mdit" section (`RunSettings`) is ours; the rest goes to DeepSpeed after every key has been checked here, since
-DeepSpeed accepts unknown top-level keys without a word. Facts that the recipe owns are "auto" in the JSON.
+`DeepSpeedJson` is all that may be in it, at every depth: its "mdit" section (`RunSettings`) is ours; the rest goes to
+DeepSpeed, which by itself takes unknown keys, strings for numbers, and keys that no run here would read. Facts that the
+recipe owns are "auto" in the JSON; "auto" is everywhere as if the key were not there.
 """
 
-import difflib
-import json
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from mdit.config import Section, TrainConfig, UserError, kept_tokens, parse_section
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from mdit.config import ModelConfig, PositiveInt, Section, TrainConfig, UserError, kept_tokens, parse_section
+from mdit.documents import read_json
 from mdit.parallel.activations import meta_model
-
-# What DeepSpeed may be told here. Its other sections either belong to the recipe or would change what is learned.
-KNOWN_KEYS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_optimization",
-    "bf16",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "mdit",
-}
-REFUSED_KEYS = {
-    "optimizer": "the recipe's [optim] decides",
-    "scheduler": "the recipe's [optim] decides",
-    "fp16": 'not supported, use "bf16"',
-    "data_types": "gradients are always accumulated in float32",
-}
-
-# zero_optimization.KEY: (its only value here, why).
-FIXED_ZERO_KEYS = {
-    "round_robin_gradients": (False, "DeepSpeed would mix up which weights are whose in validation and snapshots"),
-    "mics_shard_size": (-1, "partitions are cut over all processes"),
-    "zero_hpz_partition_size": (1, "a resumed run's second copies of the weights would be those of its start"),
-    "compute_grad_norm": (True, "the recipe clips gradients"),
-    "zero_quantized_weights": (False, "it changes what is learned"),
-    "zero_quantized_nontrainable_weights": (False, "it changes what is learned"),
-    "zero_quantized_gradients": (False, "it changes what is learned"),
-    "zenflow": (None, "it changes what is learned"),
-}
 
 # The paper's micro-batches of xl_2 on one H100 (256, 64, 64 and 16 images) are all 16,384 kept tokens.
 AUTO_TOKENS = 16_384
 
 DEEPSPEED_BUCKET = 500_000_000  # numbers; its default of zero_optimization.reduce_bucket_size
+
+Kernels = Literal["auto", "reference", "triton"]
+
+
+def _whole(value: Any) -> Any:
+    """5e8, as DeepSpeed's examples have it, is a whole number too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Numbers = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
+
+
+def only(value: Any, why: str) -> Any:
+    """The type of a key that has one value here."""
+
+    def check(given: Any) -> Any:
+        if type(given) is not type(value) or given != value:
+            raise PydanticCustomError("only", "{reason}", {"reason": f"expected {value!r}, since {why}"})
+        return given
+
+    return Annotated[Any, AfterValidator(check)]
+
+
+def never(why: str) -> Any:
+    """The type of a key that has no place in the JSON."""
+
+    def check(given: Any) -> Any:
+        raise PydanticCustomError("never", "{reason}", {"reason": f"does not belong in the JSON: {why}"})
+
+    return Annotated[Any, AfterValidator(check)]
+
+
+LEARNED = "it changes what is learned"
+OWN_FILES = "mdit writes its own checkpoints and snapshots"
+
+
+class Offload(Section):
+    device: Literal["none", "cpu"] = "none"
+    pin_memory: bool = True
+
+
+class ZeRO(Section):
+    """Stage 0 accumulates bf16 gradients in bf16; stage 1 on one process costs the same and does not."""
+
+    stage: Literal[1, 2, 3]
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    reduce_bucket_size: Annotated[Numbers, Field(gt=0)] = DEEPSPEED_BUCKET
+    use_multi_rank_bucket_allreduce: bool = True
+    allgather_partitions: bool = True
+    allgather_bucket_size: Annotated[Numbers, Field(gt=0, multiple_of=2)] = DEEPSPEED_BUCKET  # of NCCL's alignment
+    overlap_comm: bool | None = None
+    offload_param: Offload | None = None
+    offload_optimizer: Offload | None = None
+    sub_group_size: Annotated[Numbers, Field(gt=0)] = 1_000_000_000
+    stage3_prefetch_bucket_size: Numbers = 50_000_000
+    stage3_param_persistence_threshold: Numbers = 100_000
+    stage3_model_persistence_threshold: Numbers = 2**63 - 1
+    stage3_max_live_parameters: Numbers = 1_000_000_000
+    stage3_max_reuse_distance: Numbers = 1_000_000_000
+    stage3_module_granularity_threshold: Numbers = 0
+    stage3_use_all_reduce_for_fetch_params: bool = False
+    stage3_allgather_sequential: bool = False
+    parameter_alignment: bool = False
+    memory_efficient_linear: bool = True
+    override_module_apply: bool = True
+    ignore_unused_parameters: bool = True
+    log_trace_cache_warnings: bool = False
+    enable_sanity_checks: bool = False
+    # With one value each:
+    round_robin_gradients: only(
+        False, "DeepSpeed would mix up which weights are whose in validation and snapshots"
+    ) = False
+    zero_hpz_partition_size: only(1, "a resumed run's second copies of the weights would be those of its start") = 1
+    compute_grad_norm: only(True, "the recipe clips gradients") = True
+    zero_quantized_weights: only(False, LEARNED) = False
+    zero_quantized_nontrainable_weights: only(False, LEARNED) = False
+    zero_quantized_gradients: only(False, LEARNED) = False
+    zenflow: only(None, LEARNED) = None
+    load_from_fp32_weights: only(True, OWN_FILES) = True
+    elastic_checkpoint: only(False, OWN_FILES) = False
+    stage3_gather_16bit_weights_on_model_save: only(False, OWN_FILES) = False
+
+    @model_validator(mode="after")
+    def _parameters_stay_at_stages_1_and_2(self):
+        if self.offload_param and self.offload_param.device != "none" and self.stage != 3:
+            raise ValueError(f"stage = {self.stage} with offload_param.device = 'cpu': expected stage 3")
+        return self
+
+
+class BF16(Section):
+    enabled: bool | None = None
+    immediate_grad_update: bool = False
+    check_grad_overflow: only(True, "NaN would reach the weights") = True
+    bf16_master_weights_and_grads: only(False, LEARNED) = False
+    bf16_optimizer_states: only(False, LEARNED) = False
+
+
+class CommsLogger(Section):
+    enabled: bool = False
+    prof_all: bool = True
+    prof_ops: tuple[str, ...] = ()
+    verbose: bool = False
+    debug: bool = False
+
+
+class FlopsProfiler(Section):
+    enabled: bool = False
+    recompute_fwd_factor: Annotated[float, Field(ge=0)] = 0.0
+    profile_step: PositiveInt = 1
+    module_depth: Annotated[int, Field(ge=-1, le=4)] = -1  # 4: a layer of a block; it fails at one that is not there
+    top_modules: PositiveInt = 1
+    detailed: bool = True
+    output_file: only(None, "the profile is printed, which cannot fail in the middle of a run") = None
 
 
 class RunSettings(Section):
@@ -66,29 +147,49 @@ class RunSettings(Section):
     "auto" takes DALI where it is installed and a GPU is there.
     """
 
-    expert_parallel: int = 1
-    tensor_parallel: int = 1
+    expert_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
     compile: bool = False
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
     fp8: bool = False
-    kernels: Literal["auto", "reference", "triton"] = "auto"
+    kernels: Kernels = "auto"
     data_engine: Literal["auto", "native", "dali"] = "auto"
 
 
+class DeepSpeedJson(Section):
+    """The whole file."""
+
+    train_batch_size: PositiveInt | None = None
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = None
+    gradient_clipping: float | None = None
+    zero_optimization: ZeRO
+    bf16: BF16 = BF16()
+    steps_per_print: PositiveInt | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    comms_logger: CommsLogger = CommsLogger()
+    flops_profiler: FlopsProfiler = FlopsProfiler()
+    zero_allow_untested_optimizer: only(True, "the recipe's [optim] decides") = True
+    zero_force_ds_cpu_optimizer: only(False, "the recipe's [optim] decides") = False
+    mdit: RunSettings = RunSettings()
+    optimizer: never("the recipe's [optim] decides") = None
+    scheduler: never("the recipe's [optim] decides") = None
+    fp16: never('not supported, use "bf16"') = None
+    data_types: never("gradients are always accumulated in float32") = None
+
+
 def load_ds_json(path: str | Path) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    values = read_json(path, "the DeepSpeed JSON")
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
 def load_run_settings(ds_json: dict, path: str | Path) -> RunSettings:
-    return parse_section(RunSettings, ds_json.get("mdit", {}), f'{path}: "mdit"')
+    """The "mdit" section. Raises UserError for what is wrong in it; `resolve_ds_config` judges the rest."""
+    return parse_section(RunSettings, _without_auto(ds_json.get("mdit", {})), f'{path}: "mdit"')
 
 
 def resolve_ds_config(
@@ -97,85 +198,61 @@ def resolve_ds_config(
     """What DeepSpeed is given: the JSON with every "auto" filled from the recipe. Pure.
 
     `data_size` processes share a global batch: all of them, but for tensor parallelism. `bf16_works` says whether this
-    machine computes in bfloat16 ("auto" takes it where it does). Raises UserError for an unknown key, a value that
-    contradicts the recipe, and a global batch that the processes cannot share evenly.
+    machine computes in bfloat16 ("auto" takes it where it does). Raises UserError for what `DeepSpeedJson` does not
+    have, a value that contradicts the recipe, and a global batch that the processes cannot share evenly.
     """
-    for key in ds_json:
-        if key in REFUSED_KEYS:
-            raise UserError(f"{path}: key {key} does not belong in the JSON: {REFUSED_KEYS[key]}")
-        if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            raise UserError(f"{path}: unknown key {key}" + (f" (did you mean {near[0]}?)" if near else ""))
-    resolved = {key: value for key, value in ds_json.items() if key != "mdit"}
-    resolved["zero_optimization"] = {"reduce_bucket_size": bucket_size(config)} | _zero_section(ds_json, path)
-    resolved["bf16"] = _bf16_section(ds_json, bf16_works, path)
-    resolved.update(_batch_sizes(ds_json, config, data_size, path))
-    clip = config.optim.max_grad_norm
-    _agree(ds_json, "gradient_clipping", clip, "optim.max_grad_norm", path)
-    resolved["gradient_clipping"] = clip
+    given = parse_section(DeepSpeedJson, _without_auto(ds_json), path)
+    resolved = given.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"mdit"})
+    resolved["zero_optimization"]["reduce_bucket_size"] = bucket_size(config, given.zero_optimization.reduce_bucket_size)
+    resolved.setdefault("bf16", {}).setdefault("enabled", bf16_works)
+    resolved.update(_batch_sizes(given, config, data_size, path))
+    _agree(given.gradient_clipping, "gradient_clipping", config.optim.max_grad_norm, "optim.max_grad_norm", path)
+    resolved["gradient_clipping"] = config.optim.max_grad_norm
     resolved["data_types"] = {"grad_accum_dtype": "fp32"}
     resolved.setdefault("steps_per_print", 10**9)  # the loop reports
-    # The optimizer is torch's AdamW, made from the recipe; DeepSpeed shards whatever it is handed.
-    resolved.setdefault("zero_allow_untested_optimizer", True)
-    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
+    # The optimizer is made from the recipe; DeepSpeed shards whatever it is handed.
+    resolved["zero_allow_untested_optimizer"], resolved["zero_force_ds_cpu_optimizer"] = True, False
+    if not given.comms_logger.enabled:  # DeepSpeed takes the section itself for a yes
+        resolved.pop("comms_logger", None)
     return resolved
 
 
-def bucket_size(config: TrainConfig) -> int:
-    """Numbers of DeepSpeed's bucket for gradients where the JSON says nothing. It allocates all of it: 1 or 2 GB by
-    default, whatever the model."""
-    return min(DEEPSPEED_BUCKET, sum(p.numel() for p in meta_model(config.model).parameters()))
+def bucket_size(config: TrainConfig, wanted: int = DEEPSPEED_BUCKET) -> int:
+    """Numbers of DeepSpeed's bucket for gradients, no more than the model has. It allocates all of it: 1 or 2 GB by
+    default."""
+    return min(wanted, _count_parameters(config.model))
 
 
-def _zero_section(ds_json: dict, path) -> dict:
-    zero = ds_json.get("zero_optimization", {})
-    stage = zero.get("stage") if isinstance(zero, dict) else zero
-    if stage not in (1, 2, 3):
-        # Stage 0 accumulates bf16 gradients in bf16; stage 1 on one process costs the same and does not.
-        raise UserError(f"{path}: zero_optimization.stage = {stage!r}: expected 1, 2 or 3")
-    for key, (value, reason) in FIXED_ZERO_KEYS.items():
-        if zero.get(key, value) != value:
-            raise UserError(f"{path}: zero_optimization.{key} = {zero[key]!r}: expected {value!r}, since {reason}")
-    for key in ("offload_optimizer", "offload_param"):
-        if (section := zero.get(key)) and section.get("device") == "nvme":
-            raise UserError(f'{path}: zero_optimization.{key}.device = \'nvme\': expected "cpu" or "none"')
-    return dict(zero)
+@cache
+def _count_parameters(config: ModelConfig) -> int:
+    return sum(p.numel() for p in meta_model(config).parameters())
 
 
-def _bf16_section(ds_json: dict, bf16_works: bool, path) -> dict:
-    section = dict(ds_json.get("bf16", {"enabled": "auto"}))
-    enabled = section.get("enabled", "auto")
-    if enabled == "auto":
-        enabled = bf16_works
-    if not isinstance(enabled, bool):
-        raise UserError(f'{path}: bf16.enabled = {enabled!r}: expected true, false or "auto"')
-    if section.get("check_grad_overflow", True) is not True:
-        value = section["check_grad_overflow"]
-        raise UserError(f"{path}: bf16.check_grad_overflow = {value!r}: expected true, else NaN reaches the weights")
-    return section | {"enabled": enabled}
+def _without_auto(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _without_auto(value) for key, value in values.items() if value != "auto"}
+    return values
 
 
-def _batch_sizes(ds_json: dict, config: TrainConfig, data_size: int, path) -> dict:
+def _batch_sizes(given: DeepSpeedJson, config: TrainConfig, data_size: int, path) -> dict:
     batch = config.training.global_batch_size
-    _agree(ds_json, "train_batch_size", batch, "training.global_batch_size", path)
+    _agree(given.train_batch_size, "train_batch_size", batch, "training.global_batch_size", path)
     share, rest = divmod(batch, data_size)
     if rest:
         raise UserError(
             f"{path}: training.global_batch_size {batch} of recipe {config.name} cannot be shared evenly by "
             f"{data_size} processes"
         )
-    micro, steps = (
-        ds_json.get(key, "auto") for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", steps)):
-        if value != "auto" and (type(value) is not int or value < 1 or share % value):
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if (value := getattr(given, key)) is not None and share % value:
             raise UserError(
                 f"{path}: {key} = {value!r} does not divide the {share} samples of each process "
                 f"(training.global_batch_size {batch} over {data_size} processes)"
             )
-    if micro == "auto":
-        micro = share // steps if steps != "auto" else _auto_micro_batch(config, share)
-    if steps not in ("auto", share // micro):
+    micro, steps = given.train_micro_batch_size_per_gpu, given.gradient_accumulation_steps
+    if micro is None:
+        micro = share // steps if steps is not None else _auto_micro_batch(config, share)
+    if steps not in (None, share // micro):
         raise UserError(
             f"{path}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {steps} x {data_size} "
             f"processes is not training.global_batch_size {batch}"
@@ -189,11 +266,10 @@ def _batch_sizes(ds_json: dict, config: TrainConfig, data_size: int, path) -> di
 
 def _auto_micro_batch(config: TrainConfig, share: int) -> int:
     """The largest divisor of a process's share that keeps to AUTO_TOKENS."""
-    kept = kept_tokens(config.model.num_patches, config.training.mask_ratio)
-    return max(size for size in range(1, share + 1) if share % size == 0 and (size == 1 or size * kept <= AUTO_TOKENS))
+    most = AUTO_TOKENS // kept_tokens(config.model.num_patches, config.training.mask_ratio)
+    return next((size for size in range(min(most, share), 0, -1) if share % size == 0), 1)
 
 
-def _agree(ds_json: dict, key: str, expected, recipe_key: str, path) -> None:
-    value = ds_json.get(key, "auto")
-    if value not in ("auto", expected):
+def _agree(value, key: str, expected, recipe_key: str, path) -> None:
+    if value not in (None, expected):
         raise UserError(f"{path}: {key} = {value!r} contradicts the recipe's {recipe_key} = {expected!r}")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from mdit.config import TrainConfig
+from mdit.config import TrainConfig, portable
 from mdit.data.shards import open_dataset, read_samples
 from mdit.dist import World, gather
 from mdit.encoders import build_image_encoder, build_text_encoder_from
@@ -90,7 +90,7 @@ class Evaluation:
             save_snapshot,
             self.run_dir / "snapshots",
             step=step,
-            config_json={"recipe": self.config.model_dump(mode="json", exclude_none=True)},
+            config_json={"recipe": portable(self.config, self.run_dir / "config.json")},
             raw=raw,
             ema=averaged,
             encoders=self.dataset.encoders,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mdit.config import TrainConfig, UserError, kept_tokens, load_config
+from mdit.config import TrainConfig, UserError, kept_tokens, load_config, portable
 from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
@@ -24,7 +24,7 @@ from mdit.prepare import is_prepared, prepare
 from mdit.provenance import commit, package_versions
 from mdit.snapshot import initial_weights, load_snapshot
 from mdit.train.checkpoint import Damaged, complete_checkpoints, latest_step, read_state
-from mdit.train.engine import check_zero_section
+from mdit.train.engine import check_ds_config
 from mdit.train.loop import Run
 from mdit.train.optim import check_implementation
 from mdit.train.run_directory import CHECKPOINTS, CONFIG, RunDirectory, check_place, check_same_recipe, finished_at
@@ -77,7 +77,7 @@ def settle_json(
     bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
     data_size = data_parallel_size(settings, world.size, ds_path)
     ds_config = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=bf16_works, path=ds_path)
-    check_zero_section(ds_config, ds_path)
+    check_ds_config(ds_config, ds_path)
     check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
     check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
     choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
@@ -121,7 +121,7 @@ def opened(run: Run) -> Iterator[RunDirectory]:
 def description(run: Run) -> dict:
     """What config.json records. Its "recipe" part can be given to --recipe again."""
     return {
-        "recipe": run.config.model_dump(mode="json", exclude_none=True),
+        "recipe": portable(run.config, run.run_dir / "config.json"),
         "deepspeed": run.ds_config,
         "mdit": run.settings.model_dump(mode="json"),
         "world_size": run.world.size,
@@ -133,6 +133,7 @@ def description(run: Run) -> dict:
 def describe(run: Run) -> str:
     """The text of --dry_run."""
     config, ds = run.config, run.ds_config
+    places = [*config.data.train, config.data.validation]
     with torch.device("meta"):
         model = MicroDiT(config.model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -147,7 +148,7 @@ def describe(run: Run) -> str:
         f"{run.settings.tensor_parallel}, ZeRO-{ds['zero_optimization']['stage']}",
         f"batch: {config.training.global_batch_size} = {run.world.size // run.settings.tensor_parallel} shares x "
         f"{ds['train_micro_batch_size_per_gpu']} samples x {ds['gradient_accumulation_steps']} accumulated",
-        f"data: {', '.join(config.data.train)} ({'there' if is_prepared(config) else 'not there yet'})",
+        f"data: {', '.join(places)} ({'there' if is_prepared(config) else 'not there yet'})",
         f"run directory: {run.run_dir} (at step {latest_step(run.run_dir / CHECKPOINTS)})",
     ]
     return "\n".join(lines)

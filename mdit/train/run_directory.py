@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mdit.config import TrainConfig, UserError, parse_section
+from mdit.config import TrainConfig, UserError, parse_recipe
 from mdit.data.manifest import MANIFEST
 from mdit.dist import World, gather, logger, on_all_ranks, shared
 from mdit.documents import explain, read_json
@@ -118,8 +118,9 @@ class RunDirectory:
 
     def _check_and_write(self, config: TrainConfig, description: dict[str, Any], init_from: Path | None) -> None:
         path, found = self.path / CONFIG, self.checkpoint
-        sets = (*config.data.train, config.data.validation)
-        data = {directory: checksum(Path(directory) / MANIFEST) for directory in sets}
+        named = description["recipe"]["data"]  # as config.json names them, wherever the project lies by now
+        names, sets = (*named["train"], named["validation"]), (*config.data.train, config.data.validation)
+        data = {name: checksum(Path(directory) / MANIFEST) for name, directory in zip(names, sets, strict=True)}
         before = None
         if found is not None:
             check_same_run(before := found.state["run"], config, data, found.path / "state.json")
@@ -211,7 +212,7 @@ def move_aside(path: Path) -> None:
 
 def check_same_run(before: dict[str, Any], config: TrainConfig, data: dict[str, str], source: Path) -> None:
     """Raise UserError naming the first thing of recipe and data that differs from what a run began with."""
-    check_same_recipe(parse_section(TrainConfig, before["recipe"], source), config, source)
+    check_same_recipe(parse_recipe(before["recipe"], source), config, source)
     then = before.get("data", data)
     for directory, found in data.items():
         if then.get(directory) != found:

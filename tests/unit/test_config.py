@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import tomllib
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def recipe(tmp_path):
 
     def write(change=lambda values: None) -> Path:
         values = copy.deepcopy(TINY)
+        values["data"].update(train=[str(tmp_path / "train")], validation=str(tmp_path / "validation"))
         change(values)
         path = tmp_path / "tiny.toml"
         path.write_text(toml(values))
@@ -67,11 +69,13 @@ def complaint(path, overrides=()) -> str:
 
 
 def test_a_recipe_is_read_whole(recipe):
-    assert load_config(recipe()) == tiny_config()
+    path = recipe()
+    places = {"train": [str(path.parent / "train")], "validation": str(path.parent / "validation")}
+    assert load_config(path) == tiny_config(data=places)
 
 
 def test_the_json_of_an_earlier_run_is_a_recipe(tmp_path):
-    config = tiny_config()
+    config = tiny_config(data={"train": ["/data/train"], "validation": "/data/validation"})
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"recipe": config.model_dump(mode="json"), "versions": {"mdit": "0.1.0"}}))
     assert load_config(path) == config
@@ -92,9 +96,9 @@ def test_prompts_are_a_list_or_those_of_the_validation_set(recipe):
 def test_sources_are_told_apart_by_name(recipe):
     emoji = load_config(recipe(lambda values: values["data"].update(prepare=EMOJI)))
     assert (emoji.data.prepare.source.name, emoji.data.prepare.source.objects) == ("emoji", 30)
-    folder = {**EMOJI, "source": {"name": "folder", "path": "pictures", "validation_share": 0.1}}
+    folder = {**EMOJI, "source": {"name": "folder", "path": "/pictures", "validation_share": 0.1}}
     config = load_config(recipe(lambda values: values["data"].update(prepare=folder)))
-    assert config.data.prepare.source.path == "pictures"
+    assert config.data.prepare.source.path == "/pictures"
 
 
 def test_a_config_cannot_change():
@@ -120,13 +124,14 @@ def test_kept_tokens_rounds_down(num_patches, ratio, kept):
         ("training.num_steps=12", lambda c: c.training.num_steps == 12),
         ("optim.lr=8e-5", lambda c: c.optim.lr == 8e-5),
         ("model.use_bias=true", lambda c: c.model.use_bias is True),
-        ('data.train=["a", "b"]', lambda c: c.data.train == ("a", "b")),
-        ("data.validation=elsewhere/set", lambda c: c.data.validation == "elsewhere/set"),
-        ('data.validation="elsewhere/set"', lambda c: c.data.validation == "elsewhere/set"),
+        ('data.train=["a", "b"]', lambda c: c.data.train == (os.path.abspath("a"), os.path.abspath("b"))),
+        ("data.validation=elsewhere/set", lambda c: c.data.validation == os.path.abspath("elsewhere/set")),
+        ('data.validation="elsewhere/set"', lambda c: c.data.validation == os.path.abspath("elsewhere/set")),
+        ("name=2024-01-01", lambda c: c.name == "2024-01-01"),
         ("name=other-name", lambda c: c.name == "other-name"),
         ("ema.decay=0.5", lambda c: c.ema.decay == 0.5),
         ("ema={decay = 0.5, start_step = 3}", lambda c: c.ema.start_step == 3),
-        ("data.validation=a=b", lambda c: c.data.validation == "a=b"),
+        ("data.validation=/a=b", lambda c: c.data.validation == "/a=b"),
         ("data.prepare.source.scenes=7", lambda c: c.data.prepare.source.scenes == 7),
     ],
 )

@@ -39,7 +39,7 @@ def test_tensor_parallel_neighbours_have_the_same_share():
 
 
 @pytest.mark.parametrize("key", ["expert_parallel", "tensor_parallel"])
-@pytest.mark.parametrize("value", [0, -2, 3, 16])
+@pytest.mark.parametrize("value", [3, 16])
 def test_groups_have_to_come_out_even(key, value):
     assert f"{key} = {value} does not divide the 8 processes" in error_of(**{key: value})
 
@@ -100,7 +100,7 @@ def test_what_fits_passes(settings, stage):
     check_plan(RunSettings(**settings), MODEL, {"stage": stage}, 8, "ds.json")
 
 
-@pytest.mark.parametrize("value", ["2", 2.5, True, None])
-def test_only_whole_numbers(value):
+@pytest.mark.parametrize("value", ["2", 2.5, True, None, 0, -2])
+def test_only_whole_numbers_above_0(value):
     with pytest.raises(UserError, match='ds.json: "mdit": expert_parallel'):
         load_run_settings({"mdit": {"expert_parallel": value}}, "ds.json")

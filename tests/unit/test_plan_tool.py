@@ -17,7 +17,7 @@ QUICKSTART = str(CONFIGS / "quickstart.toml")
 
 
 def test_every_layout_then_the_best_of_every_size(capsys, tmp_path):
-    plan.main(["--recipe", PRETRAIN, "--gpus", "64", "--gpu", "h100", "--json", str(tmp_path / "plan.json")])
+    plan.command(["--recipe", PRETRAIN, "--gpus", "64", "--gpu", "h100", "--json", str(tmp_path / "plan.json")])
     printed = capsys.readouterr().out
     first, second = printed.split("\n\nthe fastest")
     assert "res_256_pretrain, global batch 2048, on 64 h100 (8 nodes): predicted, not measured" in first
@@ -47,7 +47,7 @@ def test_one_layout_of_a_json(capsys, tmp_path):
     mdit = {"expert_parallel": 4, "activation_checkpointing": "block"}
     ds_json.write_text(json.dumps({"zero_optimization": {"stage": 2}, "mdit": mdit}))
     asked = ["--recipe", PRETRAIN, "--gpus", "16", "--gpu", "a100", "--ds_config", str(ds_json)]
-    plan.main([*asked, "--micro_batch", "64", "--dollars_per_gpu_hour", "2", "--json", str(tmp_path / "plan.json")])
+    plan.command([*asked, "--micro_batch", "64", "--dollars_per_gpu_hour", "2", "--json", str(tmp_path / "plan.json")])
     first, _ = capsys.readouterr().out.split("\n\nthe fastest")
     (row,) = [line for line in first.splitlines() if line.startswith("ZeRO")]
     assert row.split()[:4] == ["ZeRO-2", "dp16", "ep4", "64x2"]
@@ -57,18 +57,18 @@ def test_one_layout_of_a_json(capsys, tmp_path):
 
 def test_what_does_not_fit_is_marked(capsys):
     asked = ["--recipe", PRETRAIN, "--gpus", "8", "--gpu", "rtx4090"]
-    plan.main([*asked, "--micro_batch", "256"])
+    plan.command([*asked, "--micro_batch", "256"])
     printed = capsys.readouterr().out
     assert "! more than the GPU has" in printed and "*" not in printed
-    plan.main(asked)
+    plan.command(asked)
     printed = capsys.readouterr().out
     assert "* fewer images at once" in printed
-    plan.main([*asked, "--activation_checkpointing", "block", "--micro_batch", "32"])
+    plan.command([*asked, "--activation_checkpointing", "block", "--micro_batch", "32"])
     assert "! more" not in capsys.readouterr().out.split("\n\nthe fastest")[0].split("batch: ")[0]
 
 
 def test_a_batch_that_no_size_can_share(capsys):
-    plan.main(["--recipe", QUICKSTART, "--gpus", "5", "--set", "training.global_batch_size=5"])
+    plan.command(["--recipe", QUICKSTART, "--gpus", "5", "--set", "training.global_batch_size=5"])
     printed = capsys.readouterr().out
     assert "ZeRO-2 dp5" in printed and "none of 8, 16, 32, 64, 128, 256, 512, 1024 GPUs can share" in printed
 

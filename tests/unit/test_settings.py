@@ -12,7 +12,7 @@ from mdit.config import UserError, load_config
 from mdit.dist import World
 from mdit.models import MicroDiT
 from mdit.parallel.settings import RunSettings, bucket_size, load_ds_json, load_run_settings, resolve_ds_config
-from mdit.train.engine import check_zero_section
+from mdit.train.engine import check_ds_config
 from mdit.train.loop import Run
 from tests.recipes import tiny_config
 from tests.training import REPOSITORY
@@ -36,7 +36,7 @@ def error_of(ds_json, **keys):
 def test_shipped_json_resolves(path):
     config = tiny_config(training={"global_batch_size": 64})
     resolved = resolve_ds_config(load_ds_json(path), config, data_size=2, bf16_works=True, path=path)
-    check_zero_section(resolved, path)
+    check_ds_config(resolved, path)
     assert "auto" not in json.dumps(resolved)
     assert resolved["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero")[0])
     assert resolved["gradient_clipping"] == config.optim.max_grad_norm
@@ -89,15 +89,15 @@ def test_misspelled_key_names_the_near_one():
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ["data_types", "float32"]),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param.device", "nvme"]),
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled", "'yes'"]),
-        ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow", "False", "true"]),
+        ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow = False", "expected True", "NaN"]),
         ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage", "0"]),
-        ({"zero_optimization": {}}, ["zero_optimization.stage", "None"]),
+        ({"zero_optimization": {}}, ["missing key zero_optimization.stage"]),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, ["round_robin_gradients = True", "False"]),
         (
             {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
             ["zero_quantized_gradients", "learned"],
         ),
-        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["mics_shard_size = 2", "-1"]),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["unknown key zero_optimization.mics_shard_size"]),
         (
             {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
             ["zero_hpz_partition_size = 8", "expected 1"],
@@ -115,8 +115,8 @@ def test_batch_that_processes_cannot_share():
 
 
 def test_zero_section_is_judged_by_deepspeed():
-    with pytest.raises(UserError, match="ds.json: zero_optimization.overlap_com"):
-        check_zero_section({"zero_optimization": {"stage": 2, "overlap_com": True}}, "ds.json")
+    with pytest.raises(UserError, match="^ds.json: DeepSpeed refuses it: .*overlap_com"):
+        check_ds_config({"zero_optimization": {"stage": 2, "overlap_com": True}}, "ds.json")
 
 
 def test_own_section_is_strict():
