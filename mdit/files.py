@@ -152,10 +152,12 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(removed)
 
 
-def clean_leftovers(directory: Path) -> None:
-    """Finish or undo what killed processes left half done in a directory with the functions of this module."""
+def clean_leftovers(directory: Path, ours: Callable[[str], bool]) -> None:
+    """Finish or undo what killed processes left half done in a directory with the functions of this module, as far as
+    it was to have a name that is `ours`."""
     for path in directory.iterdir() if directory.is_dir() else ():
-        if not (match := re.fullmatch(r"\.(.+)\.(partial|replaced|removed)", path.name)):
+        match = re.fullmatch(r"\.(.+)\.(partial|replaced|removed)", path.name)
+        if match is None or not ours(match[1]):
             continue
         if match[2] == "replaced" and not (named := path.with_name(match[1])).exists():
             path.rename(named)  # between the two renames of `replacing_directory`

@@ -45,10 +45,11 @@ from mdit.train.optim import learning_rate
 
 CONFIG, STARTS, METRICS, LOCK, STOP = "config.json", "starts.jsonl", "metrics.jsonl", "run.lock", "STOP"
 FILES = (CONFIG, STARTS, METRICS, LOCK, STOP)
-CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
-FOLDERS = (CHECKPOINTS, SNAPSHOTS, SAMPLES, "tensorboard")
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+FOLDERS = (CHECKPOINTS, SNAPSHOTS, "samples", "tensorboard")
 # What may change between two starts of one run: how often it reports, how long it goes on, what steps its weights.
 CHANGEABLE = ("report.", "training.num_steps", "training.max_skipped_in_a_row", "optim.implementation")
+TRIAL = "preflight"
 SEEN_WITHIN = 20.0  # seconds in which a shared file system shows to one node what another wrote
 
 
@@ -86,8 +87,8 @@ class RunDirectory:
         that it begins. `has_weights` says whether `init_from` has been read. A collective."""
         self.checkpoint = find_latest(self.path / CHECKPOINTS, self.world)
         on_first(self.world, lambda: self._check_and_write(config, description, init_from))
-        if self.checkpoint is None and init_from is not None and not has_weights:
-            raise shared(UserError(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again"))
+        if self.checkpoint is None and init_from is not None:
+            on_all_ranks(self.world, lambda: self._require_weights(has_weights))
 
     def attempt(self, what: str, step: int, save: Callable[[], None]) -> None:
         """Call `save`, a collective that raises on all ranks alike. Where the disk does not take it, what was saved
@@ -113,8 +114,9 @@ class RunDirectory:
         self._held.enter_context(self.lock)
         if self.restart:
             move_aside(self.path)
-        for directory in (self.path, *(self.path / name for name in (CHECKPOINTS, SNAPSHOTS, SAMPLES))):
-            clean_leftovers(directory)
+        clean_leftovers(self.path, lambda name: name.startswith((*FILES, TRIAL)))
+        for directory in (self.path / CHECKPOINTS, self.path / SNAPSHOTS):
+            clean_leftovers(directory, lambda name: step_in(name) is not None or name == "latest")
 
     def _check_and_write(self, config: TrainConfig, description: dict[str, Any], init_from: Path | None) -> None:
         path, found = self.path / CONFIG, self.checkpoint
@@ -135,6 +137,11 @@ class RunDirectory:
         write_json(path, description | self.run)
         step = found.step if found else 0
         append_start(self.path / STARTS, {"step": step, **{k: v for k, v in description.items() if k != "recipe"}})
+
+    def _require_weights(self, has_weights: bool) -> None:
+        """Raise UserError where this rank, before, saw a checkpoint that rank 0 does not see."""
+        if not has_weights:
+            raise UserError(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again")
 
     def _initial_weights(self, before: dict[str, Any] | None, init_from: Path | None) -> dict[str, Any] | None:
         """Which weights the run began from. Raises UserError where it is asked to begin from others."""
@@ -192,7 +199,7 @@ def try_out(path: Path, token: str, world: World) -> None:
                 "directory"
             )
         time.sleep(0.1)
-    trial = path / f".preflight_{world.rank:05d}.partial"  # a name of those that are cleaned up
+    trial = path / f".{TRIAL}_{world.rank:05d}.partial"  # a name of those that are cleaned up
     write_text(trial, token)
     if trial.read_text(encoding="utf-8") != token:
         raise UserError(f"{trial}: reads back as something else than was written")

@@ -213,15 +213,18 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path, config):
     path = begun(tmp_path / "run", config, 2)
     for name in (".step_00000004.partial", ".step_00000002.removed"):
         shutil.copytree(path / "checkpoints" / "step_00000002", path / "checkpoints" / name)
+    for name in (".config.json.partial", ".train.partial"):  # the other is a set in the making
+        (path / name).touch()
     opened(path, config)
     assert [file.name for file in (path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert not (path / ".config.json.partial").exists() and (path / ".train.partial").exists()
 
 
 def test_a_kill_between_two_renames_loses_neither(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").touch()
     (tmp_path / "a").rename(tmp_path / ".a.replaced")
-    clean_leftovers(tmp_path)
+    clean_leftovers(tmp_path, lambda name: name == "a")
     assert (tmp_path / "a" / "old").exists() and len(list(tmp_path.iterdir())) == 1
     with replacing_directory(tmp_path / "a") as partial:
         (partial / "new").touch()
