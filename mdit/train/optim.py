@@ -91,7 +91,8 @@ def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Te
 
 
 def step_count(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
-    """The t of the formula above: steps that the optimizer has taken on a parameter."""
+    """The t of the formula above: steps that the optimizer has taken on a parameter, the last of its group (DeepSpeed's
+    FusedAdam counts for no other)."""
     if parameter not in optimizer.state:
         return 0
     state = optimizer.state[parameter]

@@ -15,7 +15,7 @@ import torch
 from torch.utils import cpp_extension
 
 from mdit.config import OptimConfig, UserError, load_config
-from mdit.train.optim import build_optimizer, check_implementation, learning_rate, moments, set_moments
+from mdit.train.optim import build_optimizer, check_implementation, learning_rate, moments, set_moments, step_count
 from tests.recipes import tiny_config
 from tests.training import REPOSITORY, write_recipe
 
@@ -203,6 +203,19 @@ def test_moments_are_the_optimizers_own(uncompiled, name):
     torch.testing.assert_close(given[0], 0.9 * 0.5 + 0.1 * gradients(3)[0])
     torch.testing.assert_close(given[1], 0.999 * 0.25 + 0.001 * gradients(3)[0] ** 2)
     assert all(given[i] is tensor for i, tensor in enumerate(moments(optimizer, weights[0]).values()))
+
+
+@EVERY
+def test_steps_are_counted_from_where_they_are_put(uncompiled, name):
+    weights = new_weights()
+    optimizer = build(name, [{"params": [w]} for w in weights])
+    assert [step_count(optimizer, w) for w in weights] == [0, 0, 0]
+    take_steps(optimizer, weights, 0, 2)
+    assert [step_count(optimizer, w) for w in weights] == [2, 2, 2]
+    for w in weights:
+        set_moments(optimizer, w, **moments(optimizer, w), step=7)
+    take_steps(optimizer, weights, 2, 3)
+    assert [step_count(optimizer, w) for w in weights] == [8, 8, 8]
 
 
 @EVERY
