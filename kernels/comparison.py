@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import UserError
+from mdit.documents import read_json
 
 Row = dict[str, Any]
 Ceiling = dict[str, float]  # GB/s and TFLOP/s
@@ -146,12 +147,11 @@ def write(out: Path, report: dict[str, Any]) -> None:
 def take_over(out: Path, report: dict[str, Any], rows: list[Row]) -> list[Row]:
     """Into `rows` what an earlier run of the same program on the same machine measured. -> what it has besides"""
     path = out / "kernels.json"
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    before = read_json(path, "the earlier rows")
+    if not (isinstance(before, dict) and isinstance(before.get("rows"), list)):
+        raise UserError(f"{path}: no report of tools/bench_kernels.py")
     for name, value in {**report["environment"], **report["settings"]}.items():
         found = {**before.get("environment", {}), **before.get("settings", {})}.get(name)
         if found != value and name != "date":

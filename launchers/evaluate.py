@@ -7,50 +7,44 @@ recipe for its validation captions, with the validation loss.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from mdit.config import UserError
-from mdit.dist import identify
-from mdit.eval.evaluate import evaluate
-from mdit.eval.samples import grid, sampling_options
-from mdit.files import write_json
-from mdit.snapshot import load_model, load_snapshot
+from mdit import cli
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--snapshot", type=Path, required=True, help="a run's snapshots/latest, or one step of it")
+    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
+    parser.add_argument("--num_pictures", type=cli.whole(1, 10_000), default=64, help="or validation samples")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
+    parser.add_argument("--num_steps", type=int, help="steps of the Heun sampler; default: the recipe's")
+    parser.add_argument("--seed", type=cli.whole(0), default=0)
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--snapshot", type=Path, required=True, help="a run's snapshots/latest, or one step of it")
-    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--num_pictures", type=int, default=64, help="or validation samples")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
-    parser.add_argument("--num_steps", type=int, help="steps of the Heun sampler; default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    args = parser.parse_args(arguments)
-    try:
-        report(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    args = parse_arguments(arguments)
+    from mdit.dist import identify
+    from mdit.eval.evaluate import evaluate
+    from mdit.eval.samples import grid, sampling_options, save_png
+    from mdit.files import try_to_write, write_json
+    from mdit.snapshot import load_model, load_snapshot
 
-
-def report(args: argparse.Namespace) -> None:
     snapshot = load_snapshot(args.snapshot)
     options = sampling_options(snapshot.config, args.guidance, args.num_steps)
-    if args.num_pictures < 1:
-        raise UserError(f"--num_pictures {args.num_pictures}: must be at least 1")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot make this directory: {error.strerror}") from None
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture, scores = args.out / "grid.png", args.out / "scores.json"
+    for path in (picture, scores):
+        try_to_write(path)
     model = load_model(snapshot, args.weights, identify().device)
     found = evaluate(snapshot, model, num_pictures=args.num_pictures, seed=args.seed, options=options)
-    grid(found.pictures_NHWC, found.captions).save(args.out / "grid.png")
+    save_png(grid(found.pictures_NHWC, found.captions), picture)
     settings = {"step": snapshot.step, "weights": args.weights, "pictures": len(found.captions), "seed": args.seed}
-    write_json(args.out / "scores.json", {**settings, **options, **found.scores})
-    print(*found.lines, args.out / "grid.png", sep="\n")
+    write_json(scores, {**settings, **options, **found.scores})
+    print(*found.lines, picture, sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,5 +1,6 @@
 """The front of every command: what a user can mend is one line and exit code 2, whatever raised it."""
 
+import argparse
 import io
 import os
 import signal
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from mdit.documents import UserError, explain
+from mdit.documents import UserError, explain, one_line
 
 USER_ERROR = 2
 
@@ -17,7 +18,7 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
     """Call `command` and exit with what it returns (None is 0), or, after one line on stderr, with
 
         2    for UserError, and for OSError: the machine, a file or a disk is not as it should be
-        130  for Ctrl-C
+        130  for Ctrl-C (what a KeyboardInterrupt says is told as well)
 
     and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
     one to print an error that several processes of a run may have (`mdit.dist.tells`). MDIT_TRACEBACK=1 shows where an
@@ -36,7 +37,7 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
             sys.stdout.flush()  # here, where an error of it still finds a handler; also after argparse's --help
     except KeyboardInterrupt as error:
         code = 128 + signal.SIGINT
-        _tell("interrupted", error, tells)
+        _tell("; ".join(["interrupted", *map(str, error.args)]), error, tells)
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
@@ -47,6 +48,28 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
     finally:
         _give_up_on_stdout()
     sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with the description as it is written and errors in one line."""
+
+    def __init__(self, description: str | None = None, **options) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"error: {one_line(message)}\n")
+
+
+def whole(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
+    """A type for argparse: integers of a range."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{one_line(text)} is not between {minimum} and {maximum}")
+        return value
+
+    return number
 
 
 def _give_up_on_stdout() -> None:

@@ -198,7 +198,7 @@ class ReportConfig(Section):
     prompts: Literal["validation"] | tuple[str, ...] = Field(description="captions of the sample grids")
     num_samples: Size = Field(description="pictures in a grid when the prompts are those of the validation set")
     guidance: PositiveFloat
-    sampler_steps: Annotated[Size, Field(ge=2)]
+    sampler_steps: Annotated[int, Field(ge=2, le=10_000)]
 
     @model_validator(mode="after")
     def _prompts_given(self):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mdit.config import ModelConfig, TrainConfig, UserError, load_config
+from mdit.descriptions import check_descriptions
 from mdit.documents import read_json
 from mdit.files import checksum, follow, point_to, replacing_directory, save_tensors, write_json
 from mdit.models import MicroDiT
@@ -204,7 +205,8 @@ def _read(directory: Path, checksums: dict[str, Any]) -> Snapshot:
     config, step = load_config(file), read_json(file).get("step")
     if type(step) is not int or step < 0:
         raise UserError(f"{file}: step is {step!r}, which is no number of steps")
-    return Snapshot(directory, step, config, read_json(directory / "encoders.json"), checksums)
+    file = directory / "encoders.json"
+    return Snapshot(directory, step, config, check_descriptions(read_json(file), file), checksums)
 
 
 def _measure(file: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ over the processes as ZeRO cuts them, and reads them back; the second reads what
 
 import argparse
 import math
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from mdit import cli
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, identify, start
 from mdit.models import MicroDiT
@@ -142,25 +142,20 @@ def check(tensors: dict[str, list[torch.Tensor]], pieces: list[Piece]) -> None:
                 raise UserError(f"{kind}/{piece.name}: not what was written")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
     parser.add_argument("--recipe", type=Path, required=True, help="for the model's shapes and whether it has an EMA")
     parser.add_argument(
         "--dir", type=Path, required=True, help="where the checkpoint goes; one of that place is replaced"
     )
-    parser.add_argument("--expert_parallel", type=int, default=1)
+    parser.add_argument("--expert_parallel", type=cli.whole(1), default=1)
     parser.add_argument("--load", action="store_true", help="read what an earlier run wrote, whatever its layout was")
-    arguments = parser.parse_args()
+    args = parser.parse_args(arguments)
     world = replace(identify(), device=torch.device("cpu"))
-    try:
-        start(world)
-        run(arguments, world)
-        torch.distributed.destroy_process_group()
-    except UserError as error:
-        if world.is_first:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    start(world)
+    run(args, world)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, tells=lambda error: identify().is_first)

@@ -22,7 +22,6 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mdit import cli
 from mdit.config import ModelConfig, UserError
 from mdit.kernels import comparison, dispatch, expert_choice, swiglu
 from mdit.models import presets
@@ -78,17 +78,11 @@ class Contender(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(parse_arguments(arguments))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", type=Path, help="directory of kernels.json and kernels.md; else only the screen")
     parser.add_argument("--resume", action="store_true", help="keep the rows that OUT holds, measure the others")
     parser.add_argument("--budget_s", type=float, help="seconds for all; default: 270, on a CPU 50")
@@ -361,4 +355,4 @@ def environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -39,6 +39,7 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from mdit import cli
 from mdit.config import UserError
 from mdit.data.loader import build_loader, choose_engine
 from mdit.data.manifest import MANIFEST, Layout
@@ -46,7 +47,7 @@ from mdit.data.order import GlobalOrder
 from mdit.data.quantise import dequantise
 from mdit.data.shards import open_dataset
 from mdit.data.writer import ShardWriter
-from mdit.files import write_json
+from mdit.files import try_to_write, write_json
 from mdit.provenance import commit
 
 SHARD_BYTES = 64 * 10**6
@@ -71,35 +72,33 @@ class Result:
     peak_mib: float
 
 
-def main() -> None:
-    args = parse_arguments()
-    try:
-        with tempfile.TemporaryDirectory(prefix="mdit_bench_") as temporary:
-            directory = args.dir or Path(temporary) / "set"
-            make_set(directory, args)
-            read_back(directory)
-            bench = Bench(str(directory), args.batch_size, args.seconds, args.device)
-            report = {
-                "machine": describe_machine(args.device),
-                "settings": {name: str(value) for name, value in vars(args).items()},
-                "contenders": compare(args.contenders, bench, args.repeats),
-                "checksum": checksum_cost(directory),
-                "order": order_cost(args.batch_size),
-            }
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    if args.json:
+        try_to_write(args.json)
+    with tempfile.TemporaryDirectory(prefix="mdit_bench_") as temporary:
+        directory = args.dir or Path(temporary) / "set"
+        make_set(directory, args)
+        read_back(directory)
+        bench = Bench(str(directory), args.batch_size, args.seconds, args.device)
+        report = {
+            "machine": describe_machine(args.device),
+            "settings": {name: str(value) for name, value in vars(args).items()},
+            "contenders": compare(args.contenders, bench, args.repeats),
+            "checksum": checksum_cost(directory),
+            "order": order_cost(args.batch_size),
+        }
     print_report(report)
     if args.json:
         write_json(args.json, report)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=6000)
-    parser.add_argument("--batch_size", type=int, default=256)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--samples", type=cli.whole(1), default=6000)
+    parser.add_argument("--batch_size", type=cli.whole(1), default=256)
     parser.add_argument("--seconds", type=float, default=5, help="for each contender and repeat")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=cli.whole(1), default=3)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--latent", type=int, nargs=3, default=(4, 32, 32), metavar=("C", "H", "W"))
     parser.add_argument("--embedding", type=int, nargs=2, default=(77, 1024), metavar=("L", "C"))
@@ -347,4 +346,4 @@ def print_report(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch.distributed
 
+from mdit import cli, dist
 from mdit.bench.plots import draw
 from mdit.bench.report import JSON, Report
 from mdit.bench.rows import load
 from mdit.bench.session import Session
 from mdit.bench.stages import CONFIGS, STAGES, Job, prepare_data, ran_out_of_memory, settle
 from mdit.bench.trial import MADE_UP
-from mdit.config import UserError
 from mdit.dist import World, configure_logging, identify, start
 
 START = time.monotonic()
@@ -39,32 +39,29 @@ PARITY_STEPS = {"cuda": 50, "cpu": 40}
 SECONDS, SECONDS_OF_TINY = 12.0, 2.0
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     world = identify()
     configure_logging(world)
+    if args.draw:
+        for path in draw(load(args.draw / JSON), args.draw):
+            print(f"drawn: {path}")
+        return 0
     try:
-        if args.draw:
-            for path in draw(load(args.draw / JSON), args.draw):
-                print(f"drawn: {path}")
-            return
         complete = run(args, world)
-        torch.distributed.destroy_process_group()
-    except (UserError, OSError) as error:
-        if world.is_first or torch.distributed.is_initialized():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
-        if world.is_first:
-            kept = f"; {args.out} has the rows so far, --resume goes on" if args.out else ""
-            print(f"interrupted{kept}", file=sys.stderr, flush=True)
-        sys.exit(130)
-    sys.exit(0 if complete else 1)
+        raise KeyboardInterrupt(*([f"{args.out} has the rows so far, --resume goes on"] if args.out else [])) from None
+    torch.distributed.destroy_process_group()
+    return 0 if complete else 1
+
+
+def tells(error: BaseException) -> bool:
+    """Whether this process is the one to print an error: until all have met they have the same."""
+    return dist.tells(error) if torch.distributed.is_initialized() else identify().is_first
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--recipe", type=Path, action="append", help="TOML, or a run's config.json; several times; default: the stages")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipes")
@@ -176,4 +173,4 @@ def tell(world: World, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, tells=tells)

@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -24,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdit import cli
 from mdit.config import ModelConfig, UserError
-from mdit.files import write_json
+from mdit.files import try_to_write, write_json
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
 from mdit.models import presets
@@ -48,24 +48,22 @@ class Use:
     label: str
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    try:
-        require_triton()
-        builds, wrong, version = build_all(args)
-        if args.json:
-            report = {"triton": version, "capability": args.capability, "dtype": args.dtype, "preset": args.preset}
-            write_json(args.json, {**report, "builds": builds, "faults": wrong})
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    require_triton()
+    if args.json:
+        try_to_write(args.json)
+    builds, wrong, version = build_all(args)
+    if args.json:
+        report = {"triton": version, "capability": args.capability, "dtype": args.dtype, "preset": args.preset}
+        write_json(args.json, {**report, "builds": builds, "faults": wrong})
     print(f"triton {version}, sm_{args.capability}, {args.dtype}: {len(builds)} kernels built")
     print("\n".join(wrong) or "none spills, all fit")
-    sys.exit(1 if wrong else 0)
+    return 1 if wrong else 0
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--preset", choices=("xl_2", "tiny_2"), default="xl_2")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--capability", type=int, default=90, help="of the GPU: 80 is an A100, 90 an H100")
@@ -187,4 +185,4 @@ def without_matmuls() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mdit import cli
 from mdit.bench import one_hot
 from mdit.bench.contenders import PRECISIONS, Baseline, Contender, in_one_line
 from mdit.bench.contest import BASELINE, OURS, PACES, Contest
@@ -50,17 +51,11 @@ CPU_MICRO_BATCH = 8
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(parse_arguments(arguments))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--baseline", metavar="FILE.py:FACTORY", help="what gives the other model")
     add("--recipe", type=Path, default=RECIPE, help="default: configs/res_256_pretrain.toml")
@@ -171,4 +166,4 @@ def takes_an_argument(factory: Callable) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

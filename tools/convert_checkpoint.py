@@ -12,7 +12,6 @@ file that would have to be unpickled is refused. Weights are stored as float32, 
 checks the snapshot and writes what the two files are now into checksums.json. Weights must be those that were written.
 """
 
-import argparse
 import math
 import pickle
 import re
@@ -165,12 +164,8 @@ def encoders_for(model: ModelConfig) -> dict[str, Any]:
     return {"image": IMAGE_ENCODERS[model.latent_channels], "text": text}
 
 
-def main() -> None:
-    cli.run(command)
-
-
-def command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     importing = commands.add_parser("import", help="a released .pt to a snapshot")
     importing.add_argument("source", type=Path)
@@ -182,7 +177,7 @@ def command() -> None:
     exporting.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     sealing = commands.add_parser("seal", help="accept the documents of a snapshot as they are now")
     sealing.add_argument("snapshot", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.command == "import":
         import_checkpoint(args.source, args.out)
     elif args.command == "export":
@@ -192,4 +187,4 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -12,15 +12,15 @@ process a GPU; sets of one image size are added up), for --pictures pictures.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mdit import cli
 from mdit.bench import rows
 from mdit.bench.recipe_cost import SetTime, Stage, choose_rows, scaled, set_times
-from mdit.config import UserError, load_config
-from mdit.files import write_json
+from mdit.config import load_config
+from mdit.files import try_to_write, write_json
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
@@ -32,17 +32,11 @@ THE_PAPERS = "The paper's own code, as the paper has it (arXiv 2407.15811): $1,8
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(parse_arguments(arguments))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("reports", type=Path, nargs="+", metavar="REPORT.json", help="throughput.json of tools/bench_train.py")
     add("--recipe", type=Path, action="append", help="a stage; several times; default: the paper's four")
@@ -60,6 +54,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        try_to_write(args.json)
     configs = [load_config(path) for path in args.recipe or [CONFIGS / f"{name}.toml" for name in STAGES]]
     stages, left_out = choose_rows([(str(path), rows.load(path)) for path in args.reports], configs, args.gpu)
     device = next((stage.measured.device for stage in stages if stage.measured), None)
@@ -186,4 +182,4 @@ def as_json(
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

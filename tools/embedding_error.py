@@ -6,13 +6,12 @@ Prints the relative error (root mean square of the error / that of the values) a
 values' standard deviation, over all values that are not 0 (padding of MiniLM is 0 and is kept exactly).
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mdit import cli
 from mdit.config import UserError
 from mdit.data.manifest import MANIFEST
 from mdit.data.quantise import dequantise, quantise
@@ -20,15 +19,11 @@ from mdit.data.shards import open_dataset, read_samples
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--samples", type=int, default=2048, help="at most so many, evenly spread")
+    parser.add_argument("--samples", type=cli.whole(1), default=2048, help="at most so many, evenly spread")
     args = parser.parse_args(arguments)
-    try:
-        report(args.directory, args.samples)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    report(args.directory, args.samples)
 
 
 def report(directory: Path, samples: int) -> None:
@@ -53,4 +48,4 @@ def report(directory: Path, samples: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

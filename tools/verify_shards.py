@@ -6,31 +6,24 @@ Prints a line for every shard that is not as it was written, with its first dama
 is one, and with 2 if a manifest or an index is damaged, so that nothing can be compared.
 """
 
-import argparse
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mdit.config import UserError
+from mdit import cli
 from mdit.data.manifest import ShardError
 from mdit.data.shards import LatentSet, open_dataset
 
 _dataset: LatentSet  # of a worker process
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> int:
+    parser = cli.Parser(__doc__)
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIRECTORY")
-    parser.add_argument("--jobs", type=int, default=1, help="shards that are read side by side")
+    parser.add_argument("--jobs", type=cli.whole(1, 1024), default=1, help="shards that are read side by side")
     args = parser.parse_args(arguments)
-    try:
-        damaged = sum(verify(directory, args.jobs) for directory in args.directories)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(1 if damaged else 0)
+    return 1 if sum(verify(directory, args.jobs) for directory in args.directories) else 0
 
 
 def verify(directory: Path, jobs: int) -> int:
@@ -63,4 +56,4 @@ def first_damage(shard: int) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -10,6 +10,7 @@ from mdit.bench.rows import FORMULA, SCHEMA, Row, environment, load, same_measur
 from mdit.bench.stages import TINY
 from mdit.config import UserError
 from mdit.dist import World
+from mdit.files import write_text
 
 JSON, MARKDOWN = "throughput.json", "throughput.md"
 NO_TIME = "not measured"  # begins the problem of a row that another run may still measure
@@ -52,9 +53,7 @@ class Report:
         if self.directory is None or not self.world.is_first:
             return
         save(self.directory / JSON, self.content)
-        partial = self.directory / (MARKDOWN + ".partial")
-        partial.write_text(self.markdown(), encoding="utf-8")
-        partial.replace(self.directory / MARKDOWN)
+        write_text(self.directory / MARKDOWN, self.markdown())
 
     def markdown(self) -> str:
         facts = {**self.content["environment"], "command": f"`{self.content['command']}`"}

@@ -39,7 +39,9 @@ from typing import Any
 import torch
 
 from mdit.config import TrainConfig, UserError
+from mdit.documents import read_json
 from mdit.dist import World
+from mdit.files import write_text
 from mdit.models.flops import training_flops
 from mdit.parallel.activations import meta_model
 from mdit.parallel.machines import MACHINES, Machine
@@ -267,19 +269,12 @@ def machine_of(name: str) -> Machine | None:
 def save(path: Path, report: dict[str, Any]) -> None:
     """The whole report, or, should this be interrupted, the one that was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:
     """Raises UserError for a file that is not there or is no report."""
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the report: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    report = read_json(path, "the report")
     schema = report.get("schema") if isinstance(report, dict) else None
     if schema != SCHEMA:
         raise UserError(f"{path}: schema = {schema!r}: expected {SCHEMA!r}, as tools/bench_train.py writes it")

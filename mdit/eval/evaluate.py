@@ -1,11 +1,12 @@
 """What a snapshot is worth, as `launchers/evaluate.py` reports it: pictures with their captions, and numbers."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from mdit.config import EmojiSource
+from mdit.config import EmojiSource, UserError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_text_encoder_from
 from mdit.eval.efficientnet import load_efficientnet
@@ -66,6 +67,8 @@ def evaluate_validation(
     sums = validation_loss(model, latents_NCHW, captions_NLC, config=snapshot.config, indices=indices, batch_size=16)
     losses = (sums / len(indices)).tolist()
     loss = sum(losses) / len(losses)
+    if not math.isfinite(loss):
+        raise UserError(f"{snapshot.path}: the validation loss is {loss} on {dataset.directory}")
     scores = {"validation_loss": loss, "validation_loss_by_sigma": losses}
     pictures_NHWC = draw_pictures(snapshot, model, captions_NLC, seed, options)
     lines = [f"validation loss {loss:.4f} over {len(indices)} samples"]

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mdit.config import ReportConfig, TrainConfig, parse_section
+from mdit.config import ReportConfig, TrainConfig, UserError, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
 from mdit.diffusion.sampler import heun_sample
 from mdit.encoders import build_image_encoder
+from mdit.eval.lettering import lettering
+from mdit.files import replacing
 from mdit.models import MicroDiT
 from mdit.snapshot import Snapshot
 
@@ -73,6 +76,8 @@ def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, see
         batch_size=16,
         **options,
     )
+    if not latents_NCHW.isfinite().all():
+        raise UserError(f"{snapshot.path}: draws NaN or infinities with {options}")
     return to_images(image_encoder, latents_NCHW)
 
 
@@ -84,7 +89,7 @@ def to_uint8(images_NCHW: Tensor) -> Tensor:
 def grid(images_NHWC: Tensor, captions: Sequence[str], columns: int | None = None) -> Image.Image:
     """One picture of (N, H, W, 3) uint8 pictures, row by row, each above its caption; near a square by default."""
     pictures = [_enlarged(Image.fromarray(image.numpy())) for image in images_NHWC.cpu()]
-    font = ImageFont.load_default(FONT_SIZE)
+    font, captions = lettering(list(captions), FONT_SIZE)
     width, height = pictures[0].size
     texts = ["\n".join(wrap(caption, font, width)) for caption in captions]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -99,6 +104,12 @@ def grid(images_NHWC: Tensor, captions: Sequence[str], columns: int | None = Non
         sheet.paste(picture, (left, top))
         ink.multiline_text((left, top + height + MARGIN // 2), text, fill="black", font=font)
     return sheet
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write all of it or nothing, in place of what was there."""
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG")
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

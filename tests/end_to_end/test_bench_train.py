@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mdit import cli
 from mdit.bench import rows
 from mdit.bench.report import Report
 from tests.processes import run_forked
@@ -17,9 +18,9 @@ QUICK = ["--steps", "1", "--warm_up", "0", "--seconds", "0.001"]
 
 
 def bench(arguments: list[str]) -> None:
-    from tools.bench_train import main
+    from tools.bench_train import main, tells
 
-    main(arguments)
+    cli.run(lambda: main(arguments), tells=tells)
 
 
 def bench_until_the_first_row(arguments: list[str]) -> None:

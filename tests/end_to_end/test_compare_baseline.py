@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mdit import cli
 from mdit.bench import rows
 from mdit.bench.contenders import Baseline, Contender
 from mdit.bench.contest import Figures, Pace, alternate, best_micro_batch, ratios
@@ -106,7 +107,8 @@ def test_both_are_measured_and_their_ratio_is_printed(toy, recipe, tmp_path, cap
 )
 def test_a_baseline_that_does_not_fit_is_told_in_one_line(toy, recipe, capsys, factory, complaint):
     with pytest.raises(SystemExit) as exit:
-        compare_baseline.main(["--baseline", f"{toy}:{factory}", "--recipe", str(recipe), "--micro_batch", "2"])
+        arguments = ["--baseline", f"{toy}:{factory}", "--recipe", str(recipe), "--micro_batch", "2"]
+        cli.run(lambda: compare_baseline.main(arguments))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("error: --baseline ") and error.count("\n") == 1
     assert complaint in error and f"toy.py:{factory}" in error
@@ -126,7 +128,7 @@ def test_a_baseline_that_does_not_fit_is_told_in_one_line(toy, recipe, capsys, f
 )
 def test_wrong_arguments_are_told_in_one_line(capsys, arguments, complaint):
     with pytest.raises(SystemExit) as exit:
-        compare_baseline.main(arguments)
+        cli.run(lambda: compare_baseline.main(arguments))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and complaint in error
 
@@ -138,7 +140,7 @@ def test_a_broken_file_and_a_recipe_that_is_not_there(tmp_path, capsys):
         (["--baseline", "a.py:b", "--recipe", str(tmp_path / "no.toml")], "cannot read the recipe"),
     ):
         with pytest.raises(SystemExit) as exit:
-            compare_baseline.main(arguments)
+            cli.run(lambda: compare_baseline.main(arguments))
         assert exit.value.code == 2 and complaint in capsys.readouterr().err
 
 

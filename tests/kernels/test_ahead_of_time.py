@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdit import cli
 from mdit.kernels.launch import launch, recorded
 
 pytest.importorskip("triton")
@@ -82,7 +83,7 @@ def test_the_tool_says_in_one_line_why_it_cannot_build(monkeypatch, capsys):
     assert done.stderr == "error: TRITON_INTERPRET=1 makes Triton interpret its kernels: unset it to build them\n"
     monkeypatch.setattr(build_kernels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
-        build_kernels.main([])
+        cli.run(lambda: build_kernels.main([]))
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -108,7 +109,7 @@ def test_faults_decide_the_exit_code(monkeypatch, capsys, tmp_path, wrong, code)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(build_kernels, "build_all", lambda args: ([], wrong, "3.9.0"))
     with pytest.raises(SystemExit) as ended:
-        build_kernels.main(["--json", str(tmp_path / "builds.json")])
+        cli.run(lambda: build_kernels.main(["--json", str(tmp_path / "builds.json")]))
     assert ended.value.code == code
     assert json.loads((tmp_path / "builds.json").read_text())["faults"] == wrong
     assert capsys.readouterr().out.endswith("a kernel spills\n" if wrong else "none spills, all fit\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdit import cli
 from mdit.config import UserError
 from mdit.kernels import comparison, dispatch
 from mdit.models.kernel_calls import EXPERT_LAYER, expert_layers, kernel_calls
@@ -153,8 +154,12 @@ def test_rows_of_another_machine_are_not_mixed_in(tmp_path, part, name):
     with pytest.raises(UserError, match=f"has {name} .*, here it is 'other'"):
         comparison.take_over(tmp_path, other, [])
     (tmp_path / "kernels.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         comparison.take_over(tmp_path, other, [])
+    for content in ("[]", "{}", '{"rows": 1}'):
+        (tmp_path / "kernels.json").write_text(content)
+        with pytest.raises(UserError, match="kernels.json: no report of tools/bench_kernels.py"):
+            comparison.take_over(tmp_path, other, [])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def test_rows_of_another_machine_are_not_mixed_in(tmp_path, part, name):
 )
 def test_bad_options_are_named_in_one_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
-        bench_kernels.main(arguments)
+        cli.run(lambda: bench_kernels.main(arguments))
     assert ended.value.code == 2
     assert message in (printed := capsys.readouterr().err) and printed.count("\n") == 1
 
@@ -179,7 +184,7 @@ def test_bad_options_are_named_in_one_line(capsys, arguments, message):
 def test_interpreting_is_asked_for_and_only_off_the_gpu(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as ended:
-        bench_kernels.main(["--interpret"])
+        cli.run(lambda: bench_kernels.main(["--interpret"]))
     assert ended.value.code == 2 and "--interpret: is for a machine without a GPU" in capsys.readouterr().err
 
 

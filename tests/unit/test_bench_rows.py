@@ -120,7 +120,7 @@ def test_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch):
     "text, message",
     [
         (None, "cannot read the report: No such file"),
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[]", "schema = None"),
         ('{"schema": "mdit-kernels/1", "rows": []}', "schema = 'mdit-kernels/1': expected 'mdit-throughput/1'"),
         ('{"schema": "mdit-throughput/1", "environment": {}}', "rows = None"),

@@ -1,9 +1,9 @@
 import errno
+import functools
 import importlib.util
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mdit import cli
 from mdit.config import UserError
 from mdit.models import MicroDiT
 from mdit.models.presets import tiny_2, xl_2
@@ -234,7 +235,7 @@ def test_pytorchs_own_account_of_a_full_disk_is_an_os_error():
         convert.save_pickled(released_weights(), file)
 
 
-def test_the_command_ends_in_one_line(tmp_path, monkeypatch, capsys):
+def test_the_command_ends_in_one_line(tmp_path, capsys):
     import_file(tmp_path, released_weights())
     snapshot, out = str(tmp_path / "snapshot"), str(tmp_path / "nowhere" / "x.pt")
     capsys.readouterr()
@@ -245,11 +246,8 @@ def test_the_command_ends_in_one_line(tmp_path, monkeypatch, capsys):
         (["export", snapshot, snapshot], f"error: {snapshot}: Is a directory"),
         (["seal", str(tmp_path)], f"error: {tmp_path}: not a snapshot: it has no config.json"),
     ):
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
         with pytest.raises(SystemExit) as stop:
-            convert.main()
+            cli.run(functools.partial(convert.main, arguments))
         assert (stop.value.code, capsys.readouterr().err) == (2, line + "\n")
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", "seal", snapshot])
-    with pytest.raises(SystemExit) as stop:
-        convert.main()
-    assert (stop.value.code, capsys.readouterr().out) == (0, snapshot + "\n")
+    convert.main(["seal", snapshot])
+    assert capsys.readouterr().out == snapshot + "\n"

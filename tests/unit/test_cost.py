@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mdit import cli
 from mdit.bench import rows
 from mdit.bench.recipe_cost import Stage, choose_rows, parameters, scaled
 from mdit.config import load_config
@@ -184,7 +185,7 @@ def test_sets_that_do_not_tell_are_not_measured(capsys, tmp_path, seconds, why):
 
 def error(capsys, *arguments):
     with pytest.raises(SystemExit) as raised:
-        cost.main([*arguments])
+        cli.run(lambda: cost.main([*arguments]))
     text = capsys.readouterr().err
     assert raised.value.code == 2 and text.startswith("error: ") and len(text.splitlines()) == 1
     return text

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mdit import cli
 from mdit.data.shards import open_dataset
 from mdit.data.writer import ShardWriter
 from tests.latent_sets import ENCODERS, LATENT, changed, read_embedding, sample_bytes, write_set
@@ -24,7 +25,7 @@ def directory(tmp_path):
 
 def verify(*arguments):
     with pytest.raises(SystemExit) as ended:
-        verify_shards.main([str(argument) for argument in arguments])
+        cli.run(lambda: verify_shards.main([str(argument) for argument in arguments]))
     return ended.value.code
 
 
@@ -107,5 +108,5 @@ def test_sets_whose_error_cannot_be_told(tmp_path, capsys, channels, embeddings,
     with ShardWriter(tmp_path / "set", LATENT, (2, channels), ENCODERS, {}, embeddings=embeddings) as writer:
         writer.write("0", np.ones(LATENT), np.ones((2, channels)), "one")
     with pytest.raises(SystemExit) as ended:
-        embedding_error.main([str(tmp_path / "set")])
+        cli.run(lambda: embedding_error.main([str(tmp_path / "set")]))
     assert ended.value.code == 2 and message in capsys.readouterr().err

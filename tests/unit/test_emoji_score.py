@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdit import cli
 from mdit.config import DEFAULT_RECIPE, load_config
 from mdit.encoders import build_text_encoder
 from mdit.eval.efficientnet import SameConv2d, image_features, load_efficientnet, normalise
@@ -101,11 +103,15 @@ def test_features_do_not_depend_on_the_batch(source):
     torch.testing.assert_close(image_features(network, images, batch_size=1), together, rtol=1e-4, atol=1e-4)
 
 
-def launcher(name):
+def module(name):
     spec = importlib.util.spec_from_file_location(name, LAUNCHERS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def launcher(name):
+    return module(name).main
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +138,34 @@ def test_evaluate_writes_scores_and_grid(snapshot, tmp_path, capsys):
     assert (tmp_path / "new" / "grid.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize(
+    "content, prompts",
+    [
+        ("\ufeffa pizza\r\na frog\r\n", ["a pizza", "a frog"]),
+        ("une crêpe\u2028漢\x0cx", ["une crêpe\u2028漢\x0cx"]),
+        ("a frog\n", ["a frog"]),
+    ],
+)
+def test_a_prompt_is_a_line(tmp_path, content, prompts):
+    (tmp_path / "prompts.txt").write_bytes(content.encode())
+    assert module("sample").read_prompts(["first"], tmp_path / "prompts.txt") == ["first", *prompts]
+
+
+def test_evaluate_refuses_before_the_work(snapshot, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "out" / "grid.png").mkdir(parents=True)
+    monkeypatch.setattr("mdit.snapshot.load_model", lambda *arguments: pytest.fail("loaded"))
+    for arguments, message in (
+        (["--out", str(tmp_path / "file")], f"error: {tmp_path}/file: File exists"),
+        (["--out", str(tmp_path / "out")], f"error: {tmp_path}/out/grid.png: Is a directory"),
+        (["--out", str(tmp_path), "--num_pictures", "0"], "--num_pictures: 0 is not between 1 and 10000"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(functools.partial(launcher("evaluate"), ["--snapshot", str(snapshot), *arguments]))
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
 def test_sample_draws_the_prompts(snapshot, tmp_path):
     (tmp_path / "prompts.txt").write_text("a pizza\na frog\n")
     common = ["--snapshot", str(snapshot), "--prompt", "a banana", "--prompts_file", str(tmp_path / "prompts.txt")]
@@ -148,15 +182,26 @@ def test_sample_draws_the_prompts(snapshot, tmp_path):
         (["--out", "x.png"], "no prompt"),
         (["--out", "x.png", "--prompt", "a", "--prompt", " "], "prompt 2 of 2 is empty"),
         (["--out", "x.jpg", "--prompt", "a"], "--out x.jpg: must be the name of a .png file"),
-        (["--out", "nowhere/x.png", "--prompt", "a"], "--out nowhere/x.png: cannot be written there"),
+        (["--out", "nowhere/x.png", "--prompt", "a"], "nowhere/x.png: No such file or directory"),
+        (["--out", "picture.png", "--prompt", "a"], "picture.png: Is a directory"),
+        (["--out", "x.png", "--prompt", "a", "--seed", "-1"], "--seed: -1 is not between 0 and"),
+        (["--out", "x.png", "--prompt", "a", "--seed", "9" * 30], "--seed: " + "9" * 30 + " is not between 0 and"),
+        (["--out", "x.png", "--prompt", "a", "--seed", "a"], "--seed: invalid number value: 'a'"),
+        (["--out", "x.png", "--prompt", "a", "--num_steps", "1000000000"], "sampler_steps = 1000000000"),
+        (["--out", "x.png", "--prompt", "a", "--guidance", "nan"], "guidance = nan"),
+        (["--out", "x.png", "--prompt", "\udcff"], "prompt 1 of 1 is not Unicode text: '\\udcff'"),
+        (["--out", "x.png", "--prompts_file", "utf16.txt"], "--prompts_file utf16.txt: not UTF-8"),
         (["--out", "x.png", "--prompt", "a", "--num_steps", "1"], "command line: sampler_steps = 1"),
-        (["--out", "x.png", "--prompt", "a", "--prompts_file", "none.txt"], "none.txt: cannot read"),
+        (["--out", "x.png", "--prompt", "a", "--prompts_file", "none.txt"], "none.txt: No such file or directory"),
     ],
 )
 def test_sample_refuses_before_the_work(snapshot, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture.png").mkdir()
+    (tmp_path / "utf16.txt").write_text("a frog", encoding="utf-16")
     with pytest.raises(SystemExit) as stopped:
-        launcher("sample")(["--snapshot", str(snapshot), *arguments])
+        cli.run(lambda: launcher("sample")(["--snapshot", str(snapshot), *arguments]))
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png", "utf16.txt"]

@@ -1,12 +1,15 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
 from PIL import ImageFont
 
-from mdit.config import DEFAULT_RECIPE, load_config
+from mdit.config import DEFAULT_RECIPE, UserError, load_config
 from mdit.diffusion.edm import denoise, generator_for
 from mdit.diffusion.sampler import heun_sample
-from mdit.eval.samples import MAX_LINES, grid, sample_latents, to_images, to_uint8, wrap
+from mdit.eval import lettering
+from mdit.eval.samples import MAX_LINES, draw_pictures, grid, sample_latents, to_images, to_uint8, wrap
 
 CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])
 CAPTIONS = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -50,6 +53,18 @@ def test_guidance_extrapolates_from_the_empty_caption():
         return denoise(net, x, sigma, caption, sigma_data)
 
     torch.testing.assert_close(sample(caption, [9], guidance=1.0), heun_sample(plain, noise, 4))
+
+
+def test_pictures_that_are_not_finite_are_refused():
+    class Snapshot:
+        path, config, encoders = "snapshots/latest", CONFIG, {"image": {"id": "pixels", "scale": 1.5}}
+
+    def diverging(x, c_noise, captions, mask=None):
+        return x * 1e30
+
+    diverging.pos_embed = torch.zeros(1)
+    with pytest.raises(UserError, match=r"snapshots/latest: draws NaN or infinities with .*'guidance': 3.0"):
+        draw_pictures(Snapshot, diverging, CAPTIONS, 0, {"guidance": 3.0, "num_steps": 4})
 
 
 def test_to_uint8_rounds_and_clips():
@@ -98,3 +113,33 @@ def test_wrapped_lines_fit(text):
     assert len(lines) <= MAX_LINES and all(font.getlength(line) <= 99 for line in lines)
     if "…" not in lines[-1]:
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_ascii_captions_are_in_pillows_own_font_as_ever():
+    font, texts = lettering.lettering(["a red apple", "a frog"], 11)
+    assert font.getname() == ImageFont.load_default(11).getname() and texts == ["a red apple", "a frog"]
+
+
+def test_what_no_font_can_draw_is_spelled_out_with_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(lettering, "FONTS", ())
+    monkeypatch.setattr(lettering, "find_spec", lambda name: None)  # a bare machine: Pillow's own font, and that is all
+    lettering._choose.cache_clear()
+    given = ["Cafe\u0301 au lait, naïve", "漢 \U0001f600\ufe0f Я", "\x1b[0m \ud800", "“quotes”…"]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            font, texts = lettering.lettering(given, 11)
+    assert texts == ["Cafe au lait, naive", r"\u6f22 :grinning face: \u042f", r"\x1b[0m \ud800", "“quotes”…"]
+    (record,) = caplog.records
+    assert r"\u6f22" in record.getMessage() and r"\U0001f600" in record.getMessage()
+    assert all(lettering.has(font, letter) for text in texts for letter in text if letter != " ")
+    lettering._choose.cache_clear()
+
+
+def test_a_font_is_found_that_has_most(monkeypatch):
+    """With matplotlib's, at least, accents and Cyrillic are drawn as they are."""
+    pytest.importorskip("matplotlib")
+    lettering._choose.cache_clear()
+    font, texts = lettering.lettering(["crème brûlée", "Красное яблоко"], 11)
+    assert texts == ["crème brûlée", "Красное яблоко"]
+    assert all(lettering.has(font, letter) for text in texts for letter in text if letter != " ")
+    assert np.asarray(grid(torch.zeros(1, 96, 96, 3, dtype=torch.uint8), ["Я"])).min() == 0

@@ -15,7 +15,7 @@ from mdit.files import checksum
 from mdit.models import MicroDiT
 from mdit.snapshot import initial_weights, load_model, load_snapshot, save_snapshot, seal_snapshot
 
-ENCODERS = {"image": {"id": "pixels"}, "text": {"id": "minilm"}}
+ENCODERS = {"image": {"id": "pixels"}, "text": {"id": "minilm", "max_tokens": 4, "channels": 12}}
 SMALL = [
     "model.latent_size=8",
     "model.dim=32",
@@ -175,7 +175,8 @@ def test_any_flipped_bit_is_an_error_that_names_its_file(written, data):
 def test_a_file_of_another_snapshot_is_an_error(tmp_path, name):
     config = small_config()
     path, other = save(tmp_path / "a", config), tmp_path / "b"
-    changed = dict(raw=weights_of(config, 2), ema=weights_of(config, 3), encoders=ENCODERS | {"text": {"id": "t5"}})
+    encoders = ENCODERS | {"text": ENCODERS["text"] | {"id": "t5"}}
+    changed = dict(raw=weights_of(config, 2), ema=weights_of(config, 3), encoders=encoders)
     other = save(other, small_config("seed=9"), **changed)
     (path / name).write_bytes((other / name).read_bytes())
     with pytest.raises(UserError, match="damaged or changed"):
@@ -195,12 +196,17 @@ def test_odd_checksums_are_one_line(tmp_path, content):
 
 def test_documents_edited_on_purpose_are_sealed_and_weights_are_not(tmp_path):
     path = save(tmp_path, small_config())
-    edited = ENCODERS | {"text": {"id": "minilm", "max_tokens": 77, "channels": 384}}
+    edited = ENCODERS | {"image": {"id": "/elsewhere/autoencoder", "scale": 0.5, "shift": 0.0}}
     (path / "encoders.json").write_text(json.dumps(edited))
     with pytest.raises(UserError, match="encoders.json: damaged or changed: .*tools/convert_checkpoint.py seal"):
         load_snapshot(path)
     seal_snapshot(tmp_path / "latest")
     assert load_snapshot(path).encoders == edited
+    (path / "encoders.json").write_text('{"image": {"id": "pixels"}, "text": {"id": 5}}')
+    with pytest.raises(UserError, match="encoders.json: .*text.id"):
+        seal_snapshot(path)
+    (path / "encoders.json").write_text(json.dumps(edited))
+    seal_snapshot(path)
     raw = path / "raw.safetensors"
     raw.write_bytes(raw.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="raw.safetensors: damaged or changed"):
