@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from mdit import cli
+from mdit import cli, dist
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, identify, start
 from mdit.models import MicroDiT
@@ -158,4 +158,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, tells=lambda error: identify().is_first)
+    cli.run(main, tells=dist.tells)
