@@ -74,14 +74,17 @@ def require_finite(
 
 
 def non_finite(tensors: dict[str, list[Tensor]], pieces: list[Piece]) -> str | None:
-    """KIND/PARAMETER of the first piece with a NaN or an infinity. Waits for the device once."""
-    names, extremes = [], []
-    for kind, flat in tensors.items():
-        for piece in pieces:
-            names.append(f"{kind}/{piece.name}")
-            extremes += torch.aminmax(piece.of(flat))  # NaN where there is one; allocates nothing of the piece's size
-    finite = torch.stack(extremes).view(-1, 2).isfinite().all(1).tolist() if extremes else []
-    return next((name for name, good in zip(names, finite, strict=True) if not good), None)
+    """KIND/PARAMETER of a piece with a NaN or an infinity. Waits for the device once a partition: each may be on another.
+    """
+    for kind, flats in tensors.items():
+        for partition in {piece.partition for piece in pieces}:
+            inside = [piece for piece in pieces if piece.partition == partition]
+            # NaN where there is one; allocates nothing of the piece's size.
+            extremes = torch.stack([torch.stack(torch.aminmax(piece.of(flats))) for piece in inside])
+            for piece, finite in zip(inside, extremes.isfinite().all(1).tolist(), strict=True):
+                if not finite:
+                    return f"{kind}/{piece.name}"
+    return None
 
 
 def last_checkpoint(checkpoints: Path) -> str:
