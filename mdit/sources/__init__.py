@@ -158,8 +158,14 @@ class Slice:
     def __iter__(self) -> Iterator[Picture | Rejected]:
         return (self.split[int(index)] for index in self.indices)
 
-    def look(self) -> Sequence[Path | bytes]:
-        return [self.split.look(int(index) for index in self.indices)] if hasattr(self.split, "look") else []
+    @property
+    def drawn(self) -> bool:
+        """Whether settings decide all that its pictures show, so that there is nothing to look at."""
+        return getattr(self.split, "drawn", False)
+
+    def look(self) -> Sequence[bytes]:
+        texts = [self.split.look(int(index) for index in self.indices)] if hasattr(self.split, "look") else []
+        return [self.indices.tobytes(), *texts]
 
 
 def not_found(root: Path, what: str, how: str) -> UserError:

@@ -135,6 +135,8 @@ class EmojiScenes:
 class Scenes:
     """Scene i is a function of the config and i: pairs and styles take turns, the rest is drawn."""
 
+    drawn = True
+
     def __init__(self, source: EmojiScenes, split: str, pairs: list[Pair], count: int) -> None:
         self.source, self.split, self.pairs, self.count = source, split, pairs, count
 

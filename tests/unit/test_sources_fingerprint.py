@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mdit.sources import Source, open_named_source
+from mdit.sources import Slice, Source, open_named_source
 from mdit.sources.fingerprint import BLOCK_BYTES, fingerprint
 from tests.unit.test_precompute import png
 from tests.unit.test_sources import write_tar
@@ -76,6 +76,17 @@ def test_a_folder_that_grows_keeps_its_whole_parts(tmp_path, monkeypatch):
     before = fingerprints(folder(tmp_path / "folder", captions[:12]))
     after = fingerprints(folder(tmp_path / "folder", captions))
     assert len(before) == len(after) == 3 and before[:2] == after[:2] and before[2] != after[2]
+
+
+def test_pictures_that_settings_decide_are_not_drawn_to_be_looked_at():
+    class Scenes:
+        drawn = True
+
+        def __getitem__(self, index):
+            raise AssertionError
+
+    parts = [Slice(str(number), Scenes(), np.arange(number, number + 5)) for number in range(2)]
+    assert len({fingerprint(part, part) for part in parts}) == 2
 
 
 class Archive:
