@@ -288,12 +288,13 @@ def check_space(path: Path, config: TrainConfig) -> None:
         device = place.stat().st_dev
         volumes[device] = place, volumes.get(device, (place, 0))[1] + size
     for place, size in volumes.values():
-        usage = shutil.disk_usage(place)
-        if usage.total and usage.free < size:  # some file systems do not tell
-            raise UserError(
-                f"{place}: {usage.free / 2**30:.3g} GiB are free, but two checkpoints and a snapshot need "
-                f"{size / 2**30:.3g} GiB more"
-            )
+        with suppress(OSError):  # some file systems do not tell, or say that they have no size
+            usage = shutil.disk_usage(place)
+            if usage.total and usage.free < size:
+                raise UserError(
+                    f"{place}: {usage.free / 2**30:.3g} GiB are free, but two checkpoints and a snapshot need "
+                    f"{size / 2**30:.3g} GiB more"
+                )
 
 
 def append_start(path: Path, values: dict[str, Any]) -> None:

@@ -336,6 +336,12 @@ def test_a_disk_that_will_be_full_is_refused(tmp_path, config, monkeypatch):
         opened(tmp_path / "run", config)
     assert not (tmp_path / "run" / "config.json").exists()
 
+    def unknown(path):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(shutil, "disk_usage", unknown)
+    opened(tmp_path / "run", config)
+
 
 def open_apart(world: World, folder: Path) -> str:
     """On every rank a directory of its own, as on nodes that share none."""
