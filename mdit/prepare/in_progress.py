@@ -153,7 +153,7 @@ class SetInProgress:
     def agree(self, make_plan: Callable[[Plan | None, Plan | None], tuple[Plan, Collection[str]]]) -> Plan:
         """The plan of all processes. `make_plan` is called by one at a time; it takes what was stored by another, or
         None, and the plan of the finished set that is to be changed, or None. It returns the plan and the names of the
-        parts to make, or raises UserError. When it raises and there was no plan, nothing is left behind."""
+        parts to make, or raises UserError. When that or what follows fails and there was no plan, nothing is left."""
         new = [path for path in self.directory.parents if not path.exists()]
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self._open_lock()
@@ -174,6 +174,7 @@ class SetInProgress:
                     write_json(self.work / PLAN, plan.plain())
         except BaseException:
             if stored is None:
+                shutil.rmtree(self.work, ignore_errors=True)
                 self._lock_path.unlink(missing_ok=True)
                 for path in new:
                     with suppress(OSError):  # another process has use for it

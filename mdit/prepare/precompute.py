@@ -71,8 +71,8 @@ class Job:
     `captions` are those to measure text statistics on; by default the first ones of the source. `limit` is a number of
     pictures. `max_rejected` is the share of what is read that may be left out.
 
-    Of a set that is there, `extend` makes the parts that are new or changed in the source, `remake` those of these names;
-    all others stay as they are."""
+    Of a set that is there, `extend` makes the parts that are new or changed in the source, `remake` those of these
+    names; all others stay as they are."""
 
     source: Source
     sets: Mapping[int, Path]
@@ -173,7 +173,13 @@ def check_source(source: Source, directory: Path, limit: int | None) -> None:
     fingerprints = Fingerprints(source, limit)
     if changed := fingerprints.changed(plan):
         raise _is_another(directory, changed)
-    if limit is None and (new := fingerprints.new(plan)):
+    new = fingerprints.new(plan) if limit is None else []
+    if new and not plan.parts.keys() & fingerprints.parts.keys():
+        raise UserError(
+            f"{directory}: was made when the source held other parts ({_some([*plan.parts])}) and none of the "
+            f"{_some(new)} that are there now; --extend adds these, or choose another directory"
+        )
+    if new:
         logger.info(f"{directory}: lacks {_some(new)} of the source; --extend adds them")
 
 

@@ -80,9 +80,9 @@ def _makeable(config: TrainConfig) -> dict[Path, str]:
 
 
 def _made_from(config: TrainConfig, directory: Path, split: str) -> dict[str, Any]:
-    """The settings of a set, and of a folder, named as it lies beside the set so that both may be moved, the xxh3 of its
-    captions: of those that the set in `directory` was made from where the folder is not there, as on machines that only
-    train."""
+    """The settings of a set, and of a folder, named as it lies beside the set so that both may be moved, the xxh3 of
+    its captions: of those that the set in `directory` was made from where the folder is not there, as on machines that
+    only train."""
     recipe = config.data.prepare
     made_from = {"split": split, "caption_length": config.model.caption_length, **recipe.model_dump(mode="json")}
     if not isinstance(recipe.source, FolderSource):

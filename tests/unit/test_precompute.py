@@ -532,6 +532,8 @@ def test_one_part_is_made_again(tmp_path):
     with pytest.raises(UserError, match=r"8: was made when the source held something else in 1 part \(00001.tar\)"):
         check_source(new, remade, None)
     check_source(tars([0, 2]), remade, None)  # what is gone is not missed
+    with pytest.raises(UserError, match=r"8: was made when .* other parts \(4 parts .* 1 part \(00007.tar\)"):
+        check_source(tars([7]), remade, None)
     make_of(new, tmp_path / "remade", towers(text), remake=["00001.tar"])
     assert bytes_of(remade) == bytes_of(at_once) and text.asked == ["another caption"]
     assert captions_of(old) == [item.caption for item in pictures(40)]
@@ -632,6 +634,18 @@ def test_damaged_documents_of_a_set_are_one_line(tmp_path, file, text):
     with pytest.raises(UserError, match=f"^{tmp_path / '8' / file}: ") as error:
         make_of(tars([0, 1]), tmp_path, extend=True)
     assert len(str(error.value)) < 2100 and "\n" not in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"8", "whole"}
+
+
+@pytest.mark.parametrize("file", ["plan.json", "part_00000.json", "part_00000.npy"])
+def test_damaged_documents_of_a_set_in_the_making_are_one_line(tmp_path, monkeypatch, file):
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=25)
+        with pytest.raises(KeyboardInterrupt):
+            make(pictures(57), tmp_path)
+    (path := tmp_path / ".8.partial" / file).write_text("{")
+    with pytest.raises(UserError, match=f"^{path}: not "):
+        make(pictures(57), tmp_path)
 
 
 # --- what goes wrong
