@@ -12,7 +12,7 @@ from mdit.config import TrainConfig, portable
 from mdit.data.shards import open_dataset, read_samples
 from mdit.dist import World, gather
 from mdit.encoders import build_image_encoder, build_text_encoder_from
-from mdit.eval.samples import grid, sample_latents, to_images
+from mdit.eval.samples import grid, sample_latents, save_png, to_images
 from mdit.eval.validation import ExpertCoverage, validation_loss
 from mdit.files import optional
 from mdit.models import MicroDiT
@@ -79,7 +79,7 @@ class Evaluation:
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
         with optional(path.parent):
             path.parent.mkdir(exist_ok=True)
-            image.save(path)
+            save_png(image, path)
         metrics.write_image(step, "samples", image)
 
     def save_snapshot(self, step: int, engine: Engine, ema: EMA | None) -> None:
