@@ -30,6 +30,7 @@ from mdit.bench.session import Session
 from mdit.bench.stages import CONFIGS, STAGES, Job, prepare_data, ran_out_of_memory, settle
 from mdit.bench.trial import MADE_UP
 from mdit.dist import World, configure_logging, identify, start
+from mdit.files import try_to_write
 
 START = time.monotonic()
 PRICES = (3.75, 2.0)
@@ -126,6 +127,9 @@ def run(args: argparse.Namespace, world: World) -> bool:
         prepare_data(job, world)
     start(world)
     report = Report(args.out, world, command=args.command, prices=args.dollars_per_gpu_hour, resume=args.resume)
+    if args.out and world.is_first:
+        args.out.mkdir(parents=True, exist_ok=True)
+        try_to_write(args.out / JSON)
     report.write()
     tell(world, ", ".join(f"{name} {value}" for name, value in report.content["environment"].items()) + "\n")
     budget_s = args.budget_s or (REPORT_BUDGET_S[kind] if args.report else float("inf"))

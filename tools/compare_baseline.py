@@ -41,6 +41,7 @@ from mdit.bench.contenders import PRECISIONS, Baseline, Contender, in_one_line
 from mdit.bench.contest import BASELINE, OURS, PACES, Contest
 from mdit.config import ModelConfig, TrainConfig, UserError, kept_tokens, load_config
 from mdit.dist import identify
+from mdit.files import try_to_write
 from mdit.kernels.choice import choose_kernels
 from mdit.models import MicroDiT, presets
 from mdit.parallel.settings import AUTO_TOKENS
@@ -96,6 +97,9 @@ def run(args: argparse.Namespace) -> None:
         for line in one_hot.lines(model, images, world.device, dtype, rounds):
             print(line, flush=True)
         return
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        try_to_write(args.out / "baseline.json")
     theirs = precision if precision == "fp32" else {"amp": "amp", "pure": "bf16"}[args.baseline_precision]
     baseline = Baseline(
         f"--baseline {args.baseline}", load_baseline(args.baseline, config.model), config, world.device, theirs

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mdit import cli
 from mdit.config import DEFAULT_RECIPE, ModelConfig, TrainConfig, UserError, load_config, parse_section, portable
+from mdit.documents import one_line
 from mdit.files import replacing, try_to_write
 from mdit.models import presets
 from mdit.snapshot import check_numbers, check_weights, load_snapshot, seal_snapshot, write_snapshot
@@ -56,7 +57,7 @@ def import_checkpoint(source: Path, out: Path) -> None:
     write_snapshot(
         out,
         step=0,
-        config_json={"recipe": portable(recipe, DEFAULT_RECIPE), "imported_from": source.name},
+        config_json={"recipe": portable(recipe, DEFAULT_RECIPE), "imported_from": one_line(source.name)},
         raw=weights,
         ema=None,
         encoders=encoders_for(model),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mdit.cli import run
+from mdit.cli import Parser, run, whole
 from mdit.documents import UserError
 
 
@@ -76,7 +76,7 @@ def test_text_beyond_the_terminals_encoding_is_escaped(monkeypatch):
 
 
 PRINTING = """
-from mdit.cli import run
+from mdit.cli import Parser, run, whole
 
 def command():
     for _ in range({lines}):
@@ -111,3 +111,20 @@ def test_no_stdout_at_all():
     command = " ".join(f"'{part}'" if i < 2 else '"$P"' for i, part in enumerate(program(1))) + " >&-"
     ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, env={**os.environ, "P": program(1)[2]})
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--unknown", "two\nlines"], "error: unrecognized arguments: --unknown two lines"),
+        (["--count", "0"], "error: argument --count: 0 is not between 1 and 9"),
+        (["--count", "9" * 5000], "error: argument --count: invalid number value"),
+        (["--count", "1.5"], "error: argument --count: invalid number value: '1.5'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, line, capsys):
+    parser = Parser("What it does\n    as it is written")
+    parser.add_argument("--count", type=whole(1, 9))
+    assert "\n    as it is written" in parser.format_help() and parser.parse_args(["--count", "9"]).count == 9
+    code, _, error = ending(lambda: parser.parse_args(arguments), capsys)
+    assert code == 2 and error.startswith(line) and error.count("\n") == 1

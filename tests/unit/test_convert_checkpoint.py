@@ -168,6 +168,13 @@ def test_odd_tensors_are_one_line_and_nothing_is_written(tmp_path, name, change,
     assert not (tmp_path / "snapshot").exists()
 
 
+def test_the_files_name_need_not_be_text(tmp_path):
+    source = tmp_path / "re\udcfflea\nsed.pt"
+    torch.save(released_weights(), source)
+    convert.import_checkpoint(source, tmp_path / "snapshot")
+    load_snapshot(tmp_path / "snapshot")
+
+
 def test_half_precision_is_taken_as_it_is(tmp_path):
     weights = {name: t.bfloat16() if t.ndim > 1 else t.half() for name, t in released_weights().items()}
     assert_same(import_file(tmp_path, weights).weights(), {name: t.float() for name, t in weights.items()})
