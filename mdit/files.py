@@ -208,8 +208,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         raise
     os.umask(mask := os.umask(0))
-    with suppress(PermissionError):  # a file system without modes
+    try:
         path.chmod(0o666 & ~mask)
+    except OSError as error:  # a file system without modes
+        if error.errno not in UNSUPPORTED | {errno.EACCES}:
+            raise
     sync(path)
 
 

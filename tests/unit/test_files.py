@@ -183,6 +183,16 @@ def test_whether_a_file_can_be_written_is_known_before(tmp_path):
     assert (tmp_path / "x").read_text() == "old"
 
 
+@pytest.mark.parametrize("code", [*UNKNOWN, errno.EACCES])
+def test_a_file_system_without_modes_is_none_the_worse(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(os, "chmod", answering(code))
+    save_tensors({"a": torch.ones(1)}, tmp_path / "x")
+    assert torch.equal(load_file(tmp_path / "x")["a"], torch.ones(1))
+    monkeypatch.setattr(os, "chmod", answering(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        save_tensors({"a": torch.ones(1)}, tmp_path / "x")
+
+
 @pytest.mark.parametrize("code", UNKNOWN)
 def test_a_file_system_that_cannot_sync_costs_one_line(tmp_path, monkeypatch, caplog, code):
     monkeypatch.setattr(os, "fsync", answering(code))
