@@ -1,6 +1,7 @@
 """Sets in the layouts of the library `datasets`: saved to disk, parquet files, folders of pictures, the hub."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -154,3 +155,12 @@ def test_the_caption_column(tmp_path):
     rows(1).remove_columns("image").save_to_disk(tmp_path / "blind")
     with pytest.raises(UserError, match="has no column of pictures; its columns are image_id, reference_strs"):
         open_named_source("huggingface", tmp_path / "blind")
+
+
+def test_versions_of_datasets_that_could_run_a_script_are_told_not_to(monkeypatch):
+    def load_dataset_builder(path, trust_remote_code=True):
+        raise ValueError(f"asked with {trust_remote_code}")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
+    with pytest.raises(UserError, match="asked with False"):
+        open_named_source("huggingface", Path("owner/name"))
