@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from mdit.config import EmojiSource, UserError
+from mdit.data.manifest import MANIFEST
 from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_text_encoder_from
 from mdit.eval.efficientnet import load_efficientnet
 from mdit.eval.emoji_score import SceneJudge, held_out_scenes, render
-from mdit.eval.samples import draw_pictures
+from mdit.eval.samples import draw_pictures, require_shape
 from mdit.eval.validation import validation_loss
 from mdit.models import MicroDiT
 from mdit.snapshot import Snapshot
@@ -61,6 +62,10 @@ def evaluate_validation(
 ) -> Evaluation:
     """Loss and pictures of the first `count` validation samples (all, where there are fewer)."""
     dataset, device = open_dataset(snapshot.config.data.validation), model.pos_embed.device
+    sizes, file = snapshot.config.model, dataset.directory / MANIFEST
+    latents = (sizes.latent_channels, sizes.latent_size, sizes.latent_size)
+    require_shape(file, "latents", dataset.latent_shape, latents)
+    require_shape(file, "captions", dataset.embedding_shape, (sizes.caption_length, sizes.caption_channels))
     indices = range(min(count, dataset.samples))
     latents_NCHW, captions_NLC, captions = read_samples(dataset, indices)
     latents_NCHW, captions_NLC = latents_NCHW.to(device), captions_NLC.to(device)

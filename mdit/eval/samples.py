@@ -18,6 +18,7 @@ from mdit.models import MicroDiT
 from mdit.snapshot import Snapshot
 
 MIN_CELL = 96  # pixels: smaller pictures are enlarged so that captions fit and eyes can judge
+ANY_SIZE = 512  # of a picture, in pixels
 FONT_SIZE, MAX_LINES, MARGIN = 11, 5, 6
 
 
@@ -65,8 +66,13 @@ def to_images(image_encoder, latents_NCHW: Tensor, batch_size: int = 16) -> Tens
 
 def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, seed: int, options: dict) -> Tensor:
     """(N, H, W, 3) uint8 pictures of a snapshot's model on the CPU; `options` are those of sampling_options."""
-    device = model.pos_embed.device
+    device, sizes = model.pos_embed.device, snapshot.config.model
     image_encoder = build_image_encoder(snapshot.encoders["image"], device)
+    file = snapshot.path / "encoders.json"
+    channels = image_encoder.latent_shape(ANY_SIZE)[0]
+    require_shape(file, "an image encoder of latents", (channels,), (sizes.latent_channels,))
+    captions = (sizes.caption_length, sizes.caption_channels)
+    require_shape(file, "a text encoder of captions", captions_NLC.shape[1:], captions)
     latents_NCHW = sample_latents(
         model,
         captions_NLC.to(device),
@@ -79,6 +85,12 @@ def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, see
     if not latents_NCHW.isfinite().all():
         raise UserError(f"{snapshot.path}: draws NaN or infinities with {options}")
     return to_images(image_encoder, latents_NCHW)
+
+
+def require_shape(source: Path, what: str, found: Sequence[int], wanted: tuple[int, ...]) -> None:
+    """Raise UserError unless a model, which takes `wanted`, can take what `source` gives."""
+    if tuple(found) != wanted:
+        raise UserError(f"{source}: {what} of shape {tuple(found)}, and the snapshot's model takes {wanted}")
 
 
 def to_uint8(images_NCHW: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from mdit.config import DEFAULT_RECIPE, UserError, load_config
 from mdit.diffusion.edm import denoise, generator_for
 from mdit.diffusion.sampler import heun_sample
 from mdit.eval import lettering
+from mdit.eval.evaluate import evaluate_validation
 from mdit.eval.samples import MAX_LINES, draw_pictures, grid, sample_latents, to_images, to_uint8, wrap
+from mdit.snapshot import Snapshot
+from tests.latent_sets import write_set
 
 CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])
 CAPTIONS = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -56,15 +60,40 @@ def test_guidance_extrapolates_from_the_empty_caption():
 
 
 def test_pictures_that_are_not_finite_are_refused():
-    class Snapshot:
-        path, config, encoders = "snapshots/latest", CONFIG, {"image": {"id": "pixels", "scale": 1.5}}
-
     def diverging(x, c_noise, captions, mask=None):
         return x * 1e30
 
     diverging.pos_embed = torch.zeros(1)
     with pytest.raises(UserError, match=r"snapshots/latest: draws NaN or infinities with .*'guidance': 3.0"):
-        draw_pictures(Snapshot, diverging, CAPTIONS, 0, {"guidance": 3.0, "num_steps": 4})
+        draw_pictures(snapshot_of(), diverging, CAPTIONS, 0, {"guidance": 3.0, "num_steps": 4})
+
+
+def snapshot_of(*overrides):
+    shapes = ["model.latent_channels=3", "model.caption_length=4", "model.caption_channels=6"]
+    config, encoders = load_config(DEFAULT_RECIPE, [*shapes, *overrides]), {"image": {"id": "pixels", "scale": 1.5}}
+    return Snapshot(Path("snapshots/latest"), 1, config, encoders, {})
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.latent_channels=4", r"an image encoder of latents of shape \(3,\), .* model takes \(4,\)"),
+        ("model.caption_length=5", r"a text encoder of captions of shape \(4, 6\), .* model takes \(5, 6\)"),
+        ("model.caption_channels=7", r"a text encoder of captions of shape \(4, 6\), .* model takes \(4, 7\)"),
+    ],
+)
+def test_encoders_that_do_not_fit_the_model_are_named(override, message):
+    net.pos_embed = torch.zeros(1)
+    with pytest.raises(UserError, match=f"snapshots/latest/encoders.json: {message}"):
+        draw_pictures(snapshot_of(override), net, CAPTIONS, 0, {"guidance": 3.0, "num_steps": 4})
+
+
+def test_a_validation_set_that_does_not_fit_the_model_is_named(tmp_path):
+    directory = write_set(tmp_path / "set", 4)
+    net.pos_embed = torch.zeros(1)
+    snapshot = snapshot_of(f"data.validation={directory}")
+    with pytest.raises(UserError, match=r"set/manifest.json: latents of shape .* model takes \(3, 32, 32\)"):
+        evaluate_validation(snapshot, net, 2, 0, {"guidance": 3.0, "num_steps": 4})
 
 
 def test_to_uint8_rounds_and_clips():
