@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -288,9 +287,9 @@ def parse_section(section: type[Section], values: Any, path: str | Path):
         # As JSON, where a list may become a tuple though all else is strict: "3" is no number and 1 no truth value.
         return section.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        errors = {_written(e, values): e for e in error.errors(include_url=False)}
-        clauses = [_explain(e, values, section) for e in islice(errors.values(), MAX_CLAUSES)]
-        more = [f"and {len(errors) - MAX_CLAUSES} keys more"] if len(errors) > MAX_CLAUSES else []
+        told = error.errors(include_url=False)[:MAX_CLAUSES]
+        clauses = list({_written(e, values): _explain(e, values, section) for e in told}.values())
+        more = [f"and {error.error_count() - len(told)} more"] if error.error_count() > len(told) else []
         raise UserError(f"{path}: " + "; ".join(clauses + more)) from None
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pydantic
 import pytest
+import torch
 
-from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, kept_tokens, load_config
+from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, kept_tokens, load_config, portable
 from mdit.models import presets
 from tests.recipes import TINY, tiny_config, tiny_model
 
@@ -158,6 +159,18 @@ def test_the_last_set_of_a_key_counts(recipe):
         ("name.first=a", ["name.first=a", "name is not a table"]),
         ("seed", ["--set seed", "key.sub=value"]),
         ("=3", ["key.sub=value"]),
+        (".=3", ["key.sub=value"]),
+        ("model..dim=3", ["--set model..dim=3", "key.sub=value"]),
+        ("model.dim.x=3", ["dim is not a table"]),
+        ("data.train.0=x", ["train is not a table"]),
+        ("__proto__.dim=3", ["unknown key __proto__"]),
+        ("seed=1\nname='b'", ["seed", "1\\nname"]),
+        ("seed=" + "9" * 100, ["seed", "9999"]),
+        ("seed=2024-01-01", ["seed", "2024-01-01"]),
+        ("name=\udcff", ["--set name=", "not Unicode"]),
+        ("\udcff=1", ["--set ", "not Unicode"]),
+        ("ema=" + "[" * 10**5, ["ema = ", "[["]),
+        (".".join("a" * 10**4) + "=1", ["--set a.a", "nested more than 64 deep"]),
         ("training.num_steps=many", ["training.num_steps", "many"]),
         ("training.num_steps=", ["training.num_steps"]),
         ("model=3", ["model", "3"]),
@@ -265,11 +278,28 @@ def test_a_list_of_the_wrong_length_is_named(recipe):
         ("ema.decay", "1"),
         ("seed", "-1"),
         ("name", '"two words"'),
+        ("name", '".."'),
+        ("name", '"."'),
+        ("name", '"-rf"'),
+        ("name", f'"{"x" * 101}"'),
+        ("model.dim", "1_000_000_000_000_000"),
+        ("model.depth", "1_000_000"),
+        ("model.mixer_depth", "1_000_000"),
+        ("model.num_experts", "9_223_372_036_854_775_807"),
+        ("model.latent_size", "4_000_000_000"),
+        ("model.ffn_ratio", "[0.5, 1e300]"),
+        ("model.pos_interp_scale", "1e-300"),
+        ("training.global_batch_size", "18_446_744_073_709_551_615"),
+        ("report.sampler_steps", "1_000_000_000_000"),
+        ("report.num_samples", "1_000_000_000_000"),
+        ("data.validation", '""'),
+        ("data.validation", '"a\\u0000b"'),
         ("report.sampler_steps", "1"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_key(recipe, key, value):
-    assert f"{key} = {tomllib.loads(f'v = {value}')['v']!r}" in complaint(recipe(), [f"{key}={value}"])
+    message, value = complaint(recipe(), [f"{key}={value}"]), tomllib.loads(f"v = {value}")["v"]
+    assert key in message and repr(max(value) if value and isinstance(value, list) else value) in message
 
 
 @pytest.mark.parametrize(
@@ -278,6 +308,8 @@ def test_a_value_out_of_range_is_named_with_its_key(recipe, key, value):
         ("model.latent_size=9", ["latent_size 9", "patch_size 2"]),
         ("model.head_dim=5", ["dim 32", "head_dim 5"]),
         ("model.mixer_dim=20", ["mixer_dim 20", "head_dim 8"]),
+        ("model.qkv_ratio=[1e-9, 1.0]", ["dim 32", "qkv_ratio 1e-09"]),
+        ("model.mixer_ffn_ratio=1e-9", ["mixer_dim 24", "mixer_ffn_ratio 1e-09"]),
         ("model.capacity_factor=5", ["capacity_factor 5", "num_experts 4"]),
         ("training.mask_ratio=0.99", ["mask_ratio 0.99", "16 patches"]),
         ("model.capacity_factor=0.5", ["capacity_factor 0.5", "4 experts", "mask_ratio 0.75"]),
@@ -337,6 +369,84 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
     path = tmp_path / "nowhere.toml"
     assert complaint(path) == f"{path}: cannot read the recipe: No such file or directory"
     assert str(tmp_path) in complaint(tmp_path)
+
+
+def test_a_date_is_no_text(tmp_path, recipe):
+    path = recipe()
+    path.write_text(path.read_text().replace('name = "tiny"', "name = 2024-01-01"))
+    assert complaint(path) == f"{path}: not valid TOML: name = 2024-01-01 is a date, which no key takes"
+
+
+def test_of_many_wrong_keys_a_few_are_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"recipe": {f"{number}" * 20: number for number in range(10**4)}}))
+    assert "more" in complaint(path) and len(complaint(path)) < 2100
+
+
+def test_a_seed_is_what_torch_takes(recipe):
+    assert load_config(recipe(), [f"seed={2**64 - 1}"]).seed == 2**64 - 1
+    torch.manual_seed(2**64 - 1)
+    assert "seed" in complaint(recipe(), [f"seed={2**64}"])
+
+
+def test_a_byte_order_mark_is_read_over(recipe):
+    path = recipe()
+    config = load_config(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_config(path) == config
+
+
+# Places of data
+
+
+def places(config: TrainConfig) -> list[str]:
+    return [*config.data.train, config.data.validation, config.data.prepare.source.path]
+
+
+@pytest.fixture
+def project(recipe, tmp_path):
+    """A project with a recipe that names its data from there, and one of them elsewhere."""
+    source = {"name": "folder", "path": "pictures", "validation_share": 0.1}
+
+    def change(values):
+        values["data"].update(train=["data/a", "/elsewhere/b"], validation="data/v", prepare={**EMOJI, "source": source})
+
+    folder = tmp_path / "project"
+    (folder / "configs").mkdir(parents=True)
+    (folder / "pyproject.toml").touch()
+    recipe(change).rename(folder / "configs" / "tiny.toml")
+    return folder
+
+
+def test_relative_places_are_those_of_the_project_from_any_directory(project, tmp_path, monkeypatch):
+    expected = [f"{project}/data/a", "/elsewhere/b", f"{project}/data/v", f"{project}/pictures"]
+    for directory, path in ((project, "configs/tiny.toml"), (project / "configs", "tiny.toml"), (tmp_path, None)):
+        monkeypatch.chdir(directory)
+        assert places(load_config(path or project / "configs" / "tiny.toml")) == expected
+
+
+def test_places_on_the_command_line_are_those_of_the_current_directory(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = ['data.train=["x", "/y"]', "data.prepare.source.path=../z"]
+    config = load_config(project / "configs" / "tiny.toml", overrides)
+    assert places(config) == [f"{tmp_path}/x", "/y", f"{project}/data/v", f"{tmp_path.parent}/z"]
+
+
+def test_without_a_project_relative_places_are_beside_the_recipe(project, tmp_path):
+    path = (project / "configs" / "tiny.toml").rename(tmp_path / "tiny.toml")
+    assert places(load_config(path))[0] == f"{tmp_path}/data/a"
+
+
+def test_a_project_moves_with_its_runs(project, tmp_path):
+    config = load_config(project / "configs" / "tiny.toml")
+    inside, outside = project / "runs" / "tiny" / "config.json", tmp_path / "scratch" / "config.json"
+    for path in (inside, outside):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"recipe": portable(config, path)}))
+        assert load_config(path) == config
+    moved = project.rename(tmp_path / "moved")
+    assert load_config(moved / "runs" / "tiny" / "config.json") == load_config(moved / "configs" / "tiny.toml")
+    assert places(load_config(outside)) == places(config)
 
 
 # The recipes of this repository
