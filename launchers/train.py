@@ -5,11 +5,10 @@ Also under torchrun, srun and plain python. The same command again goes on where
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch.distributed
 
-from mdit.cli import explain
+from mdit.cli import explain, path
 from mdit.config import DEFAULT_RECIPE, UserError
 from mdit.dist import configure_logging, identify, start
 
@@ -19,14 +18,14 @@ DEFAULT_JSON = DEFAULT_RECIPE.parent / "zero2.json"
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--recipe", type=Path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json"
+        "--recipe", type=path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json"
     )
-    parser.add_argument("--ds_config", type=Path, default=DEFAULT_JSON, help="how it is run: a DeepSpeed JSON")
+    parser.add_argument("--ds_config", type=path, default=DEFAULT_JSON, help="how it is run: a DeepSpeed JSON")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe"
     )
-    parser.add_argument("--run_dir", type=Path, help="default: runs/<recipe name>")
-    parser.add_argument("--init_from", type=Path, metavar="SNAPSHOT", help="start from these weights")
+    parser.add_argument("--run_dir", type=path, help="default: runs/<recipe name>")
+    parser.add_argument("--init_from", type=path, metavar="SNAPSHOT", help="start from these weights")
     parser.add_argument("--restart", action="store_true", help="start anew; what the run directory has is moved aside")
     parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, run nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it

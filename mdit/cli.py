@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from mdit.documents import UserError, explain, one_line
@@ -48,6 +49,13 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
     finally:
         _give_up_on_stdout()
     sys.exit(code)
+
+
+def path(text: str) -> Path:
+    """A path of the command line. An empty one, as of a variable that is not set, is not the current directory."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: is no path")
+    return Path(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -45,16 +45,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
     add = parser.add_argument
-    add("--recipe", type=Path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json")
+    add("--recipe", type=cli.path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
     add("--gpus", type=int, default=8, help="in nodes of 8; default: 8")
     add("--gpu", choices=MACHINES, default="h100", help="default: h100")
-    add("--ds_config", type=Path, help="plan this JSON's layout alone; default: all")
+    add("--ds_config", type=cli.path, help="plan this JSON's layout alone; default: all")
     add("--micro_batch", type=int, help="images at once; default: what a run takes, or fewer so that they fit")
     add("--activation_checkpointing", choices=CHECKPOINTING, help="default: none, or the JSON's")
     add("--kernels", choices=("auto", "reference", "triton"), help='default: the JSON\'s, or "auto"')
     add("--dollars_per_gpu_hour", type=float, default=3.75, help="default: 3.75, as the paper has it")
-    add("--json", type=Path, help="write both tables, with all they assume, to this file")
+    add("--json", type=cli.path, help="write both tables, with all they assume, to this file")
     args = parser.parse_args(arguments)
     for name in ("gpus", "micro_batch", "dollars_per_gpu_hour"):
         if (value := getattr(args, name)) is not None and not 0 < value < 2**63:

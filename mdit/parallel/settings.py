@@ -64,7 +64,7 @@ class Offload(Section):
 class ZeRO(Section):
     """Stage 0 accumulates bf16 gradients in bf16; stage 1 on one process costs the same and does not."""
 
-    stage: Literal[1, 2, 3]
+    stage: Annotated[int, Field(ge=1, le=3)]
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
     reduce_bucket_size: Annotated[Numbers, Field(gt=0)] = DEEPSPEED_BUCKET

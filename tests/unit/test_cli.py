@@ -2,10 +2,11 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from mdit.cli import Parser, run, whole
+from mdit.cli import Parser, path, run, whole
 from mdit.documents import UserError
 
 
@@ -76,7 +77,7 @@ def test_text_beyond_the_terminals_encoding_is_escaped(monkeypatch):
 
 
 PRINTING = """
-from mdit.cli import Parser, run, whole
+from mdit.cli import Parser, path, run, whole
 
 def command():
     for _ in range({lines}):
@@ -111,6 +112,16 @@ def test_no_stdout_at_all():
     command = " ".join(f"'{part}'" if i < 2 else '"$P"' for i, part in enumerate(program(1))) + " >&-"
     ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, env={**os.environ, "P": program(1)[2]})
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\0b"])
+def test_an_empty_path_is_not_the_current_directory(text, capsys):
+    parser = Parser()
+    parser.add_argument("--run_dir", type=path)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--run_dir", text])
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: argument --run_dir: {text!r}: is no path\n"
+    assert parser.parse_args(["--run_dir", "runs/a"]).run_dir == Path("runs/a")
 
 
 @pytest.mark.parametrize(

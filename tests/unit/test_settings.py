@@ -5,13 +5,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mdit.config import UserError, load_config
 from mdit.dist import World
 from mdit.models import MicroDiT
-from mdit.parallel.settings import RunSettings, bucket_size, load_ds_json, load_run_settings, resolve_ds_config
+from mdit.parallel.settings import (
+    BF16,
+    CommsLogger,
+    FlopsProfiler,
+    Offload,
+    RunSettings,
+    ZeRO,
+    bucket_size,
+    load_ds_json,
+    load_run_settings,
+    resolve_ds_config,
+)
 from mdit.train.engine import check_ds_config
 from mdit.train.loop import Run
 from tests.recipes import tiny_config
@@ -109,6 +128,90 @@ def test_contradiction_is_one_line(ds_json, parts):
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 3}}', ["zero_optimization", "2 times"]),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', ["'stage'", "2 and 3"]),
+        ('{"zero_optimization": 2}', ["zero_optimization = 2"]),
+        ('{"zero_optimization": {"stage": true}}', ["zero_optimization.stage = True"]),
+        ('{"zero_optimization": {"stage": "2"}}', ["zero_optimization.stage = '2'"]),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', ["offload_optimizer = 'cpu'"]),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}}', ["devise", "device?"]),
+        ('{"zero_optimization": {"stage": 2, "overlap_com": true}}', ["overlap_com = True", "overlap_comm?"]),
+        ('{"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}', ["overlap_comm = 'yes'"]),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}}', ["reduce_bucket_size = -5"]),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "5"}}', ["reduce_bucket_size = '5'"]),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": NaN}}', ["NaN"]),
+        ('{"zero_optimization": {"stage": 2, "allgather_bucket_size": 3}}', ["allgather_bucket_size = 3"]),
+        ('{"zero_optimization": {"stage": 3, "sub_group_size": 0}}', ["sub_group_size = 0"]),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', ["stage = 2", "offload_param"]),
+        ('{"bf16": true, "zero_optimization": {"stage": 2}}', ["bf16 = True"]),
+        ('{"bf16": {"foo": 1}, "zero_optimization": {"stage": 2}}', ["bf16.foo = 1"]),
+        ('{"bf16": {"bf16_master_weights_and_grads": true}, "zero_optimization": {"stage": 2}}', ["learned"]),
+        ('{"comms_logger": {"enabeld": true}, "zero_optimization": {"stage": 2}}', ["comms_logger.enabeld", "enabled?"]),
+        ('{"flops_profiler": {"enabled": 1}, "zero_optimization": {"stage": 2}}', ["flops_profiler.enabled = 1"]),
+        ('{"flops_profiler": {"output_file": "/x"}, "zero_optimization": {"stage": 2}}', ["flops_profiler.output_file"]),
+        ('{"flops_profiler": {"module_depth": 50}, "zero_optimization": {"stage": 2}}', ["module_depth = 50"]),
+        ('{"steps_per_print": 0, "zero_optimization": {"stage": 2}}', ["steps_per_print = 0"]),
+        ('{"zero_force_ds_cpu_optimizer": true, "zero_optimization": {"stage": 2}}', ["zero_force_ds_cpu_optimizer"]),
+        ('{"mdit": [], "zero_optimization": {"stage": 2}}', ["mdit = []"]),
+        ('{"mdit": {"expert_parallel": 0}, "zero_optimization": {"stage": 2}}', ["mdit.expert_parallel = 0"]),
+        ('{"gradient_clipping": 1e999, "zero_optimization": {"stage": 2}}', ["1e999"]),
+        ("[" * 10**5, ["nested more than 64 deep"]),
+        ("[]", ["expected a JSON object"]),
+        ("{}", ["missing key zero_optimization"]),
+    ],
+    ids=range(30),
+)
+def test_what_is_wrong_at_any_depth_is_one_line(tmp_path, content, parts):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        resolve_ds_config(load_ds_json(path), CONFIG, data_size=1, bf16_works=False, path=path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.isprintable() and all(part in message for part in parts), message
+
+
+def test_what_deepspeeds_own_examples_write_is_taken():
+    zero = {"stage": 3, "stage3_prefetch_bucket_size": "auto", "stage3_max_live_parameters": 1e9, "overlap_comm": True}
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}, "offload_param": {"device": "none"}}
+    resolved = resolve({"zero_optimization": zero | offload, "steps_per_print": "auto", "train_batch_size": "auto"})
+    check_ds_config(resolved, "ds.json")
+    kept = {key: value for key, value in (zero | offload).items() if value != "auto"}
+    assert resolved["zero_optimization"] == kept | {"reduce_bucket_size": bucket_size(CONFIG)}
+
+
+def test_a_comms_logger_that_is_off_is_off():
+    """DeepSpeed takes the section itself for a yes."""
+    assert "comms_logger" not in resolve({"comms_logger": {"enabled": False, "verbose": True}})
+    assert resolve({"comms_logger": {"enabled": True}})["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (ZeRO, DeepSpeedZeroConfig),
+        (BF16, DeepSpeedBF16Config),
+        (Offload, DeepSpeedZeroOffloadOptimizerConfig),
+        (Offload, DeepSpeedZeroOffloadParamConfig),
+        (CommsLogger, CommsLoggerConfig),
+    ],
+)
+def test_keys_and_defaults_are_deepspeeds(ours, theirs):
+    known = {field.alias or name: field for name, field in theirs.model_fields.items()}
+    for name, field in ours.model_fields.items():
+        assert name in known, f"DeepSpeed has no {name}"
+        if not field.is_required() and (ours, name) != (BF16, "enabled"):  # which follows the machine
+            default = known[name].get_default(call_default_factory=True)
+            assert field.default == (tuple(default) if isinstance(default, list) else default), name
+
+
+def test_keys_and_defaults_of_the_flops_profiler_are_deepspeeds():
+    theirs = vars(DeepSpeedFlopsProfilerConfig({}))
+    assert {name: field.default for name, field in FlopsProfiler.model_fields.items()} == theirs
+
+
 def test_batch_that_processes_cannot_share():
     message = error_of({}, world_size=5)
     assert "24" in message and "5 processes" in message
@@ -151,4 +254,6 @@ def test_the_bucket_is_no_larger_than_the_model_unless_the_json_says_so():
         resolved[len(keys)] = resolve_ds_config(ds_json, config, data_size=1, bf16_works=False, path="x.json")
     assert resolved[0]["zero_optimization"] == {"stage": 2, "reduce_bucket_size": numbers}
     assert resolved[1]["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 7_000}
+    huge = resolve({"zero_optimization": {"stage": 2, "reduce_bucket_size": 2**62}}, config=config)
+    assert huge["zero_optimization"] == resolved[0]["zero_optimization"]
     assert bucket_size(load_config(REPOSITORY / "configs" / "res_256_pretrain.toml")) == 500_000_000
