@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # in one line
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--recipe", type=cli.path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
