@@ -12,7 +12,7 @@ from mdit.data.manifest import MANIFEST, read_manifest
 from mdit.data.shards import open_dataset
 from mdit.data.writer import SHARD_BYTES
 from mdit.dist import World, logger
-from mdit.encoders import build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.prepare.decoders import build_decoder
 from mdit.prepare.imported import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
 from mdit.prepare.in_progress import check_set, is_changing, is_finished, plan_of_finished
@@ -189,21 +189,22 @@ def _encodings(args, world: World, sets: dict[int, Path], made_from: dict[str, A
     for size in sets:
         image_encoder.latent_shape(size)  # raises for a size that it cannot take
     source = next(iter(_pictures(args, sets).values()))
-    if description := _text_description(args):
-        text_encoder = build_text_encoder_from(description, world.device)
-    else:
-        text_encoder = build_text_encoder(args.text_encoder, max_tokens=args.caption_length, device=world.device)
     overlap, jobs, alike = world.device.type == "cuda", [], defaultdict(dict)
     for size, directory in sets.items():
         plan = plan_of_finished(directory) if is_finished(directory) else None
-        alike[None if plan is None else tuple(plan.parts.items())][size] = directory
+        alike[plan and (tuple(plan.parts.items()), plan.encoders.text)][size] = directory
     for together in alike.values():
-        decoder = build_decoder(
-            tuple(together), made_from["min_side"], world.device, engine=args.decoder or "auto"
-        )
+        text_encoder = _text_encoder(args, world)  # one for each, as it keeps the statistics of a set
+        decoder = build_decoder(tuple(together), made_from["min_side"], world.device, engine=args.decoder or "auto")
         towers = Towers(image_encoder, text_encoder, decoder, args.batch_size or BATCH_SIZE, overlap)
         jobs.append((_job(args, world, source, together, made_from), towers))
     return jobs
+
+
+def _text_encoder(args: argparse.Namespace, world: World) -> TextEncoder:
+    if description := _text_description(args):
+        return build_text_encoder_from(description, world.device)
+    return build_text_encoder(args.text_encoder, max_tokens=args.caption_length, device=world.device)
 
 
 def _imports(args, world: World, sets: dict[int, Path], made_from: dict[str, Any]) -> list[tuple[Job, Maker]]:

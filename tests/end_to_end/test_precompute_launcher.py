@@ -210,16 +210,18 @@ def test_a_source_that_grew_or_changed_is_noticed_and_the_set_follows(downloads,
     root.mkdir()
     for number in range(3):
         shutil.copy(downloads / f"{number:05d}.tar", root)
-    arguments = flags(root, out)
+    arguments = flags(root, out, extra=["--min_side", "14"])
     precompute.main(arguments)
     shutil.copy(downloads / "00003.tar", root)
     precompute.main(arguments)
     assert f"{out}/16: 27 samples in 3 shards" in capsys.readouterr().out  # as it was
-    both = [start([*arguments, "--extend"]) for _ in range(2)]
+    precompute.main(flags(root, out, 24, extra=["--min_side", "14"]))  # with text statistics of its own
+    extend = flags(root, out, 16, 24, extra=["--min_side", "14", "--extend"])
+    both = [start(extend) for _ in range(2)]
     for child in both:
         child.join(timeout=120)
     assert [child.exitcode for child in both] == [0, 0]
-    assert [path.name for path in out.iterdir()] == ["16"]
+    assert {path.name for path in out.iterdir()} == {"16", "24"}
     precompute.main(arguments)
     assert f"{out}/16: 36 samples in 4 shards" in capsys.readouterr().out
     assert open_dataset(out / "16").manifest.index.file == "index_0001.npy"
