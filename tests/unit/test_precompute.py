@@ -496,6 +496,11 @@ def make_of(source, folder, maker=None, **changes):
     return folder / "8"
 
 
+@pytest.fixture(scope="module")
+def three_tars(tmp_path_factory):
+    return make_of(tars(range(3)), tmp_path_factory.mktemp("three tars"))
+
+
 def bytes_of(directory):
     """What the set is made of, whatever its files are called: shards and DALI's indexes, index, report, plan."""
     manifest = open_dataset(directory).manifest
@@ -554,16 +559,16 @@ def test_one_part_is_made_again(tmp_path):
         ({"remake": ["00000.tar"], "source": tars(range(5), part_1="x")}, r"else in 1 part \(00001.tar\); --extend"),
     ],
 )
-def test_a_change_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path, changes, message):
-    make_of(tars(range(3)), tmp_path)
+def test_a_change_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path, three_tars, changes, message):
+    shutil.copytree(three_tars, tmp_path / "8")
     before = contents(tmp_path)
     with pytest.raises(UserError, match=message):
         make_of(**{"source": tars(range(5)), "folder": tmp_path, **changes})
     assert contents(tmp_path) == before
 
 
-def test_a_change_that_leaves_out_too_much_leaves_the_set_as_it_is(tmp_path):
-    make_of(tars(range(3)), tmp_path)
+def test_a_change_that_leaves_out_too_much_leaves_the_set_as_it_is(tmp_path, three_tars):
+    shutil.copytree(three_tars, tmp_path / "8")
     manifest, source = (tmp_path / "8" / "manifest.json").read_bytes(), tars(range(4))
     source.parts[3].split[1:] = [Rejected("x", "no caption")] * 9
     with pytest.raises(UserError, match="as 90.0% is left out"):
@@ -607,11 +612,11 @@ def count_and_kill(folders, new):
         assert os.waitpid(child, 0)[1] == signal.SIGKILL, (count, last)
 
 
-def test_killed_at_any_moment_of_a_change_there_is_the_old_set_or_the_new_one(tmp_path):
+def test_killed_at_any_moment_of_a_change_there_is_the_old_set_or_the_new_one(tmp_path, three_tars):
     new = tars(range(5), part_1="another caption")
-    made, wanted = make_of(tars(range(3)), tmp_path / "made"), bytes_of(make_of(new, tmp_path / "at once"))
+    wanted = bytes_of(make_of(new, tmp_path / "at once"))
     before, after = [item.caption for item in pictures(30)], captions_of(open_dataset(tmp_path / "at once" / "8"))
-    folders = [shutil.copytree(made.parent, tmp_path / str(number)) for number in range(9)]
+    folders = [shutil.copytree(three_tars.parent, tmp_path / str(number)) for number in range(9)]
     ended = run_forked(count_and_kill, folders, new)
     assert ended.returncode == 0, ended.output
     found = []
@@ -628,13 +633,13 @@ def test_killed_at_any_moment_of_a_change_there_is_the_old_set_or_the_new_one(tm
 
 @pytest.mark.parametrize("file", ["plan.json", "report.json"])
 @pytest.mark.parametrize("text", ["{", '{"a": 1, "a": 2}', "[]", '{"parts": 3}', '{"a":' * 9000 + "1" + "}" * 9000])
-def test_damaged_documents_of_a_set_are_one_line(tmp_path, file, text):
-    shutil.copytree(make_of(tars([0]), tmp_path / "whole"), tmp_path / "8")
+def test_damaged_documents_of_a_set_are_one_line(tmp_path, three_tars, file, text):
+    shutil.copytree(three_tars, tmp_path / "8")
     (tmp_path / "8" / file).write_text(text)
     with pytest.raises(UserError, match=f"^{tmp_path / '8' / file}: ") as error:
-        make_of(tars([0, 1]), tmp_path, extend=True)
+        make_of(tars(range(4)), tmp_path, extend=True)
     assert len(str(error.value)) < 2100 and "\n" not in str(error.value)
-    assert {path.name for path in tmp_path.iterdir()} == {"8", "whole"}
+    assert {path.name for path in tmp_path.iterdir()} == {"8"}
 
 
 @pytest.mark.parametrize("file", ["plan.json", "part_00000.json", "part_00000.npy"])
