@@ -6,12 +6,15 @@ Prints a line for every shard that is not as it was written, with its first dama
 is one, and with 2 if a manifest or an index is damaged, so that nothing can be compared.
 """
 
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tqdm import tqdm
 
 from mdit import cli
+from mdit.config import UserError
 from mdit.data.manifest import ShardError
 from mdit.data.shards import LatentSet, open_dataset
 
@@ -31,12 +34,17 @@ def verify(directory: Path, jobs: int) -> int:
     dataset = open_dataset(directory, check_sizes=False)
     shards, damaged = len(dataset.shard_sizes), 0
     with ProcessPoolExecutor(jobs, initializer=open_in_worker, initargs=(directory,)) as workers:
-        for damage in tqdm(
-            workers.map(first_damage, range(shards)), str(directory), shards, unit="shard", disable=None
-        ):
-            if damage is not None:
-                damaged += 1
-                tqdm.write(damage)
+        found = workers.map(first_damage, range(shards))
+        try:
+            for damage in tqdm(found, str(directory), shards, unit="shard", disable=None):
+                if damage is not None:
+                    damaged += 1
+                    tqdm.write(damage)
+        except BrokenProcessPool:
+            raise UserError(f"{directory}: a process that read shards was killed (--jobs {jobs}: memory?)") from None
+        except BaseException:
+            workers.shutdown(cancel_futures=True)  # what is left need not be read
+            raise
     found = f"{damaged} of them damaged" if damaged else "all as they were written"
     print(f"{directory}: {dataset.samples} samples in {shards} shards, {found}")
     return damaged
@@ -44,6 +52,7 @@ def verify(directory: Path, jobs: int) -> int:
 
 def open_in_worker(directory: Path) -> None:
     global _dataset
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; one of them tells it
     _dataset = open_dataset(directory, check_sizes=False)
 
 
