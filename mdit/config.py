@@ -145,6 +145,12 @@ class DataConfig(Section):
             raise ValueError(f"weights has {len(self.weights)} values, but train has {len(self.train)} directories")
         return self
 
+    @model_validator(mode="after")
+    def _a_directory_for_each_split(self):
+        if self.prepare is not None and self.validation == self.train[0]:
+            raise ValueError(f"train and validation are both {self.validation!r}; give each set that is made a directory")
+        return self
+
 
 class TrainingConfig(Section):
     """A step whose gradient is not finite is skipped; the run ends when that happens `max_skipped_in_a_row` times."""

@@ -80,7 +80,6 @@ class ZeRO(Section):
     stage3_model_persistence_threshold: Numbers = 2**63 - 1
     stage3_max_live_parameters: Numbers = 1_000_000_000
     stage3_max_reuse_distance: Numbers = 1_000_000_000
-    stage3_module_granularity_threshold: Numbers = 0
     stage3_use_all_reduce_for_fetch_params: bool = False
     stage3_allgather_sequential: bool = False
     parameter_alignment: bool = False
@@ -95,6 +94,7 @@ class ZeRO(Section):
     ) = False
     zero_hpz_partition_size: only(1, "a resumed run's second copies of the weights would be those of its start") = 1
     compute_grad_norm: only(True, "the recipe clips gradients") = True
+    stage3_module_granularity_threshold: only(0, "DeepSpeed fails in the backward pass of modules that it groups") = 0
     zero_quantized_weights: only(False, LEARNED) = False
     zero_quantized_nontrainable_weights: only(False, LEARNED) = False
     zero_quantized_gradients: only(False, LEARNED) = False

@@ -98,8 +98,6 @@ def _made_from(config: TrainConfig, directory: Path, split: str) -> dict[str, An
 
 def _make_missing(config: TrainConfig, progress: bool, device: torch.device | str, max_rejected: float) -> None:
     recipe = config.data.prepare
-    if len(_makeable(config)) == 1:
-        raise UserError(f"data.train and data.validation are both {config.data.validation!r}; give each a directory")
     for directory, split in _makeable(config).items():
         check_set(directory, _made_from(config, directory, split), WHOSE)
     image_encoder, text_encoder = _encoders(config, device)

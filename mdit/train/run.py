@@ -134,6 +134,8 @@ def describe(run: Run) -> str:
     """The text of --dry_run."""
     config, ds = run.config, run.ds_config
     places = [*config.data.train, config.data.validation]
+    if there := is_prepared(config):
+        prepare_on_first(run)  # which makes nothing then, and refuses sets that do not fit
     with torch.device("meta"):
         model = MicroDiT(config.model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -148,7 +150,7 @@ def describe(run: Run) -> str:
         f"{run.settings.tensor_parallel}, ZeRO-{ds['zero_optimization']['stage']}",
         f"batch: {config.training.global_batch_size} = {run.world.size // run.settings.tensor_parallel} shares x "
         f"{ds['train_micro_batch_size_per_gpu']} samples x {ds['gradient_accumulation_steps']} accumulated",
-        f"data: {', '.join(places)} ({'there' if is_prepared(config) else 'not there yet'})",
+        f"data: {', '.join(places)} ({'there' if there else 'not there yet'})",
         f"run directory: {run.run_dir} (at step {latest_step(run.run_dir / CHECKPOINTS)})",
     ]
     return "\n".join(lines)

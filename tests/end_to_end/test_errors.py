@@ -177,6 +177,14 @@ def test_sampling_without_a_prompt(prompts, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "grid.png").exists()
 
 
+@pytest.mark.parametrize("mistake", [deleted_shard, shards_of_another_shape, batch_larger_than_the_set])
+def test_dry_run_refuses_what_a_run_would(mistake, good, monkeypatch, capsys):
+    """Where the data are there, they are checked too."""
+    parts = mistake(good)
+    code, err = launch(good, monkeypatch, capsys, "--dry_run")
+    assert code == 2 and all(part in err for part in parts), err
+
+
 def test_dry_run_prints_everything_and_writes_nothing(good, tmp_path, monkeypatch, capsys):
     argv = [part for pair in good.items() for part in pair]
     monkeypatch.setattr(sys, "argv", [str(LAUNCHER), *argv, "--dry_run", "--set", "training.num_steps=77"])

@@ -224,6 +224,15 @@ def test_every_training_directory_has_its_weight(recipe):
     assert "weights has 1 values, but train has 2 directories" in message
 
 
+def test_two_sets_are_not_made_in_one_directory(recipe):
+    def change(values):
+        values["data"].update(train=["a", "b"], validation="a")
+
+    assert load_config(recipe(change)).data.validation.endswith("/a")
+    message = complaint(recipe(lambda values: change(values) or values["data"].update(prepare=EMOJI)))
+    assert "data: train and validation are both" in message
+
+
 def test_a_missing_section_is_named(recipe):
     assert "missing key noise" in complaint(recipe(lambda values: values.pop("noise")))
 

@@ -263,11 +263,6 @@ def test_files_in_the_way_are_not_removed(tmp_path):
     assert (tmp_path / "train" / "thesis.txt").read_text() == "mine"
 
 
-def test_training_and_validation_in_one_directory(tmp_path):
-    with pytest.raises(UserError, match="data.train and data.validation are both"):
-        make(recipe(tmp_path, validation=str(tmp_path / "train")))
-
-
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the set"):
