@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from mdit.config import ReportConfig, TrainConfig, UserError
+from mdit.config import ReportConfig, TrainConfig
 from mdit.data.loader import Batch, build_loader
 from mdit.diffusion.edm import draw, edm_losses
 from mdit.dist import StopSignal, World, logger, on_all_ranks
@@ -22,7 +22,7 @@ from mdit.train.evaluation import Evaluation
 from mdit.train.metrics import Metrics, Stopwatch, memory_gib
 from mdit.train.optim import learning_rate
 from mdit.train.run_directory import CHECKPOINTS, STOP, RunDirectory
-from mdit.train.skipped import SkippedSteps, last_checkpoint, require_finite
+from mdit.train.skipped import SkippedSteps, require_finite
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,7 @@ def train(run: Run, directory: RunDirectory) -> int:
             metrics.advance(step)
             if skipped.too_many:
                 report_progress(step, engine, losses, skipped, stopwatch, config, metrics)
-                raise UserError(
-                    f"{run.run_dir}: stopped at step {step}: {skipped.in_a_row} steps in a row were skipped "
-                    f"(training.max_skipped_in_a_row = {skipped.limit}); in this one {skipped.reason}; "
-                    f"{last_checkpoint(checkpoints)}"
-                )
+                raise skipped.too_many_in(checkpoints, step)
 
     directory.check_saved(step)
     if done:

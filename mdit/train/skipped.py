@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mdit.config import UserError
 from mdit.data.loader import Batch
-from mdit.dist import World, logger
-from mdit.train.checkpoint import complete_checkpoints, gather
+from mdit.dist import World, gather, logger, shared
+from mdit.train.checkpoint import complete_checkpoints
 from mdit.train.pieces import Piece
 
 NAMED = 8  # samples of a rank, and ranks, that a line names
@@ -37,6 +37,16 @@ class SkippedSteps:
         self.reason = name_samples(gather(mine, self.world))
         if self.world.is_first:
             logger.warning(f"step {step} skipped, {self.in_a_row} in a row of at most {self.limit}: {self.reason}")
+
+    def too_many_in(self, checkpoints: Path, step: int) -> Exception:
+        """The error that all ranks end with at `step`."""
+        return shared(
+            UserError(
+                f"{checkpoints.parent}: stopped at step {step}: {self.in_a_row} steps in a row were skipped "
+                f"(training.max_skipped_in_a_row = {self.limit}); in this one {self.reason}; "
+                f"{last_checkpoint(checkpoints)}"
+            )
+        )
 
     def memory(self) -> dict[str, int]:
         """What a checkpoint keeps of it."""
@@ -67,9 +77,11 @@ def require_finite(
     found = gather(non_finite(tensors, pieces), world)
     for rank, name in enumerate(found):
         if name is not None:
-            raise UserError(
-                f"{checkpoints.parent}: step {step}: {name} on rank {rank} is not finite: nothing is saved; "
-                f"{last_checkpoint(checkpoints)}"
+            raise shared(
+                UserError(
+                    f"{checkpoints.parent}: step {step}: {name} on rank {rank} is not finite: nothing is saved; "
+                    f"{last_checkpoint(checkpoints)}"
+                )
             )
 
 
