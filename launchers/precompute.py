@@ -9,11 +9,11 @@ stopped. Training makes the shards of a recipe by itself. See docs/data.md.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from mdit import cli
 from mdit.config import UserError
-from mdit.dist import configure_logging, identify
+from mdit.dist import configure_logging, identify, shared, tells
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -49,19 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     world = identify()
     configure_logging(world)
-    begun = False
-    try:
-        from mdit.prepare.command import describe, plan_sets
+    from mdit.prepare.command import describe, plan_sets
 
+    try:
         make_sets = plan_sets(args, world)
-        begun = True
-        for directory in make_sets():
-            print(describe(directory, args.verify), flush=True)
-    except UserError as error:
-        if world.is_first or begun:  # until then all processes see the same error
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except (UserError, OSError) as error:
+        raise shared(error) from None  # until now all processes see the same
+    for directory in make_sets():
+        print(describe(directory, args.verify), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, tells=tells)

@@ -4,28 +4,26 @@ Also under torchrun, srun and plain python. The same command again goes on where
 """
 
 import argparse
-import sys
+import time
 
-import torch.distributed
+from mdit import cli
+from mdit.config import DEFAULT_RECIPE
 
-from mdit.cli import explain, path
-from mdit.config import DEFAULT_RECIPE, UserError
-from mdit.dist import configure_logging, identify, start
-
+BEGAN = time.time()  # before anything slow is imported
 DEFAULT_JSON = DEFAULT_RECIPE.parent / "zero2.json"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument(
-        "--recipe", type=path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json"
+        "--recipe", type=cli.path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json"
     )
-    parser.add_argument("--ds_config", type=path, default=DEFAULT_JSON, help="how it is run: a DeepSpeed JSON")
+    parser.add_argument("--ds_config", type=cli.path, default=DEFAULT_JSON, help="how it is run: a DeepSpeed JSON")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe"
     )
-    parser.add_argument("--run_dir", type=path, help="default: runs/<recipe name>")
-    parser.add_argument("--init_from", type=path, metavar="SNAPSHOT", help="start from these weights")
+    parser.add_argument("--run_dir", type=cli.path, help="default: runs/<recipe name>")
+    parser.add_argument("--init_from", type=cli.path, metavar="SNAPSHOT", help="start from these weights")
     parser.add_argument("--restart", action="store_true", help="start anew; what the run directory has is moved aside")
     parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, run nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
@@ -34,12 +32,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from mdit.dist import configure_logging, identify
+    from mdit.meeting import joined
+
     world = identify()
     configure_logging(world)
-    try:
-        from mdit.train.run import describe, finished, opened, plan_run, prepare_on_first
+    from mdit.train.agreement import require_agreement, what_runs
+    from mdit.train.run import describe, finished, opened, plan_run, prepare_on_first
 
-        run = plan_run(
+    def plan():
+        return plan_run(
             arguments.recipe,
             arguments.ds_config,
             overrides=arguments.set,
@@ -48,25 +50,27 @@ def main() -> None:
             restart=arguments.restart,
             world=world,
         )
-        if arguments.dry_run:
-            if world.is_first:
-                print(describe(run))
-            return
+
+    if arguments.dry_run:
+        if world.is_first:
+            print(describe(plan()))
+        return
+    with joined(world, plan) as run:
+        require_agreement(world, what_runs(run))
         if finished(run):
             return
         prepare_on_first(run)
-        start(world)
         from mdit.train.loop import train
 
-        with opened(run) as directory:
+        with opened(run, BEGAN) as directory:
             train(run, directory)
-        torch.distributed.destroy_process_group()
-    except (UserError, OSError) as error:
-        # Before the processes have met, all of them see the same error: one line is enough.
-        if world.is_first or torch.distributed.is_initialized():
-            print(f"error: {error if isinstance(error, UserError) else explain(error)}", file=sys.stderr, flush=True)
-        sys.exit(2)
+
+
+def tells(error: BaseException) -> bool:
+    from mdit import dist
+
+    return dist.tells(error)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, tells=tells)

@@ -13,13 +13,15 @@ from typing import NoReturn
 from mdit.documents import UserError, explain, one_line
 
 USER_ERROR = 2
+# torch reads it when it is imported. Its warnings that a process at the other end has gone are pages of C++ frames.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], bool] = lambda error: True) -> NoReturn:
     """Call `command` and exit with what it returns (None is 0), or, after one line on stderr, with
 
         2    for UserError, and for OSError: the machine, a file or a disk is not as it should be
-        130  for Ctrl-C (what a KeyboardInterrupt says is told as well)
+        130  for Ctrl-C (what a KeyboardInterrupt says is told as well); a second one ends the process at once
 
     and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
     one to print an error that several processes of a run may have (`mdit.dist.tells`). MDIT_TRACEBACK=1 shows where an
@@ -31,8 +33,11 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = 0
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
+            check_working_directory()
             code = command() or 0
         finally:
             sys.stdout.flush()  # here, where an error of it still finds a handler; also after argparse's --help
@@ -78,6 +83,20 @@ def whole(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _interrupt(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_DFL)  # needs no Python: ends a process that waits for something, too
+    raise KeyboardInterrupt
+
+
+def check_working_directory() -> None:
+    """Raise UserError where it has been deleted: every relative name would be an error that names nothing."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        gone = os.environ.get("PWD", "")
+        raise UserError(f"the working directory {gone} is gone; change to one that is there") from None
 
 
 def _give_up_on_stdout() -> None:

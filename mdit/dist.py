@@ -1,4 +1,5 @@
-"""Process start-up, the same under deepspeed, torchrun, srun and plain python; rank-0 logging; the stop signal."""
+"""Who this process is, the same under deepspeed, torchrun, srun, mpirun and plain python; errors of several ranks;
+rank-0 logging; the stop signal."""
 
 import errno
 import logging
@@ -7,9 +8,11 @@ import re
 import signal
 import socket
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,50 +39,96 @@ class World:
         return self.rank == 0
 
 
+# What launchers call the rank, the number of processes, and the number on this node; the first that is there counts.
+# mpirun starts its daemons as tasks of srun, whose variables its processes then have too.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", ("LOCAL_RANK",)),  # deepspeed, torchrun, or by hand
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_RANK",)),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", ("MV2_COMM_WORLD_LOCAL_RANK",)),
+    ("PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "SLURM_LOCALID")),  # MPICH, Intel MPI, srun --mpi=pmi2
+)
+SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",))
+# A process's number among several, from launchers that do not say in one way how many there are.
+UNKNOWN = ("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK")
+# Slurm numbers what is no step of srun's from here on: the shell of salloc (interactive), of sbatch, and others.
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+MANY = 10**6  # processes
+
+
 def identify() -> World:
     """Read rank and world size from what the launcher left in the environment; touches no network.
 
-    Known: RANK / WORLD_SIZE / LOCAL_RANK (deepspeed, torchrun), SLURM_PROCID / SLURM_NTASKS / SLURM_LOCALID (srun, when
-    this process is a step's task and not the batch shell), and nothing at all (one process).
+    Known are LAUNCHERS, srun (where this process is a step's task, not the shell of a job), and nothing at all, which is
+    one process. Raises UserError for values that cannot be, and for the variables of other launchers.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        rank, size, local_rank = (int(env[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-    else:
-        rank, size, local_rank = 0, 1, 0
     device = torch.device("cpu")
+    rank, size, local_rank = _place()
     if torch.cuda.is_available():
         own_gpu_only = "SLURM_STEP_ID" in env and torch.cuda.device_count() == 1  # as with --gpus-per-task: number 0
         device = torch.device("cuda", 0 if own_gpu_only else local_rank)
     return World(rank, size, local_rank, device)
 
 
-def start(world: World) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs). One process alone gets a group of one, on no open port.
+def _place() -> tuple[int, int, int]:
+    """Rank, world size, local rank."""
+    env = os.environ
+    in_step = "SLURM_PROCID" in env and number("SLURM_STEP_ID", FIRST_SPECIAL_STEP, 2**32) < FIRST_SPECIAL_STEP
+    launchers = (*LAUNCHERS, SRUN) if in_step else LAUNCHERS
+    for rank_name, size_name, local_names in launchers:
+        if rank_name not in env and size_name not in env:
+            continue
+        if size_name == "SLURM_STEP_NUM_TASKS" and size_name not in env:
+            size_name = "SLURM_NTASKS"
+        for name, other in ((rank_name, size_name), (size_name, rank_name)):
+            if name not in env:
+                raise UserError(f"{name}: not set, though {other} = {env[other]!r} is; {HOW_TO_START}")
+        size = number(size_name, None, MANY, least=1)
+        local_name = next((name for name in local_names if name in env), local_names[0])
+        try:
+            return number(rank_name, None, size - 1), size, number(local_name, 0, size - 1)
+        except UserError as error:
+            raise UserError(f"{error}; {size_name} = {size}") from None
+    if found := [name for name in UNKNOWN if name in env and not in_step]:
+        raise UserError(f"{found[0]} = {env[found[0]]!r} is of a launcher that is not known here; {HOW_TO_START}")
+    return 0, 1, 0
 
-    Several meet at MASTER_ADDR:MASTER_PORT, which deepspeed and torchrun set. Under srun, what is not set is found: the
-    first host of the step and a port that follows from the numbers of job and step. Raises UserError elsewhere, and
-    where a node has more processes than GPUs.
-    """
-    if world.size > 1:
-        find_meeting_point(world)
-    on_gpu = world.device.type == "cuda"
-    if on_gpu and world.device.index >= (seen := torch.cuda.device_count()):
-        raise UserError(f"LOCAL_RANK = {world.local_rank}, but {seen} GPUs are to be seen: start one process for each")
-    local_rank = world.device.index if on_gpu else world.local_rank  # by which DeepSpeed chooses the GPU
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
-    if on_gpu:
-        torch.cuda.set_device(world.device)
-    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share a CPU share its cores
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    options = {"timeout": timedelta(minutes=30)}
-    if world.size == 1:
-        options["store"] = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
+
+HOW_TO_START = (
+    "start with deepspeed, torchrun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for "
+    "each process"
+)
+
+
+def number(name: str, default: int | None, most: int, least: int = 0) -> int:
+    """The whole number in an environment variable; `default` where it is not set. Raises UserError otherwise."""
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not re.fullmatch(r"[0-9]{1,10}", value) or not least <= int(value) <= most:
+        raise UserError(f"{name} = {value!r}: expected a whole number from {least} to {most}")
+    return int(value)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def find_meeting_point(world: World) -> tuple[str, int]:
+    """MASTER_ADDR and MASTER_PORT, where they are not set from what srun tells its tasks. Raises UserError."""
+    env = os.environ
+    if "SLURM_STEP_NODELIST" in env:
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(port_of_step(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))))
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
+        raise UserError(
+            f"{' and '.join(missing)}: not set, so {world.size} processes cannot find each other; start them with "
+            "deepspeed, torchrun or srun, or export MASTER_ADDR=<the host of rank 0> MASTER_PORT=<a free port there>"
+        )
+    return env["MASTER_ADDR"], number("MASTER_PORT", None, 65535, least=1)
 
 
 def gather(value: Any, world: World) -> list:
@@ -116,7 +165,9 @@ def shared(error: Exception) -> Exception:
 
 
 def tells(error: BaseException) -> bool:
-    """Whether this process is the one to print an error: rank 0 where all ranks have it, else whoever raises it."""
+    """Whether this process is the one to print an error: rank 0 where all have it, else whoever raises it first."""
+    if getattr(error, "told_elsewhere", False):
+        return False
     if not (isinstance(error, KeyboardInterrupt) or getattr(error, "all_ranks_have_it", False)):
         return True
     try:
@@ -143,19 +194,6 @@ def _made(kind: type[Exception], arguments: tuple, where: str) -> Exception:
     return kind(arguments[0] + where)
 
 
-def find_meeting_point(world: World) -> None:
-    """Set MASTER_ADDR and MASTER_PORT from what srun tells its tasks; what is set already stays."""
-    env = os.environ
-    if "SLURM_STEP_NODELIST" in env:
-        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(port_of_step(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))))
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]:
-        raise UserError(
-            f"{' and '.join(missing)}: not set, so {world.size} processes cannot find each other; start them with "
-            "deepspeed, torchrun or srun, or export MASTER_ADDR=<the host of rank 0> MASTER_PORT=<a free port there>"
-        )
-
-
 def first_host(node_list: str) -> str:
     """The first name that `scontrol show hostnames` makes of Slurm's "rack[1-2]n[07-12,15],login". No scontrol needed:
     inside containers there is none."""
@@ -175,21 +213,37 @@ def configure_logging(world: World) -> None:
 
 
 class StopSignal:
-    """Ends the loop between two steps, on all ranks at the same one: by SIGTERM or SIGUSR1 to any rank, or a stop file.
+    """Ends the loop between two steps, on all ranks at the same one: by a signal to any rank, or by a stop file.
 
     Rank 0 looks for the file. A person makes an empty one (touch). One with a word in it says that the run should go on
-    later: a batch script writes that, and so does rank 0 after a signal. What is left of an earlier stop is removed.
+    later: a batch script writes that, and so does rank 0 after a signal. Of SIGINT (Ctrl-C) and SIGHUP (the terminal is
+    closed) the second one ends the process at once; where they are ignored, as under nohup, they stay so.
     """
 
     def __init__(self, stop_file: Path, world: World) -> None:
         self.stop_file, self.world, self.signalled = stop_file, world, False
-        if world.is_first:
-            stop_file.unlink(missing_ok=True)
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note_once)
 
     def _note(self, number: int, frame) -> None:
         self.signalled = True
+
+    def _note_once(self, number: int, frame) -> None:
+        self.signalled = True
+        signal.signal(number, signal.SIG_DFL)  # needs no Python: ends a process that waits in a collective, too
+        if number == signal.SIGHUP:  # what is written to a terminal that is gone would be an error
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self._terminals:
+                os.dup2(nothing, descriptor)
+        if self.world.is_first:
+            name = signal.Signals(number).name
+            line = f"\n{name}: saves a checkpoint after this step and stops; the next one ends at once\n"
+            with suppress(OSError):
+                os.write(2, line.encode())  # sys.stderr may be in the midst of a line of its own
 
     def agreed(self) -> bool:
         """True on every rank once any of them has a reason to stop. A collective when there is more than one rank."""
@@ -204,3 +258,13 @@ class StopSignal:
             except OSError as error:
                 logger.warning(f"{self.stop_file}: cannot be written ({error.strerror}); stopping all the same")
         return stop
+
+
+def forget_stop(stop_file: Path, began: float) -> None:
+    """Remove what is left of an earlier stop: a stop file older than `began`, in seconds of this machine's clock. The
+    file's own time is that of its file system, whose clock is asked by making a file."""
+    if stop_file.exists():
+        with tempfile.NamedTemporaryFile(dir=stop_file.parent, prefix=".clock.", suffix=".partial") as file:
+            ahead = os.stat(file.name).st_mtime - time.time()
+        if stop_file.stat().st_mtime < began + ahead:
+            stop_file.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ FLOORS = [  # from the ground up
     {"documents", "provenance"},
     {"config"},
     {"dist", "masking", "kernels", "descriptions"},
-    {"files", "cli"},
+    {"files", "cli", "meeting"},
     {"models", "diffusion"},
     {"parallel", "data", "sources", "encoders", "snapshot"},
     {"prepare", "eval"},

@@ -13,7 +13,8 @@ import numpy as np
 import torch.distributed
 
 from mdit.data.writer import ShardWriter
-from mdit.dist import identify, start
+from mdit.dist import identify
+from mdit.meeting import start
 from tests.processes import run_forked
 from tests.recipes import tiny_config
 

@@ -20,7 +20,8 @@ import torch.distributed
 
 from mdit import cli, dist
 from mdit.config import TrainConfig, UserError, load_config
-from mdit.dist import World, identify, start
+from mdit.dist import World, identify
+from mdit.meeting import start
 from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.shard import WHOLE, Shard

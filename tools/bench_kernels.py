@@ -38,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdit import cli
 from mdit.config import ModelConfig, UserError
+from mdit.dist import cores
 from mdit.kernels import comparison, dispatch, expert_choice, swiglu
 from mdit.models import presets
 from mdit.models.kernel_calls import EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
@@ -345,7 +346,7 @@ def environment() -> dict[str, str]:
         triton = "not installed"
     return {
         "gpu": torch.cuda.get_device_name() if gpu else "none",
-        "cpu": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "cpu": f"{platform.machine()}, {cores()} cores",
         "torch": torch.__version__,
         "triton": triton,
         "cuda": torch.version.cuda or "none",

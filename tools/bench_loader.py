@@ -47,6 +47,7 @@ from mdit.data.order import GlobalOrder
 from mdit.data.quantise import dequantise
 from mdit.data.shards import open_dataset
 from mdit.data.writer import ShardWriter
+from mdit.dist import cores
 from mdit.files import try_to_write, write_json
 from mdit.provenance import commit
 
@@ -318,7 +319,7 @@ def describe_machine(device: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "cpu": f"{cpu.split(': ')[1]}, {len(os.sched_getaffinity(0))} cores",
+        "cpu": f"{cpu.split(': ')[1]}, {cores()} cores",
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
         "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
         "date": datetime.now(UTC).date().isoformat(),

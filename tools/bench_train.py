@@ -29,8 +29,9 @@ from mdit.bench.rows import load
 from mdit.bench.session import Session
 from mdit.bench.stages import CONFIGS, STAGES, Job, prepare_data, ran_out_of_memory, settle
 from mdit.bench.trial import MADE_UP
-from mdit.dist import World, configure_logging, identify, start
+from mdit.dist import World, configure_logging, identify
 from mdit.files import try_to_write
+from mdit.meeting import start
 
 START = time.monotonic()
 PRICES = (3.75, 2.0)

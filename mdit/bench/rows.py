@@ -27,7 +27,6 @@ A profile row has, instead of rates and milliseconds, what mdit.bench.profile fo
 """
 
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -40,7 +39,7 @@ import torch
 
 from mdit.config import TrainConfig, UserError
 from mdit.documents import read_json
-from mdit.dist import World
+from mdit.dist import World, cores
 from mdit.files import write_text
 from mdit.models.flops import training_flops
 from mdit.parallel.activations import meta_model
@@ -244,7 +243,7 @@ def environment(world: World) -> dict[str, Any]:
     machine = machine_of(name)
     return {
         "gpu": name,
-        "cpu": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "cpu": f"{platform.machine()}, {cores()} cores",
         "gpus": world.size,
         "peak_tflops": machine.peak / 1e12 if machine else None,
         "bandwidth_gbs": machine.memory / 1e9 if machine else None,

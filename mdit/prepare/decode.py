@@ -6,7 +6,6 @@ bit for bit what torchvision gives on Pillow pictures; `mdit.prepare.dali` has t
 """
 
 import io
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+from mdit.dist import cores
 
 TOO_SMALL = "too small"
 NOT_DECODABLE = "not decodable"
@@ -39,8 +40,7 @@ class PillowDecoder:
 
     def __init__(self, image_sizes: Sequence[int], min_side: int, device: torch.device) -> None:
         self.image_sizes, self.min_side, self.device = tuple(image_sizes), min_side, device
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = min(cores, MOST_THREADS)
+        self.threads = min(cores(), MOST_THREADS)
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
     def __call__(self, pictures: Sequence[bytes | Image.Image]) -> Decoded:

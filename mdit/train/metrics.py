@@ -155,7 +155,8 @@ def memory_gib(device: torch.device) -> float:
     """Peak so far: what torch took of a GPU, else of this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else KiB
 
 
 def forget_after(path: Path, step: int) -> None:

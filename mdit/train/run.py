@@ -13,8 +13,9 @@ from mdit.config import TrainConfig, UserError, kept_tokens, load_config, portab
 from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
-from mdit.dist import World, logger
+from mdit.dist import World, gather, logger, on_all_ranks
 from mdit.kernels.choice import choose_kernels
+from mdit.meeting import while_others_wait
 from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
 from mdit.parallel.fp8 import check_fp8
@@ -23,11 +24,20 @@ from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings,
 from mdit.prepare import is_prepared, prepare
 from mdit.provenance import commit, package_versions
 from mdit.snapshot import initial_weights, load_snapshot
+from mdit.train.agreement import require_agreement, what_is_read
 from mdit.train.checkpoint import Damaged, complete_checkpoints, latest_step, read_state
 from mdit.train.engine import check_ds_config
 from mdit.train.loop import Run
 from mdit.train.optim import check_implementation
-from mdit.train.run_directory import CHECKPOINTS, CONFIG, RunDirectory, check_place, check_same_recipe, finished_at
+from mdit.train.run_directory import (
+    CHECKPOINTS,
+    CONFIG,
+    SEEN_WITHIN,
+    RunDirectory,
+    check_place,
+    check_same_recipe,
+    finished_at,
+)
 
 # Variables that count how often Slurm and torchrun gave the same command again: a --restart in it was for the first.
 STARTED_AGAIN = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
@@ -56,7 +66,7 @@ def plan_run(
     weights = None
     if init_from is not None and (restart or latest_step(run_dir / CHECKPOINTS) == 0):
         weights = initial_weights(load_snapshot(init_from), config.model)  # a run that has begun goes on from itself
-    return Run(config, settings, ds_config, run_dir, world, weights, init_from, restart)
+    return Run(config, settings, ds_config, run_dir, world, weights, init_from, restart, in_triton)
 
 
 def check_what_is_there(run_dir: Path, config: TrainConfig) -> None:
@@ -90,8 +100,10 @@ def settle_json(
 
 
 def finished(run: Run) -> bool:
-    """Say so when there is nothing left to do."""
+    """Say so when there is nothing left to do. A collective: on a shared file system one rank sees more than another, so
+    rank 0 decides."""
     step = None if run.restart else finished_at(run.run_dir, run.config.training.num_steps)
+    step = gather(step, run.world)[0]
     if step is None:
         return False
     logger.info(f"{run.run_dir}: finished at step {step}; snapshot {run.run_dir / 'snapshots' / f'step_{step:08d}'}")
@@ -99,10 +111,20 @@ def finished(run: Run) -> bool:
 
 
 def prepare_on_first(run: Run) -> None:
-    """Rank 0 makes the data if it is missing, the others wait for it; all check it."""
-    config = run.config
-    while not (run.world.is_first or is_prepared(config)):
-        time.sleep(0.5)
+    """Rank 0 makes the data if it is missing, while the others wait for it; all check it, and that it is the same. A
+    collective; raises on all ranks alike."""
+    while_others_wait(run.world, "makes the data", lambda: prepare(run.config, device=run.world.device))
+    on_all_ranks(run.world, lambda: check_data(run))
+    require_agreement(run.world, what_is_read(run))
+
+
+def check_data(run: Run) -> None:
+    config, deadline = run.config, time.monotonic() + SEEN_WITHIN
+    while not is_prepared(config):
+        if time.monotonic() > deadline:
+            directories = ", ".join((*config.data.train, config.data.validation))
+            raise UserError(f"{directories}: rank 0 sees these sets, this rank does not; the nodes have to share them")
+        time.sleep(0.1)
     prepare(config, device=run.world.device)
     shard_sizes = [open_dataset(directory).shard_sizes for directory in config.data.train]
     # Refuses a set that is smaller than its share of a batch.
@@ -110,10 +132,11 @@ def prepare_on_first(run: Run) -> None:
 
 
 @contextmanager
-def opened(run: Run) -> Iterator[RunDirectory]:
+def opened(run: Run, began: float | None = None) -> Iterator[RunDirectory]:
     """The run's directory in the hands of this run: tried out, locked, its checkpoint found, config.json and a line of
-    starts.jsonl written. A collective; raises on all ranks alike."""
-    with RunDirectory(run.run_dir, run.world, restart=run.restart) as directory:
+    starts.jsonl written. `began` is when this process did, by time.time(): a STOP file that is older goes. A collective;
+    raises on all ranks alike."""
+    with RunDirectory(run.run_dir, run.world, restart=run.restart, began=began) as directory:
         directory.begin(run.config, description(run), run.init_from, has_weights=run.initial_weights is not None)
         yield directory
 

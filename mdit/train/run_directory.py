@@ -23,7 +23,7 @@ import torch
 
 from mdit.config import TrainConfig, UserError, parse_recipe
 from mdit.data.manifest import MANIFEST
-from mdit.dist import World, gather, logger, on_all_ranks, shared
+from mdit.dist import World, forget_stop, gather, logger, on_all_ranks, shared
 from mdit.documents import explain, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.models import MicroDiT
@@ -60,8 +60,9 @@ class RunDirectory:
     After `begin`, `checkpoint` is what training goes on from, and `run` says, on rank 0, what is trained.
     """
 
-    def __init__(self, path: Path, world: World, *, restart: bool = False) -> None:
+    def __init__(self, path: Path, world: World, *, restart: bool = False, began: float | None = None) -> None:
         self.path, self.world, self.restart = path, world, restart
+        self.began = time.time() if began is None else began
         self.lock = Lock(path / LOCK)
         self.checkpoint: Checkpoint | None = None
         self.run: dict[str, Any] = {}
@@ -112,6 +113,7 @@ class RunDirectory:
         check_place(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(self.lock)
+        forget_stop(self.path / STOP, self.began)  # only now: before, it may have been meant for the lock's holder
         if self.restart:
             move_aside(self.path)
         clean_leftovers(self.path, lambda name: name.startswith((*FILES, TRIAL)))

@@ -188,7 +188,9 @@ def test_dry_run_refuses_what_a_run_would(mistake, good, monkeypatch, capsys):
 def test_dry_run_prints_everything_and_writes_nothing(good, tmp_path, monkeypatch, capsys):
     argv = [part for pair in good.items() for part in pair]
     monkeypatch.setattr(sys, "argv", [str(LAUNCHER), *argv, "--dry_run", "--set", "training.num_steps=77"])
-    runpy.run_path(str(LAUNCHER), run_name="__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(LAUNCHER), run_name="__main__")
+    assert not stop.value.code
     printed = capsys.readouterr().out
     assert '"num_steps": 77' in printed and "M parameters" in printed and '"stage": 2' in printed
     assert not (tmp_path / "run").exists()

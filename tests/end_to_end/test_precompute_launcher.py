@@ -13,6 +13,7 @@ import time
 import pytest
 
 from launchers import precompute
+from mdit import cli
 from mdit.data.shards import open_dataset, read_samples
 from tests.processes import fork_server
 from tests.training import REPOSITORY, environment
@@ -254,7 +255,7 @@ def test_more_left_out_than_may_be(downloads, tmp_path, capsys):
 
 def refused(arguments, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
-        precompute.main([str(argument) for argument in arguments])
+        cli.run(lambda: precompute.main([str(argument) for argument in arguments]))
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in error, error

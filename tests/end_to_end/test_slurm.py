@@ -140,7 +140,8 @@ def test_what_is_not_requeued(cluster, disturbed, tmp_path):
 
 MEET = """
 import torch
-from mdit.dist import identify, start
+from mdit.dist import identify
+from mdit.meeting import start
 world = identify()
 start(world)
 total = torch.tensor(float(10 ** world.rank))

@@ -1,10 +1,12 @@
 import itertools
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,16 @@ from mdit.dist import (
     StopSignal,
     World,
     configure_logging,
+    cores,
     find_meeting_point,
     first_host,
+    forget_stop,
     identify,
     logger,
     on_all_ranks,
-    start,
     tells,
 )
+from mdit.meeting import processes_here
 from tests.training import run_in_processes
 
 CPU = torch.device("cpu")
@@ -32,8 +36,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def environment(monkeypatch):
     """An environment with no trace of a launcher, on a machine without a GPU; returns a function that adds to it."""
-    launchers = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    for name in launchers | {name for name in os.environ if name.startswith("SLURM_")}:
+    launchers = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    mine = re.compile("SLURM_|PMI|OMPI_|MV2_|PALS_|MPI_")
+    for name in launchers | {name for name in os.environ if mine.match(name)}:
         monkeypatch.setenv(name, "")  # known from now on, so that what a test leaves there is undone
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -88,7 +93,52 @@ def test_more_processes_than_gpus_are_refused(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="LOCAL_RANK = 1, but 1 GPUs are to be seen: start one process for each"):
-        start(identify())
+        processes_here(identify())
+
+
+OPENMPI = dict(OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_RANK="1")
+HYDRA = dict(PMI_RANK="3", PMI_SIZE="4", MPI_LOCALRANKID="1")
+INTERACTIVE = dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_LOCALID="0", SLURM_STEP_ID="4294967290")
+
+
+@pytest.mark.parametrize("variables", [OPENMPI, HYDRA], ids=["OpenMPI", "MPICH"])
+@pytest.mark.parametrize("slurm", [{}, dict(SRUN, SLURM_STEP_ID="0", SLURM_PROCID="1")], ids=["", "under srun"])
+def test_mpirun_gives_rank_world_size_and_local_rank(environment, variables, slurm):
+    """Its daemons are tasks of srun in a job, whose numbers are not those of the processes."""
+    environment(**{**slurm, **variables})
+    assert identify() == World(rank=3, size=4, local_rank=1, device=CPU)
+
+
+def test_the_shell_of_an_interactive_job_is_one_process(environment):
+    environment(**INTERACTIVE)
+    assert identify() == World(rank=0, size=1, local_rank=0, device=CPU)
+
+
+GOOD = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize("value", ["", "-1", "x", "1.0", " 1", "\N{SUPERSCRIPT TWO}", "9" * 5000, "12345678"])
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"])
+def test_a_variable_that_cannot_be_is_named(environment, name, value):
+    environment(**{**GOOD, name: value})
+    with pytest.raises(UserError) as refused:
+        world = identify()
+        processes_here(world)
+        find_meeting_point(world)
+    assert str(refused.value).startswith(name) and value[:40] in str(refused.value)
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0"}, {"WORLD_SIZE": "2"}, {"PMIX_RANK": "0"}, {"PALS_RANKID": "1"}])
+def test_a_launcher_that_is_not_known_is_no_single_process(environment, variables):
+    environment(**variables)
+    with pytest.raises(UserError, match=f"{[*variables][0]}.*start with deepspeed, torchrun or srun"):
+        identify()
+
+
+def test_cores_are_counted_where_nobody_tells_which_are_ours(monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == os.cpu_count()
 
 
 def test_only_rank_0_is_first():
@@ -158,7 +208,8 @@ ALONE = World(0, 1, 0, CPU)
 
 @pytest.fixture
 def handlers():
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = {n: signal.getsignal(n) for n in numbers}
     yield
     for n, handler in before.items():
         signal.signal(n, handler)
@@ -181,12 +232,27 @@ def test_a_stop_file_stops_and_keeps_its_content(handlers, tmp_path):
     assert stop.agreed() and (tmp_path / "STOP").read_bytes() == b""
 
 
-def test_the_stop_file_of_an_earlier_run_is_removed_by_rank_0(handlers, tmp_path):
-    (tmp_path / "STOP").touch()
-    StopSignal(tmp_path / "STOP", World(1, 2, 1, CPU))
-    assert (tmp_path / "STOP").exists(), "whoever comes later may not take away what was put there for this run"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_first_ctrl_c_stops_as_a_signal_does_and_the_second_ends_at_once(number, handlers, tmp_path, capfd):
     stop = StopSignal(tmp_path / "STOP", ALONE)
-    assert not (tmp_path / "STOP").exists() and not stop.agreed()
+    signal.raise_signal(number)
+    assert stop.agreed() and capfd.readouterr().err.strip().count("\n") == 0
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_nohup_holds(handlers, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopSignal(tmp_path / "STOP", ALONE)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_only_the_stop_file_of_an_earlier_run_is_removed(handlers, tmp_path):
+    forget_stop(tmp_path / "STOP", time.time())  # there is none
+    (tmp_path / "STOP").touch()
+    forget_stop(tmp_path / "STOP", time.time() - 60)
+    assert StopSignal(tmp_path / "STOP", ALONE).agreed(), "it was put there while this run was starting"
+    forget_stop(tmp_path / "STOP", time.time() + 60)
+    assert [*tmp_path.iterdir()] == []
 
 
 def agree(world: World, folder: str) -> list[bool]:
@@ -208,7 +274,8 @@ def test_all_ranks_stop_for_one(tmp_path):
 
 ONE_PROCESS = """
 import torch
-from mdit.dist import identify, start
+from mdit.dist import identify
+from mdit.meeting import start
 start(identify())
 t = torch.ones(1)
 torch.distributed.all_reduce(t)

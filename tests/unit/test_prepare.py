@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import mdit.data.writer
 import mdit.prepare.recipe
 from launchers import precompute
+from mdit import cli
 from mdit.config import UserError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_image_encoder, build_text_encoder_from
@@ -279,6 +280,6 @@ def test_precompute_says_what_is_there_and_verifies_it(folder, tmp_path, capsys)
     out = capsys.readouterr().out
     assert f"{folder}/train: 60 samples in 1 shards" in out and out.count("checksums right") == 2
     with pytest.raises(SystemExit) as stop:
-        precompute.main(["--recipe", str(path), "--set", "data.prepare.image_size=16"])
+        cli.run(lambda: precompute.main(["--recipe", str(path), "--set", "data.prepare.image_size=16"]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1

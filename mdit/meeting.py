@@ -1,0 +1,289 @@
+"""The processes of a run meet, work as one, and learn of each other's end.
+
+They meet at a store that rank 0, or torchrun, keeps at MASTER_ADDR:MASTER_PORT. Whoever waits says after NOTICE seconds
+what for, and gives up after PATIENCE. Later the store carries the last line of a rank that ends by an error; the others
+notice its end by their connections and tell that line as their own last one, in place of a traceback.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
+
+from mdit.dist import World, cores, find_meeting_point, logger, number, on_all_ranks, shared
+from mdit.documents import UserError, explain, parse_json
+
+T = TypeVar("T")
+
+NOTICE = 10.0  # seconds
+PATIENCE = 300.0  # for processes that are still to come: nodes start, and read their packages, at different speeds
+FAREWELL = 5.0  # for the others to notice that one has ended
+COLLECTIVE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes have met, and on which hosts they are."""
+
+    store: Store
+    hosts: Sequence[str]
+    address: tuple[str, int] | None = None
+
+
+_meeting: Meeting | None = None  # as torch's own default group: there is one in a process
+
+
+@contextmanager
+def joined(world: World, plan: Callable[[], T] = lambda: None) -> Iterator[T]:
+    """All that the processes of a run do together: gives what `plan` returns, once it has returned on every rank.
+
+    An error of `plan` on any rank is raised on all. Inside, a rank that ends by an error leaves its line to the others,
+    and these raise UserError with that line when they lose their connection, or naming the rank that left none.
+    """
+    value, failed = None, None
+    try:
+        value = plan()
+    except (UserError, OSError) as error:
+        failed = error
+    start(world, failed)
+    try:
+        yield value
+    except BaseException as error:
+        leaving = threading.Thread(target=torch.distributed.destroy_process_group, daemon=True)
+        leaving.start()  # closes the connections, which the others notice; a GPU that hangs would keep it for ever
+        reason = part_from(world, error) if world.size > 1 else None
+        leaving.join(FAREWELL)
+        if reason is not None:
+            raise reason from error
+        raise
+    torch.distributed.destroy_process_group()
+
+
+def start(world: World, failed: Exception | None = None) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs). One process alone gets a group of one, on no open port.
+
+    Several meet at MASTER_ADDR:MASTER_PORT, which deepspeed and torchrun set; under srun, what is not set is found
+    (`find_meeting_point`). Raises UserError where they do not meet, where a node has more processes than GPUs, and
+    where any rank comes with the error for which it cannot start, `failed`.
+    """
+    global _meeting
+    on_gpu = world.device.type == "cuda"
+    try:
+        beside = processes_here(world)
+    except UserError as error:
+        failed = failed or error
+    if failed is not None and world.size == 1:
+        raise failed
+    meeting = meet(world, failed) if world.size > 1 else Meeting(HashStore(), [socket.gethostname()])
+    local_rank = world.device.index if on_gpu else world.local_rank  # by which DeepSpeed chooses the GPU
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
+    if on_gpu:
+        torch.cuda.set_device(world.device)
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share a CPU share its cores
+        torch.set_num_threads(max(1, cores() // beside))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    torch.distributed.init_process_group(
+        backend, rank=world.rank, world_size=world.size, store=PrefixStore("group", meeting.store), timeout=COLLECTIVE
+    )
+    _meeting = meeting
+
+
+def processes_here(world: World) -> int:
+    """How many of the run's processes are on this node. Raises UserError where there are not as many GPUs."""
+    name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"  # torchrun's, deepspeed's
+    if world.device.type == "cuda" and world.device.index >= (seen := torch.cuda.device_count()):
+        raise UserError(f"LOCAL_RANK = {world.local_rank}, but {seen} GPUs are to be seen: start one process for each")
+    return number(name, 1, world.size, least=1)
+
+
+def meet(world: World, failed: Exception | None = None) -> Meeting:
+    """Wait until every process of the run is here. Raises UserError, on all ranks alike as far as they come, when one
+    does not, when they do not agree on who they are, and when one comes with an error."""
+    here = socket.gethostname()
+    try:
+        address, store = open_store(world, PATIENCE if failed is None else NOTICE)
+    except UserError:
+        if failed is None:
+            raise
+        raise failed from None  # nobody else is here: this process tells it itself
+    if store.add(f"number/{world.rank}", 1) > 1:
+        raise UserError(f"RANK = {world.rank} on {here}: another process has it; give each of {world.size} its own")
+    line = failed and (explain(failed) if world.is_first else f"{explain(failed)} (rank {world.rank} on {here})")
+    store.set(f"here/{world.rank}", json.dumps({"host": here, "size": world.size, "error": line}))
+    outcome = _call_the_roll(world, store, line) if world.is_first else _wait_for_roll(world, store, failed)
+    if outcome["error"]:
+        raise shared(UserError(outcome["error"]))
+    if outcome["size"] != world.size:
+        raise UserError(f"WORLD_SIZE = {world.size} for rank {world.rank} on {here}, but {outcome['size']} for rank 0")
+    return Meeting(store, outcome["hosts"], address)
+
+
+def _call_the_roll(world: World, store: Store, line: str | None) -> dict[str, Any]:
+    """Rank 0's part: hear of every rank, and let all know how that ended."""
+    missing, heard, patience = set(range(world.size)), {}, Patience(PATIENCE)
+    while missing and not line:
+        for rank in sorted(missing):
+            if store.check([f"here/{rank}"]):
+                heard[rank] = parse_json(store.get(f"here/{rank}"), "the store")
+                missing.remove(rank)
+                line = line or heard[rank]["error"]
+        absent = f"{some(missing)}, not here yet; WORLD_SIZE = {world.size}"
+        if missing and not line and patience.over(absent):
+            minutes = f"{PATIENCE / 60:.0f} minutes"
+            line = f"waited {minutes} for {absent}: is each started, with the same MASTER_ADDR and MASTER_PORT?"
+    hosts = [heard[rank]["host"] for rank in range(world.size)] if not missing else []
+    outcome = {"size": world.size, "error": line, "hosts": hosts}
+    store.set("met", json.dumps(outcome))
+    if line:  # the store ends with this process: let others read it
+        patience = Patience(FAREWELL, says=False)
+        while store.add("read", 0) < world.size - 1 and not patience.over("the others"):
+            pass
+    return outcome
+
+
+def _wait_for_roll(world: World, store: Store, failed: Exception | None) -> dict[str, Any]:
+    patience = Patience((PATIENCE if failed is None else 0.0) + NOTICE, says=world.rank == 1)  # one is enough
+    while not store.check(["met"]):
+        if patience.over("rank 0, which has not come or waits for others"):
+            raise failed or UserError(f"waited {PATIENCE / 60:.0f} minutes for rank 0, which has not come")
+    outcome = parse_json(store.get("met"), "the store")
+    store.add("read", 1)
+    return outcome
+
+
+def open_store(world: World, seconds: float) -> tuple[tuple[str, int], Store]:
+    """The store at MASTER_ADDR:MASTER_PORT, kept there by rank 0 or by torchrun. Raises UserError when it cannot be
+    opened or reached within `seconds`."""
+    address, port = find_meeting_point(world)
+    keeps = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    options: dict[str, Any] = {"is_master": keeps, "wait_for_workers": False, "timeout": timedelta(seconds=seconds)}
+    if keeps:
+        try:
+            listening = listen(port)
+        except OSError as error:
+            where = f"on {socket.gethostname()}, where rank 0 is"
+            raise UserError(f"MASTER_PORT = {port}: cannot be opened {where}: {explain(error)}") from None
+        options["master_listen_fd"] = listening.detach()
+    reach(world, address, port, min(seconds, NOTICE) if keeps else seconds)
+    opened: list[Store] = []
+
+    def open_it() -> None:
+        with suppress(DistError):
+            opened.append(TCPStore(address, port, None, **options))
+
+    opening = threading.Thread(target=open_it, daemon=True)
+    opening.start()  # in a thread, as the constructor waits for ever where something else is listening
+    opening.join(seconds)
+    if not opened:
+        raise UserError(f"MASTER_ADDR = {address}, MASTER_PORT = {port}: what answers there is no process of this run")
+    return (address, port), PrefixStore(f"mdit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", opened[0])
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that takes connections from anywhere, by IPv6 and IPv4 as far as there are."""
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    return socket.create_server(("", port), backlog=4096)
+
+
+def reach(world: World, address: str, port: int, seconds: float) -> None:
+    """Wait until something answers there. Raises UserError."""
+    patience = Patience(seconds)
+    while (reason := answer(address, port)) is not None:
+        where = f"rank 0 at MASTER_ADDR = {address}, MASTER_PORT = {port} ({reason})"
+        if patience.over(f"{where}, which rank {world.rank} on {socket.gethostname()} does not reach"):
+            raise UserError(f"rank {world.rank} on {socket.gethostname()} does not reach {where}")
+
+
+def answer(address: str, port: int) -> str | None:
+    """None where something answers, else why nothing does."""
+    try:
+        socket.create_connection((address, port), timeout=NOTICE).close()
+    except (OSError, UnicodeError) as error:
+        return explain(error)
+    return None
+
+
+class Patience:
+    """Waiting, in a loop around `over`: says after NOTICE seconds what is waited for, ends after `seconds`."""
+
+    def __init__(self, seconds: float = float("inf"), *, says: bool = True) -> None:
+        self.began, self.seconds, self.notice = time.monotonic(), seconds, NOTICE if says else float("inf")
+
+    def over(self, what: str) -> bool:
+        """Sleep a moment -> whether the time is over."""
+        waited = time.monotonic() - self.began
+        if waited > self.notice:
+            logger.warning(f"waiting for {what}")
+            self.notice = float("inf")
+        time.sleep(0.05 if waited < 5 else 0.5)
+        return waited > self.seconds
+
+
+def some(ranks: set[int]) -> str:
+    """"rank 3", "ranks 1, 2, 3 and 9 others"."""
+    first = ", ".join(map(str, sorted(ranks)[:5]))
+    return f"rank{'s' * (len(ranks) > 1)} {first}" + (f" and {len(ranks) - 5} others" if len(ranks) > 5 else "")
+
+
+def while_others_wait(world: World, what: str, function: Callable[[], None]) -> None:
+    """Call `function` on rank 0, however long it takes. A collective: raises on all ranks what is raised there."""
+    failed = None
+    if world.is_first:
+        try:
+            function()
+        except Exception as error:
+            failed = error
+        _meeting.store.set(f"done/{what}", "1")
+    else:
+        patience = Patience()
+        while not _meeting.store.check([f"done/{what}"]):
+            patience.over(f"rank 0 on {_meeting.hosts[0]}, which {what}")
+
+    def check() -> None:
+        if failed is not None:
+            raise failed
+
+    on_all_ranks(world, check)
+
+
+def part_from(world: World, error: BaseException) -> UserError | None:
+    """Leave this rank's error to the others -> theirs, where this one is only that their connections are lost."""
+    if getattr(error, "all_ranks_have_it", False):
+        return None
+    lost = isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    here, store = socket.gethostname(), _meeting.store
+    try:
+        if answer(*_meeting.address) is not None:
+            raise DistError("no store")
+        store.append("ended", f"{world.rank} ")
+        if not lost:
+            line = "interrupted" if isinstance(error, KeyboardInterrupt) else explain(error)
+            mine = f"rank {world.rank} on {here} has ended: {line}"
+            told = store.compare_set("reason", "", mine).decode()
+            error.told_elsewhere = told != mine and told.endswith(f": {line}")
+        patience, ended = Patience(2 * FAREWELL if world.is_first else FAREWELL, says=False), set()
+        while not patience.over("the others") and len(ended) < world.size and (lost or world.is_first):
+            ended = set(map(int, store.get("ended").split()))
+            if lost and store.check(["reason"]):
+                return UserError(store.get("reason").decode())
+        missing = set(range(world.size)) - ended
+    except DistError:
+        missing = {0}
+    if not lost:
+        return None
+    if not missing:
+        return UserError(f"the processes have lost their connections: {explain(error)}")
+    where = ", ".join(dict.fromkeys(_meeting.hosts[rank] for rank in sorted(missing)[:5]))
+    return UserError(f"{some(missing)} on {where}: killed or cut off without a word; what was saved before is there")

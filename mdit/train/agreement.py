@@ -1,0 +1,78 @@
+"""What the ranks of a run have to have in common: compared before anything is trained, so that none goes its own way.
+
+All ranks know the same short digest, and only where digests differ do they look at what is behind them.
+"""
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import mdit.kernels
+from mdit.config import UserError
+from mdit.data.manifest import MANIFEST
+from mdit.dist import World, gather, shared
+from mdit.documents import to_json
+from mdit.files import checksum
+from mdit.provenance import package_versions
+from mdit.train.loop import Run
+from mdit.train.run_directory import flatten
+
+
+def require_agreement(world: World, values: Mapping[str, Any]) -> None:
+    """Raise UserError, on all ranks, naming the first key whose value differs between two ranks. A collective."""
+    digest = xxhash.xxh3_128_hexdigest(to_json(values).encode())
+    if len(set(gather(digest, world))) == 1:
+        return
+    (first_host, first), *others = gather((socket.gethostname(), dict(values)), world)
+    for rank, (host, other) in enumerate(others, 1):
+        for key in [*first, *(key for key in other if key not in first)]:
+            if first.get(key) != other.get(key):
+                raise shared(
+                    UserError(
+                        f"rank {rank} on {host} has {key} = {other.get(key)!r}, but rank 0 on {first_host} has "
+                        f"{first.get(key)!r}; start all processes of a run with the same"
+                    )
+                )
+
+
+def what_runs(run: Run) -> dict[str, Any]:
+    """What this rank is about to train, and with which code."""
+    return flatten(
+        {
+            "recipe": run.config.model_dump(mode="json"),
+            "deepspeed": run.ds_config,
+            "mdit": run.settings.model_dump(mode="json"),
+            "kernels": sorted(run.in_triton),
+            "device": run.world.device.type,
+            "run_dir": str(run.run_dir.absolute()),
+            "restart": run.restart,
+            "init_from": run.init_from and str(run.init_from.absolute()),
+            "initial_weights": run.initial_weights and weights_digest(run.initial_weights),
+            "versions": package_versions(),
+            "code": code_digests(),
+        }
+    )
+
+
+def what_is_read(run: Run) -> dict[str, Any]:
+    """The samples that this rank is about to train on: manifests name every shard by its checksum."""
+    directories = dict.fromkeys((*run.config.data.train, run.config.data.validation))
+    return {f"xxh3 of {Path(directory) / MANIFEST}": checksum(Path(directory) / MANIFEST) for directory in directories}
+
+
+def weights_digest(weights: Mapping[str, Any]) -> str:
+    digest = xxhash.xxh3_64()
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def code_digests() -> dict[str, str]:
+    """xxh3 of each of mdit's own Python files."""
+    folders = [Path(package.__file__).parent for package in (mdit, mdit.kernels)]
+    files = {f"{each.name}/{file.relative_to(each)}": file for each in folders for file in each.rglob("*.py")}
+    return {f"xxh3 of {name}": checksum(files[name]) for name in sorted(files)}
