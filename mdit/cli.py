@@ -16,6 +16,12 @@ USER_ERROR = 2
 # torch reads it when it is imported. Its warnings that a process at the other end has gone are pages of C++ frames.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+try:
+    os.getcwd()
+except FileNotFoundError:  # now, since torch's libraries end a process that loads them there, with a line of their own
+    print(f"error: the working directory {os.environ.get('PWD', '')} is gone; change to another", file=sys.stderr)
+    sys.exit(USER_ERROR)
+
 
 def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], bool] = lambda error: True) -> NoReturn:
     """Call `command` and exit with what it returns (None is 0), or, after one line on stderr, with
@@ -37,7 +43,6 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
         signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
-            check_working_directory()
             code = command() or 0
         finally:
             sys.stdout.flush()  # here, where an error of it still finds a handler; also after argparse's --help
@@ -88,15 +93,6 @@ def whole(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
 def _interrupt(number: int, frame) -> None:
     signal.signal(number, signal.SIG_DFL)  # needs no Python: ends a process that waits for something, too
     raise KeyboardInterrupt
-
-
-def check_working_directory() -> None:
-    """Raise UserError where it has been deleted: every relative name would be an error that names nothing."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        gone = os.environ.get("PWD", "")
-        raise UserError(f"the working directory {gone} is gone; change to one that is there") from None
 
 
 def _give_up_on_stdout() -> None:

@@ -139,3 +139,13 @@ def test_wrong_arguments_are_one_line(arguments, line, capsys):
     assert "\n    as it is written" in parser.format_help() and parser.parse_args(["--count", "9"]).count == 9
     code, _, error = ending(lambda: parser.parse_args(arguments), capsys)
     assert code == 2 and error.startswith(line) and error.count("\n") == 1
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path):
+    """Found before torch is loaded, which would end the process with a line about its own libraries."""
+    here = tmp_path / "here"
+    here.mkdir()
+    program = f"import os; os.chdir({str(here)!r}); os.rmdir({str(here)!r}); import mdit.cli"
+    env = {**os.environ, "PWD": str(here)}
+    ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (2, f"error: the working directory {here} is gone; change to another\n")
