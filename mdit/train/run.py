@@ -158,7 +158,7 @@ def describe(run: Run) -> str:
     config, ds = run.config, run.ds_config
     places = [*config.data.train, config.data.validation]
     if there := is_prepared(config):
-        prepare_on_first(run)  # which makes nothing then, and refuses sets that do not fit
+        check_data(run)  # makes nothing then, and refuses sets that do not fit
     with torch.device("meta"):
         model = MicroDiT(config.model)
     parameters = sum(p.numel() for p in model.parameters())
