@@ -12,7 +12,7 @@ from mdit.bench.rows import Row, measured_row, problem_row, stage_name
 from mdit.bench.trial import MADE_UP, Trial, give_back_memory
 from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, load_config
 from mdit.dist import World, logger
-from mdit.parallel.settings import RunSettings, load_ds_json
+from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings
 from mdit.prepare import is_prepared, prepare
 from mdit.train.run import settle_json
 
@@ -109,7 +109,8 @@ def settle(
     if global_batch is not None:
         config = with_batch(config, global_batch)
     ds_json = load_ds_json(ds_path)
-    ds_json = ds_json | {"mdit": {**ds_json.get("mdit", {}), **(mdit or {})}}
+    settings = load_run_settings(ds_json, ds_path).model_dump(exclude_unset=True)
+    ds_json |= {"mdit": {**settings, **(mdit or {})}}
     if micro_batch is not None:
         ds_json |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
     settings, ds_config, in_triton, _ = settle_json(ds_json, ds_path, config, recipe, world)
