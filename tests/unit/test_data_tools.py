@@ -95,7 +95,7 @@ def test_the_report(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number, code, line", [(signal.SIGKILL, 2, "process that read shards was killed"), (signal.SIGINT, 130, "interrupted")]
+    "number, code, line", [(signal.SIGKILL, 2, "that read shards was killed"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_a_killed_reader_and_ctrl_c_are_one_line(directory, monkeypatch, capfd, number, code, line):
     parent = os.getpid()
