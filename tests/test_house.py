@@ -264,6 +264,29 @@ def test_text_is_utf_8_under_any_locale():
     assert not {path: calls for path, calls in found.items() if calls}
 
 
+def own_endings(source: str) -> list[str]:
+    """What a command must leave to mdit.cli: exits, and lines that begin with "error: "."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("sys.exit", "exit", "os._exit", "SystemExit"):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("error: "):
+            found.append(node.value)
+    return found
+
+
+@pytest.mark.parametrize("source", ["sys.exit(2)", "print(f'error: {error}')", "raise SystemExit(2)"])
+def test_a_command_that_ends_in_its_own_way_is_found(source):
+    assert own_endings(source)
+    assert not own_endings("cli.run(main)")
+
+
+def test_commands_end_in_one_way():
+    files = [path for path in python_files() if path.startswith(("launchers/", "tools/"))]
+    found = {path: own_endings((ROOT / path).read_text(encoding="utf-8")) for path in files}
+    assert not {path: endings for path, endings in found.items() if endings}
+
+
 def test_the_check_sees_the_files_of_this_checkout():
     assert {"mdit/models/dit.py", "kernels/expert_choice/reference.py", "tests/test_house.py"} <= {*python_files()}
     imports = imported_modules((ROOT / "mdit/models/dit.py").read_text(encoding="utf-8"), "mdit/models/dit.py")
