@@ -66,6 +66,23 @@ def parse_json(content: bytes | str, source: object) -> Any:
     return values
 
 
+def parse_foreign_json(content: bytes | str) -> Any:
+    """JSON of other programs' data, which may hold NaN, a key twice and any numbers and texts. Raises ValueError for
+    what is not JSON, not UTF-8, or nested deeper than MAX_DEPTH."""
+    try:
+        values = json.loads(_text(content))
+    except RecursionError as error:
+        raise ValueError(_reason(error)) from None
+    waiting = [(1, values)]
+    while waiting:
+        depth, value = waiting.pop()
+        if isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise ValueError(_reason(RecursionError()))
+            waiting += [(depth + 1, inside) for inside in (value.values() if isinstance(value, dict) else value)]
+    return values
+
+
 def parse_toml(content: bytes | str, source: object) -> dict[str, Any]:
     """Raises UserError, beginning with `source`, for what is not TOML or not fit for use (`check`)."""
     try:

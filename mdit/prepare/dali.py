@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from mdit.dist import logger
-from mdit.prepare.decode import Decoded, PillowDecoder, gather, open_header, orientation, source_box
+from mdit.prepare.decode import Decoded, PillowDecoder, gather, source_box
+from mdit.sources.pictures import open_header, orientation
+from mdit.sources.storage import is_damage
 
 BATCH_SIZE = 64
 END_OF_IMAGE = b"\xff\xd9"
@@ -130,7 +132,9 @@ def plain_jpeg(picture: bytes | Image.Image) -> tuple[int, int] | None:
         return None
     try:
         image = open_header(picture)
-    except Exception:  # as in PillowDecoder.decode, which is going to reject it
+    except Exception as error:  # as in PillowDecoder.decode, which is going to reject it
+        if not is_damage(error):
+            raise
         return None
     stored_as_rgb = image.info.get("adobe_transform") == 0
     if image.format != "JPEG" or image.mode != "RGB" or stored_as_rgb or orientation(image) != 1:

@@ -5,17 +5,18 @@ side is resized to `size` with an antialiased bicubic filter, then the middle sq
 bit for bit what torchvision gives on Pillow pictures; `mdit.prepare.dali` has the same crop on a GPU.
 """
 
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from mdit.dist import cores
+from mdit.sources.pictures import open_header, upright_rgb
+from mdit.sources.storage import is_damage
 
 TOO_SMALL = "too small"
 NOT_DECODABLE = "not decodable"
@@ -55,11 +56,9 @@ class PillowDecoder:
             if min(image.size) < self.min_side:
                 return TOO_SMALL
             image = upright_rgb(image)
-        except MemoryError:
-            raise
-        except (
-            Exception
-        ):  # Pillow's plugins raise nearly anything on damaged files: struct.error, EOFError, KeyError...
+        except Exception as error:
+            if not is_damage(error):
+                raise
             return NOT_DECODABLE
         return {size: np.asarray(crop(image, size)) for size in self.image_sizes}
 
@@ -73,35 +72,6 @@ def gather(results: Sequence[dict[int, np.ndarray] | str], sizes: Sequence[int],
         rows = np.stack([results[i][size] for i in kept]) if kept else np.empty((0, size, size, 3), np.uint8)
         images[size] = torch.from_numpy(rows).to(device)
     return Decoded(images, kept, rejected)
-
-
-def open_header(picture: bytes | Image.Image) -> Image.Image:
-    """Size, mode and format; pixels are decoded when they are asked for. Raises what Pillow raises."""
-    if isinstance(picture, Image.Image):
-        return picture
-    return Image.open(io.BytesIO(picture))
-
-
-def orientation(image: Image.Image) -> int:
-    """EXIF's number for how the picture is turned, 1 to 8; 1 is upright, and so is a picture with damaged EXIF data."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        return 1
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode. Raises ValueError for pixels that are no colours (32-bit integers, floats), and what Pillow raises."""
-    if orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def placement(width: int, height: int, size: int) -> tuple[int, int, int, int]:

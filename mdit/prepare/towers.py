@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdit.config import UserError
 from mdit.data.manifest import Layout
+from mdit.documents import explain
 from mdit.encoders import ImageEncoder, TextEncoder
 from mdit.prepare.decoders import Decoder
 from mdit.sources import Part, Picture, Rejected
@@ -182,17 +183,12 @@ def read(claim: Claim) -> Iterator[Any]:
     pictures = 0
     try:
         for item in claim.part:
-            if not isinstance(item, Rejected):
-                pictures += 1
-                try:
-                    item.caption.encode()
-                except UnicodeEncodeError:  # half of a surrogate pair, which JSON can bring
-                    item = Rejected(item.origin, "unreadable caption")
+            pictures += not isinstance(item, Rejected)
             yield item
             if pictures == claim.pictures:
                 return
     except OSError as error:
-        raise UserError(f"part {claim.part.name} of the source cannot be read: {error}") from None
+        raise UserError(f"part {claim.part.name} of the source cannot be read: {explain(error)}") from None
 
 
 def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:

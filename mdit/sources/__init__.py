@@ -7,7 +7,7 @@ left out in silence but comes as a `Rejected` with a reason.
 import difflib
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mdit.config import EmojiSource, FolderSource, UserError
+from mdit.documents import explain
 
 SOURCES = (
     "sa1b",
@@ -38,6 +39,9 @@ Reason = Literal[
     "unreadable caption",  # not the text or the JSON that it should be
     "missing picture",  # the captions name it, but it is not there
     "unreadable picture",  # its file or archive member cannot be read
+    "link",  # an archive holds no picture or caption there, but the name of another file
+    "encrypted",  # a member of a zip
+    "name twice",  # files of one name, and it cannot be told which of them belong together
     "unsafe",  # rated above the limit (diffusiondb)
     "not rated",  # it may be unsafe (diffusiondb)
     "unreadable latents",  # not as many bytes as they should have (mds)
@@ -57,8 +61,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Rejected:
+    """`detail` says in a few words what is wrong. `member` is the name in the archive, where this is about one file."""
+
     origin: str
     reason: Reason
+    detail: str = field(default="", compare=False)
+    member: str | None = field(default=None, compare=False)
 
 
 class Part(Protocol):
@@ -102,7 +110,10 @@ def open_source(config: EmojiSource | FolderSource, image_size: int) -> RecipeSo
         return EmojiScenes(config, image_size)
     from mdit.sources.folder import PictureFolder
 
-    return PictureFolder(config)
+    try:
+        return PictureFolder(config)
+    except OSError as error:
+        raise UserError(f"{config.path}: cannot read it: {explain(error)}") from None
 
 
 def open_named_source(name: str, root: Path | None, *, split: str = "train", caption_key: str | None = None) -> Source:
@@ -125,7 +136,10 @@ def open_named_source(name: str, root: Path | None, *, split: str = "train", cap
         chosen["split"] = split
     if name in WITH_CAPTION_KEY:
         chosen["caption_key"] = caption_key
-    return importlib.import_module(f"mdit.sources.{name}").open_pictures(**chosen)
+    try:
+        return importlib.import_module(f"mdit.sources.{name}").open_pictures(**chosen)
+    except OSError as error:
+        raise UserError(f"--source {name}: cannot read {root}: {explain(error)}") from None
 
 
 def check_name(name: str) -> None:
@@ -137,9 +151,20 @@ def check_name(name: str) -> None:
 
 
 def captioned(origin: str, image: bytes | Image.Image, caption: str | None) -> Picture | Rejected:
-    """A picture, unless its caption is missing or blank."""
+    """A picture, unless its caption is missing or blank, or half of a surrogate pair is in it, which JSON can bring."""
     caption = (caption or "").strip()
-    return Picture(origin, image, caption) if caption else Rejected(origin, "no caption")
+    if not caption:
+        return Rejected(origin, "no caption", "caption is missing or blank")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return Rejected(origin, "unreadable caption", f"caption is not Unicode text: {caption[:60]!r}")
+    return Picture(origin, image, caption)
+
+
+def part_name(path: Path, root: Path) -> str:
+    """The name of a part that is a file or directory below `root`: text, whatever bytes the path is made of."""
+    return path.relative_to(root).as_posix().encode(errors="backslashreplace").decode()
 
 
 def slices(split: Sequence[Picture | Rejected], per_part: int, seed: int | None = None) -> list[Part]:

@@ -1,20 +1,26 @@
 """Files in tars, zips and directories, all read in the same way, one archive at a time."""
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from mdit.dist import logger
 from mdit.sources import Rejected
+from mdit.sources.storage import BUFFER, LARGEST, NOT_THERE, OF_ONE_NAME, is_damage, opened, read_file
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-# What a file that is cut off, overwritten or not readable raises, depending on where it is hurt.
-DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+# In the order in which they are taken where a sample has several.
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jp2", ".ppm")
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by how they begin
+ENCRYPTED = 1  # a flag of zip
 
 
 @dataclass(frozen=True)
@@ -26,31 +32,56 @@ class Member:
 
 
 def is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURES)
+    return name.lower().endswith(PICTURES) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Such as the "._a.jpg" that macOS packs beside each a.jpg."""
+    return name.rpartition("/")[2].startswith(".")
 
 
 def read_members(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
     """The files whose names are wanted: those of a tar in its own order, those of a zip or a directory by name.
 
-    What cannot be read is Rejected: one file, or after all that comes before the damage the archive, as `origin`.
+    What cannot be read is Rejected: one file, or after all that comes before the damage the archive, as `origin`. All
+    files that are wanted come, one way or the other. Raises OSError when the machine fails.
     """
-    read = _read_directory if path.is_dir() else _read_zip if path.suffix == ".zip" else _read_tar
     try:
-        yield from read(path, origin, wanted)
-    except DAMAGE as error:
+        if path.is_dir():
+            yield from _read_directory(path, origin, wanted)
+        else:
+            with opened(path) as file:
+                yield from (_read_zip if path.suffix == ".zip" else _read_tar)(file, origin, wanted)
+    except Exception as error:
+        if not is_damage(error):
+            raise
         logger.warning(f"{path}: damaged: {error}")
-        yield Rejected(origin, "damaged archive")
+        yield Rejected(origin, "damaged archive", str(error))
 
 
 def read_member(path: Path, name: str) -> bytes | None:
-    """One file of a zip or a directory. None when it is not there or cannot be read."""
+    """One file of a zip or a directory. None when it is not there or damaged. Raises OSError."""
     try:
         if path.is_dir():
-            return (path / name).read_bytes()
-        with zipfile.ZipFile(path) as archive:
+            return read_file(path / name)
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
             return archive.read(name)
-    except (*DAMAGE, KeyError):
+    except Exception as error:
+        if not (is_damage(error) or (path.is_dir() and getattr(error, "errno", None) in OF_ONE_NAME)):
+            raise
         return None
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The directories below and their files' names; nothing where there is no `root`. Raises OSError, where os.walk
+    would leave out what it cannot read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    if root.is_dir():
+        for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
+            yield Path(folder), names
 
 
 def without_unpacked(archives: Iterable[Path], directories: Iterable[Path]) -> list[Path]:
@@ -73,33 +104,71 @@ class _TarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"at byte {archive.offset}: {error}") from None
 
 
-def _read_tar(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member]:
-    with tarfile.open(path, tarinfo=_TarInfo) as archive:
+def _read_tar(file: BinaryIO, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
+    begins = file.peek(8)
+    unpack = next((unpack for magic, unpack in COMPRESSED.items() if begins.startswith(magic)), None)
+    content = file if unpack is None else io.BufferedReader(unpack(file), BUFFER)
+    with tarfile.open(fileobj=content, mode="r:", tarinfo=_TarInfo) as archive:
+        before = -1
         while (entry := archive.next()) is not None:
             archive.members.clear()  # it would remember every header
+            if archive.offset <= before:
+                raise tarfile.ReadError(f"at byte {before}: a member of {entry.size} bytes")
+            before = archive.offset
             name = str(PurePosixPath(entry.name))
-            if entry.isfile() and wanted(name):
+            if entry.isdir() or not wanted(name):
+                continue
+            where = f"{origin}/{name}"
+            if entry.islnk() or entry.issym():
+                yield Rejected(where, "link", f"{name} is a link to {entry.linkname}", name)
+            elif not entry.isfile() or entry.size > LARGEST:
+                yield Rejected(where, "unreadable picture", f"{name} has {entry.size} bytes", name)
+            else:
                 yield Member(name, archive.extractfile(entry).read())
         # A download that was cut off may have left zeros, which look like an end: not more of them than tar pads with.
-        rest = archive.fileobj.read(tarfile.RECORDSIZE + 1)
+        rest = content.read(tarfile.RECORDSIZE + 1)
         if len(rest) > tarfile.RECORDSIZE or rest.strip(b"\0"):
             raise tarfile.ReadError(f"ends at byte {archive.offset}, but the file goes on")
 
 
-def _read_zip(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if not name.endswith("/") and wanted(name):
-                yield _read_file(name, origin, partial(archive.read, name))
+def _read_zip(file: BinaryIO, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
+    with zipfile.ZipFile(file) as archive:
+        for info in sorted(archive.infolist(), key=lambda info: info.filename):
+            name = info.filename
+            if info.is_dir() or not wanted(name):
+                continue
+            if info.flag_bits & ENCRYPTED:
+                yield Rejected(f"{origin}/{name}", "encrypted", f"{name} is encrypted", name)
+            elif info.file_size > LARGEST:
+                yield Rejected(f"{origin}/{name}", "unreadable picture", f"{name} has {info.file_size} bytes", name)
+            else:
+                yield _read_one(name, origin, partial(archive.read, info))
 
 
 def _read_directory(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
-    for name in sorted(entry.name for entry in os.scandir(path) if entry.is_file() and wanted(entry.name)):
-        yield _read_file(name, origin, (path / name).read_bytes)
+    with os.scandir(path) as entries:
+        names = sorted(entry.name for entry in entries if wanted(entry.name) and not entry.is_dir())
+    for name in names:
+        yield _read_one(name, origin, partial(read_file, path / name), path)
 
 
-def _read_file(name: str, origin: str, read: Callable[[], bytes]) -> Member | Rejected:
+def _read_one(
+    name: str, origin: str, read: Callable[[], bytes], directory: Path | None = None
+) -> Member | Rejected:
     try:
         return Member(name, read())
-    except DAMAGE:
-        return Rejected(f"{origin}/{name}", "unreadable picture")
+    except Exception as error:
+        return rejected_file(error, f"{origin}/{name}", name, directory)
+
+
+def rejected_file(error: Exception, origin: str, name: str, directory: Path | None) -> Rejected:
+    """The reject for one file that could not be read. Raises what is the machine's fault; so is a file that is not
+    there when its directory is not there any more."""
+    number = getattr(error, "errno", None)
+    if not (is_damage(error) or (directory is not None and number in OF_ONE_NAME)):
+        raise error
+    if number in NOT_THERE:
+        directory.stat()
+        return Rejected(origin, "missing picture", f"there is no picture {name}", name)
+    reason = getattr(error, "strerror", None) or str(error)
+    return Rejected(origin, "unreadable picture", f"cannot read the picture {name}: {reason}", name)

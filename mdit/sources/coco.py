@@ -32,7 +32,8 @@ def open_pictures(root: Path) -> Source:
         annotations = read_json(path)
         for entry in annotations["annotations"]:
             captions.setdefault(entry["image_id"], text(entry["caption"]))
-        entries = sorted((image["file_name"], captions.get(image["id"])) for image in annotations["images"])
+        entries = [(image["file_name"], captions.get(image["id"])) for image in annotations["images"]]
+        entries.sort(key=lambda entry: Path(entry[0]).as_posix())
     except (TypeError, KeyError):
         raise UserError(f'{path}: expected {{"images": [...], "annotations": [...]}} of COCO captions') from None
     pictures = CaptionedFiles(root / f"val{year}", entries)

@@ -1,14 +1,17 @@
 """Pictures in single files, named by captions in JSON."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mdit.config import UserError
+from mdit.documents import parse_foreign_json
 from mdit.sources import Picture, Rejected, captioned
+from mdit.sources.archives import rejected_file
+from mdit.sources.storage import opened, read_file
+
+PEEKED = 100  # objects in which a caption's key must be found
 
 
 @dataclass(frozen=True)
@@ -23,47 +26,54 @@ class CaptionedFiles:
 
     def __getitem__(self, index: int) -> Picture | Rejected:
         file, caption = self.entries[index]
-        return read_picture(self.directory / file, file, caption)
+        return read_picture(self.directory / file, file, caption, self.directory)
 
     def look(self, indices: Iterable[int]) -> bytes:
         return repr([self.entries[index] for index in indices]).encode()
 
 
-def read_picture(path: Path, origin: str, caption: str | None) -> Picture | Rejected:
+def read_picture(path: Path, origin: str, caption: str | None, there: Path) -> Picture | Rejected:
+    """A picture in a file of its own. `there` is a file or directory that is there as long as the storage is. Raises
+    OSError when the machine fails."""
     try:
-        return captioned(origin, path.read_bytes(), caption)
-    except FileNotFoundError:
-        return Rejected(origin, "missing picture")
-    except (OSError, ValueError):  # ValueError: a name that no file can have
-        return Rejected(origin, "unreadable picture")
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[BinaryIO]:
-    """Open a file; raises UserError naming it when that, or reading it, fails."""
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}") from None
+        return captioned(origin, read_file(path), caption)
+    except Exception as error:
+        return rejected_file(error, origin, str(path), there)
 
 
 def read_json(path: Path) -> Any:
     """Raises UserError naming the file."""
-    with reading(path) as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON: {error}") from None
+    try:
+        with opened(path) as file:
+            return parse_foreign_json(file.read())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
 def read_object(line: bytes) -> dict | None:
     """One line of a .jsonl file; None when it is not a JSON object."""
     try:
-        values = json.loads(line)
+        values = parse_foreign_json(line)
     except ValueError:
         return None
     return values if isinstance(values, dict) else None
+
+
+def require_key(objects: Iterable[dict], key: str, where: object) -> None:
+    """Raise UserError naming the keys that are there when none of the objects has `key` (and there are some)."""
+    there: dict[str, None] = {}
+    count = 0
+    for count, values in enumerate(objects, start=1):
+        if key in values:
+            return
+        there |= dict.fromkeys(values)
+    if count:
+        raise UserError(
+            f"{where}: no caption: none of the first {count} objects has the key {key}; the keys there are "
+            f"{', '.join(map(str, there)) or 'none'}; name one by --caption_key"
+        )
 
 
 def text(value: Any) -> str | None:

@@ -1,44 +1,67 @@
 """Your own pictures: a directory with a `captions.jsonl` of lines {"file": "a/b.png", "caption": "..."}.
 
 A recipe wants every one of them: what is wrong is an error that names the line, before anything is written. By
-`--source folder` what cannot be used is left out and reported, and the directory may hold millions.
+`--source folder` what cannot be used is left out and reported, and the directory may hold millions; without a
+`captions.jsonl` it may also hold, at any depth, KEY.jpg (or another of archives.PICTURES) beside KEY.txt or KEY.json,
+as img2dataset writes them with output_format files (`mdit.sources.samples`).
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
-from PIL import Image
 
 from mdit.config import FolderSource, UserError
 from mdit.dist import logger
-from mdit.sources import Picture, Rejected, Source, not_found
-from mdit.sources.files import read_object, read_picture, reading, text
+from mdit.documents import parse_foreign_json
+from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
+from mdit.sources.archives import is_picture, walk
+from mdit.sources.files import PEEKED, read_object, read_picture, require_key, text
+from mdit.sources.pictures import open_header, upright_rgb
+from mdit.sources.samples import SampleFiles, require_caption
+from mdit.sources.storage import is_damage, opened
 
-CAPTIONS = "captions.jsonl"
+CAPTIONS, CAPTION = "captions.jsonl", "caption"
 LINES_PER_PART = 5000
+
+T = TypeVar("T")
 
 
 def open_pictures(root: Path, caption_key: str | None) -> Source:
-    """Counts the lines and reads none of them: a part does, and rejects what cannot be used."""
+    """Counts the lines and reads only the first: a part reads its own, and rejects what cannot be used."""
     path = root / CAPTIONS
     if not path.is_file():
-        raise not_found(root, CAPTIONS, 'write it, a line {"file": ..., "caption": ...} for each picture')
+        return _open_pairs(root, caption_key)
     starts, offset, count = [], 0, 0
-    with reading(path) as lines:
+    with opened(path) as lines:
         for count, line in enumerate(lines, start=1):
             if count % LINES_PER_PART == 1:
                 starts.append(offset)
             offset += len(line)
     if not starts:
         raise UserError(f"{path}: is empty; expected one caption a line")
-    return Source(
-        [Lines(f"{n:05d}", path, n, start, caption_key or "caption") for n, start in enumerate(starts)], count
-    )
+    with opened(path) as lines:
+        objects = [read_object(line) for line in islice(lines, PEEKED)]
+    require_key([values for values in objects if values is not None], caption_key or CAPTION, path)
+    return Source([Lines(f"{n:05d}", path, n, start, caption_key or CAPTION) for n, start in enumerate(starts)], count)
+
+
+def _open_pairs(root: Path, caption_key: str | None) -> Source:
+    parts = [
+        SampleFiles(part_name(folder, root), folder, caption_key)
+        for folder, names in walk(root)
+        if any(map(is_picture, names))
+    ]
+    if not parts:
+        how = 'write it, a line {"file": ..., "caption": ...} for each picture, or put KEY.txt beside each KEY.jpg'
+        raise not_found(root, CAPTIONS, how)
+    parts.sort(key=lambda part: part.name)
+    require_caption(parts, caption_key)
+    return Source(parts, pictures=None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,7 @@ class Lines:
     caption_key: str
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
-        with reading(self.captions) as lines:
+        with opened(self.captions) as lines:
             lines.seek(self.start)
             for number in range(LINES_PER_PART * self.number + 1, LINES_PER_PART * (self.number + 1) + 1):
                 if not (line := lines.readline()):
@@ -60,25 +83,44 @@ class Lines:
                 yield self._read(f"{CAPTIONS}:{number}", line)
 
     def look(self) -> list[bytes]:
-        with reading(self.captions) as lines:
+        with opened(self.captions) as lines:
             lines.seek(self.start)
             return [b"".join(islice(lines, LINES_PER_PART))]
 
     def _read(self, origin: str, line: bytes) -> Picture | Rejected:
-        if (values := read_object(line)) is None:
-            return Rejected(origin, "unreadable caption")
-        if not isinstance(values.get("file"), str) or not values["file"].strip():
-            return Rejected(origin, "missing picture")
-        return read_picture(self.captions.parent / values["file"], origin, text(values.get(self.caption_key)))
+        entry = parse_line(origin, line, self.caption_key)
+        return entry if isinstance(entry, Rejected) else entry.read(self.captions)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of captions.jsonl; `line` counts from 1."""
+    """One line of captions.jsonl; `origin` counts from 1: "captions.jsonl:1"."""
 
-    line: int
+    origin: str
     file: str
     caption: str
+
+    def read(self, captions: Path) -> Picture | Rejected:
+        """Raises OSError when the machine fails."""
+        return read_picture(captions.parent / self.file, self.origin, self.caption, captions)
+
+
+def parse_line(origin: str, line: bytes, caption_key: str = CAPTION) -> Entry | Rejected:
+    """Keys other than "file" and the caption's are left alone."""
+    try:
+        values = parse_foreign_json(line)
+    except ValueError as error:
+        return Rejected(origin, "unreadable caption", f"not valid JSON: {error}")
+    if not isinstance(values, dict):
+        return Rejected(origin, "unreadable caption", f'expected {{"file": ..., "{caption_key}": ...}}, found {values!r}')
+    file, value = values.get("file"), values.get(caption_key)
+    if not isinstance(file, str) or not file.strip():
+        return Rejected(origin, "missing picture", f"file is {file!r}; expected a text")
+    judged = captioned(origin, b"", text(value))
+    if isinstance(judged, Picture):
+        return Entry(origin, file, judged.caption)
+    detail = f"{caption_key} is {value!r}; expected a text" if judged.reason == "no caption" else judged.detail
+    return Rejected(origin, judged.reason, detail)
 
 
 class PictureFolder:
@@ -93,7 +135,7 @@ class PictureFolder:
         entries = read_captions(folder)
         logger.info(f"{folder}: checking {len(entries)} pictures")
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(lambda entry: check_picture(folder, entry), entries):
+            for _ in pool.map(lambda entry: check_picture(folder / CAPTIONS, entry), entries):
                 pass
         validation = [entry for entry in entries if _uniform(entry.file) < config.validation_share]
         training = [entry for entry in entries if _uniform(entry.file) >= config.validation_share]
@@ -116,12 +158,7 @@ class Pictures:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Picture:
-        entry = self.entries[index]
-        where, path = f"{CAPTIONS}:{entry.line}", self.folder / entry.file
-        try:
-            return Picture(where, path.read_bytes(), entry.caption)
-        except OSError as error:
-            raise UserError(f"{self.folder / where}: cannot read the picture {path}: {error}") from None
+        return _required(self.folder, self.entries[index].read(self.folder / CAPTIONS))
 
     def look(self, indices: Iterable[int]) -> bytes:
         return repr([(self.entries[index].file, self.entries[index].caption) for index in indices]).encode()
@@ -132,45 +169,37 @@ class Pictures:
 
 
 def read_captions(folder: Path) -> list[Entry]:
-    """Every line of captions.jsonl. Keys other than "file" and "caption" are left alone. Raises UserError."""
+    """Every line of captions.jsonl. Raises UserError for the first one that is wrong."""
     path = folder / CAPTIONS
-    try:
-        with open(path, encoding="utf-8") as lines:
-            entries = [_entry(f"{path}:{number}", number, line) for number, line in enumerate(lines, start=1)]
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the captions: {error.strerror}; see docs/data.md") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8: {error}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: cannot read the captions: there is no such file; see docs/data.md")
+    with opened(path) as lines:
+        entries = [
+            _required(folder, parse_line(f"{CAPTIONS}:{number}", line)) for number, line in enumerate(lines, start=1)
+        ]
     if not entries:
         raise UserError(f"{path}: is empty; expected one caption a line")
     return entries
 
 
-def _entry(where: str, number: int, line: str) -> Entry:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f'{where}: expected {{"file": ..., "caption": ...}}, found {line.strip()[:60]}')
-    for key in ("file", "caption"):
-        if not isinstance(values.get(key), str) or not values[key].strip():
-            raise UserError(f"{where}: {key} is {values.get(key)!r}; expected a text")
-    return Entry(number, values["file"], values["caption"].strip())
-
-
-def check_picture(folder: Path, entry: Entry) -> None:
+def check_picture(captions: Path, entry: Entry) -> None:
     """Decode a picture and forget it. Raises UserError naming file and line."""
-    path, where = folder / entry.file, f"{folder / CAPTIONS}:{entry.line}"
+    picture = _required(captions.parent, entry.read(captions))
     try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise UserError(f"{where}: there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: cannot read the picture {path}: {error}") from None
+        upright_rgb(open_header(picture.image))
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        what = f"cannot read the picture {captions.parent / entry.file}: {error}"
+        raise UserError(f"{captions.parent / entry.origin}: {what}") from None
+
+
+def _required(folder: Path, item: T | Rejected) -> T:
+    if isinstance(item, Rejected):
+        raise UserError(f"{folder / item.origin}: {item.detail}")
+    return item
 
 
 def _uniform(file: str) -> float:
     """A number in [0, 1) that only the file's name decides."""
-    return xxhash.xxh3_64_intdigest(file.encode()) / 2**64
+    return xxhash.xxh3_64_intdigest(file.encode(errors="surrogateescape")) / 2**64

@@ -1,10 +1,11 @@
 """Sets in the layouts of the Hugging Face library `datasets`, with a column of pictures and one of captions.
 
     --root DIR          what `save_to_disk` wrote; or a directory of parquet files, such as a copy of a set of the hub;
-                        or any other that `datasets` knows (imagefolder, ...)
+                        or what img2dataset wrote (output_format parquet); or any other that `datasets` knows
     --root OWNER/NAME   a set of https://huggingface.co/datasets, which `datasets` downloads to its cache
 
-The pictures are the first column of the type Image; their files are taken as they are, not decoded. The captions are
+The pictures are the first column of the type Image, or one of bytes that is called jpg (or another of PICTURES); their
+files are taken as they are, not decoded. The captions are
 the column that the caption key names, or the first of CAPTIONS; of a list the first. The licence is the set's own.
 Parquet files are read in place, each is one part; other sets are cut in ranges of rows. Needs the package `datasets`.
 """
@@ -19,9 +20,11 @@ from typing import Any
 
 from mdit.config import UserError
 from mdit.dist import logger
-from mdit.sources import Picture, Rejected, Source, captioned
+from mdit.sources import Picture, Rejected, Source, captioned, part_name
 from mdit.sources.files import read_picture, text
+from mdit.sources.storage import is_damage
 
+PICTURES = ("jpg", "jpeg", "png", "webp", "image")  # img2dataset names the column by its encode_format
 CAPTIONS = ("caption", "text", "prompt", "reference_strs")
 ROWS_PER_PART = 5000
 ROWS_AT_ONCE = 64  # of a parquet file, in memory
@@ -37,13 +40,17 @@ def open_pictures(root: Path, split: str, caption_key: str | None) -> Source:
             saved = library.load_from_disk(str(root))
             splits = saved if isinstance(saved, library.DatasetDict) else {"train": saved}
             return _rows(root, _of_split(root, splits, split), caption_key)
+        if written := _of_img2dataset(root):
+            return _parquet_files(root, _of_split(root, {"train": written}, split), caption_key)
         builder = library.load_dataset_builder(str(root), **_no_code_of_others(library.load_dataset_builder))
         if root.is_dir() and builder.name == "parquet":
             files = _of_split(root, {str(name): files for name, files in builder.config.data_files.items()}, split)
             return _parquet_files(root, [Path(file) for file in files], caption_key)
         loaded = library.load_dataset(str(root), split=split, **_no_code_of_others(library.load_dataset))
         return _rows(root, loaded, caption_key)
-    except (OSError, ValueError, library.exceptions.DatasetsError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the library's own, those of the network, and any that damaged files bring about
         raise UserError(f"{root}: cannot open it as a set of Hugging Face's: {' '.join(str(error).split())}") from None
 
 
@@ -54,11 +61,13 @@ class Columns:
 
     def read(self, origin: str, row: Mapping[str, Any]) -> Picture | Rejected:
         """A row whose picture is not decoded: {"bytes": ..., "path": ...}, where one may be None."""
-        picture, caption = row.get(self.picture) or {}, text(row.get(self.caption))
-        if picture.get("bytes") is not None:
-            return captioned(origin, picture["bytes"], caption)
-        if picture.get("path"):
-            return read_picture(Path(picture["path"]), origin, caption)
+        picture, caption = row.get(self.picture), text(row.get(self.caption))
+        if isinstance(picture, Mapping) and picture.get("bytes") is None:
+            if path := picture.get("path"):
+                return read_picture(Path(path), origin, caption, Path())
+        elif picture is not None:
+            data = picture["bytes"] if isinstance(picture, Mapping) else picture
+            return captioned(origin, data, caption) if isinstance(data, bytes) else Rejected(origin, "unreadable picture")
         return Rejected(origin, "missing picture")
 
 
@@ -72,8 +81,11 @@ class Rows:
     columns: Columns
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
-        for index, row in zip(self.indices, self.dataset.select(self.indices)):
-            yield self.columns.read(f"row {index}", row)
+        try:
+            for index, row in zip(self.indices, self.dataset.select(self.indices)):
+                yield self.columns.read(f"row {index}", row)
+        except Exception as error:
+            yield _damaged(error, f"rows {self.name}", self.name)
 
     def look(self) -> list[bytes]:
         captions = self.dataset.select_columns([self.columns.caption]).select(self.indices)
@@ -87,19 +99,24 @@ class ParquetFile:
     columns: Columns
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
-        import pyarrow
         import pyarrow.parquet
 
         names, index = [self.columns.picture, self.columns.caption], 0
         try:
             with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
                 for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names):
-                    for row in batch.to_pylist():
-                        yield self.columns.read(f"{self.name}:row {index}", row)
+                    for row in range(batch.num_rows):
+                        yield self._read(f"{self.name}:row {index}", batch, row)
                         index += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            logger.warning(f"{self.path}: damaged: {error}")
-            yield Rejected(self.name, "damaged archive")
+        except Exception as error:
+            yield _damaged(error, self.path, self.name)
+
+    def _read(self, origin: str, batch: Any, row: int) -> Picture | Rejected:
+        try:
+            values = {name: batch[name][row].as_py() for name in batch.schema.names}
+        except ValueError as error:  # not UTF-8
+            return Rejected(origin, "unreadable caption", str(error))
+        return self.columns.read(origin, values)
 
     def look(self) -> list[Path]:
         return [self.path]
@@ -118,7 +135,6 @@ def _rows(root: Path, dataset: Any, caption_key: str | None) -> Source:
 
 
 def _parquet_files(root: Path, files: list[Path], caption_key: str | None) -> Source:
-    import pyarrow
     import pyarrow.parquet
 
     schema, pictures = None, 0
@@ -126,25 +142,43 @@ def _parquet_files(root: Path, files: list[Path], caption_key: str | None) -> So
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema, pictures = schema or file.schema_arrow, pictures + file.metadata.num_rows
-        except (pyarrow.ArrowException, OSError):
+        except Exception as error:
+            if not is_damage(error):
+                raise
             continue  # its part says so
     if schema is None:
         raise UserError(f"{root}: none of its {len(files)} parquet files can be read")
     columns = _columns(root, _library().Features.from_arrow_schema(schema), caption_key)
     names = [os.path.relpath(path, root) for path in sorted(files)]
-    return Source([ParquetFile(name, root / name, columns) for name in names], pictures)
+    return Source([ParquetFile(part_name(Path(name), Path()), root / name, columns) for name in names], pictures)
+
+
+def _damaged(error: Exception, what: object, origin: str) -> Rejected:
+    """The reject for the rest of a file. Raises what is the machine's fault."""
+    if not is_damage(error):
+        raise error
+    logger.warning(f"{what}: damaged: {error}")
+    return Rejected(origin, "damaged archive", str(error))
+
+
+def _of_img2dataset(root: Path) -> list[Path]:
+    """00000.parquet, ..., each beside a 00000_stats.json, which `datasets` would take for data. Without pictures in
+    them, img2dataset put these into tars or folders."""
+    tables = [path.with_name(path.name.replace("_stats.json", ".parquet")) for path in root.glob("*_stats.json")]
+    return [path for path in tables if path.is_file()]
 
 
 def _columns(root: Path, features: Mapping[str, Any], caption_key: str | None) -> Columns:
     """Raises UserError naming the columns that are there."""
     image = _library().Image
     # Files that were not written by `datasets` say only that a column holds bytes and paths.
-    pictures = [name for name, kind in features.items() if isinstance(kind, image) or _holds_files(kind)]
+    pictures = [name for name, kind in features.items() if isinstance(kind, image) or _holds_files(name, kind)]
     wanted = CAPTIONS if caption_key is None else (caption_key,)
     captions = [name for name in wanted if name in features]
     there = f"its columns are {', '.join(features)}"
     if not pictures:
-        raise UserError(f"{root}: has no column of pictures; {there}")
+        hint = "; are its pictures in tars or folders (--source webdataset or folder)?" if _of_img2dataset(root) else ""
+        raise UserError(f"{root}: has no column of pictures; {there}{hint}")
     if not captions:
         asked = f"has no column {caption_key}" if caption_key else f"has no column {' or '.join(CAPTIONS)}"
         raise UserError(
@@ -153,8 +187,10 @@ def _columns(root: Path, features: Mapping[str, Any], caption_key: str | None) -
     return Columns(pictures[0], captions[0])
 
 
-def _holds_files(kind: Any) -> bool:
-    return isinstance(kind, Mapping) and {*kind} == {"bytes", "path"}
+def _holds_files(name: str, kind: Any) -> bool:
+    if isinstance(kind, Mapping):
+        return {*kind} == {"bytes", "path"}
+    return name in PICTURES and getattr(kind, "dtype", None) in ("binary", "large_binary")
 
 
 def _of_split(root: Path, splits: Mapping[str, Any], split: str) -> Any:

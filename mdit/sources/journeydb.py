@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mdit.dist import logger
-from mdit.sources import Picture, Rejected, Source, captioned, not_found
+from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
 from mdit.sources.archives import Member, is_picture, read_members, without_unpacked
-from mdit.sources.files import read_object, reading, text
+from mdit.sources.files import read_object, text
+from mdit.sources.storage import opened
 
 SPLITS = {
     "train": ("train", "train_anno_realease_repath.jsonl"),
@@ -50,14 +51,14 @@ def open_pictures(root: Path, split: str) -> Source:
         raise not_found(root, f"{below}/{captions_name}", f"unpack {packed}" if packed.is_file() else HOW)
     names = [path.name.split(".")[0] for path in images]
     lines = find_lines(captions, names)
-    parts = [Archive(name, path, captions, lines[name]) for name, path in zip(names, images)]
+    parts = [Archive(part_name(Path(name), Path()), path, captions, lines[name]) for name, path in zip(names, images)]
     return Source(parts, sum(map(len, lines.values())))
 
 
 def find_lines(captions: Path, names: list[str]) -> dict[str, array]:
-    """For each archive the byte offsets of its lines. Raises UserError when the captions cannot be read."""
+    """For each archive the byte offsets of its lines. Raises OSError."""
     lines, strange, offset = {name: array("Q") for name in names}, 0, 0
-    with reading(captions) as file:
+    with opened(captions) as file:
         for line in file:
             if (match := DIRECTORY.search(line)) is None:
                 strange += 1
@@ -80,13 +81,15 @@ class Archive:
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
         prompts: dict[str, str | None] = {}
-        with reading(self.captions) as file:
+        with opened(self.captions) as file:
             for offset in self.lines:
                 file.seek(offset)
                 if (values := read_object(file.readline())) is None or not isinstance(values.get("img_path"), str):
                     yield Rejected(f"{self.captions.name}:byte {offset}", "unreadable caption")
+                elif (name := PurePosixPath(values["img_path"]).name) in prompts:
+                    yield Rejected(f"{self.captions.name}:byte {offset}", "name twice", f"{name} has another line")
                 else:
-                    prompts[PurePosixPath(values["img_path"]).name] = text(values.get("prompt"))
+                    prompts[name] = text(values.get("prompt"))
         for item in read_members(self.path, self.path.name, is_picture):
             name = PurePosixPath(item.name if isinstance(item, Member) else item.origin).name
             prompt = prompts.pop(name, None)

@@ -11,9 +11,8 @@ to offsets[i + 1]. A sample: the uint32 sizes of the columns whose size is not f
 import bz2
 import gzip
 import importlib.util
-import json
-import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,9 +21,10 @@ import numpy as np
 
 from mdit.config import UserError
 from mdit.dist import logger
-from mdit.sources import Rejected, not_found
-from mdit.sources.archives import DAMAGE
+from mdit.documents import parse_foreign_json
+from mdit.sources import Rejected, not_found, part_name
 from mdit.sources.files import read_json, text
+from mdit.sources.storage import LARGEST, is_damage, opened
 
 INDEX = "index.json"
 HOW = "MosaicML Streaming's MDSWriter and the paper's code write it"
@@ -45,23 +45,25 @@ class Shard:
     def read(self, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]] | Rejected]:
         """Origin and wanted columns of every sample; where the shard is damaged, a Rejected at the end."""
         try:
-            with self._open() as file:
+            with opened(self.path) as packed, self._unpacked(packed) as file:
                 for index, sample in enumerate(self._samples(file)):
                     yield f"{self.name}/{index}", self._split(sample, wanted)
-        except _damage() as error:
+        except Exception as error:
+            if not is_damage(error):
+                raise
             logger.warning(f"{self.path}: damaged: {error}")
-            yield Rejected(self.name, "damaged archive")
+            yield Rejected(self.name, "damaged archive", str(error))
 
     def text(self, column: str, data: bytes) -> str | None:
         """What a column of the encoding "str" or "json" says. Raises ValueError."""
-        return text(json.loads(data)) if self.encodings[column] == "json" else data.decode()
+        return text(parse_foreign_json(data)) if self.encodings[column] == "json" else data.decode()
 
-    def _open(self) -> BinaryIO:
+    def _unpacked(self, file: BinaryIO) -> BinaryIO:
         if self.compression == "zstd":
             import zstandard
 
-            return zstandard.open(self.path)
-        return {"": open, "gz": gzip.open, "bz2": bz2.open}[self.compression](self.path, "rb")
+            return zstandard.open(file)
+        return {"gz": gzip.open, "bz2": bz2.open}[self.compression](file) if self.compression else nullcontext(file)
 
     def _samples(self, file: BinaryIO) -> Iterator[bytes]:
         (count,) = np.frombuffer(_exactly(file, 4), "<u4")
@@ -112,7 +114,7 @@ def read_index(root: Path) -> list[Shard]:
         values = read_json(index)
         try:
             shards += [_shard(root, index.parent, entry) for entry in values["shards"]]
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError):
             raise UserError(f"{index}: is not the index of shards in the format mds, version 2") from None
     return shards
 
@@ -125,15 +127,10 @@ def _shard(root: Path, folder: Path, entry: dict) -> Shard:
     path, compression = folder / entry["raw_data"]["basename"], ""
     if not path.is_file() and entry["zip_data"]:
         path, compression = folder / entry["zip_data"]["basename"], entry["compression"].split(":")[0]
-    return Shard(path.relative_to(root).as_posix(), path, compression, int(entry["samples"]), encodings, sizes)
-
-
-def _damage() -> tuple[type[Exception], ...]:
-    zstandard = sys.modules.get("zstandard")
-    return (*DAMAGE, zstandard.ZstdError) if zstandard else DAMAGE
+    return Shard(part_name(path, root), path, compression, int(entry["samples"]), encodings, sizes)
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:
-    if size < 0 or len(data := file.read(size)) < size:
-        raise EOFError("ends early")
+    if not 0 <= size <= LARGEST or len(data := file.read(size)) < size:
+        raise EOFError(f"ends early, or {size} bytes are no size")
     return data

@@ -18,17 +18,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mdit.sources import Picture, Rejected, Source, captioned, not_found
-from mdit.sources.archives import Member, is_picture, read_members, without_unpacked
+from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
+from mdit.sources.archives import Member, is_picture, read_members, rejected_file, walk, without_unpacked
+from mdit.sources.storage import read_file
 
 IMAGES = "get the tars from https://ai.meta.com/datasets/segment-anything-downloads/"
 CAPTIONS = "unpack SA1B_caption.tar.gz of https://huggingface.co/datasets/PixArt-alpha/SAM-LLaVA-Captions10M there"
 
 
 def open_pictures(root: Path) -> Source:
-    unpacked = [
-        Path(folder) for folder, _, names in os.walk(root / "raw", followlinks=True) if any(map(_is_picture, names))
-    ]
+    unpacked = [folder for folder, names in walk(root / "raw") if any(map(_is_picture, names))]
     places = without_unpacked(root.glob("images/*.tar"), unpacked)
     if not places:
         raise not_found(root, "images/*.tar and no raw/**/sa_*.jpg", IMAGES)
@@ -38,7 +37,7 @@ def open_pictures(root: Path) -> Source:
     parts = []
     for path in places:
         named_alike = [folder for folder in texts if folder.name == path.name.split(".")[0]]
-        parts.append(Photographs(path.relative_to(root).as_posix(), path, named_alike or texts))
+        parts.append(Photographs(part_name(path, root), path, named_alike or texts))
     return Source(parts, pictures=None)
 
 
@@ -61,11 +60,11 @@ class Photographs:
         origin, name = f"{self.name}/{member.name}", f"{PurePosixPath(member.name).stem}.txt"
         for folder in self.texts:
             try:
-                return captioned(origin, member.data, (folder / name).read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError):
-                return Rejected(origin, "unreadable caption")
+                return captioned(origin, member.data, read_file(folder / name).decode())
+            except Exception as error:
+                rejected = rejected_file(error, origin, str(folder / name), folder)
+                if rejected.reason != "missing picture":
+                    return Rejected(origin, "unreadable caption", rejected.detail)
         return Rejected(origin, "no caption")
 
 

@@ -1,5 +1,6 @@
 """The launcher that makes sets: killed at random moments, several at once, on real sources; and what it refuses."""
 
+import errno
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from launchers import precompute
 from mdit import cli
 from mdit.data.shards import open_dataset, read_samples
+from mdit.sources import storage
 from tests.processes import fork_server
 from tests.training import REPOSITORY, environment
 from tests.unit.test_encoders import save_autoencoder
@@ -164,6 +166,27 @@ def test_a_folder_of_ones_own_embedded_as_a_set_that_is_there(undisturbed, tmp_p
     dataset, there = open_dataset(out / "8"), open_dataset(undisturbed / "16")
     assert dataset.encoders == there.encoders and dataset.layout.embeddings == "i8b64"
     assert "--caption_length 5: the captions of" in refused([*arguments, "--caption_length", "5"], capsys)
+
+
+def test_a_storage_that_fails_costs_no_picture(tmp_path, monkeypatch, capsys):
+    folder, out = write_folder(tmp_path / "pictures", count=30), tmp_path / "out"
+    arguments = ["--source", "folder", "--root", str(folder), "--out", str(out), "--image_size", "8", *ENCODERS]
+    reads = []
+
+    def fail(file, readall=storage._File.readall):
+        reads.append(file)
+        if len(reads) > 45:  # the first 30 are looked at for the text tower
+            with file._remembering():
+                raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return readall(file)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(storage._File, "readall", fail)
+        error = refused(arguments, capsys)
+    assert "part 00000 of the source cannot be read: " in error and error.endswith(os.strerror(errno.ENOTCONN))
+    assert not (out / "8").exists()
+    precompute.main(arguments)
+    assert f"{out}/8: 30 samples" in capsys.readouterr().out
 
 
 def test_latents_of_the_papers_code_are_taken_as_they_are(tmp_path, capsys):

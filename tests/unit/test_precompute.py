@@ -29,7 +29,7 @@ from mdit.prepare.decoders import build_decoder
 from mdit.prepare.precompute import Job, check_source, precompute
 from mdit.prepare.report import merge, new_report, reject, summary
 from mdit.prepare.towers import CaptionCache, Towers, ahead
-from mdit.sources import Picture, Rejected, Slice, Source, slices
+from mdit.sources import Picture, Rejected, Slice, Source, captioned, slices
 from tests.processes import run_forked
 
 SIZE, PER_PART = 8, 10
@@ -179,7 +179,7 @@ def test_what_cannot_be_used_is_counted_by_reason_with_the_first_origins(tmp_pat
     for i in range(10, 18):
         items[i] = dataclasses.replace(items[i], image=png(i, (30, 9)))
     items[20] = dataclasses.replace(items[20], caption="infinite")
-    items[21] = dataclasses.replace(items[21], caption="half a pair \ud83d")
+    items[21] = captioned("picture 21", items[21].image, "half a pair \ud83d")
     items[39] = Rejected("d/39 \udcff", "damaged archive")
     finished = make(items, tmp_path, towers(min_side=10))
     expected = {

@@ -219,7 +219,7 @@ def test_captions_file_missing_empty_or_not_text(tmp_path):
     with pytest.raises(UserError, match="captions.jsonl: is empty"):
         open_folder(tmp_path)
     (tmp_path / "captions.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="captions.jsonl: is not UTF-8"):
+    with pytest.raises(UserError, match="captions.jsonl:1: not valid JSON: 'utf-8'"):
         open_folder(tmp_path)
 
 

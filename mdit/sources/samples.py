@@ -1,0 +1,233 @@
+"""Files of tars and directories, put together to samples by their names: KEY.jpg, KEY.txt and KEY.json are one.
+
+The key is all before the last dot of the file's name, so `v1.0_0001.jpg` and `v1.0_0002.jpg` are two. webdataset itself
+ends the key at the first dot; `KEY.seg.png`, to which no caption belongs, is a further file of the sample KEY in either
+reading. Lines in the log say so. Every picture and every caption ends in a sample, in one that is rejected, or in an
+error.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from mdit.config import UserError
+from mdit.dist import logger
+from mdit.documents import parse_foreign_json
+from mdit.sources import Picture, Reason, Rejected, captioned
+from mdit.sources.archives import PICTURES, Member, is_hidden, is_picture, read_members
+from mdit.sources.files import PEEKED, require_key, text
+
+TEXT, OBJECT = ".txt", ".json"
+NAMED = 4  # files, in a line about many
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """The samples of a tar or of a directory. The caption is KEY.txt, or what KEY.json holds under "caption"; with a
+    caption key it is what KEY.json holds there."""
+
+    name: str
+    path: Path
+    caption_key: str | None
+
+    def __iter__(self) -> Iterator[Picture | Rejected]:
+        halves: dict[str, bool] = {}  # key -> was it the picture that was there
+        times: Counter[str] = Counter()
+        for item in grouped(read_members(self.path, self.name, _is_wanted)):
+            if isinstance(item, Rejected):
+                yield item
+                continue
+            times[item.key] += 1
+            again = f" ({times[item.key]})" if times[item.key] > 1 else ""
+            sample = self._sample(item, f"{self.name}/{item.key}{again}")
+            self._tell(item)
+            if not item.is_whole and not item.clashes:
+                if halves.setdefault(item.key, item.has_picture) != item.has_picture:
+                    raise UserError(_unsorted(self.path, item.key))
+            yield sample
+
+    def look(self) -> list[Path]:
+        return [self.path]
+
+    def _sample(self, group: "Group", origin: str) -> Picture | Rejected:
+        if group.clashes:
+            return Rejected(origin, "name twice", f"files {_some(group.names)}")
+        picture = next((group.files[suffix] for suffix in PICTURES if suffix in group.files), None)
+        if picture is None:
+            return Rejected(origin, "missing picture", f"files {_some(group.names)}")
+        try:
+            sample = captioned(origin, _data(picture), self._caption(group))
+        except _Lost as lost:
+            return Rejected(origin, lost.reason, str(lost))
+        except ValueError as error:
+            return Rejected(origin, "unreadable caption", f"files {_some(group.names)}: {error}")
+        if isinstance(sample, Rejected):
+            return Rejected(origin, sample.reason, f"files {_some(group.names)}: {sample.detail}")
+        return sample
+
+    def _caption(self, group: "Group") -> str | None:
+        """Raises ValueError when it is not UTF-8 or not JSON."""
+        if self.caption_key is None and TEXT in group.files:
+            return _data(group.files[TEXT]).decode("utf-8-sig")
+        if OBJECT not in group.files:
+            return None
+        values = parse_foreign_json(_data(group.files[OBJECT]))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        return text(values.get(self.caption_key or "caption"))
+
+    def _tell(self, group: "Group") -> None:
+        others = [name for name in group.names if _split(name)[0] != group.key]
+        others += [group.key + suffix for suffix in [s for s in PICTURES if s in group.files][1:]]
+        if others and group.is_whole:
+            line = f"of a sample one picture is read, and of {group.key} not {others[0]}, for example"
+            _tell_once(self.path.parent, "further", line)
+        if (by_webdataset := _outer(group.key + ".")) != group.key:
+            line = f"a sample's key ends at the last dot ({group.key}); webdataset itself would end it at the first"
+            _tell_once(self.path.parent, "key", f"{line} ({by_webdataset})")
+
+
+def require_caption(parts: Iterable[SampleFiles], caption_key: str | None) -> None:
+    """Look at the first captions. Raises UserError naming the keys of KEY.json when none has the wanted one."""
+    for part in islice(parts, 3):
+        objects, texts = [], 0
+        members = read_members(part.path, part.name, lambda name: _split(name)[1] in (TEXT, OBJECT) and _is_wanted(name))
+        for item in islice(members, PEEKED):
+            if isinstance(item, Member) and _split(item.name)[1] == TEXT:
+                texts += 1
+            elif isinstance(item, Member):
+                try:
+                    values = parse_foreign_json(item.data)
+                except ValueError:
+                    continue
+                objects += [values] if isinstance(values, dict) else []
+            if (texts and caption_key is None) or any((caption_key or "caption") in values for values in objects[-1:]):
+                return
+        require_key(objects, caption_key or "caption", f"{part.path}: KEY.json")
+        if texts:
+            raise UserError(f"--caption_key {caption_key}: {part.path} has captions in KEY.txt and no KEY.json")
+
+
+@dataclass
+class Group:
+    """Files that belong to one sample. `parts` are such of longer keys, which have no sample of their own."""
+
+    key: str
+    files: dict[str, Member | Rejected] = field(default_factory=dict)  # by suffix
+    parts: list["Group"] = field(default_factory=list)
+    clashes: list[str] = field(default_factory=list)  # further files of the same names
+
+    @property
+    def has_picture(self) -> bool:
+        return any(suffix in PICTURES for suffix in self.files)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.has_picture and (TEXT in self.files or OBJECT in self.files) and not self.clashes
+
+    @property
+    def names(self) -> list[str]:
+        own = [_name(item) for item in self.files.values()]
+        return own + self.clashes + [name for part in self.parts for name in part.names]
+
+    def forget(self) -> "Group":
+        """The group without the files' content, which nobody will ask for."""
+        self.files = {suffix: Member(_name(item), b"") for suffix, item in self.files.items()}
+        return self
+
+
+def grouped(members: Iterable[Member | Rejected]) -> Iterator[Group | Rejected]:
+    """Files to groups, each file in one of them, in little memory: a group ends with the first file whose name does not
+    begin with its key and a dot. What is Rejected as a whole comes through."""
+    open_: list[Group] = []  # each key begins with the one before; the first ends where webdataset ends it
+    for item in members:
+        if isinstance(item, Rejected) and item.member is None:
+            yield item
+            continue
+        name = _name(item)
+        while open_ and not name.startswith(open_[-1].key + "."):
+            yield from _closed(open_.pop(), open_)
+        key, suffix = _split(name)
+        if not open_:
+            open_.append(Group(_outer(name)))
+        if key != open_[-1].key:
+            open_.append(Group(key))
+        group = open_[-1]
+        if suffix in group.files and group.is_whole:
+            yield group  # and again such a sample
+            group = open_[-1] = Group(key)
+        if suffix in group.files:
+            group.clashes.append(name)
+        else:
+            group.files[suffix] = item
+    while open_:
+        yield from _closed(open_.pop(), open_)
+
+
+def _closed(group: Group, around: list[Group]) -> Iterator[Group]:
+    if group.is_whole or group.clashes:
+        yield group
+    elif around:
+        around[-1].parts.append(group.forget())
+    elif group.files:
+        yield group
+    else:
+        yield from group.parts
+
+
+class _Lost(Exception):
+    def __init__(self, rejected: Rejected) -> None:
+        super().__init__(rejected.detail)
+        self.reason: Reason = rejected.reason
+
+
+def _data(item: Member | Rejected) -> bytes:
+    if isinstance(item, Rejected):
+        raise _Lost(item)
+    return item.data
+
+
+def _name(item: Member | Rejected) -> str:
+    return item.name if isinstance(item, Member) else str(item.member)
+
+
+def _is_wanted(name: str) -> bool:
+    return not is_hidden(name) and (is_picture(name) or _split(name)[1] in (TEXT, OBJECT))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """ "a/b.c.JPG" -> "a/b.c", ".jpg"."""
+    key, _, suffix = name.rpartition(".")
+    return key, f".{suffix.lower()}"
+
+
+def _outer(name: str) -> str:
+    """ "a/b.c.jpg" -> "a/b", which is webdataset's key."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def _unsorted(path: Path, key: str) -> str:
+    return (
+        f"{path}: is not sorted by name: the files of {key} are apart. Pack it again: mkdir sorted && "
+        f"tar -xf {path.name} -C sorted && tar --sort=name -cf {path.name} -C sorted ."
+    )
+
+
+@functools.cache
+def _lines_of(folder: Path) -> set[str]:
+    """The kinds of lines that were logged about a folder."""
+    return set()
+
+
+def _tell_once(folder: Path, kind: str, line: str) -> None:
+    if kind not in (told := _lines_of(folder)):
+        told.add(kind)
+        logger.warning(f"{folder}: {line}")
