@@ -96,7 +96,8 @@ def read_ratings(table: Path, numbers: Sequence[int]) -> dict[str, bool]:
             wanted = arrow.array(numbers, batch["part_id"].type)
             for row in batch.filter(compute.is_in(batch["part_id"], wanted)).to_pylist():
                 ratings = (row["image_nsfw"], row["prompt_nsfw"])
-                safe[row["image_name"]] = all(isinstance(rating, float | int) and rating <= UNSAFE_ABOVE for rating in ratings)
+                rated = all(isinstance(rating, float | int) for rating in ratings)
+                safe[row["image_name"]] = rated and max(ratings) <= UNSAFE_ABOVE
     return safe
 
 

@@ -112,7 +112,8 @@ def parse_line(origin: str, line: bytes, caption_key: str = CAPTION) -> Entry | 
     except ValueError as error:
         return Rejected(origin, "unreadable caption", f"not valid JSON: {error}")
     if not isinstance(values, dict):
-        return Rejected(origin, "unreadable caption", f'expected {{"file": ..., "{caption_key}": ...}}, found {values!r}')
+        expected = f'{{"file": ..., "{caption_key}": ...}}'
+        return Rejected(origin, "unreadable caption", f"expected {expected}, found {values!r}")
     file, value = values.get("file"), values.get(caption_key)
     if not isinstance(file, str) or not file.strip():
         return Rejected(origin, "missing picture", f"file is {file!r}; expected a text")

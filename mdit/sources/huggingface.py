@@ -67,7 +67,9 @@ class Columns:
                 return read_picture(Path(path), origin, caption, Path())
         elif picture is not None:
             data = picture["bytes"] if isinstance(picture, Mapping) else picture
-            return captioned(origin, data, caption) if isinstance(data, bytes) else Rejected(origin, "unreadable picture")
+            if not isinstance(data, bytes):
+                return Rejected(origin, "unreadable picture")
+            return captioned(origin, data, caption)
         return Rejected(origin, "missing picture")
 
 

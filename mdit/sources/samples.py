@@ -94,7 +94,7 @@ def require_caption(parts: Iterable[SampleFiles], caption_key: str | None) -> No
     """Look at the first captions. Raises UserError naming the keys of KEY.json when none has the wanted one."""
     for part in islice(parts, 3):
         objects, texts = [], 0
-        members = read_members(part.path, part.name, lambda name: _split(name)[1] in (TEXT, OBJECT) and _is_wanted(name))
+        members = read_members(part.path, part.name, lambda name: _is_wanted(name) and not is_picture(name))
         for item in islice(members, PEEKED):
             if isinstance(item, Member) and _split(item.name)[1] == TEXT:
                 texts += 1

@@ -1,4 +1,4 @@
-"""Every file ends in a sample, in one that is rejected, or in an error; and the machine's errors are nobody's rejects."""
+"""Every file ends in a sample, in one that is rejected, or in an error; the machine's errors are nobody's rejects."""
 
 import errno
 import io
@@ -162,7 +162,8 @@ def test_formats_hidden_files_and_links(tmp_path):
 
 
 def test_a_caption_key_that_is_not_there_is_found_before_pictures_are_read(tmp_path):
-    members = [(f"{key}.{end}", data) for key in range(9) for end, data in (("jpg", b""), ("json", b'{"text_en": "x"}'))]
+    files = (("jpg", b""), ("json", b'{"text_en": "x"}'))
+    members = [(f"{key}.{end}", data) for key in range(9) for end, data in files]
     for arguments in ({}, {"caption_key": "text_fr"}):
         with pytest.raises(UserError, match=f"no key|has the key {arguments.get('caption_key', 'caption')}; .*text_en"):
             write_members(tmp_path / "0.tar", members)
@@ -184,7 +185,9 @@ def test_folders_of_img2dataset(tmp_path):
     pictures, rejected = read(source)
     assert [part.name for part in source.parts] == ["00000", "00001"] and not rejected
     assert {origin: picture.caption for origin, picture in pictures.items()} == {
-        f"{folder}/{folder}{key}": ["of the json", "of the text"][key] for folder in ("00000", "00001") for key in (0, 1)
+        f"{folder}/{folder}{key}": ["of the json", "of the text"][key]
+        for folder in ("00000", "00001")
+        for key in (0, 1)
     }
 
 
