@@ -55,18 +55,26 @@ def joined(world: World, plan: Callable[[], T] = lambda: None) -> Iterator[T]:
         value = plan()
     except (UserError, OSError) as error:
         failed = error
-    start(world, failed)
     try:
+        start(world, failed)
         yield value
     except BaseException as error:
-        leaving = threading.Thread(target=torch.distributed.destroy_process_group, daemon=True)
+        if _meeting is None:  # nobody else is there
+            raise
+        leaving = threading.Thread(target=leave, daemon=True)
         leaving.start()  # closes the connections, which the others notice; a GPU that hangs would keep it for ever
         reason = part_from(world, error) if world.size > 1 else None
         leaving.join(FAREWELL)
         if reason is not None:
             raise reason from error
         raise
-    torch.distributed.destroy_process_group()
+    leave()
+
+
+def leave() -> None:
+    """Leave the process group, if it has come to one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def start(world: World, failed: Exception | None = None) -> None:
@@ -77,6 +85,7 @@ def start(world: World, failed: Exception | None = None) -> None:
     where any rank comes with the error for which it cannot start, `failed`.
     """
     global _meeting
+    _meeting = None
     on_gpu = world.device.type == "cuda"
     try:
         beside = processes_here(world)
@@ -85,6 +94,7 @@ def start(world: World, failed: Exception | None = None) -> None:
     if failed is not None and world.size == 1:
         raise failed
     meeting = meet(world, failed) if world.size > 1 else Meeting(HashStore(), [socket.gethostname()])
+    _meeting = meeting
     local_rank = world.device.index if on_gpu else world.local_rank  # by which DeepSpeed chooses the GPU
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
     if on_gpu:
@@ -95,7 +105,6 @@ def start(world: World, failed: Exception | None = None) -> None:
     torch.distributed.init_process_group(
         backend, rank=world.rank, world_size=world.size, store=PrefixStore("group", meeting.store), timeout=COLLECTIVE
     )
-    _meeting = meeting
 
 
 def processes_here(world: World) -> int:

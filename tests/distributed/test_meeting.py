@@ -69,6 +69,7 @@ def fails_while_others_wait(world: World) -> None:
 
 def is_interrupted_everywhere(world: World) -> None:
     with joined(world):
+        while_others_wait(world, "makes the data", lambda: None)  # by then all have joined
         raise KeyboardInterrupt
 
 
