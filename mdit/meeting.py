@@ -281,7 +281,8 @@ def part_from(world: World, error: BaseException) -> UserError | None:
             line = "interrupted" if isinstance(error, KeyboardInterrupt) else explain(error)
             mine = f"rank {world.rank} on {here} has ended: {line}"
             told = store.compare_set("reason", "", mine).decode()
-            error.told_elsewhere = told != mine and told.endswith(f": {line}")
+            if not isinstance(error, KeyboardInterrupt):  # which rank 0 tells, whoever has it first
+                error.told_elsewhere = told != mine and told.endswith(f": {line}")
         patience, ended = Patience(2 * FAREWELL if world.is_first else FAREWELL, says=False), set()
         while not patience.over("the others") and len(ended) < world.size and (lost or world.is_first):
             ended = set(map(int, store.get("ended").split()))
