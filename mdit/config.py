@@ -148,7 +148,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _a_directory_for_each_split(self):
         if self.prepare is not None and self.validation == self.train[0]:
-            raise ValueError(f"train and validation are both {self.validation!r}; give each set that is made a directory")
+            raise ValueError(
+                f"train and validation are both {self.validation!r}; give each set that is made a directory"
+            )
         return self
 
 
@@ -300,7 +302,7 @@ def parse_section(section: type[Section], values: Any, path: str | Path):
 
 
 def near_key(key: str, known: Iterable[str]) -> str:
-    """" (did you mean seed?)", or nothing."""
+    """ " (did you mean seed?)", or nothing."""
     match = difflib.get_close_matches(key[:100], known, n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 

@@ -1,7 +1,8 @@
 """Descriptions of the frozen encoders: enough to build each again, the same, and to notice when it is not the same.
 
-They stand under `encoders` in a set's manifest and in encoders.json of a snapshot. `mdit.encoders` makes them and builds
-encoders from them; `weights` is its digest of an encoder's weights, which descriptions of latents made elsewhere lack.
+They stand under `encoders` in a set's manifest and in encoders.json of a snapshot. `mdit.encoders` makes them and
+builds encoders from them; `weights` is its digest of an encoder's weights, which descriptions of latents made elsewhere
+lack.
 """
 
 from typing import Annotated, Any, Literal

@@ -58,8 +58,8 @@ MANY = 10**6  # processes
 def identify() -> World:
     """Read rank and world size from what the launcher left in the environment; touches no network.
 
-    Known are LAUNCHERS, srun (where this process is a step's task, not the shell of a job), and nothing at all, which is
-    one process. Raises UserError for values that cannot be, and for the variables of other launchers.
+    Known are LAUNCHERS, srun (where this process is a step's task, not the shell of a job), and nothing at all, which
+    is one process. Raises UserError for values that cannot be, and for the variables of other launchers.
     """
     env = os.environ
     device = torch.device("cpu")

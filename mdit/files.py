@@ -246,10 +246,6 @@ def _linked(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
 def _take_the_place_of(path: Path, partial: Path, replaced: Path) -> Path:
     """Rename `partial` to `path`. -> the hidden name that what was there has now"""
     if path.exists():

@@ -241,7 +241,7 @@ class Patience:
 
 
 def some(ranks: set[int]) -> str:
-    """"rank 3", "ranks 1, 2, 3 and 9 others"."""
+    """ "rank 3", "ranks 1, 2, 3 and 9 others"."""
     first = ", ".join(map(str, sorted(ranks)[:5]))
     return f"rank{'s' * (len(ranks) > 1)} {first}" + (f" and {len(ranks) - 5} others" if len(ranks) > 5 else "")
 

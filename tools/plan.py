@@ -11,7 +11,6 @@ is measured: docs/parallelism.md has the formulas and what they assume.
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from mdit import cli
 from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, load_config

@@ -38,8 +38,8 @@ from typing import Any
 import torch
 
 from mdit.config import TrainConfig, UserError
-from mdit.documents import read_json
 from mdit.dist import World, cores
+from mdit.documents import read_json
 from mdit.files import write_text
 from mdit.models.flops import training_flops
 from mdit.parallel.activations import meta_model

@@ -89,9 +89,9 @@ class ZeRO(Section):
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False
     # With one value each:
-    round_robin_gradients: only(
-        False, "DeepSpeed would mix up which weights are whose in validation and snapshots"
-    ) = False
+    round_robin_gradients: only(False, "DeepSpeed would mix up which weights are whose in validation and snapshots") = (
+        False
+    )
     zero_hpz_partition_size: only(1, "a resumed run's second copies of the weights would be those of its start") = 1
     compute_grad_norm: only(True, "the recipe clips gradients") = True
     stage3_module_granularity_threshold: only(0, "DeepSpeed fails in the backward pass of modules that it groups") = 0
@@ -203,7 +203,9 @@ def resolve_ds_config(
     """
     given = parse_section(DeepSpeedJson, _without_auto(ds_json), path)
     resolved = given.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"mdit"})
-    resolved["zero_optimization"]["reduce_bucket_size"] = bucket_size(config, given.zero_optimization.reduce_bucket_size)
+    resolved["zero_optimization"]["reduce_bucket_size"] = bucket_size(
+        config, given.zero_optimization.reduce_bucket_size
+    )
     resolved.setdefault("bf16", {}).setdefault("enabled", bf16_works)
     resolved.update(_batch_sizes(given, config, data_size, path))
     _agree(given.gradient_clipping, "gradient_clipping", config.optim.max_grad_norm, "optim.max_grad_norm", path)

@@ -14,12 +14,12 @@ from mdit.data.manifest import MANIFEST, read_manifest
 from mdit.data.shards import LatentSet, open_dataset
 from mdit.dist import logger
 from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.files import checksum
 from mdit.prepare.decoders import build_decoder
 from mdit.prepare.in_progress import check_set, is_finished
 from mdit.prepare.precompute import MAX_REJECTED, Job, precompute
 from mdit.prepare.report import summary
 from mdit.prepare.towers import Towers
-from mdit.files import checksum
 from mdit.sources import Source, open_source, slices
 from mdit.sources.folder import CAPTIONS
 

@@ -152,9 +152,7 @@ def _read_directory(path: Path, origin: str, wanted: Callable[[str], bool]) -> I
         yield _read_one(name, origin, partial(read_file, path / name), path)
 
 
-def _read_one(
-    name: str, origin: str, read: Callable[[], bytes], directory: Path | None = None
-) -> Member | Rejected:
+def _read_one(name: str, origin: str, read: Callable[[], bytes], directory: Path | None = None) -> Member | Rejected:
     try:
         return Member(name, read())
     except Exception as error:

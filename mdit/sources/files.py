@@ -65,9 +65,10 @@ def require_key(objects: Iterable[dict], key: str, where: object) -> None:
     """Raise UserError naming the keys that are there when none of the objects has `key` (and there are some)."""
     there: dict[str, None] = {}
     count = 0
-    for count, values in enumerate(objects, start=1):
+    for values in objects:
         if key in values:
             return
+        count += 1
         there |= dict.fromkeys(values)
     if count:
         raise UserError(

@@ -89,8 +89,8 @@ class Engine:
 
     @property
     def step_applied(self) -> bool:
-        """Whether the last optimizer step changed anything: DeepSpeed skips it, on all ranks alike, where the gradient's
-        norm is not finite. Costs no wait: clipping has read the norm already."""
+        """Whether the last optimizer step changed anything: DeepSpeed skips it, on all ranks alike, where the norm of
+        the gradient is not finite. Costs no wait: clipping has read the norm already."""
         return self.deepspeed.was_step_applied()
 
     def gradient_norm(self) -> float:

@@ -56,7 +56,7 @@ class Run:
 def train(run: Run, directory: RunDirectory) -> int:
     """Train, or go on training, to the recipe's last step; returns the step reached. A collective over all ranks.
 
-    Stops early, with a checkpoint, when any rank receives a signal (`StopSignal`), or when there is a file run_dir/STOP.
+    Stops early, with a checkpoint, when any rank receives a signal (`StopSignal`), or for a file run_dir/STOP.
     Raises UserError, without one, when steps do not stop being skipped or weights are not finite (mdit.train.skipped).
     """
     config, world, report = run.config, run.world, run.config.report

@@ -176,7 +176,7 @@ def forget_after(path: Path, step: int) -> None:
         aside = path.with_name(path.name + ".damaged")
         with aside.open("ab") as file:
             file.writelines(line + b"\n" for line in odd)
-        logger.warning(f"{path}: {len(odd)} lines are not like {{\"step\": 1, ...}}: they are in {aside.name} now")
+        logger.warning(f'{path}: {len(odd)} lines are not like {{"step": 1, ...}}: they are in {aside.name} now')
     text = b"".join(line + b"\n" for line in kept)
     if text != content:
         write_text(path, text.decode())

@@ -100,8 +100,8 @@ def settle_json(
 
 
 def finished(run: Run) -> bool:
-    """Say so when there is nothing left to do. A collective: on a shared file system one rank sees more than another, so
-    rank 0 decides."""
+    """Say so when there is nothing left to do. A collective: on a shared file system one rank sees more than another,
+    so rank 0 decides."""
     step = None if run.restart else finished_at(run.run_dir, run.config.training.num_steps)
     step = gather(step, run.world)[0]
     if step is None:
@@ -134,8 +134,8 @@ def check_data(run: Run) -> None:
 @contextmanager
 def opened(run: Run, began: float | None = None) -> Iterator[RunDirectory]:
     """The run's directory in the hands of this run: tried out, locked, its checkpoint found, config.json and a line of
-    starts.jsonl written. `began` is when this process did, by time.time(): a STOP file that is older goes. A collective;
-    raises on all ranks alike."""
+    starts.jsonl written. `began` is when this process did, by time.time(): a STOP file that is older goes. A
+    collective; raises on all ranks alike."""
     with RunDirectory(run.run_dir, run.world, restart=run.restart, began=began) as directory:
         directory.begin(run.config, description(run), run.init_from, has_weights=run.initial_weights is not None)
         yield directory

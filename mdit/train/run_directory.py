@@ -1,11 +1,11 @@
 """A run's directory: whose it is, what is in it, whether it can be written, and how a run goes on in it.
 
-    runs/NAME/config.json     the recipe (itself a valid --recipe), data and first weights, how the latest start runs it
-              starts.jsonl    a line for each start: time, host, processes, step, versions, JSON
-              run.lock        while a run is in it (mdit.train.lock)
-              STOP            somebody's wish that it should stop
-              metrics.jsonl  tensorboard/  samples/  snapshots/  checkpoints/
-              before_1/       what was there before --restart
+runs/NAME/config.json     the recipe (itself a valid --recipe), data and first weights, how the latest start runs it
+          starts.jsonl    a line for each start: time, host, processes, step, versions, JSON
+          run.lock        while a run is in it (mdit.train.lock)
+          STOP            somebody's wish that it should stop
+          metrics.jsonl  tensorboard/  samples/  snapshots/  checkpoints/
+          before_1/       what was there before --restart
 """
 
 import json
@@ -39,7 +39,6 @@ from mdit.train.checkpoint import (
     step_in,
 )
 from mdit.train.lock import Lock
-from mdit.train.metrics import step_of
 from mdit.train.metrics import step_of
 from mdit.train.optim import learning_rate
 

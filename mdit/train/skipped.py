@@ -57,7 +57,7 @@ class SkippedSteps:
 
 
 def name_samples(by_rank: list[list[int]]) -> str:
-    """"the loss is not finite of sample 5 on rank 0, of samples 3, 9 on rank 1"."""
+    """ "the loss is not finite of sample 5 on rank 0, of samples 3, 9 on rank 1"."""
     clauses = [f"of {_some('sample', samples)} on rank {rank}" for rank, samples in enumerate(by_rank) if samples]
     if not clauses:
         return "the gradient is not finite, though every loss is"
@@ -86,8 +86,7 @@ def require_finite(
 
 
 def non_finite(tensors: dict[str, list[Tensor]], pieces: list[Piece]) -> str | None:
-    """KIND/PARAMETER of a piece with a NaN or an infinity. Waits for the device once a partition: each may be on another.
-    """
+    """KIND/PARAMETER of a piece with a NaN or an infinity. Waits for a device once a partition: they may be on several."""
     for kind, flats in tensors.items():
         for partition in {piece.partition for piece in pieces}:
             inside = [piece for piece in pieces if piece.partition == partition]

@@ -126,7 +126,9 @@ def listening(monkeypatch):
         yield server.getsockname()[1]
 
 
-@pytest.mark.parametrize("rank, message", [(0, "cannot be opened"), (1, "what answers there is no process of this run")])
+@pytest.mark.parametrize(
+    "rank, message", [(0, "cannot be opened"), (1, "what answers there is no process of this run")]
+)
 def test_a_port_that_is_somebody_elses(listening, rank, message):
     with pytest.raises(UserError, match=f"MASTER_PORT = {listening}: {message}"):
         open_store(World(rank, 2, rank, None), 0.5)

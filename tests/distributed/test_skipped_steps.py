@@ -113,7 +113,7 @@ IN_PARTS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """-> the directory of all runs, rank 0's log. Two processes, one after the other run, with the same steps poisoned."""
+    """-> the directory of all runs, rank 0's log. Two processes, one run after the other, the same steps poisoned."""
     folder = tmp_path_factory.mktemp("skipped")
     write_recipe(folder, training={"num_steps": STEPS}, optim=STEADY, report={"checkpoint_every": STEPS})
     runs = {"expected": [{"stage": 2, "micro_batch": 2, **EP2}], "chained": CHAIN}

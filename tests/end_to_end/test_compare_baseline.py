@@ -1,6 +1,7 @@
 """tools/compare_baseline.py with a baseline that somebody brings: here our own model in the paper's form."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_a_broken_file_and_a_recipe_that_is_not_there(tmp_path, capsys):
         (["--baseline", "a.py:b", "--recipe", str(tmp_path / "no.toml")], "cannot read the recipe"),
     ):
         with pytest.raises(SystemExit) as exit:
-            cli.run(lambda: compare_baseline.main(arguments))
+            cli.run(partial(compare_baseline.main, arguments))
         assert exit.value.code == 2 and complaint in capsys.readouterr().err
 
 

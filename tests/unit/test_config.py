@@ -418,7 +418,9 @@ def project(recipe, tmp_path):
     source = {"name": "folder", "path": "pictures", "validation_share": 0.1}
 
     def change(values):
-        values["data"].update(train=["data/a", "/elsewhere/b"], validation="data/v", prepare={**EMOJI, "source": source})
+        values["data"].update(
+            train=["data/a", "/elsewhere/b"], validation="data/v", prepare={**EMOJI, "source": source}
+        )
 
     folder = tmp_path / "project"
     (folder / "configs").mkdir(parents=True)

@@ -1,5 +1,5 @@
-"""Damaged recipes and DeepSpeed JSONs: what --dry_run does with them ends in a plan or in one line, never otherwise; and
-what it plans, a run can build.
+"""Damaged recipes and DeepSpeed JSONs: what --dry_run does with them ends in a plan or in one line, never otherwise;
+and what it plans, a run can build.
 
 MDIT_DAMAGED_INPUTS says how many of each are tried; 1,500 of each with 37 built of each have passed.
 """
@@ -42,16 +42,92 @@ DAMAGING = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=
 
 # Values of every form, right for some key: as numbers, as sizes that nothing can hold, as names, as sections.
 VALUES = [None, True, False, 0, -1, 1, 2, 3, 4, 8, 16, 0.5, 0.999, 2.5, -0.0, 5e8, 1e-320, 1e308, float("nan"), 10**6]
-VALUES += [10**15, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**400, "", ".", "..", "a/b", "x" * 10**5, "a\0b", "\ud800"]
-VALUES += ["auto", "cpu", "none", "nvme", "block", "constant", "emoji", "folder", "validation", "é\u2028\x1b[31m", [], {}]
+VALUES += [
+    10**15,
+    2**31,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    2**64,
+    10**400,
+    "",
+    ".",
+    "..",
+    "a/b",
+    "x" * 10**5,
+    "a\0b",
+    "\ud800",
+]
+VALUES += [
+    "auto",
+    "cpu",
+    "none",
+    "nvme",
+    "block",
+    "constant",
+    "emoji",
+    "folder",
+    "validation",
+    "é\u2028\x1b[31m",
+    [],
+    {},
+]
 VALUES += [[1], ["a"], [0.5, 2.0], [[[]]], {"a": 1}, {"enabled": True}, {"stage": 3}, {"device": "cpu"}, [None] * 1000]
 # Keys that mean something somewhere.
-KEYS = ["enabled", "stage", "device", "name", "seed", "mdit", "model", "prepare", "source", "weights", "bf16", "__proto__"]
-KEYS += ["", " ", "a.b", "overlap_comm", "reduce_bucket_size", "offload_optimizer", "offload_param", "comms_logger", "é\n"]
+KEYS = [
+    "enabled",
+    "stage",
+    "device",
+    "name",
+    "seed",
+    "mdit",
+    "model",
+    "prepare",
+    "source",
+    "weights",
+    "bf16",
+    "__proto__",
+]
+KEYS += [
+    "",
+    " ",
+    "a.b",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "offload_optimizer",
+    "offload_param",
+    "comms_logger",
+    "é\n",
+]
 KEYS += ["flops_profiler", "steps_per_print", "zenflow", "optimizer", "fp16", "contiguous_gradients", "x" * 10**4]
 KEYS += ["train_batch_size", "zero_allow_untested_optimizer", "expert_parallel", "compile", "kernels", "sub_group_size"]
-SPLICES = [b"\xef\xbb\xbf", b"\xff", b"\0", b"NaN", b"1e999", b"-", b'"', b"{", b"}", b"[[", b"]", b",", b"=", b"\r\n", b"\n"]
-SPLICES += [b"#", b"[" * 10**4, b'{"a":' * 10**4, b"9" * 5000, b"0x" + b"f" * 10**4, b"\\ud800", b"2024-01-01", b"a." * 100]
+SPLICES = [
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\0",
+    b"NaN",
+    b"1e999",
+    b"-",
+    b'"',
+    b"{",
+    b"}",
+    b"[[",
+    b"]",
+    b",",
+    b"=",
+    b"\r\n",
+    b"\n",
+]
+SPLICES += [
+    b"#",
+    b"[" * 10**4,
+    b'{"a":' * 10**4,
+    b"9" * 5000,
+    b"0x" + b"f" * 10**4,
+    b"\\ud800",
+    b"2024-01-01",
+    b"a." * 100,
+]
 
 
 def tables(values) -> list:
@@ -65,7 +141,9 @@ def tables(values) -> list:
 
 def numbers(values) -> list:
     """(table or list, key) of all numbers and truth values inside that are finite and no more than 64 bits."""
-    pairs = [(table, key) for table in tables(values) for key in (table if isinstance(table, dict) else range(len(table)))]
+    pairs = [
+        (table, key) for table in tables(values) for key in (table if isinstance(table, dict) else range(len(table)))
+    ]
     return [(table, key) for table, key in pairs if isinstance(table[key], int | float) and abs(table[key]) < 2**64]
 
 
@@ -77,7 +155,9 @@ def damaged_values(draw, values):
         table = draw(st.sampled_from(tables(values)))
         keys = list(table) if isinstance(table, dict) else list(range(len(table)))
         key = draw(st.sampled_from(keys)) if keys else None
-        match draw(st.sampled_from(["near"] * 9 + ["value"] * 3 + ["add"] * 2 + ["gone", "renamed", "moved", "deeper", "many"])):
+        match draw(
+            st.sampled_from(["near"] * 9 + ["value"] * 3 + ["add"] * 2 + ["gone", "renamed", "moved", "deeper", "many"])
+        ):
             case "near" if there := numbers(values):
                 table, key = draw(st.sampled_from(there))
                 if isinstance(table[key], bool):
@@ -94,10 +174,14 @@ def damaged_values(draw, values):
             case "value" if keys:
                 table[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
             case "renamed" if keys and isinstance(table, dict):
-                table[draw(st.sampled_from([key[:-1], key + key[-1:], key.upper(), key.replace("_", "")]))] = table.pop(key)
+                table[draw(st.sampled_from([key[:-1], key + key[-1:], key.upper(), key.replace("_", "")]))] = table.pop(
+                    key
+                )
             case "moved" if keys and isinstance(table, dict):
                 value = table.pop(key)
-                draw(st.sampled_from([each for each in tables(values) if isinstance(each, dict)] or [values]))[key] = value
+                draw(st.sampled_from([each for each in tables(values) if isinstance(each, dict)] or [values]))[key] = (
+                    value
+                )
             case "deeper" if keys:
                 for _ in range(draw(st.sampled_from([1, 2, 63, 500]))):
                     table[key] = [table[key]] if draw(st.booleans()) else {str(key): table[key]}
@@ -108,11 +192,24 @@ def damaged_values(draw, values):
 def furnished(draw, values):
     """With keys of DeepSpeed that a JSON may have, of values near those that it takes."""
     values = copy.deepcopy(values)
-    sections = [values["zero_optimization"]] * 4 + [values, *(values.setdefault(key, {}) for key in ("bf16", *SECTIONS))]
+    sections = [values["zero_optimization"]] * 4 + [
+        values,
+        *(values.setdefault(key, {}) for key in ("bf16", *SECTIONS)),
+    ]
     schemas = [ZeRO] * 4 + [DeepSpeedJson, BF16, *SECTIONS.values()]
     for section, schema in draw(st.lists(st.sampled_from(list(zip(sections, schemas))), max_size=4)):
         key, field = draw(st.sampled_from(list(schema.model_fields.items())))
-        likely = [field.default, True, False, 1, 2, 1000, 2**40, {"device": "cpu"}, {"device": "none", "pin_memory": False}]
+        likely = [
+            field.default,
+            True,
+            False,
+            1,
+            2,
+            1000,
+            2**40,
+            {"device": "cpu"},
+            {"device": "none", "pin_memory": False},
+        ]
         section[key] = to_jsonable_python(draw(st.sampled_from(likely)), fallback=lambda value: "auto")
     return values
 

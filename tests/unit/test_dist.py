@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from mdit.config import UserError
-from mdit.documents import explain
 from mdit.dist import (
     StopSignal,
     World,
@@ -27,6 +26,7 @@ from mdit.dist import (
     on_all_ranks,
     tells,
 )
+from mdit.documents import explain
 from mdit.meeting import processes_here
 from tests.training import run_in_processes
 

@@ -279,7 +279,9 @@ def test_autoencoder_encodes_the_scaled_mean_and_decodes_it_back(autoencoder_pat
 
 def test_an_autoencoder_takes_whole_latents_only(autoencoder_path):
     encoder = build_image_encoder(str(autoencoder_path))
-    with pytest.raises(UserError, match=f"image_size 17: image encoder '{autoencoder_path}' takes multiples of 2 pixel"):
+    with pytest.raises(
+        UserError, match=f"image_size 17: image encoder '{autoencoder_path}' takes multiples of 2 pixel"
+    ):
         encoder.latent_shape(17)
 
 

@@ -54,7 +54,9 @@ def test_directories_that_do_not_fit_together(tmp_path, directories):
     other_scale = {**ENCODERS, "image": {"id": "pixels", "scale": 2.0}}
     with pytest.raises(UserError, match=r"encoders.image.scale is 1.0 and 2.0"):
         loader([directories[0], write_set(tmp_path / "scale", 4, encoders=other_scale)])
-    texts = [{**ENCODERS["text"], "id": id, "weights": digit * 16} for id, digit in (("a", "1"), ("a", "2"), ("b", "1"))]
+    texts = [
+        {**ENCODERS["text"], "id": id, "weights": digit * 16} for id, digit in (("a", "1"), ("a", "2"), ("b", "1"))
+    ]
     here, replaced, moved = [
         write_set(tmp_path / str(number), 4, encoders={**ENCODERS, "text": text}) for number, text in enumerate(texts)
     ]

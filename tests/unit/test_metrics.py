@@ -1,10 +1,9 @@
-"""metrics.jsonl keeps every good line, whatever stands beside it; progress needs no terminal and nobody who reads it."""
+"""metrics.jsonl keeps every good line, whatever stands beside it; progress needs no terminal and no reader."""
 
 import json
 import logging
 import math
 import os
-import resource
 import runpy
 import sys
 
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from mdit.dist import World
 from mdit.train.metrics import Metrics, forget_after, step_of
-from tests.processes import run_forked
 from tests.processes import run_forked
 from tests.training import command, read_metrics, write_ds_json, write_recipe
 

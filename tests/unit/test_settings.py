@@ -149,9 +149,15 @@ def test_contradiction_is_one_line(ds_json, parts):
         ('{"bf16": true, "zero_optimization": {"stage": 2}}', ["bf16 = True"]),
         ('{"bf16": {"foo": 1}, "zero_optimization": {"stage": 2}}', ["bf16.foo = 1"]),
         ('{"bf16": {"bf16_master_weights_and_grads": true}, "zero_optimization": {"stage": 2}}', ["learned"]),
-        ('{"comms_logger": {"enabeld": true}, "zero_optimization": {"stage": 2}}', ["comms_logger.enabeld", "enabled?"]),
+        (
+            '{"comms_logger": {"enabeld": true}, "zero_optimization": {"stage": 2}}',
+            ["comms_logger.enabeld", "enabled?"],
+        ),
         ('{"flops_profiler": {"enabled": 1}, "zero_optimization": {"stage": 2}}', ["flops_profiler.enabled = 1"]),
-        ('{"flops_profiler": {"output_file": "/x"}, "zero_optimization": {"stage": 2}}', ["flops_profiler.output_file"]),
+        (
+            '{"flops_profiler": {"output_file": "/x"}, "zero_optimization": {"stage": 2}}',
+            ["flops_profiler.output_file"],
+        ),
         ('{"flops_profiler": {"module_depth": 50}, "zero_optimization": {"stage": 2}}', ["module_depth = 50"]),
         ('{"steps_per_print": 0, "zero_optimization": {"stage": 2}}', ["steps_per_print = 0"]),
         ('{"zero_force_ds_cpu_optimizer": true, "zero_optimization": {"stage": 2}}', ["zero_force_ds_cpu_optimizer"]),

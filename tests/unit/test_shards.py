@@ -23,7 +23,10 @@ from tests.latent_sets import is_right, made_up, write_set
 from tests.processes import run_forked
 
 LATENT, EMBEDDING = (3, 4, 4), (5, 6)
-ENCODERS = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "max_tokens": 5, "channels": 1, "mean": [0.25], "std": [1.5]}}
+ENCODERS = {
+    "image": {"id": "pixels", "scale": 1.5},
+    "text": {"id": "none", "max_tokens": 5, "channels": 1, "mean": [0.25], "std": [1.5]},
+}
 
 
 def sample(i):

@@ -343,9 +343,7 @@ def source_of_shards(root):
 
 
 @pytest.mark.skipif(not UNREADABLE.exists(), reason="no /proc")
-@pytest.mark.parametrize(
-    "make", [source_of_a_tar, source_of_a_tgz, source_of_files, source_of_texts, source_of_shards]
-)
+@pytest.mark.parametrize("make", [source_of_a_tar, source_of_a_tgz, source_of_files, source_of_texts, source_of_shards])
 def test_an_error_of_the_disk_stops(tmp_path, make):
     with pytest.raises(UserError, match="cannot (be )?read.*Input/output error"):
         source = make(tmp_path)
