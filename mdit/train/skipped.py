@@ -86,7 +86,7 @@ def require_finite(
 
 
 def non_finite(tensors: dict[str, list[Tensor]], pieces: list[Piece]) -> str | None:
-    """KIND/PARAMETER of a piece with a NaN or an infinity. Waits for a device once a partition: they may be on several."""
+    """KIND/PARAMETER of a piece with a NaN or an infinity. Waits for the device once a partition."""
     for kind, flats in tensors.items():
         for partition in {piece.partition for piece in pieces}:
             inside = [piece for piece in pieces if piece.partition == partition]
