@@ -46,7 +46,7 @@ def checksum(path: Path) -> str:
 
 
 def patiently(read: Callable[[], T], definite: tuple[type[OSError], ...] = DEFINITE) -> T:
-    """What `read` returns, called again after a while where the file system fails (EIO, EACCES, ESTALE), before that
+    """The result of `read`, called again after a while where the file system fails (EIO, EACCES, ESTALE), before that
     is believed. `definite` errors are believed at once: that something is not there, or is no directory."""
     for pause in PATIENCE:
         try:

@@ -33,7 +33,7 @@ COLLECTIVE = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the processes have met, and on which hosts they are."""
+    """The store at which the processes have met, and the hosts they are on."""
 
     store: Store
     hosts: Sequence[str]
@@ -108,7 +108,7 @@ def start(world: World, failed: Exception | None = None) -> None:
 
 
 def processes_here(world: World) -> int:
-    """How many of the run's processes are on this node. Raises UserError where there are not as many GPUs."""
+    """Number of the run's processes on this node. Raises UserError where there are not as many GPUs."""
     name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"  # torchrun's, deepspeed's
     if world.device.type == "cuda" and world.device.index >= (seen := torch.cuda.device_count()):
         raise UserError(f"LOCAL_RANK = {world.local_rank}, but {seen} GPUs are to be seen: start one process for each")

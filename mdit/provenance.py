@@ -1,4 +1,4 @@
-"""Where results come from: the versions and the commit that a run, a benchmark or a snapshot was made with."""
+"""Provenance of results: the versions and the commit that a run, a benchmark or a snapshot was made with."""
 
 import os
 import platform

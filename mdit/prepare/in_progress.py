@@ -49,8 +49,8 @@ COMPLETE = b"1"
 
 
 class Plan(Section):
-    """What decides the bytes of a set. `parts` are the names of the source's parts, each with the fingerprint of what
-    the source held (`mdit.sources.fingerprint`); `settings` are the maker's."""
+    """Everything that decides the bytes of a set. `parts` are the names of the source's parts, each with the fingerprint
+    of what the source held (`mdit.sources.fingerprint`); `settings` are the maker's."""
 
     made_from: dict[str, Any]
     encoders: Encoders
@@ -65,7 +65,7 @@ class Plan(Section):
 
 
 class Change(Section):
-    """What change.json holds: the plan and the index of the set that is to be replaced, and which parts are made."""
+    """Content of change.json: the plan and the index of the set that is to be replaced, and which parts are made."""
 
     replaces: Plan
     index: str
@@ -360,7 +360,7 @@ def _read(kind: type[T], path: Path) -> T | None:
 
 
 def _hoisted(plan: Plan) -> dict[str, Any]:
-    """What a plan holds, with the settings as if they were its own keys."""
+    """Content of a plan, with the settings as if they were its own keys."""
     values = plan.plain()
     made_from, settings = values.pop("made_from"), values.pop("settings")
     return values | made_from | settings

@@ -204,7 +204,7 @@ def _plan(
     stored: Plan | None,
     before: Plan | None,
 ) -> tuple[Plan, Collection[str]]:
-    """What decides the bytes, and the parts to make. `others` are the plans for other image sizes. Raises UserError
+    """The plan of a set, and the parts to make. `others` are the plans for other image sizes. Raises UserError
     when something else is stored."""
     known, changing = stored or before, bool(job.extend or job.remake)
     if before is not None and (unfinished.is_joined() if stored else not changing):

@@ -130,7 +130,7 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
 
 
 def _encoders(config: TrainConfig, device: torch.device | str) -> tuple[ImageEncoder, TextEncoder]:
-    """Where some set is there already, its very encoders: with its weights and its statistics. Raises UserError."""
+    """The encoders of the recipe: if a set is there already, those that made it. Raises UserError."""
     recipe, length = config.data.prepare, config.model.caption_length
     for directory in filter(is_finished, _directories(config)):
         described = read_manifest(directory).encoders.plain()

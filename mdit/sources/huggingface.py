@@ -202,7 +202,7 @@ def _of_split(root: Path, splits: Mapping[str, Any], split: str) -> Any:
 
 
 def _no_code_of_others(load: Callable) -> dict[str, bool]:
-    """For versions of `datasets` that could run a script from the hub; later ones have forgotten the question."""
+    """Argument for versions of `datasets` that could run a script from the hub; later ones do not take it."""
     return {"trust_remote_code": False} if "trust_remote_code" in inspect.signature(load).parameters else {}
 
 

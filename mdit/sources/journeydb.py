@@ -56,7 +56,7 @@ def open_pictures(root: Path, split: str) -> Source:
 
 
 def find_lines(captions: Path, names: list[str]) -> dict[str, array]:
-    """For each archive the byte offsets of its lines. Raises OSError."""
+    """Byte offsets of the lines of each archive. Raises OSError."""
     lines, strange, offset = {name: array("Q") for name in names}, 0, 0
     with opened(captions) as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""What the ranks of a run have to have in common: compared before anything is trained, so that none goes its own way.
+"""Agreement of the ranks on what they run: compared before anything is trained, so that none goes its own way.
 
 All ranks know the same short digest, and only where digests differ do they look at what is behind them.
 """
@@ -39,7 +39,7 @@ def require_agreement(world: World, values: Mapping[str, Any]) -> None:
 
 
 def what_runs(run: Run) -> dict[str, Any]:
-    """What this rank is about to train, and with which code."""
+    """Everything that this rank is about to train, and the code it does it with."""
     return flatten(
         {
             "recipe": run.config.model_dump(mode="json"),

@@ -208,7 +208,7 @@ def try_out(path: Path, token: str, world: World) -> None:
 
 
 def move_aside(path: Path) -> None:
-    """What earlier runs left in a directory -> before_N in it. Nothing is deleted."""
+    """Move what earlier runs left in a directory to before_N in it. Nothing is deleted."""
     ours = [path / name for name in (*FILES, f"{METRICS}.damaged", *FOLDERS) if name not in (LOCK, STOP)]
     if there := [place for place in ours if os.path.lexists(place)]:
         number = next(n for n in range(1, 10**6) if not os.path.lexists(path / f"before_{n}"))

@@ -20,7 +20,7 @@ NAMED = 8  # samples of a rank, and ranks, that a line names
 
 
 class SkippedSteps:
-    """How many steps of a run were skipped: in all (`total`), and up to now without one between that was not. `reason`
+    """Count of skipped steps: in all (`total`), and up to now without one between that was not. `reason`
     says of the last one what was not finite."""
 
     def __init__(self, limit: int, world: World) -> None:

@@ -502,7 +502,7 @@ def three_tars(tmp_path_factory):
 
 
 def bytes_of(directory):
-    """What the set is made of, whatever its files are called: shards and DALI's indexes, index, report, plan."""
+    """Content of the set, whatever its files are called: shards and DALI's indexes, index, report, plan."""
     manifest = open_dataset(directory).manifest
     names = [entry.file for entry in (*manifest.shards, *manifest.dali_indexes, manifest.index)]
     report = without_seconds(json.loads((directory / "report.json").read_text()))

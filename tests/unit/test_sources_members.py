@@ -68,7 +68,7 @@ def test_each_file_is_in_one_group(names, by_name):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(NAMES, max_size=14), st.sampled_from(["tar", "sorted tar", "zip", "folder"]))
 def test_pictures_that_are_there_are_used_or_counted(tmp_path_factory, names, kind):
-    """Those of tars and folders by their samples, those of a zip one by one."""
+    """Files of tars and folders by their samples, those of a zip one by one."""
     folder, data = tmp_path_factory.mktemp("members"), {}
     names = sorted(names) if kind == "sorted tar" else names if kind == "tar" else sorted({*names})
     names = [name for name in names if kind != "folder" or not name.startswith("d")]
