@@ -49,8 +49,8 @@ COMPLETE = b"1"
 
 
 class Plan(Section):
-    """Everything that decides the bytes of a set. `parts` are the names of the source's parts, each with the fingerprint
-    of what the source held (`mdit.sources.fingerprint`); `settings` are the maker's."""
+    """Everything that decides the bytes of a set. `parts` are the names of the source's parts with the fingerprints of
+    what the source held (`mdit.sources.fingerprint`); `settings` are the maker's."""
 
     made_from: dict[str, Any]
     encoders: Encoders
