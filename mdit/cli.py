@@ -37,7 +37,8 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: it was closed, as by `>&-`
         setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # a descriptor that is another file by now, as after dup2
+                stream.reconfigure(errors="backslashreplace")
     code = 0
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)

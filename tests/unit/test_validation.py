@@ -155,7 +155,8 @@ def test_nothing_watched_is_said():
 
 
 def test_a_snapshot_without_scenes_gets_its_validation_loss(tmp_path):
-    values = load_config(DEFAULT_RECIPE, [f"data.validation={tmp_path / 'set'}", "model.depth=2"]).model_dump()
+    overrides = [f"data.validation={tmp_path / 'set'}", "model.depth=2", "model.caption_length=16"]
+    values = load_config(DEFAULT_RECIPE, overrides).model_dump()
     values["data"]["prepare"] = None
     config = TrainConfig.model_validate(values)
     description = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "max_tokens": 16, "channels": 384}}
