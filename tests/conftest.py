@@ -1,6 +1,7 @@
 """Same numbers on every run: torch's global generator is seeded before each test, hypothesis tries fixed examples."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -8,6 +9,9 @@ import torch
 
 if not torch.cuda.is_available():  # before the first import of triton: kernels run on the CPU, interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, where tests of Ctrl-C would fail
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("mdit", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("mdit")
