@@ -2,6 +2,7 @@
 
 import os
 import signal
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -10,8 +11,9 @@ import torch
 if not torch.cuda.is_available():  # before the first import of triton: kernels run on the CPU, interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, where tests of Ctrl-C would fail
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as in a shell's background or under nohup, where their tests fail
+        signal.signal(number, default)
 
 hypothesis.settings.register_profile("mdit", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("mdit")
@@ -27,3 +29,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """No test leaves variables to the next, as a launcher run in this process leaves RANK and WORLD_SIZE."""
+    with mock.patch.dict(os.environ):
+        yield
