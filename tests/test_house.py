@@ -265,7 +265,7 @@ def test_text_is_utf_8_under_any_locale():
 
 
 def own_endings(source: str) -> list[str]:
-    """What a command must leave to mdit.cli: exits, and lines that begin with "error: "."""
+    """Calls that a command must leave to mdit.cli: exits, and lines that begin with "error: "."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("sys.exit", "exit", "os._exit", "SystemExit"):

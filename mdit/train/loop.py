@@ -146,7 +146,7 @@ def train(run: Run, directory: RunDirectory) -> int:
 
 
 def due_at(step: int, first_step: int, report: ReportConfig, *, done: bool, stopping: bool) -> set[str]:
-    """What follows the step that led to `step`. The last step brings everything that is not turned off.
+    """Names of what is due behind the step that led to `step`. The last step brings everything that is not turned off.
 
     What was due at the first step was done before the run stopped there, but for a snapshot of the last step.
     """
@@ -197,7 +197,7 @@ class LossAverage:
         return float(total[0] / total[1])
 
     def memory(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
+        """Numbers that a checkpoint keeps of it."""
         return dict(zip(("loss_sum", "loss_count"), self.sum_and_count.tolist()))
 
     def recall(self, memory: dict[str, float]) -> None:

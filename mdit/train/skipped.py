@@ -49,7 +49,7 @@ class SkippedSteps:
         )
 
     def memory(self) -> dict[str, int]:
-        """What a checkpoint keeps of it."""
+        """Numbers that a checkpoint keeps of it."""
         return {"skipped_steps": self.total, "skipped_in_a_row": self.in_a_row}
 
     def recall(self, memory: dict[str, float]) -> None:

@@ -179,7 +179,7 @@ def test_sampling_without_a_prompt(prompts, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("mistake", [deleted_shard, shards_of_another_shape, batch_larger_than_the_set])
 def test_dry_run_refuses_what_a_run_would(mistake, good, monkeypatch, capsys):
-    """Where the data are there, they are checked too."""
+    """Sets that are there already are checked too."""
     parts = mistake(good)
     code, err = launch(good, monkeypatch, capsys, "--dry_run")
     assert code == 2 and all(part in err for part in parts), err
