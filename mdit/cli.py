@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from mdit.caches import keep_on_local_disk
 from mdit.documents import UserError, explain, one_line
 
 USER_ERROR = 2
@@ -31,8 +32,10 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
 
     and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
     one to print an error that several processes of a run may have (`mdit.dist.tells`). MDIT_TRACEBACK=1 shows where an
-    error came from. What the terminal's encoding lacks is printed escaped.
+    error came from. What the terminal's encoding lacks is printed escaped. What `command` compiles is kept on this
+    machine's disk (mdit/caches.py).
     """
+    keep_on_local_disk()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: it was closed, as by `>&-`
         setattr(sys, name, stream)

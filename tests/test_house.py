@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # from the ground up
-    {"documents", "provenance"},
+    {"documents", "provenance", "caches"},
     {"config"},
     {"dist", "masking", "kernels", "descriptions"},
     {"files", "cli", "meeting"},

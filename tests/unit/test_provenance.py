@@ -1,12 +1,19 @@
 """The commit that results are recorded with: mdit's own checkout's, what is given, or none; never an error."""
 
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
 import mdit
 from mdit import provenance
+from mdit.bench import rows
+from mdit.dist import World
+from mdit.train import run
+from tools import bench_kernels, bench_loader
 
 
 @pytest.fixture
@@ -37,3 +44,26 @@ def test_no_git_is_no_error(installed, monkeypatch):
     assert provenance.commit() is None
     monkeypatch.setenv(provenance.COMMIT, "abc")
     assert provenance.commit() == "abc"
+
+
+def test_a_git_that_refuses_is_no_error(installed, tmp_path, monkeypatch):
+    shutil.move(installed.parent.parent.parent / ".git", installed.parent)
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text(
+        "#!/bin/sh\necho 'fatal: detected dubious ownership in repository' >&2\nexit 128\n", encoding="utf-8"
+    )
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(git.parent))
+    assert provenance.commit() is None
+
+
+def test_all_results_have_their_commit_from_here(monkeypatch):
+    """Nothing else asks git: training, the benchmarks and the precompute go on without it, as these tests say."""
+    root = Path(provenance.__file__).resolve().parents[1]
+    files = [file for folder in ("mdit", "kernels", "launchers", "tools") for file in (root / folder).rglob("*.py")]
+    asking = [file.name for file in files if re.search(r"""["']git["' ]""", file.read_text(encoding="utf-8"))]
+    assert asking == ["provenance.py"]
+    monkeypatch.setenv(provenance.COMMIT, "abc")
+    assert bench_kernels.environment()["commit"] == bench_loader.commit() == "abc"
+    assert rows.environment(World(0, 1, 0, torch.device("cpu")))["commit"] == run.commit() == "abc"
