@@ -62,7 +62,7 @@ def test_all_results_have_their_commit_from_here(monkeypatch):
     """Nothing else asks git: training, the benchmarks and the precompute go on without it, as these tests say."""
     root = Path(provenance.__file__).resolve().parents[1]
     files = [file for folder in ("mdit", "kernels", "launchers", "tools") for file in (root / folder).rglob("*.py")]
-    asking = [file.name for file in files if re.search(r"""["']git["' ]""", file.read_text(encoding="utf-8"))]
+    asking = [file.name for file in files if re.search(r"""["']git["']""", file.read_text(encoding="utf-8"))]
     assert asking == ["provenance.py"]
     monkeypatch.setenv(provenance.COMMIT, "abc")
     assert bench_kernels.environment()["commit"] == bench_loader.commit() == "abc"
