@@ -23,15 +23,26 @@ class Registered:
         return self.op.register_fake(fake)
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
-        """As torch.library's, whose contexts are those of autograd.Function."""
-        self.op.register_autograd(backward, setup_context=setup_context)
+        """As torch.library's, whose contexts are those of autograd.Function, but for outputs that nobody used: no
+        memory is filled with zeros to be their gradients. `backward` gets None for them, and is called for some only.
+        """
+
+        def save(ctx, inputs, output) -> None:
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs, output)
+
+        def differentiate(ctx, *gradients):
+            if all(gradient is None for gradient in gradients):
+                return (None,) * len(ctx.needs_input_grad)
+            return backward(ctx, *gradients)
 
         def forward(ctx, *args):  # setup_context as a method of its own would cost a look at the signature every time
             output = self._function(*args)
-            setup_context(ctx, args, output)
+            save(ctx, args, output)
             return output
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.op.register_autograd(differentiate, setup_context=save)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
         self._short = type(self._function.__name__, (torch.autograd.Function,), methods).apply
 
     def __call__(self, *args: Any) -> Any:

@@ -541,7 +541,6 @@ def _save_self(ctx, inputs, output) -> None:
     out_NTA, *saved = output
     needed = _needs_output(out_NTA, qkv_NTX.shape[1], ctx.num_heads, None)
     ctx.save_for_backward(qkv_NTX, out_NTA if needed else None, *saved)
-    ctx.set_materialize_grads(False)
 
 
 def _differentiate_self(ctx, d_out_NTA, *_):
@@ -553,7 +552,6 @@ def _save_cross(ctx, inputs, output) -> None:
     out_NTA, *saved = output
     needed = _needs_output(q_NTA, kv_NLX.shape[1], ctx.num_heads, key_lengths_N)
     ctx.save_for_backward(key_lengths_N, q_NTA, kv_NLX, out_NTA if needed else None, *saved)
-    ctx.set_materialize_grads(False)
 
 
 def _differentiate_cross(ctx, d_out_NTA, *_):

@@ -308,15 +308,12 @@ def _all_six(gradients: list[Tensor], gate, scale, dh) -> list[Tensor | None]:
 def _save(ctx, inputs, output) -> None:
     x_NTD, y_NTD, gate_ND, weight_D, _, scale_ND, _, keep_NK = inputs
     out_NKD, _, stats_2NK = output
-    ctx.set_materialize_grads(False)  # no zeros for an output that nobody used
     ctx.num_tokens, ctx.adds = x_NTD.shape[1], y_NTD is not None
     y_NTD = y_NTD if gate_ND is not None else None
     ctx.save_for_backward(out_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK)
 
 
 def _differentiate(ctx, d_out_NKD, dh_NKD, _):
-    if d_out_NKD is None and dh_NKD is None:
-        return (None,) * 8
     saved = ctx.saved_tensors  # looked at once: activation checkpointing allows no second time
     _, y_NTD, gate_ND, _, scale_ND, _, _ = saved
     gradients = _add_norm_modulate_backward(*saved, ctx.num_tokens, d_out_NKD, dh_NKD)
@@ -328,13 +325,10 @@ def _differentiate(ctx, d_out_NKD, dh_NKD, _):
 
 def _save_norm(ctx, inputs, output) -> None:
     x_NTD, weight_D, _, scale_ND, _ = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_NTD, None, None, weight_D, scale_ND, None, output[1])
 
 
 def _differentiate_norm(ctx, dh_NTD, _):
-    if dh_NTD is None:
-        return (None,) * 5
     saved = ctx.saved_tensors
     gradients = _add_norm_modulate_backward(*saved, dh_NTD.shape[1], None, dh_NTD)
     dx, _, _, dweight, dshift, dscale = _all_six(gradients, None, saved[4], dh_NTD)

@@ -19,12 +19,13 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def settled(monkeypatch):
     """What a test settles ends with it; TRITON_INTERPRET, set for all tests, counts only where a test says so."""
     monkeypatch.setattr(dispatch, "_in_triton", frozenset())
+    monkeypatch.setattr(dispatch, "_dtypes", ())
     monkeypatch.setattr(dispatch, "_off_gpu", False)
     monkeypatch.delenv("MDIT_KERNELS", raising=False)
 
 
-def choose_kernels(wanted, device, head_dim=64, fp8=True):
-    return choice.choose_kernels(wanted, device, FLOAT, head_dim, "ds.json", fp8)
+def choose_kernels(wanted, device, head_dim=64, fp8=True, dtype=FLOAT):
+    return choice.choose_kernels(wanted, device, dtype, head_dim, "ds.json", fp8)
 
 
 def pretend_gpu(monkeypatch, capability=(9, 0)) -> torch.device:
@@ -96,6 +97,19 @@ def test_triton_on_a_cpu_is_possible_interpreted(monkeypatch):
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels("triton", CPU) == (frozenset(OPS), "asked for")
     assert takes_triton("swiglu", torch.ones(1)) and not takes_triton("swiglu", torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("wanted", ["auto", "triton"])
+@pytest.mark.parametrize("dtype", [*dispatch.DTYPES, torch.float64], ids=str)
+def test_kernels_run_in_the_dtype_that_was_checked_and_in_no_other(monkeypatch, wanted, dtype):
+    device, checked = pretend_gpu(monkeypatch), set()
+    monkeypatch.setattr(choice, "disagreement", lambda op, device, dtype, head_dim: checked.add(dtype))
+    monkeypatch.setattr(dispatch, "_off_gpu", True)
+    assert choose_kernels(wanted, device, dtype=dtype)[0] == {*OPS}
+    assert checked == ({dtype} if wanted == "auto" else set())
+    for other in (*dispatch.DTYPES, torch.float64):
+        runs = other == dtype and other != torch.float64
+        assert {takes_triton(op, torch.ones(1, dtype=other)) for op in OPS} == {runs}
 
 
 def test_float8_is_left_alone_unless_it_is_wanted(monkeypatch):
