@@ -10,7 +10,7 @@ from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.recompute import recompute
 from mdit.parallel.settings import RunSettings
 
-FORMS = 8  # of a block: with and without gradients, in float8 or not, behind another block or first
+FORMS = 4  # of a block: with and without gradients, behind another block or first
 
 
 def parallelize(model: MicroDiT, settings: RunSettings, plan: ParallelPlan) -> None:

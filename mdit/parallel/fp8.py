@@ -8,6 +8,7 @@ is not a multiple of 16 stays in the computing dtype.
 Only the class of a layer changes: parameters, their names and what hooks are on it stay.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -47,9 +48,15 @@ AS_WRITTEN = {ours: theirs for theirs, ours in IN_FP8.items()}
 
 
 def use_fp8(model: MicroDiT, on: bool = True) -> None:
-    """Switch the blocks' matmuls to float8 or back, in place. Compiled blocks are compiled again when they next run."""
+    """Switch the blocks' matmuls to float8 or back, in place. All compiled code is dropped and made again when it next
+    runs: whether Dynamo's guards see another class depends on the version of torch."""
+    changed = False
     for layer in matmuls(model):
-        layer.__class__ = (IN_FP8 if on else AS_WRITTEN).get(type(layer), type(layer))
+        wanted = (IN_FP8 if on else AS_WRITTEN).get(type(layer), type(layer))
+        changed |= wanted is not type(layer)
+        layer.__class__ = wanted
+    if changed and "torch._dynamo" in sys.modules:  # else nothing was compiled, and to import it takes seconds
+        torch.compiler.reset()
 
 
 def matmuls(model: MicroDiT) -> Iterator[nn.Module]:
