@@ -32,8 +32,8 @@ def choose_kernels(
     path: str | Path = "the DeepSpeed JSON",
     fp8: bool = False,
 ) -> tuple[frozenset[str], str]:
-    """Settle for this process -> the ops that run in Triton, and why. `dtype` is what the model computes in: kernels are
-    checked in it, and run in no other. Without `fp8` those of float8 are not even looked at.
+    """Settle for this process -> the ops that run in Triton, and why. `dtype` is what the model computes in: kernels
+    are checked in it, and run in no other. Without `fp8` those of float8 are not even looked at.
 
     Raises UserError, naming `path`, when the environment contradicts `wanted` or "triton" cannot run on this machine.
     """

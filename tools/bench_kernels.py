@@ -8,10 +8,11 @@ scaled_dot_product_attention alone on q and k that are normalised already (`flas
 whole layer of experts the `one_hot` form and, forward only, the candidate `gather_matmul` in place of gathering and
 first matmul. Of float8's matmuls (`fp8_linear`; the largest and the smallest of a stage) `eager` and `compile` are the
 same matmuls in the computing dtype, and `triton` is float8 with its quantisation. Times are medians in milliseconds,
-forward / forward and backward, with the L2 cache overwritten before every repetition and the host ahead of the GPU. The
-rate is that of the bytes an op must move, or the FLOPs it must do, in the kernels' forward and backward; its ceiling is
-what a large copy or matmul reaches in the same run. The error is the largest relative error (by norm) of outputs and
-gradients, of the kernels against the op's reference.
+forward / forward and backward, with the L2 cache full of what nobody needs before every repetition (read, so that
+nothing is left to be written back) and the host ahead of the GPU. The rate is that of the bytes an op must move, or the
+FLOPs it must do, in the kernels' forward and backward; its ceiling is what a large copy or matmul reaches in the same
+run. The error is the largest relative error (by norm) of outputs and gradients, of the kernels against the op's
+reference.
 
 The largest row of every op comes first, then those of the largest share of a step. OUT/kernels.json (its rows:
 kernels/comparison.py) and OUT/kernels.md are written after every row, and --resume goes on with what is missing.
@@ -303,9 +304,9 @@ def milliseconds(function: Callable, bench: Bench) -> float:
             function()
             times.append(1e3 * (time.perf_counter() - start))
         return statistics.median(times)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    unneeded = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device=bench.device)
     for _ in range(bench.repeats):
-        flush.zero_()
+        unneeded.sum()  # reads only: what a write left in the cache would be written back while `function` is timed
         torch.cuda._sleep(HEAD_START_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

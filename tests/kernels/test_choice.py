@@ -1,18 +1,13 @@
 """Which implementation runs: what the JSON and the environment say, what the machine can, what a self-check finds."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from mdit.config import UserError
-from mdit.kernels import choice, dispatch, patch_mixing, swiglu
+from mdit.kernels import choice, dispatch, patch_mixing
 from mdit.kernels.dispatch import OPS, takes_triton, using
-from mdit.kernels.self_check import EXAMPLES, disagreement
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
 
 @pytest.fixture(autouse=True)
@@ -133,48 +128,6 @@ def test_the_environment_speaks_where_the_json_does_not(monkeypatch):
     monkeypatch.setenv("MDIT_KERNELS", "fast")
     with pytest.raises(UserError, match='^MDIT_KERNELS=fast: expected "auto", "reference" or "triton"$'):
         choose_kernels("auto", device)
-
-
-@needs_triton
-@pytest.mark.parametrize("op", OPS)
-def test_self_check_passes_kernels_as_they_are(op):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with using(off_gpu=True):
-        assert disagreement(op, device, FLOAT, head_dim=32) is None
-
-
-@needs_triton
-@pytest.mark.parametrize("fault", ["wrong gradient", "not a number", "does not build"])
-def test_self_check_finds_a_faulty_kernel(monkeypatch, fault):
-    from mdit.kernels.swiglu import triton_impl
-
-    def faulty(a, b, weight, bias=None):
-        if fault == "does not build":
-            raise RuntimeError("ptxas died\nand said more")
-        out = swiglu.reference.swiglu_linear(a, b.detach() if fault == "wrong gradient" else b, weight, bias)
-        return out + 0 * b.sum() if fault == "wrong gradient" else out * torch.nan
-
-    monkeypatch.setattr(triton_impl, "swiglu_linear", faulty)
-    with using(off_gpu=True):
-        found = disagreement("swiglu", CPU, FLOAT, head_dim=32)
-    assert found == "RuntimeError: ptxas died" if fault == "does not build" else "results are off by" in found
-
-
-@needs_triton
-def test_self_check_ends_the_run_when_a_kernel_has_cost_the_process_its_gpu(monkeypatch):
-    from mdit.kernels.swiglu import triton_impl
-
-    def faulty(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand advice")
-
-    monkeypatch.setattr(triton_impl, "swiglu_linear", faulty)
-    monkeypatch.setattr("mdit.kernels.self_check._is_lost", lambda device: True)
-    with using(off_gpu=True), pytest.raises(UserError, match="swiglu end in .*illegal memory access.*=reference does"):
-        disagreement("swiglu", CPU, FLOAT, head_dim=32)
-
-
-def test_every_op_has_an_example():
-    assert EXAMPLES.keys() == {*OPS}
 
 
 def test_using_ends_with_its_block():

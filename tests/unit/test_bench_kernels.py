@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdit import cli
 from mdit.config import UserError
@@ -222,6 +225,48 @@ def test_whatever_a_contender_raises_is_reported_and_the_others_go_on(monkeypatc
     assert found["compile"] == "failed: ZeroDivisionError: division by zero" and error is None
     assert found["eager"]["both_ms"] > 0 and found["eager"]["peak_mib"] is None
     assert bench_kernels.measure_row(call, ["eager"], CPU)[0].keys() == {"eager"}
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Tensors that are asked for on a GPU come from the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "cpu"} if kwargs.get("device") == "cuda" else kwargs))
+
+
+class Accesses(TorchDispatchMode):
+    """Bytes of the storages that ops read, and of those they write, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = zip(func._schema.arguments, args)
+        changed = [t for a, t in given if a.alias_info is not None and a.alias_info.is_write]
+        found = func(*args, **(kwargs or {}))
+        self.seen.append((self._bytes_of(args), self._bytes_of([found, *changed])))
+        return found
+
+    def _bytes_of(self, tensors):
+        return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def test_the_cache_is_full_of_what_was_read_when_the_clock_starts(monkeypatch):
+    """What is written last stays in the L2 cache, to be written back while the kernel is timed."""
+    events = mock.Mock(elapsed_time=lambda end: 0.5)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: events)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(bench_kernels, "FLUSH_BYTES", 2**20)
+    starts = []
+    with OnTheCpu(), Accesses() as accesses:
+        bench = bench_kernels.Bench("cuda", torch.float32, 3, interpret=False)
+        assert bench_kernels.milliseconds(lambda: starts.append(len(accesses.seen)), bench) == 0.5
+    assert len(starts) == 3
+    for start in starts:
+        read, written = [access for access in accesses.seen[:start] if max(access) >= 2**20][-1]
+        assert read == 2**20 and written < 100
 
 
 def test_contenders_do_the_same_work():
