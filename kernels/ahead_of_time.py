@@ -4,18 +4,24 @@
         swiglu_linear(a, b, weight)                # tensors of any device; nothing runs
     faults(build(source(launches[0])))             # [] where it fits an H100
 
+In a process that has called `pretend_to_have_a_gpu`, `keep` builds into Triton's cache what a GPU would look for there.
+
 A launch is specialised by Triton itself, so that is built what a GPU would run: None and 1 become constants, pointers
 and integers that are multiples of 16 are known to be. Triton must have been imported without TRITON_INTERPRET.
 """
 
+import ctypes
 import importlib
 import io
+import os
 import re
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -74,7 +80,7 @@ def source(launch: Launch, capability: int = 90) -> Source:
         kernel.fn.__qualname__,
         tuple(signature.items()),
         tuple(constants.items()),
-        tuple((path, tuple((name, value) for name, value in found)) for path, found in attributes.items() if found),
+        tuple((path, tuple((name, value) for name, value in found)) for path, found in attributes.items()),
         launch.num_warps,
         launch.num_stages,
         capability,
@@ -83,14 +89,10 @@ def source(launch: Launch, capability: int = 90) -> Source:
 
 def build(wanted: Source) -> Build:
     """Compiles, whatever Triton's cache holds."""
-    kernel = getattr(importlib.import_module(wanted.module), wanted.kernel)
-    attributes = {path: [list(attribute) for attribute in found] for path, found in wanted.attributes}
-    text = ASTSource(fn=kernel, signature=dict(wanted.signature), constexprs=dict(wanted.constants), attrs=attributes)
-    options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages, **OPTIONS}
     log, start = io.StringIO(), time.perf_counter()
     with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(log):
         knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
-        built = triton.compile(text, target=_target(wanted.capability), options=options)
+        built = _compile(wanted)
     seconds = time.perf_counter() - start
     found = LOG.search(log.getvalue())
     if found is None:
@@ -116,6 +118,35 @@ def faults(found: Build) -> list[str]:
     if found.spill_bytes or found.stack_bytes:
         wrong.append(f"{found.name} spills: {found.spill_bytes} bytes, with {found.stack_bytes} bytes of stack")
     return wrong
+
+
+def pretend_to_have_a_gpu(capability: int, stub: Path) -> None:
+    """From now on, and to the end of this process, Triton finds a GPU that does nothing: `stub` is the directory of a
+    libcuda.so.1 (tools/libcuda_stub.c)."""
+    os.environ["TRITON_LIBCUDA_PATH"] = str(stub)
+    ctypes.CDLL(str(stub / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
+
+
+def keep(wanted: Source) -> bool:
+    """Whether Triton's cache lacked this kernel; now it holds its binary, and the launcher that Python calls it by."""
+    hits: list[bool] = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
+        assert _compile(wanted).run is not None  # where Triton builds launchers
+    return not all(hits)
+
+
+def _compile(wanted: Source):
+    kernel = getattr(importlib.import_module(wanted.module), wanted.kernel)
+    attributes = {path: [list(attribute) for attribute in found] for path, found in wanted.attributes}
+    text = ASTSource(fn=kernel, signature=dict(wanted.signature), constexprs=dict(wanted.constants), attrs=attributes)
+    options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages, **OPTIONS}
+    return triton.compile(text, target=_target(wanted.capability), options=options)
 
 
 def _target(capability: int) -> GPUTarget:

@@ -2,21 +2,30 @@
 
     python tools/build_kernels.py
     python tools/build_kernels.py --preset tiny_2 --dtype fp32 --all --json builds.json
+    python tools/build_kernels.py --cache DIR --recipe configs/emoji_64.toml
 
 The ops of `mdit.kernels` are called at the shapes of the paper's four stages, forward and backward; what they would
 launch is compiled as a GPU would. Of widths that grow with depth the first, the middle and the last are taken, unless
 --all. Exit code 1 where a kernel spills registers, needs more shared memory than a block has or does not compile.
+
+With --cache they are built into a directory that can be $TRITON_CACHE_DIR of a run on such a GPU, which then compiles
+none of them: every width, the recipes' too, and those of the check that "auto" makes. It needs a C compiler, the
+versions of Python and Triton of that run, and the same DIR there, since Triton keeps absolute paths.
 """
 
 import argparse
 import importlib.util
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,16 +33,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit import cli
-from mdit.config import ModelConfig, UserError
+from mdit.config import ModelConfig, UserError, load_config
 from mdit.files import try_to_write, write_json
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
+from mdit.kernels.self_check import disagreement
 from mdit.models import presets
 from mdit.models.kernel_calls import STAGES, KernelCall, fp8_calls, kernel_calls
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROWING = ("A", "F", "IN", "OUT")  # widths that grow with depth
 FP8_CAPABILITY = 89
+STUB = Path(__file__).with_name("libcuda_stub.c")
+MICRO_BATCH = 64  # of recipes: kernels are the same for any that is a multiple of 16
 COLUMNS = "{:<34} {:<9} {:>5} {:>9} {:>10} {:>5} {:>6} {:>7}  {}"
 
 
@@ -51,6 +63,8 @@ class Use:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     require_triton()
+    if args.cache:
+        return fill_cache(args)
     if args.json:
         try_to_write(args.json)
     builds, wrong, version = build_all(args)
@@ -69,7 +83,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--capability", type=int, default=90, help="of the GPU: 80 is an A100, 90 an H100")
     parser.add_argument("--all", action="store_true", help="every width, not only the first, the middle and the last")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    return parser.parse_args(arguments)
+    parser.add_argument("--cache", type=cli.path, metavar="DIR", help="build into DIR, for a GPU machine to find there")
+    parser.add_argument(
+        "--recipe", type=cli.path, action="append", default=[], help="with --cache: its kernels as well"
+    )
+    args = parser.parse_args(arguments)
+    if args.recipe and not args.cache:
+        parser.error("--recipe: says nothing without --cache")
+    return args
 
 
 def require_triton() -> None:
@@ -85,8 +106,7 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
 
     uses: dict[ahead_of_time.Source, list[Use]] = {}
     builds, wrong = [], []
-    calls = chosen_calls(getattr(presets, args.preset), every_width=args.all, fp8=args.capability >= FP8_CAPABILITY)
-    for call in calls:
+    for call in chosen_calls(stages_of(args), every_width=args.all, fp8=args.capability >= FP8_CAPABILITY):
         try:
             for direction, launch in launches(call, DTYPES[args.dtype]):
                 use = Use(call.op, direction, call.where, call.shape, call.label)
@@ -97,8 +117,7 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
     print(
         COLUMNS.format("kernel", "", "warps", "registers", "shared KiB", "stack", "spills", "built s", "first used at")
     )
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as workers:
+    with fresh_processes() as workers:
         for source, built in zip(uses, workers.map(build_or_reason, uses)):
             first, others = uses[source][0], len(uses[source]) - 1
             where = f"{first.op} {first.where} {first.label}" + (f" and {others} more" if others else "")
@@ -112,6 +131,63 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
             wrong += [f"{fault} ({where})" for fault in ahead_of_time.faults(built)]
             builds.append({**asdict(built), "uses": [asdict(use) for use in uses[source]]})
     return builds, wrong, ahead_of_time.VERSION
+
+
+def fresh_processes(*initializer: Any) -> ProcessPoolExecutor:
+    """Workers in which no kernel was interpreted or built."""
+    first, *rest = initializer or (None,)
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=first, initargs=tuple(rest))
+
+
+def fill_cache(args: argparse.Namespace) -> int:
+    """Build into Triton's cache in --cache whatever it lacks -> exit code."""
+    from mdit.kernels import ahead_of_time
+
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise UserError("there is no C compiler (gcc or clang), which the launchers of kernels are built with")
+    args.cache.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(args.cache.resolve())
+    dtype, recipes = DTYPES[args.dtype], list(map(load_config, args.recipe))
+    shapes = stages_of(args) + [(recipe.model, MICRO_BATCH, recipe.training.mask_ratio) for recipe in recipes]
+    calls = chosen_calls(shapes, every_width=True, fp8=args.capability >= FP8_CAPABILITY)
+    found = [launch for call in calls for _, launch in launches(call, dtype)]
+    for head_dim in sorted({config.head_dim for config, *_ in shapes}):
+        found += launches_of_check(head_dim, dtype)
+    sources = dict.fromkeys(ahead_of_time.source(launch, args.capability) for launch in found)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1", str(STUB)]
+        subprocess.run(command, check=True)
+        with fresh_processes(ahead_of_time.pretend_to_have_a_gpu, args.capability, Path(folder)) as workers:
+            kept = list(workers.map(keep_or_reason, sources))
+    wrong = [
+        f"{source.kernel} does not compile: {what}" for source, what in zip(sources, kept) if isinstance(what, str)
+    ]
+    print(
+        f"triton {ahead_of_time.VERSION}, sm_{args.capability}, {args.dtype}: {len(sources)} kernels, of which "
+        f"{kept.count(True)} were built and {kept.count(False)} were there already: {args.cache.resolve()}"
+    )
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    return 1 if wrong else 0
+
+
+def keep_or_reason(source):
+    """In a worker process."""
+    from mdit.kernels import ahead_of_time
+
+    try:
+        return ahead_of_time.keep(source)
+    except Exception as error:  # of Triton's many kinds
+        return reason(error)
+
+
+def launches_of_check(head_dim: int, dtype: torch.dtype) -> list[Launch]:
+    """What `mdit.kernels.choice` launches before it takes kernels. Nothing runs, so that what it says is nothing."""
+    with recorded() as found, dispatch.using(off_gpu=True):
+        for op in dispatch.OPS:
+            disagreement(op, torch.device("cpu"), dtype, head_dim)
+    return found
 
 
 def build_or_reason(source):
@@ -128,12 +204,18 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def chosen_calls(preset: Callable[[int], ModelConfig], *, every_width: bool, fp8: bool) -> list[KernelCall]:
-    """Calls of the four stages, those of equal shapes once; `fp8`: with those of float8's matmuls."""
+def stages_of(args: argparse.Namespace) -> list[tuple[ModelConfig, int, float]]:
+    """Model, micro-batch and mask ratio of the four stages."""
+    preset = getattr(presets, args.preset)
+    return [(preset(latent_size), micro_batch, mask_ratio) for latent_size, mask_ratio, micro_batch in STAGES.values()]
+
+
+def chosen_calls(shapes: Iterable[tuple[ModelConfig, int, float]], *, every_width: bool, fp8: bool) -> list[KernelCall]:
+    """Calls of these models, those of equal shapes once; `fp8`: with those of float8's matmuls."""
     chosen: dict[tuple, KernelCall] = {}
-    for latent_size, mask_ratio, micro_batch in STAGES.values():
-        calls = kernel_calls(preset(latent_size), micro_batch, mask_ratio)
-        calls += fp8_calls(preset(latent_size), micro_batch, mask_ratio) if fp8 else []
+    for config, micro_batch, mask_ratio in shapes:
+        calls = kernel_calls(config, micro_batch, mask_ratio)
+        calls += fp8_calls(config, micro_batch, mask_ratio) if fp8 else []
         for call in calls if every_width else representative(calls):
             chosen.setdefault((call.op, *call.shape.items()), call)
     return list(chosen.values())

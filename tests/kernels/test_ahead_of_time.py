@@ -128,8 +128,8 @@ def test_a_launch_is_specialised_as_on_a_gpu():
     assert types["bias_ptr"] == "constexpr" and types["n"] == types["stride"] == "i32"
     assert dict(contiguous.signature)["stride"] == "constexpr"
     assert dict(contiguous.constants) == {(1,): None, (4,): 1, (6,): 128}
-    assert {path for path, _ in contiguous.attributes} == {(0,), (2,)}  # pointers that are multiples of 16
-    assert {path for path, _ in strided.attributes} == {(2,), (4,)}  # not the shifted one; the stride is
+    assert {path for path, found in contiguous.attributes if found} == {(0,), (2,)}  # pointers that are multiples of 16
+    assert {path for path, found in strided.attributes if found} == {(2,), (4,)}  # not the shifted one; the stride is
 
 
 def test_what_a_build_tells():
@@ -151,3 +151,63 @@ def test_widths_that_grow_are_represented():
     assert widths == [512, 768, 1024]
     kinds = {(c.op, c.where, *(c.shape.get(name) for name in ("y", "gate", "modulated", "K"))) for c in calls}
     assert kinds == {(c.op, c.where, *(c.shape.get(name) for name in ("y", "gate", "modulated", "K"))) for c in chosen}
+
+
+CALL = """
+import sys
+from unittest import mock
+from mdit.models.kernel_calls import kernel_calls
+from mdit.models.presets import tiny_2
+from tools import build_kernels
+call = next(call for call in kernel_calls(tiny_2(8), 16, 0.5) if call.op == "swiglu.swiglu_linear")
+"""
+FILL = """
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+def this_process(initializer, *arguments):  # is as fresh as any
+    initializer(*arguments)
+    return nullcontext(SimpleNamespace(map=map))
+
+few = dict(chosen_calls=lambda *a, **b: [call], launches_of_check=lambda *a: [], fresh_processes=this_process)
+with mock.patch.multiple(build_kernels, **few):
+    build_kernels.main(["--cache", sys.argv[1]])
+"""
+RUN = """
+import torch
+from pathlib import Path
+from triton import knobs
+from mdit.kernels import ahead_of_time
+from mdit.kernels.launch import OPTIONS
+ahead_of_time.pretend_to_have_a_gpu(90, Path(sys.argv[1]))
+hits = []
+knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
+for _, launch in build_kernels.launches(call, torch.bfloat16):
+    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, **OPTIONS)
+    launch.kernel[(1,)](*launch.arguments, **launch.constants, **options)
+print(hits)
+"""
+
+
+def test_a_run_finds_all_that_a_cache_was_filled_with(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cache, stub = tmp_path / "cache", tmp_path / "libcuda.so.1"
+
+    def run(program, *arguments):
+        file = tmp_path / "program.py"
+        file.write_text(CALL + program, encoding="utf-8")
+        environment = {**kept, "TRITON_CACHE_DIR": str(cache)}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, str(file), *map(str, arguments)]
+        ran = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    assert "2 kernels, of which 2 were built and 0 were there already" in run(FILL, cache)
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", stub, build_kernels.STUB], check=True)
+    before = {file: file.stat().st_mtime_ns for file in cache.rglob("*.*")}
+    assert {file.suffix for file in before} >= {".cubin", ".so"}
+    assert run(RUN, tmp_path) == "[True, True]\n"  # Triton's own way to its cache, launchers included
+    after = {file: file.stat().st_mtime_ns for file in cache.rglob("*.*")}
+    changed = {file.name.split(".")[0] for file, _ in after.items() - before.items()}
+    assert changed <= {"cuda_utils"}  # to Triton 3.9 another one where libcuda is in another directory
