@@ -108,14 +108,14 @@ def _mix_backward(
 @triton.jit
 def _mix_sums(
     sums_ptr, weight_ptr, scale_ptr, dgate_ptr, dweight_ptr, dshift_ptr, dscale_ptr, scale_stride,
-    P, programs_per_image, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, IMAGE_ROWS: tl.constexpr,
+    P, programs_per_image, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    IMAGE_ROWS: tl.constexpr, IMAGE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the programs' sums: the first D / COLUMNS programs for the weight, the others for one image each."""
-    blocks = tl.cdiv(D, COLUMNS)
-    d = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    n = tl.program_id(0) // blocks - 1
-    if n < 0:
+    """Adds up the programs' sums: the first D / COLUMNS programs for the weight, the others for an image's columns."""
+    image_program = tl.program_id(0) - tl.cdiv(D, COLUMNS)
+    if image_program < 0:
         if dweight_ptr is not None:
+            d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
             total = tl.zeros((COLUMNS,), tl.float32)
             for start in range(0, P, ROWS):
                 row = start + tl.arange(0, ROWS)
@@ -129,15 +129,18 @@ def _mix_sums(
                 total += tl.sum(value, axis=0)
             tl.store(dweight_ptr + d, total.to(dweight_ptr.dtype.element_ty), mask=d < D)
     else:
-        first = n * programs_per_image
+        blocks = tl.cdiv(D, IMAGE_COLUMNS)
+        n = image_program // blocks
+        column = image_program % blocks * IMAGE_COLUMNS + tl.arange(0, IMAGE_COLUMNS)
+        sums_ptr += n * programs_per_image * D
         if dscale_ptr is not None:
-            total = _column_sum(sums_ptr, first, programs_per_image, d, D, IMAGE_ROWS) * _vector(weight_ptr, d, D)
-            tl.store(dscale_ptr + n * D + d, total.to(dscale_ptr.dtype.element_ty), mask=d < D)
-            total = _column_sum(sums_ptr + P * D, first, programs_per_image, d, D, IMAGE_ROWS)
-            tl.store(dshift_ptr + n * D + d, total.to(dshift_ptr.dtype.element_ty), mask=d < D)
+            found = _column_sum(sums_ptr, programs_per_image, column, D, IMAGE_ROWS) * _vector(weight_ptr, column, D)
+            tl.store(dscale_ptr + n * D + column, found.to(dscale_ptr.dtype.element_ty), mask=column < D)
+            found = _column_sum(sums_ptr + P * D, programs_per_image, column, D, IMAGE_ROWS)
+            tl.store(dshift_ptr + n * D + column, found.to(dshift_ptr.dtype.element_ty), mask=column < D)
         if dgate_ptr is not None:
-            total = _column_sum(sums_ptr + 2 * P * D, first, programs_per_image, d, D, IMAGE_ROWS)
-            tl.store(dgate_ptr + n * D + d, total.to(dgate_ptr.dtype.element_ty), mask=d < D)
+            found = _column_sum(sums_ptr + 2 * P * D, programs_per_image, column, D, IMAGE_ROWS)
+            tl.store(dgate_ptr + n * D + column, found.to(dgate_ptr.dtype.element_ty), mask=column < D)
 
 
 @triton.jit
@@ -174,17 +177,21 @@ def _vector(ptr, d, D: tl.constexpr):
 
 
 @triton.jit
-def _column_sum(ptr, first, rows, d, D: tl.constexpr, ROWS: tl.constexpr):
+def _column_sum(ptr, rows, d, D: tl.constexpr, ROWS: tl.constexpr):
     total = tl.zeros((d.shape[0],), tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (d < D)[None, :]
-        total += tl.sum(tl.load(ptr + (first + row)[:, None] * D + d[None, :], mask=inside, other=0.0), axis=0)
+        total += tl.sum(tl.load(ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0), axis=0)
     return total
 
 
 FORWARD_TILE, BACKWARD_TILE = 2, 1  # rows; two and three tiles are on their way while one is worked on
-FINISH_TILE, FINISH_IMAGE_TILE = 256, 32  # programs' sums added at a time: for the weight, for an image
+# What one program adds up of the programs' sums, of which there are some 528: for the weight 16 columns of all, 32 KB,
+# and for an image all its rows of as many columns as make 24 KB of the three sums. Together they are some 300 programs,
+# all at work at once on 132 SMs.
+WEIGHT_TILE = {"ROWS": 512, "COLUMNS": 16}
+IMAGE_TILE, IMAGE_ROWS = 2048, 64  # elements of one sum, and rows that are added at a time
 
 
 def _tile(width: int, rows: int) -> dict[str, int]:
@@ -268,12 +275,13 @@ def _add_norm_modulate_backward(
         *_strides(x, 2), *_strides(y, 2), *_strides(gate), *_strides(scale), *_strides(keep), *_strides(d_out, 2),
         *_strides(dh, 2), n, num_tokens, k, rows, **_tile(width, BACKWARD_TILE), STAGES=4, num_stages=4,
     )  # fmt: skip
-    parts = 1 if dgate is None and dscale is None else 1 + n
+    image_rows = min(_power_of_2(programs_per_image), IMAGE_ROWS)
+    image_columns = min(IMAGE_TILE // image_rows, _power_of_2(width))
+    of_images = 0 if dgate is None and dscale is None else n * _ceil_div(width, image_columns)
     launch(
-        _mix_sums, (_ceil_div(width, 32) * parts,), sums_3PD, weight, scale, dgate, dweight, dshift, dscale,
-        *_strides(scale), programs, programs_per_image,
-        D=width, COLUMNS=32, ROWS=FINISH_TILE,
-        IMAGE_ROWS=min(_power_of_2(programs_per_image), FINISH_IMAGE_TILE), num_warps=4,
+        _mix_sums, (_ceil_div(width, WEIGHT_TILE["COLUMNS"]) + of_images,),
+        sums_3PD, weight, scale, dgate, dweight, dshift, dscale, *_strides(scale), programs, programs_per_image,
+        D=width, **WEIGHT_TILE, IMAGE_ROWS=image_rows, IMAGE_COLUMNS=image_columns, num_warps=4,
     )  # fmt: skip
     return new
 

@@ -113,9 +113,28 @@ def test_triton_when_every_token_is_kept(triton):
 def test_triton_with_more_programs_than_their_sums_are_added_at_a_time(triton, monkeypatch):
     from mdit.kernels.patch_mixing import triton_impl
 
-    monkeypatch.setattr(triton_impl, "FINISH_TILE", 4)
-    monkeypatch.setattr(triton_impl, "FINISH_IMAGE_TILE", 2)
+    monkeypatch.setattr(triton_impl, "WEIGHT_TILE", {"ROWS": 4, "COLUMNS": 16})
+    monkeypatch.setattr(triton_impl, "IMAGE_ROWS", 2)
+    monkeypatch.setattr(triton_impl, "IMAGE_TILE", 64)
     assert_as_accurate(mix, reference_mix, inputs("gate, modulation", 2, 40, 72), torch.float32)  # 2 * 5 programs
+
+
+@pytest.mark.parametrize("n, t, d", [(256, 64, 1024), (256, 256, 768), (64, 256, 1024), (16, 1024, 768), (1, 77, 1024)])
+def test_the_last_sums_are_one_wave_of_programs(monkeypatch, n, t, d):
+    """In several each waits for the one before: 8,224 programs of 0.8 KB took eight ways to memory and back."""
+    pytest.importorskip("triton")
+    from mdit.kernels.patch_mixing import triton_impl
+
+    started = []
+    monkeypatch.setattr(triton_impl, "launch", lambda kernel, grid, *_, **constants: started.append((*grid, constants)))
+    x, vectors = torch.empty(n, t, d, dtype=torch.bfloat16), torch.empty(n, d, dtype=torch.bfloat16)
+    triton_impl._add_norm_modulate_backward(
+        x, x, vectors, vectors[0], vectors, None, torch.empty(2, n, t), t, x, x
+    )
+    (programs, _), (finishing, constants) = started
+    assert finishing <= 3 * 132 and constants["num_warps"] == 4
+    turns = -(-programs // constants["ROWS"]), -(-programs // n // constants["IMAGE_ROWS"])
+    assert max(turns) <= 2
 
 
 @pytest.mark.parametrize("case", ["gate, modulation", "kept of all", "x, modulation"])
