@@ -85,17 +85,17 @@ def _experts(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor) -> list[Tensor]:
     return [expert_choice.scatter_tokens(expert_choice.gelu_bmm(hidden, w2_EFD, routing.weights_NEK), routing)]
 
 
-def _swiglu(a: Tensor, b: Tensor, weight_DF: Tensor) -> list[Tensor]:
-    return [swiglu.swiglu_linear(a, b, weight_DF)]
+def _swiglu(ab_NTX: Tensor, weight_DF: Tensor) -> list[Tensor]:
+    return [swiglu.swiglu_linear(ab_NTX, weight_DF)]
 
 
 def _fp8(
-    a_NTF: Tensor, b_NTF: Tensor, weight_OF: Tensor, h_EMF: Tensor, w_EFO: Tensor, logits_NEK: Tensor
+    x_NTF: Tensor, ab_NTX: Tensor, weight_OF: Tensor, h_EMF: Tensor, w_EFO: Tensor, logits_NEK: Tensor
 ) -> list[Tensor]:
     weights_NEK = logits_NEK.to(torch.promote_types(logits_NEK.dtype, torch.float32)).sigmoid()
     return [
-        fp8_linear.fp8_linear(a_NTF, weight_OF),
-        fp8_linear.fp8_swiglu_linear(a_NTF, b_NTF, weight_OF),
+        fp8_linear.fp8_linear(x_NTF, weight_OF),
+        fp8_linear.fp8_swiglu_linear(ab_NTX, weight_OF),
         fp8_linear.fp8_bmm(h_EMF, w_EFO),
         fp8_linear.fp8_gelu_bmm(h_EMF, w_EFO, weights_NEK),
     ]
@@ -106,9 +106,9 @@ EXAMPLES: dict[str, tuple[Callable[..., list[Tensor]], Callable[[int], list[tupl
     "masked_attention": (_attention, lambda d: [(N, T, 3 * d), (N, T, d), (N, L, 2 * d)]),
     "patch_mixing": (_mixing, lambda d: [(N, T, d), (N, T, d), (N, d), (d,), (N, d), (N, d)]),
     "expert_choice": (_experts, lambda d: [(N, T, d), (E, d, F), (E, F, d)]),
-    "swiglu": (_swiglu, lambda d: [(N, T, F), (N, T, F), (d, F)]),
+    "swiglu": (_swiglu, lambda d: [(N, T, 2 * F), (d, F)]),
     "fp8_linear": (
-        _fp8, lambda d: [(N, T, F), (N, T, F), (OUTPUTS, F), (E, T, F), (E, F, OUTPUTS), (N, E, T // N)]
+        _fp8, lambda d: [(N, T, F), (N, T, 2 * F), (OUTPUTS, F), (E, T, F), (E, F, OUTPUTS), (N, E, T // N)]
     ),
 }
 

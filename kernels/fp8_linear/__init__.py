@@ -43,15 +43,15 @@ def fp8_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Te
     return reference.fp8_linear(x, weight_OK, bias_O)
 
 
-def fp8_swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    """fp8_linear of silu(a) * b, which is written in float8 only. (..., F), (..., F) -> (..., D). Saves a and b."""
-    assert a.shape == b.shape and a.shape[-1] == weight_DF.shape[1], (a.shape, b.shape, weight_DF.shape)
+def fp8_swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """fp8_linear of silu(a) * b, which is written in float8 only. (..., 2 F) -> (..., D). Saves ab and the weight."""
+    assert ab.shape[-1] == 2 * weight_DF.shape[1], (ab.shape, weight_DF.shape)
     assert not any(size % MULTIPLE for size in weight_DF.shape), weight_DF.shape
-    if dispatch.takes_triton("fp8_linear", a):
+    if dispatch.takes_triton("fp8_linear", ab):
         from mdit.kernels.fp8_linear import triton_impl
 
-        return triton_impl.fp8_swiglu_linear(a, b, weight_DF, bias_D)
-    return reference.fp8_swiglu_linear(a, b, weight_DF, bias_D)
+        return triton_impl.fp8_swiglu_linear(ab, weight_DF, bias_D)
+    return reference.fp8_swiglu_linear(ab, weight_DF, bias_D)
 
 
 def fp8_bmm(x_EMK: Tensor, w_EKO: Tensor) -> Tensor:

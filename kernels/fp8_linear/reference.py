@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mdit.kernels.swiglu.reference import gated
+
 MANTISSA, EXPONENT = 0.875, 9  # 448 = 0.875 * 2 ** 9 is the largest number of float8_e4m3fn
 LEAST = 448 * 2.0**-126  # what gives the least scale that is a normal float32
 
@@ -65,8 +67,8 @@ def fp8_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Te
     return out_MO.view(*x.shape[:-1], -1)
 
 
-def fp8_swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    return fp8_linear(F.silu(a) * b, weight_DF, bias_D)
+def fp8_swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    return fp8_linear(gated(ab), weight_DF, bias_D)
 
 
 def fp8_bmm(x_EMK: Tensor, w_EKO: Tensor) -> Tensor:

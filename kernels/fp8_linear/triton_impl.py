@@ -37,14 +37,15 @@ def _quantise_rows(
 
 @triton.jit
 def _quantise_gated(
-    a_ptr, b_ptr, out_ptr, scale_ptr, a_stride, b_stride, R,
+    ab_ptr, out_ptr, scale_ptr, ab_stride, R,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The same of silu(a) * b, rounded to their dtype as if it had been written."""
     row, column, inside = _whole_rows(R, C, BLOCK_R, BLOCK_C)
-    a = tl.load(a_ptr + row * a_stride + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + row * b_stride + column, mask=inside, other=0.0).to(tl.float32)
-    u = (a * tl.sigmoid(a) * b).to(a_ptr.dtype.element_ty).to(tl.float32)
+    a_ptrs = ab_ptr + row * ab_stride + column
+    a = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(a_ptrs + C, mask=inside, other=0.0).to(tl.float32)
+    u = (a * tl.sigmoid(a) * b).to(ab_ptr.dtype.element_ty).to(tl.float32)
     _write_rows(u, out_ptr, scale_ptr, row, column, R, C, INTERPRETED)
 
 
@@ -189,17 +190,6 @@ def _products(a: Quantised, b: Quantised, out_EMO: Tensor) -> Tensor:
     return out_EMO
 
 
-def gated_gradients(a: Tensor, b: Tensor, du_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> da, db and u = silu(a) * b, which takes the place of its gradient."""
-    a_MF, b_MF = _matrix(a), _matrix(b)
-    da, db = a.new_empty(a.shape), b.new_empty(b.shape)
-    swiglu._launch(
-        swiglu._swiglu_backward, 2048, a_MF, b_MF, du_MF, da, db, a_MF.stride(0), b_MF.stride(0),
-        num_rows=len(a_MF), width=a.shape[-1],
-    )  # fmt: skip
-    return da, db, du_MF
-
-
 def gelu_gradients(h_EMF: Tensor, da_EMF: Tensor, weights_NEK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> dh, which takes the place of da, a = weight * gelu(h) and dweights"""
     (experts, m, width), h_EMF = h_EMF.shape, h_EMF.contiguous()
@@ -261,30 +251,31 @@ def _(d_out_EMO, x_EMK, w_EKO):
 
 
 @registered("mdit::fp8_swiglu_linear")
-def _swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor) -> Tensor:
-    a_MF, b_MF = _matrix(a), _matrix(b)
-    u = _launch_rows(_quantise_gated, a, a_MF, b_MF, strides=(a_MF.stride(0), b_MF.stride(0)))
-    u_MF = Quantised(u.values.view(a_MF.shape), u.scale.view(-1, 1))
-    return _product(u_MF, _by_rows(weight_DF), a.new_empty(len(a_MF), len(weight_DF))).view(*a.shape[:-1], -1)
+def _swiglu_linear(ab: Tensor, weight_DF: Tensor) -> Tensor:
+    ab_MX = _matrix(ab)
+    a_MF, _ = ab_MX.chunk(2, dim=1)
+    u_MF = _launch_rows(_quantise_gated, a_MF, ab_MX, strides=(ab_MX.stride(0),))
+    return _product(u_MF, _by_rows(weight_DF), ab.new_empty(len(ab_MX), len(weight_DF))).view(*ab.shape[:-1], -1)
 
 
 @_swiglu_linear.register_fake
-def _(a, b, weight_DF):
-    return a.new_empty(*a.shape[:-1], weight_DF.shape[0])
+def _(ab, weight_DF):
+    return ab.new_empty(*ab.shape[:-1], weight_DF.shape[0])
 
 
 @registered("mdit::fp8_swiglu_linear_backward")
-def _swiglu_linear_backward(d_out: Tensor, a: Tensor, b: Tensor, weight_DF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> da, db, dweight"""
-    d_out_MD, du_MF = _matrix(d_out), a.new_empty(_matrix(a).shape)
+def _swiglu_linear_backward(d_out: Tensor, ab: Tensor, weight_DF: Tensor) -> tuple[Tensor, Tensor]:
+    """-> dab, dweight"""
+    d_out_MD = _matrix(d_out)
+    du_MF = d_out_MD.new_empty(len(d_out_MD), weight_DF.shape[1])
     _product(_by_rows(d_out_MD), _by_columns(weight_DF), du_MF)
-    da, db, u_MF = gated_gradients(a, b, du_MF)
-    return da, db, d_out_MD.t() @ u_MF
+    dab_MX, u_MF = swiglu.gated_gradient(_matrix(ab), du_MF)
+    return dab_MX.view(ab.shape), d_out_MD.t() @ u_MF
 
 
 @_swiglu_linear_backward.register_fake
-def _(d_out, a, b, weight_DF):
-    return a.new_empty(a.shape), b.new_empty(b.shape), weight_DF.new_empty(weight_DF.shape)
+def _(d_out, ab, weight_DF):
+    return ab.new_empty(ab.shape), weight_DF.new_empty(weight_DF.shape)
 
 
 @registered("mdit::fp8_gelu_bmm")
@@ -334,8 +325,8 @@ def fp8_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Te
     return _plus(_linear(x, weight_OK), bias_O)
 
 
-def fp8_swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    return _plus(_swiglu_linear(a, b, weight_DF), bias_D)
+def fp8_swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    return _plus(_swiglu_linear(ab, weight_DF), bias_D)
 
 
 def fp8_bmm(x_EMK: Tensor, w_EKO: Tensor) -> Tensor:

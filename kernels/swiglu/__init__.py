@@ -3,6 +3,9 @@
     forward     u = silu(a) * b (computed in float32, rounded once), then a matmul
     backward    du = dout @ weight, then one kernel (a, b, du) -> (da, db, u), then dweight = dout^T @ u
 
+a and b are the halves of one tensor, as one matmul writes them, and so are their gradients: the matmuls before see one
+tensor of 2 F values a token, in both directions.
+
 PyTorch keeps silu(a) and u beside a and b, torch.compile u: 4 and 3 values of width F a token instead of 2. In bfloat16
 with F = 2048 that is 8 and 4 KiB a token, 512 and 256 MiB a block of the patch-mixer at 65,536 tokens. Between the
 matmuls, F values are read or written 5 + 9 times for a token (forward + backward) in PyTorch, here 3 + 6 times.
@@ -14,11 +17,11 @@ from mdit.kernels import dispatch
 from mdit.kernels.swiglu import reference
 
 
-def swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    """(..., F), (..., F) -> (..., D). a and b may be strided views, such as halves of one matmul's output."""
-    assert a.shape == b.shape and a.shape[-1] == weight_DF.shape[1]
-    if dispatch.takes_triton("swiglu", a):
+def swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """(..., 2 F), a and b side by side -> (..., D)"""
+    assert ab.shape[-1] == 2 * weight_DF.shape[1], (ab.shape, weight_DF.shape)
+    if dispatch.takes_triton("swiglu", ab):
         from mdit.kernels.swiglu import triton_impl
 
-        return triton_impl.swiglu_linear(a, b, weight_DF, bias_D)
-    return reference.swiglu_linear(a, b, weight_DF, bias_D)
+        return triton_impl.swiglu_linear(ab, weight_DF, bias_D)
+    return reference.swiglu_linear(ab, weight_DF, bias_D)

@@ -1,6 +1,7 @@
 """Triton kernels of swiglu: the gated product before the matmul, and its gradients between the two of backward.
 
-Shapes: M tokens (all leading dimensions), F width of the network, D width of the stream.
+Shapes: M tokens (all leading dimensions), F width of the network, D width of the stream; a and b of a token are 2 F
+numbers in a row.
 """
 
 import torch.nn.functional as functional
@@ -13,34 +14,32 @@ from mdit.kernels.registered import registered
 
 
 @triton.jit
-def _swiglu(
-    a_ptr, b_ptr, u_ptr, a_stride, b_stride, M, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def _swiglu(ab_ptr, u_ptr, ab_stride, M, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """u = silu(a) * b, (M, F)"""
     row, column, inside = _tile(M, F, ROWS, COLUMNS)
-    a = tl.load(a_ptr + row * a_stride + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + row * b_stride + column, mask=inside, other=0.0).to(tl.float32)
+    a_ptrs = ab_ptr + row * ab_stride + column
+    a = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(a_ptrs + F, mask=inside, other=0.0).to(tl.float32)
     tl.store(u_ptr + row * F + column, (a * tl.sigmoid(a) * b).to(u_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _swiglu_backward(
-    a_ptr, b_ptr, u_ptr, da_ptr, db_ptr, a_stride, b_stride, M,
-    F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ab_ptr, u_ptr, dab_ptr, ab_stride, M, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """da and db (M, F) from the gradient of u, which is in u_ptr; u itself takes its place."""
+    """da and db, (M, 2 F), from the gradient of u, which is in u_ptr; u itself takes its place."""
     row, column, inside = _tile(M, F, ROWS, COLUMNS)
-    here = row * F + column
-    a = tl.load(a_ptr + row * a_stride + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + row * b_stride + column, mask=inside, other=0.0).to(tl.float32)
-    du = tl.load(u_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    a_ptrs, da_ptrs, u_ptrs = ab_ptr + row * ab_stride + column, dab_ptr + row * 2 * F + column, u_ptr + row * F + column
+    a = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(a_ptrs + F, mask=inside, other=0.0).to(tl.float32)
+    du = tl.load(u_ptrs, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(a)
     silu = a * sigmoid
     da = du * b * (sigmoid + silu * (1 - sigmoid))
-    tl.store(da_ptr + here, da.to(da_ptr.dtype.element_ty), mask=inside)
-    tl.store(db_ptr + here, (du * silu).to(db_ptr.dtype.element_ty), mask=inside)
+    tl.store(da_ptrs, da.to(dab_ptr.dtype.element_ty), mask=inside)
+    tl.store(da_ptrs + F, (du * silu).to(dab_ptr.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # no thread overwrites what another has yet to read
-    tl.store(u_ptr + here, (silu * b).to(u_ptr.dtype.element_ty), mask=inside)
+    tl.store(u_ptrs, (silu * b).to(u_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -60,42 +59,48 @@ def _launch(kernel, elements: int, *arguments: Tensor | int, num_rows: int, widt
     launch(kernel, grid, *arguments, num_rows, F=width, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=1)
 
 
+def gated(ab_MX: Tensor) -> Tensor:
+    """(M, 2 F) -> silu(a) * b (M, F)"""
+    m, width = len(ab_MX), ab_MX.shape[1] // 2
+    u_MF = ab_MX.new_empty(m, width)
+    _launch(_swiglu, 4096, ab_MX, u_MF, ab_MX.stride(0), num_rows=m, width=width)
+    return u_MF
+
+
+def gated_gradient(ab_MX: Tensor, du_MF: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the gradient of ab, and u = silu(a) * b, which takes the place of its gradient."""
+    (m, width), dab_MX = du_MF.shape, ab_MX.new_empty(ab_MX.shape)
+    _launch(_swiglu_backward, 2048, ab_MX, du_MF, dab_MX, ab_MX.stride(0), num_rows=m, width=width)
+    return dab_MX, du_MF
+
+
 @registered("mdit::swiglu_linear")
-def _swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
-    a_MF, b_MF = _rows(a), _rows(b)
-    u_MF = a.new_empty(a_MF.shape)
-    m, width = u_MF.shape
-    _launch(_swiglu, 4096, a_MF, b_MF, u_MF, a_MF.stride(0), b_MF.stride(0), num_rows=m, width=width)
-    return functional.linear(u_MF, weight_DF, bias_D).view(*a.shape[:-1], -1)
+def _swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
+    return functional.linear(gated(_rows(ab)), weight_DF, bias_D).view(*ab.shape[:-1], -1)
 
 
 @_swiglu_linear.register_fake
-def _(a, b, weight_DF, bias_D):
-    return a.new_empty(*a.shape[:-1], weight_DF.shape[0])
+def _(ab, weight_DF, bias_D):
+    return ab.new_empty(*ab.shape[:-1], weight_DF.shape[0])
 
 
 @registered("mdit::swiglu_linear_backward")
-def _swiglu_linear_backward(
-    d_out: Tensor, a: Tensor, b: Tensor, weight_DF: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> da, db, dweight"""
-    a_MF, b_MF, d_out_MD = _rows(a), _rows(b), _rows(d_out)
-    da, db, u_MF = a.new_empty(a.shape), b.new_empty(b.shape), d_out_MD @ weight_DF  # u: the gradient of u, so far
-    m, width = u_MF.shape
-    strides = a_MF.stride(0), b_MF.stride(0)
-    _launch(_swiglu_backward, 2048, a_MF, b_MF, u_MF, da, db, *strides, num_rows=m, width=width)
-    return da, db, d_out_MD.t() @ u_MF
+def _swiglu_linear_backward(d_out: Tensor, ab: Tensor, weight_DF: Tensor) -> tuple[Tensor, Tensor]:
+    """-> dab, dweight"""
+    d_out_MD = _rows(d_out)
+    dab_MX, u_MF = gated_gradient(_rows(ab), d_out_MD @ weight_DF)
+    return dab_MX.view(ab.shape), d_out_MD.t() @ u_MF
 
 
 @_swiglu_linear_backward.register_fake
-def _(d_out, a, b, weight_DF):
-    return a.new_empty(a.shape), b.new_empty(b.shape), weight_DF.new_empty(weight_DF.shape)
+def _(d_out, ab, weight_DF):
+    return ab.new_empty(ab.shape), weight_DF.new_empty(weight_DF.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    a, b, weight_DF, bias_D = inputs
+    ab, weight_DF, bias_D = inputs
     ctx.has_bias = bias_D is not None
-    ctx.save_for_backward(a, b, weight_DF)
+    ctx.save_for_backward(ab, weight_DF)
 
 
 def _differentiate(ctx, d_out):
@@ -106,8 +111,8 @@ def _differentiate(ctx, d_out):
 _swiglu_linear.register_autograd(_differentiate, setup_context=_save)
 
 
-def swiglu_linear(a: Tensor, b: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    return _swiglu_linear(a, b, weight_DF, bias_D)
+def swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    return _swiglu_linear(ab, weight_DF, bias_D)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mdit.kernels.expert_choice.reference import one_hot_expert_choice
 from mdit.masking import Mask
 from mdit.models.dit import Block, CaptionBlock, MicroDiT, MixerExit
-from mdit.models.layers import CrossAttention, FinalLayer, GatedLinear, PatchEmbed, SelfAttention, StreamNorm, SwiGLU
+from mdit.models.layers import CrossAttention, FinalLayer, PatchEmbed, SelfAttention, StreamNorm, SwiGLU
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.apply import compile_each
 
@@ -141,10 +141,6 @@ def _swiglu(self: SwiGLU, x: Tensor) -> Tensor:
     return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
-def _linear(self: GatedLinear, x: Tensor) -> Tensor:
-    return F.linear(x, self.weight, self.bias)
-
-
 def _experts(self: ExpertChoice, x_NTD: Tensor) -> Tensor:
     return one_hot_expert_choice(x_NTD, self.gate.weight, self.w1, self.w2, self.tokens_per_expert(x_NTD.shape[1]))
 
@@ -175,7 +171,6 @@ FORMS: dict[type[nn.Module], Callable] = {
     SelfAttention: _self_attention,
     CrossAttention: _cross_attention,
     SwiGLU: _swiglu,
-    GatedLinear: _linear,
     ExpertChoice: _experts,
     StreamNorm: _norm,
     MixerExit: _mixer_exit,

@@ -176,16 +176,15 @@ def _fp8_of_model(model: MicroDiT, n: int, mask_ratio: float) -> Iterator[tuple[
 def _fp8_of_block(block: Block, n: int, tokens: int, length: int) -> Iterator[tuple[str, dict[str, int]]]:
     cross, mlp = block.cross_attn, block.mlp
     plain = [(n * tokens, layer) for layer in (block.attn.qkv, block.attn.proj, cross.q_linear, cross.proj)]
-    plain.append((n * length, cross.kv_linear))
+    for rows, layer in (*plain, (n * length, cross.kv_linear)):
+        yield FP8_LINEAR, {"M": rows, "IN": layer.in_features, "OUT": layer.out_features}
     if isinstance(mlp, ExpertChoice):
         (num_experts, dim, width), k = mlp.w1.shape, mlp.tokens_per_expert(tokens)
         yield FP8_BMM, {"E": num_experts, "M": n * k, "IN": dim, "OUT": width}
         yield FP8_GELU_BMM, {"N": n, "E": num_experts, "K": k, "IN": width, "OUT": dim}
-    else:
-        plain += [(n * tokens, mlp.w1), (n * tokens, mlp.w2)]
+    elif not mlp.w3.in_features % fp8_linear.MULTIPLE:  # that of w1 and w2 together is no sign of it
+        yield FP8_LINEAR, {"M": n * tokens, "IN": mlp.w1.in_features, "OUT": 2 * mlp.w1.out_features}
         yield FP8_SWIGLU, {"M": n * tokens, "IN": mlp.w3.in_features, "OUT": mlp.w3.out_features}
-    for rows, layer in plain:
-        yield FP8_LINEAR, {"M": rows, "IN": layer.in_features, "OUT": layer.out_features}
 
 
 def _norm(n: int, tokens: int, norm, *, y=False, gate=False, modulated=False, K: int = 0) -> dict[str, int]:
@@ -243,7 +242,7 @@ def _add_norm_modulate(
 
 def _swiglu_linear(make: Callable[..., Tensor], N: int, T: int, F: int, D: int) -> Work:
     read = N * T * 2 * F + D * F
-    inputs = [make(N, T, F), make(N, T, F), make(D, F)]
+    inputs = [make(N, T, 2 * F), make(D, F)]
     return Work(swiglu.swiglu_linear, inputs, read, N * T * D, saved=read, flops=2 * N * T * F * D)
 
 

@@ -11,7 +11,7 @@ In numbers of the computing dtype a block keeps, with U = N T D, V = N L D (the 
     dense feed-forward      a, b, silu(a), product      4 N T F        a, b                2 N T F
     experts                 in, out, w out; h, gelu(h)  3 R + 2 H      in; h               R + H
 
-and router weights, indices, adaLN vectors, float32 statistics of rows. y is the result of the part before, which its
+and router weights, indices, adaLN vectors, float32 statistics of rows, 2 D F of both weights side by side. y is the result of the part before, which its
 gate's gradient needs; the first block of a stream has none. Tensor parallelism divides A, F of the dense networks and
 the cross-attention's U and V, and its attention is PyTorch's.
 
@@ -130,7 +130,8 @@ def _cross_attention(block: Block, tokens: int, config: ModelConfig, s: Setting)
 def _mlp(mlp: SwiGLU | ExpertChoice, tokens: int, s: Setting) -> int:
     n = s.micro_batch
     if not isinstance(mlp, ExpertChoice):
-        return s.itemsize * (2 if s.triton else 4) * n * tokens * mlp.w3.in_features // s.tp
+        tensors, dim = (2 if s.triton else 4) * n * tokens, mlp.w3.out_features
+        return s.itemsize * (tensors + 2 * dim) * mlp.w3.in_features // s.tp
     experts, dim, width = mlp.w1.shape
     chosen, logits = n * experts * mlp.tokens_per_expert(tokens), n * experts * tokens
     if s.triton:  # weights float32, tokens int64; logits and slots int32

@@ -18,7 +18,7 @@ from mdit.config import UserError
 from mdit.kernels import expert_choice
 from mdit.kernels.fp8_linear import MULTIPLE, fp8_bmm, fp8_gelu_bmm, fp8_linear, fp8_swiglu_linear
 from mdit.models import MicroDiT
-from mdit.models.layers import GatedLinear
+from mdit.models.layers import SwiGLU, side_by_side
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.settings import RunSettings
 
@@ -30,9 +30,9 @@ class Fp8Linear(nn.Linear):
         return fp8_linear(x, self.weight, self.bias)
 
 
-class Fp8GatedLinear(GatedLinear):
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return fp8_swiglu_linear(a, b, self.weight, self.bias)
+class Fp8SwiGLU(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_swiglu_linear(fp8_linear(x, *side_by_side(self.w1, self.w2)), self.w3.weight, self.w3.bias)
 
 
 class Fp8ExpertChoice(ExpertChoice):
@@ -43,7 +43,7 @@ class Fp8ExpertChoice(ExpertChoice):
         return expert_choice.scatter_tokens(out_EMD, routing)
 
 
-IN_FP8 = {nn.Linear: Fp8Linear, GatedLinear: Fp8GatedLinear, ExpertChoice: Fp8ExpertChoice}
+IN_FP8 = {nn.Linear: Fp8Linear, SwiGLU: Fp8SwiGLU, ExpertChoice: Fp8ExpertChoice}
 AS_WRITTEN = {ours: theirs for theirs, ours in IN_FP8.items()}
 
 
@@ -63,13 +63,13 @@ def matmuls(model: MicroDiT) -> Iterator[nn.Module]:
     """The layers that can be in float8, whether they are or not."""
     for block in (*model.patch_mixer, *model.blocks):
         for part in (block.attn, block.cross_attn, block.mlp):
-            layers = [part] if isinstance(part, ExpertChoice) else part.children()  # the experts without their router
+            layers = [part] if isinstance(part, SwiGLU | ExpertChoice) else part.children()
             yield from (layer for layer in layers if fits(layer))
 
 
 def fits(layer: nn.Module) -> bool:
     """Are all dimensions of its matrices what torch._scaled_mm takes?"""
-    weights = [layer.w1, layer.w2] if isinstance(layer, ExpertChoice) else [layer.weight]
+    weights = [layer.w1, layer.w2] if isinstance(layer, ExpertChoice) else list(layer.parameters())
     return not any(size % MULTIPLE for weight in weights for size in weight.shape[-2:])
 
 

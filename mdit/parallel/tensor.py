@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from mdit.kernels import swiglu
 from mdit.models import MicroDiT
-from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
+from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU, side_by_side
 from mdit.parallel.shard import Shard, mark
 
 with warnings.catch_warnings():
@@ -116,19 +116,19 @@ class SwiGLUPart(nn.Module):
     def __init__(self, whole: SwiGLU, group: ProcessGroup) -> None:
         super().__init__()
         self.group = group
-        self.w1 = Column(whole.w1, group, reduce_gradient=False)
-        self.w2 = Column(whole.w2, group, reduce_gradient=False)
+        self.w1 = Column(whole.w1, group)
+        self.w2 = Column(whole.w2, group)
         self.w3 = GatedRow(whole.w3, group)
 
     def forward(self, x_NTD: Tensor) -> Tensor:
-        x_NTD = copy_to_tensor_model_parallel_region(x_NTD, self.group)  # one all-reduce of both gradients of x
-        return self.w3(self.w1(x_NTD), self.w2(x_NTD))
+        x_NTD = copy_to_tensor_model_parallel_region(x_NTD, self.group)  # all-reduces the gradient
+        return self.w3(F.linear(x_NTD, *side_by_side(self.w1, self.w2)))
 
 
 class Column(ColumnParallelLinear):
     """This rank's rows of each of `blocks` blocks of a linear layer's weight. (N, T, D) -> (N, T, blocks * P)"""
 
-    def __init__(self, whole: nn.Linear, group: ProcessGroup, blocks: int = 1, reduce_gradient: bool = True) -> None:
+    def __init__(self, whole: nn.Linear, group: ProcessGroup, blocks: int = 1) -> None:
         super().__init__(
             whole.in_features,
             whole.out_features,
@@ -137,7 +137,6 @@ class Column(ColumnParallelLinear):
             bias=whole.bias is not None,
             gather_output=False,
             stride=blocks,
-            disable_grad_reduce=not reduce_gradient,
             tp_group=group,
         )
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=blocks)
@@ -178,12 +177,9 @@ class Row(RowParallelLinear):
 class GatedRow(Row):
     """silu(a) * b through the weight, fused where kernels run (mdit.kernels.swiglu)."""
 
-    def forward(self, a_NTP: Tensor, b_NTP: Tensor) -> Tensor:
-        return super().forward((a_NTP, b_NTP))
-
-    def _forward_impl(self, input: tuple[Tensor, Tensor], weight: Tensor, **_) -> Tensor:
-        """Megatron's matmul before the sum over ranks."""
-        return swiglu.swiglu_linear(*input, weight)
+    def _forward_impl(self, input: Tensor, weight: Tensor, **_) -> Tensor:
+        """Megatron's matmul before the sum over ranks; of a and b side by side."""
+        return swiglu.swiglu_linear(input, weight)
 
 
 def megatron_config(whole: nn.Linear, group: ProcessGroup) -> ModelParallelConfig:

@@ -131,6 +131,15 @@ def without_column(t: Tensor) -> Tensor:
     return t * keep
 
 
+def exchanged(t: Tensor) -> Tensor:
+    """The second half of the columns first."""
+    return t.roll(t.shape[-1] // 2, dims=-1)
+
+
+def without_first_half(t: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(t).chunk(2, dim=-1)[0], t.chunk(2, dim=-1)[1]], dim=-1)
+
+
 def missing(t: Tensor) -> Tensor:
     return 0 * t
 
@@ -295,14 +304,17 @@ FAULTS = [
     ("expert_choice.scatter_tokens: the last expert's row alone", last_expert_wins),
     ("expert_choice.scatter_tokens: last row", output(without_row)),
     ("expert_choice.scatter_tokens: gradient's last row", hooked(without_row, 0)),
-    ("swiglu.swiglu_linear: the halves exchanged", given(lambda a, b, *more: (b, a, *more))),
+    ("swiglu.swiglu_linear: the halves exchanged", given(lambda ab, *more: (exchanged(ab), *more))),
     ("swiglu.swiglu_linear: last row", output(without_row)),
     ("swiglu.swiglu_linear: a column", output(without_column)),
     ("swiglu.swiglu_linear: a column of 80 left out", given(
-        lambda a, b, w, *more: (without_column(a).detach() + (a - a.detach()), b, w, *more)
+        lambda ab, *more: (without_column(ab).detach() + (ab - ab.detach()), *more)
     )),
-    *((f"swiglu.swiglu_linear: no gradient of input {i}", hooked(missing, i)) for i in range(3)),
-    *((f"swiglu.swiglu_linear: a column of input {i}'s gradient", hooked(without_column, i)) for i in range(3)),
+    ("swiglu.swiglu_linear: no gradient of a", hooked(without_first_half, 0)),
+    ("swiglu.swiglu_linear: no gradient of b", hooked(lambda g: exchanged(without_first_half(exchanged(g))), 0)),
+    ("swiglu.swiglu_linear: the halves' gradients exchanged", hooked(exchanged, 0)),
+    ("swiglu.swiglu_linear: no gradient of the weight", hooked(missing, 1)),
+    *((f"swiglu.swiglu_linear: a column of input {i}'s gradient", hooked(without_column, i)) for i in range(2)),
     *(
         (f"fp8_linear.{name}: {what}", fault)
         for name in KERNELS["fp8_linear"][2]
@@ -331,10 +343,10 @@ def test_a_faulty_kernel_is_found_in_bfloat16(in_pytorch, name, fault):
 
 @pytest.mark.parametrize("fault", ["not a number", "does not build", "another shape", "another dtype"])
 def test_what_is_plainly_wrong_is_said(in_pytorch, fault):
-    def faulty(a, b, weight, bias=None):
+    def faulty(ab, weight, bias=None):
         if fault == "does not build":
             raise RuntimeError("ptxas died\nand said more")
-        out = swiglu.reference.swiglu_linear(a, b, weight, bias)
+        out = swiglu.reference.swiglu_linear(ab, weight, bias)
         return {"not a number": out * torch.nan, "another shape": out[:1], "another dtype": out.float()}[fault]
 
     in_pytorch.setattr(swiglu_kernels, "swiglu_linear", faulty)

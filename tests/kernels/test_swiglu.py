@@ -14,10 +14,10 @@ SHAPES = [(2, 1, 8), (1, 63, 72), (2, 77, 256), (40, 300), (3, 2, 2, 1152), (72,
 
 
 def inputs(shape: tuple[int, ...], bias: bool = True, width: int = 24) -> list[Tensor | None]:
-    """a, b, weight and bias in float64."""
+    """a and b side by side, weight and bias, in float64."""
     a, b = 3 * torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     weight = torch.randn(width, shape[-1], dtype=torch.float64) / shape[-1] ** 0.5
-    return [a, b, weight, torch.randn(width, dtype=torch.float64) if bias else None]
+    return [torch.cat([a, b], dim=-1), weight, torch.randn(width, dtype=torch.float64) if bias else None]
 
 
 def low(arguments: list[Tensor | None]) -> list[Tensor | None]:
@@ -33,8 +33,8 @@ def triton():
 
 
 def test_reference_is_the_formula():
-    a, b, weight, bias = inputs((2, 3, 5), width=4)
-    out = reference.swiglu_linear(a, b, weight, bias)
+    ab, weight, bias = inputs((2, 3, 5), width=4)
+    out, (a, b) = reference.swiglu_linear(ab, weight, bias), (ab[..., :5], ab[..., 5:])
     for n in range(2):
         for t in range(3):
             u = a[n, t] / (1 + (-a[n, t]).exp()) * b[n, t]
@@ -57,28 +57,28 @@ def test_triton_is_as_accurate_as_pytorch(triton, shape, bias, dtype):
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_triton_at_the_ends_of_silu(triton):
-    a, b, weight, _ = inputs((5, 16), bias=False)
-    a[:, 0], a[:, 1], a[:, 2] = 0, 80, -80
-    a[:, 3], a[:, 4] = 1e4, -1e4
-    assert_as_accurate(swiglu.swiglu_linear, reference.swiglu_linear, [a, b, weight], torch.float32)
+    ab, weight, _ = inputs((5, 16), bias=False)
+    ab[:, 0], ab[:, 1], ab[:, 2] = 0, 80, -80
+    ab[:, 3], ab[:, 4] = 1e4, -1e4
+    assert_as_accurate(swiglu.swiglu_linear, reference.swiglu_linear, [ab, weight], torch.float32)
 
 
-def strided(function, ab_NTX, weight_FD):
-    """a and b halves of one tensor, a weight that is transposed; cotangents that are, and of stride zero."""
-    a, b = ab_NTX.chunk(2, dim=-1)
-    out = function(a, b, weight_FD.t())
-    by_tokens = function(a.transpose(0, 1), b.transpose(0, 1), weight_FD.t())
+def strided(function, abc_NTX, weight_FD):
+    """a and b beside something else, a weight that is transposed; cotangents that are, and of stride zero."""
+    ab_NTX = abc_NTX[..., : 2 * len(weight_FD)]
+    out = function(ab_NTX, weight_FD.t())
+    by_tokens = function(ab_NTX.transpose(0, 1), weight_FD.t())
     return out.transpose(1, 2), out.sum(1), by_tokens
 
 
-def by_columns(function, a_FNT, b_NTX, weight_DF):
-    """a with its last dimension not dense, b every other column."""
-    return function(a_FNT.permute(1, 2, 0), b_NTX[..., ::2], weight_DF)
+def by_columns(function, ab_XNT, ab_NTX, weight_DF):
+    """The last dimension not dense; every other column."""
+    return function(ab_XNT.permute(1, 2, 0), weight_DF), function(ab_NTX[..., ::2], weight_DF)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "view, shapes", [(strided, [(2, 9, 144), (72, 24)]), (by_columns, [(72, 2, 9), (2, 9, 144), (24, 72)])]
+    "view, shapes", [(strided, [(2, 9, 150), (72, 24)]), (by_columns, [(144, 2, 9), (2, 9, 288), (24, 72)])]
 )
 def test_triton_takes_strided_inputs_and_cotangents(triton, view, shapes, dtype):
     arguments = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -99,12 +99,12 @@ def test_triton_writes_nothing_into_its_inputs(triton):
 
 def kept_elements(function, arguments: list[Tensor | None]) -> int:
     """Elements of distinct tensors kept for backward, parameters aside."""
-    a, b, *parameters = [t.requires_grad_() if t is not None else None for t in arguments]
+    ab, *parameters = [t.requires_grad_() if t is not None else None for t in arguments]
     saved: dict[int, int] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
     ):
-        assert function(a, b, *parameters).requires_grad
+        assert function(ab, *parameters).requires_grad
     return sum(saved.values()) - sum(saved.get(t.data_ptr(), 0) for t in parameters if t is not None)
 
 
@@ -133,8 +133,7 @@ def test_custom_ops_are_registered_as_torch_expects(triton, bias):
 
 
 def test_misuse_is_an_assertion():
-    a, weight = torch.randn(2, 3), torch.randn(4, 3)
-    with pytest.raises(AssertionError):
-        swiglu.swiglu_linear(a, a[:1], weight)
-    with pytest.raises(AssertionError):
-        swiglu.swiglu_linear(a, a, weight.t())
+    weight = torch.randn(4, 3)
+    for width in (3, 4, 8):
+        with pytest.raises(AssertionError):
+            swiglu.swiglu_linear(torch.randn(2, width), weight)

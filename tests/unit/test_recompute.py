@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from mdit.config import ModelConfig
 from mdit.kernels import dispatch
 from mdit.models.dit import Block
-from mdit.models.layers import Stream
+from mdit.models.layers import Stream, SwiGLU
 from mdit.models.presets import xl_2
 from mdit.parallel.recompute import recompute
 from tests.recipes import tiny_model
@@ -146,6 +146,15 @@ def test_matmuls_attention_and_routing_run_once_with_selective(kernels):
     for op in dear:
         assert none[op] == selective[op] < block[op], op
     assert none[cheap] < selective[cheap]
+
+
+def test_w1_and_w2_are_one_matmul_in_both_directions(kernels):
+    """A product, and its two gradients, of both together, and nothing that adds or copies besides the weights."""
+    x, mlp = torch.randn(3, D, requires_grad=True), SwiGLU(D, 48, 8, use_bias=False)
+    with dispatch.using(*(dispatch.OPS if kernels == "triton" else ()), off_gpu=True), Operations() as seen:
+        mlp(x).sum().backward()
+    assert seen.count["aten.mm.default"] == (3 if kernels == "triton" else 6)  # w3's are inside the op
+    assert seen.count["aten.cat.default"] == 1 and seen.count["aten.add.Tensor"] == 0
 
 
 def test_the_second_half_of_a_swiglu_runs_once_in_triton():
