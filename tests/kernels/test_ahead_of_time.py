@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from mdit.kernels import ahead_of_time  # noqa: E402
 from mdit.kernels.ahead_of_time import Build, build, faults, source  # noqa: E402
 from tools import build_kernels  # noqa: E402
+from tools.first_contact import move_cache  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = {
@@ -189,9 +190,9 @@ print(hits)
 """
 
 
-def test_a_run_finds_all_that_a_cache_was_filled_with(tmp_path):
+def test_a_run_finds_all_that_a_cache_was_filled_with_in_another_place(tmp_path):
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    cache, stub = tmp_path / "cache", tmp_path / "libcuda.so.1"
+    built, cache, stub = tmp_path / "built", tmp_path / "cache", tmp_path / "libcuda.so.1"
 
     def run(program, *arguments):
         file = tmp_path / "program.py"
@@ -203,7 +204,9 @@ def test_a_run_finds_all_that_a_cache_was_filled_with(tmp_path):
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
-    assert "2 kernels, of which 2 were built and 0 were there already" in run(FILL, cache)
+    assert "2 kernels, of which 2 were built and 0 were there already" in run(FILL, built)
+    built.rename(cache)
+    move_cache(cache)
     subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", stub, build_kernels.STUB], check=True)
     before = {file: file.stat().st_mtime_ns for file in cache.rglob("*.*")}
     assert {file.suffix for file in before} >= {".cubin", ".so"}

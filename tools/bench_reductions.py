@@ -1,0 +1,96 @@
+"""Cost of sums in float32: matmuls of a micro-batch's weight gradients, with cuBLAS free to reduce in bfloat16 and not.
+
+    python tools/bench_reductions.py --out bench
+    python tools/bench_reductions.py --recipe configs/res_512_pretrain.toml --micro_batch 64
+
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction lets cuBLAS add the parts of a product that it splits
+along its rows (16,384 to 65,536 for a weight) in bfloat16. Each matmul is timed both ways, with its error against
+float32. OUT/reductions.json holds the rows. On a CPU, or with --tiny, tiny shapes show that this works.
+"""
+
+import argparse
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdit import cli
+from mdit.bench.roofline import Product, products
+from mdit.bench.stages import CONFIGS, tiny_form
+from mdit.config import load_config
+from mdit.files import try_to_write, write_json
+from tools.bench_kernels import Bench, environment, milliseconds, relative_error
+
+SCHEMA = "mdit-reductions/1"
+FORM = "{:>5} x {:>8} {:>8} {:>7} {:>7} {:>9} {:>9} {:>9} {:>9}"
+WAYS = ("reduced", "exact")  # sums
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    gpu = torch.cuda.is_available()
+    config = load_config(args.recipe)
+    if args.tiny or not gpu:
+        config, args.micro_batch, args.tiny = tiny_form(config), 2, True
+    bench = Bench("cuda" if gpu else "cpu", torch.bfloat16, args.repeats, False)
+    ratio = config.training.mask_ratio
+    settings = {"recipe": config.name, "micro_batch": args.micro_batch, "mask_ratio": ratio, "tiny": args.tiny}
+    report: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "settings": settings, "rows": []}
+    path = args.out and args.out / "reductions.json"
+    if path:
+        args.out.mkdir(parents=True, exist_ok=True)
+        try_to_write(path)
+    print(", ".join(f"{name} {value}" for name, value in {**report["environment"], **settings}.items()))
+    print(FORM.format("calls", "matrices", "outputs", "inputs", "rows", "bf16 ms", "error", "fp32 ms", "error"))
+    calls = Counter(products(config.model, ratio))
+    for product, count in sorted(calls.items(), key=lambda item: -item[0].flops * item[1]):
+        row = measure(product, count, args.micro_batch, bench)
+        report["rows"].append(row)
+        shape = [row[name] for name in ("calls", "matrices", "outputs", "inputs", "rows")]
+        figures = [
+            form.format(row[way][name]) for way in WAYS for name, form in (("ms", "{:.4f}"), ("error", "{:.1e}"))
+        ]
+        print(FORM.format(*shape, *figures), flush=True)
+        if path:
+            write_json(path, report)
+    totals = [sum(row["calls"] * row[way]["ms"] for row in report["rows"]) for way in WAYS]
+    print(f"a micro-batch: {totals[0]:.2f} ms reduced in bfloat16, {totals[1]:.2f} ms in float32")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--recipe", type=cli.path, default=CONFIGS / "res_256_pretrain.toml", help="default: the first stage")
+    add("--micro_batch", type=cli.whole(1), default=256)
+    add("--repeats", type=cli.whole(1), default=10)
+    add("--out", type=cli.path, metavar="DIR", help="for reductions.json")
+    add("--tiny", action="store_true", help="tiny shapes; always so where there is no GPU")
+    return parser.parse_args(arguments)
+
+
+def measure(product: Product, count: int, micro_batch: int, bench: Bench) -> dict[str, Any]:
+    """The row of a weight's gradient, y^T x over all rows of a micro-batch, of each expert for itself."""
+    rows = micro_batch * product.rows // product.matrices
+    torch.manual_seed(0)
+    x = torch.randn(product.matrices, rows, product.inputs, device=bench.device, dtype=bench.dtype)
+    y = torch.randn(product.matrices, rows, product.outputs, device=bench.device, dtype=bench.dtype)
+
+    def gradient(x: Tensor = x, y: Tensor = y) -> Tensor:
+        return x.mT @ y if product.matrices > 1 else (x[0].mT @ y[0])[None]
+
+    exact = gradient(x.float(), y.float())
+    found = {"calls": count, "matrices": product.matrices, "outputs": product.outputs, "inputs": product.inputs}
+    found["rows"] = rows
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    for way in WAYS:
+        settings.allow_bf16_reduced_precision_reduction = way == "reduced"
+        error = relative_error(gradient(), exact)  # and the first call
+        found[way] = {"ms": milliseconds(gradient, bench), "error": error}
+    settings.allow_bf16_reduced_precision_reduction = before
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main)
