@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mdit import cli
 from mdit.config import UserError
-from mdit.dist import configure_logging, identify, shared, tells
+from mdit.dist import configure_logging, identify, shared, tells, work_on
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     from mdit.prepare.command import describe, plan_sets
 
     try:
+        work_on(world.device)
         make_sets = plan_sets(args, world)
     except (UserError, OSError) as error:
         raise shared(error) from None  # until now all processes see the same

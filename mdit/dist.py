@@ -110,6 +110,16 @@ def number(name: str, default: int | None, most: int, least: int = 0) -> int:
     return int(value)
 
 
+def work_on(device: torch.device) -> None:
+    """Give this thread its device, before it touches CUDA in any way. Every new thread is on GPU 0, where its first
+    pinned buffer, event or kernel would open a context: half a GiB there for each process of the node. Raises UserError
+    for a GPU that is not there."""
+    if device.type == "cuda":
+        if (device.index or 0) >= (seen := torch.cuda.device_count()):
+            raise UserError(f"LOCAL_RANK = {device.index}, but {seen} GPUs are to be seen: start one process for each")
+        torch.cuda.set_device(device)
+
+
 def cores() -> int:
     """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS

@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
-from mdit.dist import World, cores, find_meeting_point, logger, number, on_all_ranks, shared
+from mdit.dist import World, cores, find_meeting_point, logger, number, on_all_ranks, shared, work_on
 from mdit.documents import UserError, explain, parse_json
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ def joined(world: World, plan: Callable[[], T] = lambda: None) -> Iterator[T]:
     """
     value, failed = None, None
     try:
+        work_on(world.device)
         value = plan()
     except (UserError, OSError) as error:
         failed = error
@@ -61,18 +62,19 @@ def joined(world: World, plan: Callable[[], T] = lambda: None) -> Iterator[T]:
     except BaseException as error:
         if _meeting is None:  # nobody else is there
             raise
-        leaving = threading.Thread(target=leave, daemon=True)
+        leaving = threading.Thread(target=leave, args=(world.device,), daemon=True)
         leaving.start()  # closes the connections, which the others notice; a GPU that hangs would keep it for ever
         reason = part_from(world, error) if world.size > 1 else None
         leaving.join(FAREWELL)
         if reason is not None:
             raise reason from error
         raise
-    leave()
+    leave(world.device)
 
 
-def leave() -> None:
+def leave(device: torch.device) -> None:
     """Leave the process group, if it has come to one."""
+    work_on(device)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -88,6 +90,7 @@ def start(world: World, failed: Exception | None = None) -> None:
     _meeting = None
     on_gpu = world.device.type == "cuda"
     try:
+        work_on(world.device)
         beside = processes_here(world)
     except UserError as error:
         failed = failed or error
@@ -97,9 +100,7 @@ def start(world: World, failed: Exception | None = None) -> None:
     _meeting = meeting
     local_rank = world.device.index if on_gpu else world.local_rank  # by which DeepSpeed chooses the GPU
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
-    if on_gpu:
-        torch.cuda.set_device(world.device)
-    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share a CPU share its cores
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:  # processes that share a CPU share its cores
         torch.set_num_threads(max(1, cores() // beside))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     torch.distributed.init_process_group(
@@ -108,10 +109,8 @@ def start(world: World, failed: Exception | None = None) -> None:
 
 
 def processes_here(world: World) -> int:
-    """Number of the run's processes on this node. Raises UserError where there are not as many GPUs."""
+    """Number of the run's processes on this node."""
     name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"  # torchrun's, deepspeed's
-    if world.device.type == "cuda" and world.device.index >= (seen := torch.cuda.device_count()):
-        raise UserError(f"LOCAL_RANK = {world.local_rank}, but {seen} GPUs are to be seen: start one process for each")
     return number(name, 1, world.size, least=1)
 
 

@@ -264,6 +264,32 @@ def test_text_is_utf_8_under_any_locale():
     assert not {path: calls for path, calls in found.items() if calls}
 
 
+# Files whose threads touch no CUDA, and what they do instead.
+WITHOUT_CUDA = {
+    "mdit/train/lock.py": "keeps a lock's file young",
+    "mdit/sources/folder.py": "reads the headers of pictures",
+    "mdit/prepare/precompute.py": "looks at files",
+    "mdit/prepare/decode.py": "decodes in Pillow",
+    "tools/bench_checkpoint.py": "writes files",
+}
+
+
+def threads(source: str) -> list[str]:
+    """Where a file starts threads; empty where it also says on which device they work."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    starts = ("threading.Thread", "Thread", "ThreadPoolExecutor")
+    names = [call.func for call in calls] + [keyword.value for call in calls for keyword in call.keywords]
+    at_work = "work_on" in map(ast.unparse, names)
+    return [] if at_work else [ast.unparse(call) for call in calls if ast.unparse(call.func) in starts]
+
+
+def test_threads_that_may_touch_cuda_are_told_their_device():
+    """A new thread is on GPU 0, whichever is its process's: see mdit.dist.work_on."""
+    files = [path for path in python_files() if not path.startswith("tests/")]
+    found = {path: threads((ROOT / path).read_text(encoding="utf-8")) for path in files}
+    assert {path for path, starts in found.items() if starts} == {*WITHOUT_CUDA}
+
+
 def own_endings(source: str) -> list[str]:
     """Calls that a command must leave to mdit.cli: exits, and lines that begin with "error: "."""
     found = []

@@ -24,11 +24,8 @@ class DaliLoader:
     """
 
     def __init__(self, read_ahead: ReadAhead, num_rows: int, device: torch.device) -> None:
-        self._read_ahead, self._on_gpu = read_ahead, device.type == "cuda"
-        device_id = None
-        if self._on_gpu:
-            device_id = torch.cuda.current_device() if device.index is None else device.index
-        self._pipeline = build_pipeline(read_ahead.layout, num_rows, device_id)
+        self._read_ahead, self._device, self._on_gpu = read_ahead, device, device.type == "cuda"
+        self._pipeline = build_pipeline(read_ahead.layout, num_rows, device.index if self._on_gpu else None)
         self._running: Buffer | None = None
         self._copying: list[tuple] = []  # outputs that torch may still be reading, each with an event behind that
 
@@ -45,7 +42,7 @@ class DaliLoader:
         if self._on_gpu:
             # DALI knows nothing of torch's stream, where kernels queue up that read a batch: what goes out is a copy.
             self._copying = [(held, copied) for held, copied in self._copying if not copied.query()]
-            self._copying.append((outputs, torch.cuda.current_stream().record_event()))
+            self._copying.append((outputs, torch.cuda.current_stream(self._device).record_event()))
         batch = Batch(*tensors, buffer.texts, buffer.samples, buffer.step)
         self._read_ahead.give_back(buffer)
         self._running = None

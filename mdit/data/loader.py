@@ -52,9 +52,11 @@ def build_loader(
         return order.batch(step)[rank * share : (rank + 1) * share]
 
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     chosen, reason = choose_engine(engine, device)
     logger.info(f"data engine: {chosen} ({reason})")
-    read_ahead = ReadAhead(datasets, rows, start_step, pinned=device.type == "cuda")
+    read_ahead = ReadAhead(datasets, rows, start_step, device)
     if chosen == "dali":
         from mdit.data.dali import DaliLoader
 

@@ -41,7 +41,7 @@ class NativeLoader:
             rows = buffer.rows.to(self._device, non_blocking=True)
             buffer.copied.record()
             batch = Batch(*self._read_ahead.layout.split(rows), buffer.texts, buffer.samples, buffer.step)
-            done = torch.cuda.current_stream().record_event()
+        done = self._stream.record_event()
         self._read_ahead.give_back(buffer)
         return batch, done
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mdit.data.shards import LatentSet, Place
+from mdit.dist import work_on
 
 AHEAD = 2  # batches
 # What is in memory or on a local disk costs least CPU when one thread reads it. On shared storage, where a sample takes
@@ -52,7 +53,8 @@ class ReadAhead:
     """Buffers filled for `start_step`, `start_step + 1`, ... without end, at most AHEAD of what was taken.
 
     `rows(step)` gives the sample numbers to read for a step, counted over all `datasets` as if they were one. Buffers
-    that are given back are filled again; of those that are not, there are simply more.
+    that are given back are filled again; of those that are not, there are simply more. For a GPU `device` they are
+    pinned.
     """
 
     def __init__(
@@ -60,13 +62,13 @@ class ReadAhead:
         datasets: Sequence[LatentSet],
         rows: Callable[[int], np.ndarray],
         start_step: int,
-        pinned: bool,
+        device: torch.device,
     ) -> None:
         self.layout = datasets[0].layout
         self._queues = Queues()
         thread = threading.Thread(
             target=_fill_buffers,
-            args=(datasets, rows, start_step, pinned, self._queues),
+            args=(datasets, rows, start_step, device, self._queues),
             name="mdit-read-ahead",
             daemon=True,
         )
@@ -122,17 +124,18 @@ class Queues:
         thread.join()
 
 
-def _fill_buffers(datasets, rows, start_step: int, pinned: bool, queues: Queues) -> None:
+def _fill_buffers(datasets, rows, start_step: int, device: torch.device, queues: Queues) -> None:
     first_samples = np.cumsum([0, *(dataset.samples for dataset in datasets)])
     threads = READERS
     try:
+        work_on(device)
         with ThreadPoolExecutor(READERS, "mdit-reader") as readers:
             for step in itertools.count(start_step):
                 queues.room.acquire()
                 if queues.stopped.is_set():
                     return
                 samples = rows(step)
-                buffer = _free_buffer(queues, datasets[0].layout.row_bytes, len(samples), pinned)
+                buffer = _free_buffer(queues, datasets[0].layout.row_bytes, len(samples), device.type == "cuda")
                 buffer.step, buffer.samples = step, samples
                 work = list(zip(_locate(datasets, first_samples, samples), buffer.rows.numpy()))
                 share, start = -(-len(work) // threads), time.perf_counter()

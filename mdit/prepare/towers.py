@@ -12,12 +12,14 @@ from torch import Tensor
 
 from mdit.config import UserError
 from mdit.data.manifest import Layout
+from mdit.dist import work_on
 from mdit.documents import explain
 from mdit.encoders import ImageEncoder, TextEncoder
 from mdit.prepare.decoders import Decoder
 from mdit.sources import Part, Picture, Rejected
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 CACHED_BYTES, TOGETHER_BYTES = 256 * 2**20, 64 * 2**20  # of caption embeddings
 BATCHES_TOGETHER = 8
 
@@ -117,16 +119,19 @@ class Towers:
         """What else decides the bytes."""
         return {"decoder": type(self.decoder).__name__, "batch_size": self.batch_size}
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device(getattr(self.image_encoder, "autoencoder", self.image_encoder).device)
+
     def device_name(self) -> str:
-        device = torch.device(getattr(self.image_encoder, "autoencoder", self.image_encoder).device)
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def samples(self, claims: Iterable[Claim]) -> Generator[Samples, None, None]:
         """The samples of one part after another. The next part is begun while the last samples of one are written."""
         if not self.overlap:
             return self._embed(map(self._encode, map(self._decode, self._read(claims))))
-        batches = ahead(map(self._decode, self._read(claims)))
-        return ahead(self._embed(map(self._encode, batches)))
+        batches = ahead(map(self._decode, self._read(claims)), self.device)
+        return ahead(self._embed(map(self._encode, batches)), self.device)
 
     def _read(self, claims: Iterable[Claim]) -> Iterator[Batch]:
         for claim in claims:
@@ -191,11 +196,11 @@ def read(claim: Claim) -> Iterator[Any]:
         raise UserError(f"part {claim.part.name} of the source cannot be read: {explain(error)}") from None
 
 
-def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """The same items, made in a thread, up to `depth` of them before they are asked for. Raises here what is raised
-    there."""
+def ahead(items: Iterator[T], device: torch.device = CPU, depth: int = 2) -> Generator[T, None, None]:
+    """The same items, made in a thread that works on `device`, up to `depth` of them before they are asked for. Raises
+    here what is raised there."""
     end = object()
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1, initializer=work_on, initargs=(device,)) as thread:
         coming = deque(thread.submit(next, items, end) for _ in range(depth))
         try:
             while (item := coming.popleft().result()) is not end:

@@ -25,6 +25,7 @@ from mdit.dist import (
     logger,
     on_all_ranks,
     tells,
+    work_on,
 )
 from mdit.documents import explain
 from mdit.meeting import processes_here
@@ -93,7 +94,7 @@ def test_more_processes_than_gpus_are_refused(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="LOCAL_RANK = 1, but 1 GPUs are to be seen: start one process for each"):
-        processes_here(identify())
+        work_on(identify().device)
 
 
 OPENMPI = dict(OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_RANK="1")

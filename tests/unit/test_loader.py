@@ -125,9 +125,26 @@ def test_whatever_goes_wrong_in_the_threads_reaches_the_consumer(directories):
             raise ZeroDivisionError("no such step")
         return np.arange(8)
 
-    reading = read_ahead.ReadAhead([open_dataset(directories[0])], rows, start_step=1, pinned=False)
+    reading = read_ahead.ReadAhead([open_dataset(directories[0])], rows, start_step=1, device=torch.device("cpu"))
     assert [reading.take().step for _ in range(2)] == [1, 2]
     with pytest.raises(ZeroDivisionError, match="no such step"):
         reading.take()
     with pytest.raises(StopIteration):
         reading.take()
+
+
+def test_the_thread_that_pins_memory_is_on_the_gpu_of_its_process(directories, monkeypatch):
+    current, found, device = threading.local(), [], torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    new_buffer = read_ahead._free_buffer
+
+    def watched(queues, row_bytes, num_rows, pinned):
+        found.append((pinned, getattr(current, "device", None)))
+        return new_buffer(queues, row_bytes, num_rows, pinned=False)
+
+    monkeypatch.setattr(read_ahead, "_free_buffer", watched)
+    reading = read_ahead.ReadAhead([open_dataset(directories[0])], lambda step: np.arange(4), 0, device)
+    reading.take()
+    reading.close()
+    assert {*found} == {(True, device)}

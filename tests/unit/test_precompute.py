@@ -719,6 +719,13 @@ def test_ahead_gives_the_same_a_bounded_number_early_and_raises():
     assert list(ahead(iter(range(5)))) == [0, 1, 2, 3, 4] and list(ahead(iter([]))) == []
 
 
+def test_ahead_works_on_the_gpu_of_its_process(monkeypatch):
+    current, device = threading.local(), torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    assert {*ahead((getattr(current, "device", None) for _ in range(3)), device)} == {device}
+
+
 def test_ahead_ends_its_thread_when_it_is_closed():
     before = threading.active_count()
     stream = ahead(iter(range(1000)))
