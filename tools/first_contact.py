@@ -23,7 +23,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ from typing import Any
 
 # Nothing else of mdit: the packages it needs may only come with the kit.
 from mdit import cli
-from mdit.documents import UserError, read_json
+from mdit.documents import UserError, parse_json, read_json
 
 START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +258,7 @@ class Contact:
         """What this call goes on with. Raises UserError where DIR holds figures of another machine or commit."""
         with suppress(OSError, UserError):
             self.must(["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv"], "nvidia-smi")
-        here = json.loads(self.must([sys.executable, "-c", ENVIRONMENT], "environment").splitlines()[-1])
+        here = parse_json(self.must([sys.executable, "-c", ENVIRONMENT], "environment").splitlines()[-1], "torch")
         here |= {"rehearsal": self.rehearse}
         print(", ".join(f"{name} {value}" for name, value in here.items()), flush=True)
         if not self.rehearse and here["gpu"] == "none":
@@ -285,7 +285,7 @@ class Contact:
         partial = self.state_file.with_suffix(".partial")
         partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
         partial.replace(self.state_file)
-        pack(self.out, self.pack_file)
+        pack(self.out, self.pack_file, figures_only)
 
 
 def run(command: list[str], environment: dict[str, str], log: Path, limit: float, grace: float) -> tuple[int, bool]:
@@ -321,15 +321,16 @@ def show(process: subprocess.Popen, file: Any) -> None:
             sys.stdout.flush()
 
 
-def pack(folder: Path, target: Path) -> None:
-    """Everything of `folder` but NOT_PACKED and what is too large, of which it tells; whole, or as it was."""
+def figures_only(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Whether a file goes back: not if it is NOT_PACKED or too large, of which it tells."""
+    if info.isfile() and info.size > LARGEST_BYTES:
+        print(f"not packed: {info.name}, {info.size / 2**20:.0f} MiB", flush=True)
+        return None
+    return None if NOT_PACKED & {*Path(info.name).parts} else info
 
-    def choose(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        if info.isfile() and info.size > LARGEST_BYTES:
-            print(f"not packed: {info.name}, {info.size / 2**20:.0f} MiB", flush=True)
-            return None
-        return None if NOT_PACKED & {*Path(info.name).parts} else info
 
+def pack(folder: Path, target: Path, choose: Callable[[tarfile.TarInfo], Any] = lambda info: info) -> None:
+    """What `choose` leaves of a folder, in a file that is whole, or as it was."""
     partial = target.with_name(f"{target.name}.partial")
     with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
         archive.add(folder, arcname=folder.name, filter=choose)
@@ -362,7 +363,7 @@ def kernels_in_place() -> Iterator[None]:
 def move_cache(cache: Path) -> None:
     """Let Triton find in `cache` what was built in another place: its lists of files name them by absolute paths."""
     for listing in cache.glob("*/__grp__*"):
-        content = json.loads(listing.read_text(encoding="utf-8"))
+        content = read_json(listing)
         paths = {name: str(listing.with_name(Path(path).name)) for name, path in content["child_paths"].items()}
         content["child_paths"] = paths
         listing.write_text(json.dumps(content), encoding="utf-8")

@@ -31,10 +31,7 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
 
     Raises UserError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the plots need matplotlib: pip install 'mdit[bench]'") from None
+    Figure = _figure_class()
     directory.mkdir(parents=True, exist_ok=True)
     of_kind = {kind: [row for row in report["rows"] if row["kind"] == kind] for kind in ("stage", "ladder", "profile")}
     drawn = []
@@ -45,6 +42,33 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
         drawn.append(directory / "roofline.png")
         _roofline(Figure, of_kind["profile"], report["environment"]).savefig(drawn[-1], dpi=DOTS)
     return drawn
+
+
+def draw_losses(metrics: Sequence[dict[str, Any]], directory: Path, environment: dict[str, Any]) -> Path:
+    """losses.png: training and validation losses over steps, of the lines of a run's metrics.jsonl.
+
+    Raises UserError where matplotlib is not installed.
+    """
+    figure = _figure_class()(figsize=(SIDE, 0.6 * SIDE), layout="constrained")
+    axes = figure.subplots()
+    for key, colour, mark in (("loss", BLUE, ""), ("validation_loss", ORANGE, "o")):
+        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points), color=colour, marker=mark, markersize=4, label=key.replace("_", " "))
+    axes.set_xlabel("step")
+    axes.legend(fontsize=8, frameon=False)
+    _finish(figure, f"Losses: {_heading(environment)}", [])
+    path = directory / "losses.png"
+    figure.savefig(path, dpi=DOTS)
+    return path
+
+
+def _figure_class():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the plots need matplotlib: pip install 'mdit[bench]'") from None
+    return Figure
 
 
 def _heading(environment: dict[str, Any]) -> str:

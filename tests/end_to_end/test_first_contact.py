@@ -73,8 +73,11 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
     git.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership' >&2; exit 128\n", encoding="utf-8")
     git.chmod(0o755)
     monkeypatch.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
-    write_recipe(tmp_path / "training", report={"sample_every": 4, "validate_every": 4})
-    first_contact.pack(tmp_path / "training", tmp_path / "kit" / "training.tar.gz")
+    monkeypatch.setattr(first_contact, "LARGEST_BYTES", 1_000_000)
+    with first_contact.arriving_pack(tmp_path / "kit" / "training.tar.gz") as folder:  # all of it, however large
+        write_recipe(folder, report={"sample_every": 4, "validate_every": 4}).with_name("large").write_bytes(
+            bytes(10**6 + 1)
+        )
 
     assert contact("--parts", *ALL[:3]) == 0, capfd.readouterr().out
     assert contact() == 0, capfd.readouterr().out
@@ -84,6 +87,7 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
     assert state(tmp_path)["plain"]["command"].startswith("python -m tools.bench_train --resume --out DIR/throughput")
 
     out = tmp_path / "out"
+    assert (out / "work" / "training" / "large").exists()
     report = read_json(out / "throughput" / "throughput.json")
     commits = {report["environment"]["commit"], read_json(out / "kernels" / "kernels.json")["environment"]["commit"]}
     assert commits == {"unknown"} and read_json(out / "training" / "config.json")["commit"] is None
