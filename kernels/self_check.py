@@ -92,9 +92,11 @@ def _swiglu(ab_NTX: Tensor, weight_DF: Tensor) -> list[Tensor]:
 def _fp8(
     x_NTF: Tensor, ab_NTX: Tensor, weight_OF: Tensor, h_EMF: Tensor, w_EFO: Tensor, logits_NEK: Tensor
 ) -> list[Tensor]:
+    _, h_NTF = fp8_linear.fp8_add_norm_modulate(x_NTF, ab_NTX[..., :F], None, weight_OF[0], None, None, EPS)
     weights_NEK = logits_NEK.to(torch.promote_types(logits_NEK.dtype, torch.float32)).sigmoid()
     return [
         fp8_linear.fp8_linear(x_NTF, weight_OF),
+        fp8_linear.fp8_linear(h_NTF, weight_OF),
         fp8_linear.fp8_swiglu_linear(ab_NTX, weight_OF),
         fp8_linear.fp8_bmm(h_EMF, w_EFO),
         fp8_linear.fp8_gelu_bmm(h_EMF, w_EFO, weights_NEK),

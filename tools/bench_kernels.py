@@ -40,9 +40,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mdit import cli
 from mdit.config import ModelConfig, UserError
 from mdit.dist import cores
-from mdit.kernels import comparison, dispatch, expert_choice, swiglu
+from mdit.kernels import comparison, dispatch, expert_choice, patch_mixing, swiglu
 from mdit.models import presets
-from mdit.models.kernel_calls import EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
+from mdit.models.kernel_calls import EPS, EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
 from mdit.provenance import commit
 
 START = time.monotonic()
@@ -52,6 +52,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 WITHOUT_FP8 = {
+    "fp8_linear.fp8_add_norm_modulate": lambda *given: patch_mixing.add_norm_modulate(*given[:6], EPS, given[6]),
     "fp8_linear.fp8_linear": F.linear,
     "fp8_linear.fp8_swiglu_linear": swiglu.swiglu_linear,
     "fp8_linear.fp8_bmm": torch.bmm,

@@ -15,8 +15,8 @@ average of the 17 that e4m3 has. A row with inf or NaN in it makes its results N
 Sums are taken in the tensor cores' fast mode, about 14 bits of precision on Hopper (DeepSeek-V3, arXiv 2412.19437,
 section 3.3), at most 2 % of a sum of 4,096 products and so less than what quantisation costs.
 
-An operand is read once and written once at half its size, 3 bytes a value; in the two fused forms it is written in
-float8 only, and costs 1. With P16 and P8 the FLOP/s of both kinds of product and B the bytes/s of memory, a layer of M
+An operand is read once and written once at half its size, 3 bytes a value. A norm writes its result in float8 besides,
+the two fused forms write theirs in float8 only: 1 byte a value. With P16 and P8 the FLOP/s of both kinds of product and B the bytes/s of memory, a layer of M
 tokens, K inputs and O outputs gains 4 M K O (1 / P16 - 1 / P8) and loses 3 (M K + M O + 2 K O) / B seconds, forward and
 backward. At 650 T, 1,100 T and 2.8 T it comes out even where 1 / K + 1 / O + 2 / M = 1 / 425: for M = 16,384 at
 K = O = 900; 3 % of a layer's time is gained at 1,024 and 12 % at 1,024 x 4,096. Backward keeps the inputs, as without
@@ -27,16 +27,54 @@ from torch import Tensor
 
 from mdit.kernels import dispatch
 from mdit.kernels.fp8_linear import reference
+from mdit.kernels.fp8_linear.reference import InFloat8
 
-__all__ = ["MULTIPLE", "fp8_bmm", "fp8_gelu_bmm", "fp8_linear", "fp8_swiglu_linear"]
+__all__ = [
+    "MULTIPLE",
+    "InFloat8",
+    "fp8_add_norm_modulate",
+    "fp8_bmm",
+    "fp8_gelu_bmm",
+    "fp8_linear",
+    "fp8_swiglu_linear",
+    "quantise",
+]
 
 MULTIPLE = 16  # torch._scaled_mm wants K and O to be multiples of it
 
 
-def fp8_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """(..., K) -> (..., O) in x's dtype. Saves x and the weight."""
-    assert x.shape[-1] == weight_OK.shape[1] and not any(size % MULTIPLE for size in weight_OK.shape), weight_OK.shape
+def quantise(x: Tensor) -> InFloat8:
+    """x with its rows in float8 beside it, in one pass, for the matmuls that read it."""
     if dispatch.takes_triton("fp8_linear", x):
+        from mdit.kernels.fp8_linear import triton_impl
+
+        return triton_impl.quantise(x)
+    return reference.in_float8(x)
+
+
+def fp8_add_norm_modulate(
+    x_NTD: Tensor,
+    y_NTD: Tensor | None,
+    gate_ND: Tensor | None,
+    weight_D: Tensor,
+    shift_ND: Tensor | None,
+    scale_ND: Tensor | None,
+    eps: float,
+    keep_NK: Tensor | None = None,
+) -> tuple[Tensor, InFloat8]:
+    """patch_mixing.add_norm_modulate, and h, as it is written, in float8 from the same pass: 1 byte a value, not 3."""
+    arguments = x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK
+    if dispatch.takes_triton("fp8_linear", x_NTD):
+        from mdit.kernels.fp8_linear import triton_impl
+
+        return triton_impl.fp8_add_norm_modulate(*arguments)
+    return reference.fp8_add_norm_modulate(*arguments)
+
+
+def fp8_linear(x: Tensor | InFloat8, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """(..., K) -> (..., O) in x's dtype. Saves x and the weight. An InFloat8 is not quantised again."""
+    assert x.shape[-1] == weight_OK.shape[1] and not any(size % MULTIPLE for size in weight_OK.shape), weight_OK.shape
+    if dispatch.takes_triton("fp8_linear", x.plain if isinstance(x, InFloat8) else x):
         from mdit.kernels.fp8_linear import triton_impl
 
         return triton_impl.fp8_linear(x, weight_OK, bias_O)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mdit.kernels import patch_mixing
 from mdit.kernels.swiglu.reference import gated
 
 MANTISSA, EXPONENT = 0.875, 9  # 448 = 0.875 * 2 ** 9 is the largest number of float8_e4m3fn
@@ -23,6 +24,18 @@ class Quantised(NamedTuple):
     scale: Tensor  # (..., M, 1) float32, powers of two
 
 
+class InFloat8(NamedTuple):
+    """A tensor that several matmuls read, quantised once; `plain` is the same as it was, and has the gradient."""
+
+    plain: Tensor
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.plain.shape
+
+
 def quantise(x: Tensor) -> Quantised:
     """Of each row: the least power of two that brings it into float8's range, and the row divided by it."""
     x = x.float()
@@ -31,6 +44,10 @@ def quantise(x: Tensor) -> Quantised:
     scale = power_of_two(exponent - EXPONENT + (mantissa > MANTISSA))
     scale = torch.where(largest.isfinite(), scale, torch.nan)
     return Quantised((x / scale).to(torch.float8_e4m3fn), scale)
+
+
+def in_float8(x: Tensor) -> InFloat8:
+    return InFloat8(x, *quantise(x.detach()))
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -49,22 +66,30 @@ class _Product(torch.autograd.Function):
     """x (..., M, K) @ weight^T, weight (..., O, K)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, values: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(quantise(x), quantise(weight), x.dtype)
+        known = quantise(x) if values is None else Quantised(values, scale)
+        return product(known, quantise(weight), x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         dx = product(quantise(d_out), quantise(weight.transpose(-1, -2)), x.dtype)
-        return dx, d_out.transpose(-1, -2) @ x
+        return dx, d_out.transpose(-1, -2) @ x, None, None
 
 
-def fp8_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    out_MO = _Product.apply(x.reshape(-1, x.shape[-1]), weight_OK)
+def fp8_add_norm_modulate(*arguments: Tensor | float | None) -> tuple[Tensor, InFloat8]:
+    x_NTD, h_NTD = patch_mixing.add_norm_modulate(*arguments)
+    return x_NTD, in_float8(h_NTD)
+
+
+def fp8_linear(x: Tensor | InFloat8, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    shape = x.shape
+    x, *known = (part.reshape(-1, part.shape[-1]) for part in (x if isinstance(x, InFloat8) else (x,)))
+    out_MO = _Product.apply(x, weight_OK, *known)
     out_MO = out_MO if bias_O is None else out_MO + bias_O
-    return out_MO.view(*x.shape[:-1], -1)
+    return out_MO.view(*shape[:-1], -1)
 
 
 def fp8_swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:

@@ -15,8 +15,10 @@ from triton import knobs
 
 from mdit.kernels.expert_choice import triton_impl as expert_choice
 from mdit.kernels.expert_choice.triton_impl import _normal
-from mdit.kernels.fp8_linear.reference import Quantised
+from mdit.kernels.fp8_linear.reference import InFloat8, Quantised
+from mdit.kernels.fp8_linear.rounding import float8, magnitude, quantised, scales
 from mdit.kernels.launch import launch
+from mdit.kernels.patch_mixing import triton_impl as mixing
 from mdit.kernels.registered import registered
 from mdit.kernels.swiglu import triton_impl as swiglu
 
@@ -76,8 +78,8 @@ def _whole_rows(R, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 @triton.jit
 def _write_rows(x, out_ptr, scale_ptr, row, column, R, C: tl.constexpr, INTERPRETED: tl.constexpr):
     """Quantises x, float32 and 0 where no element is."""
-    scale, inverse = _scales(tl.max(_magnitude(x), axis=1, keep_dims=True))
-    tl.store(out_ptr + row * C + column, _float8(x * inverse, INTERPRETED), mask=(row < R) & (column < C))
+    values, scale = quantised(x, INTERPRETED)
+    tl.store(out_ptr + row * C + column, values, mask=(row < R) & (column < C))
     tl.store(scale_ptr + row, scale, mask=row < R)
 
 
@@ -97,41 +99,16 @@ def _quantise_columns(
         row = start + tl.arange(0, BLOCK_R)[:, None]
         inside = (row < R) & (column[None, :] < C)
         x = tl.load(x_ptr + row * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(_magnitude(x), axis=0))
-    scale, inverse = _scales(largest)
+        largest = tl.maximum(largest, tl.max(magnitude(x), axis=0))
+    scale, inverse = scales(largest)
     tl.store(scale_ptr + matrix * C + column, scale, mask=column < C)
     for start in range(0, R, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)[:, None]
         inside = (row < R) & (column[None, :] < C)
         x = tl.load(x_ptr + row * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        turned = tl.trans(_float8(x * inverse[None, :], INTERPRETED))
+        turned = tl.trans(float8(x * inverse[None, :], INTERPRETED))
         here = column[:, None] * R + start + tl.arange(0, BLOCK_R)[None, :]
         tl.store(out_ptr + here, turned, mask=tl.trans(inside))
-
-
-@triton.jit
-def _magnitude(x):
-    """Bits of |x|, in whose order inf and NaN are above all numbers."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _scales(largest):
-    """Bits of the largest magnitude -> the least power of two s with |x| / s <= 448 = 1.75 * 2 ** 8, and 1 / s."""
-    exponent = tl.maximum(((largest + 0x1FFFFF) >> 23) - 8, 1)  # a mantissa above 1.75 carries over
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    return tl.where(largest < 0x7F800000, scale, float("nan")), inverse
-
-
-@triton.jit
-def _float8(x, INTERPRETED: tl.constexpr):
-    """To the nearest, ties to even. The interpreter's cast loses carries, so that it gets what needs no rounding."""
-    if INTERPRETED:
-        power = tl.maximum((_magnitude(x) & 0x7F800000).to(tl.float32, bitcast=True), 0.015625)  # 2 ** -6: the least
-        shift = power * 1572864.0  # 1.5 * 2 ** 20: adding it leaves three bits behind the first
-        x = (x + shift) - shift
-    return x.to(tl.float8e4nv)
 
 
 def _by_rows(x: Tensor) -> Quantised:
@@ -144,16 +121,15 @@ def _launch_rows(kernel, like: Tensor, *sources: Tensor, strides: tuple[int, ...
     """A kernel that makes whole rows of the shape of `like`, from `sources` and what else it wants."""
     width = like.shape[-1]
     rows = like.numel() // width
-    out = like.new_empty(like.shape, dtype=torch.float8_e4m3fn)
-    scale = like.new_empty(*like.shape[:-1], 1, dtype=torch.float32)
+    out = new_quantised(like)
     block_c = triton.next_power_of_2(width)
     block_r = max(1, ELEMENTS // block_c)
     launch(
-        kernel, (-(-rows // block_r),), *sources, out, scale, *strides, rows,
+        kernel, (-(-rows // block_r),), *sources, *out, *strides, rows,
         C=width, BLOCK_R=block_r, BLOCK_C=block_c, INTERPRETED=knobs.runtime.interpret, **constants,
         num_warps=4 if block_c <= ELEMENTS else 8, num_stages=1,
     )  # fmt: skip
-    return Quantised(out, scale)
+    return out
 
 
 def _by_columns(x: Tensor) -> Quantised:
@@ -203,15 +179,65 @@ def gelu_gradients(h_EMF: Tensor, da_EMF: Tensor, weights_NEK: Tensor) -> tuple[
     return da_EMF, a_EMF, dweights_NEK
 
 
+@registered("mdit::fp8_quantise")
+def _quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(_by_rows(x))
+
+
+@_quantise.register_fake
+def new_quantised(x):
+    return Quantised(
+        x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    )
+
+
+@registered("mdit::fp8_add_norm_modulate")
+def _add_norm_modulate(
+    x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
+    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """mdit::add_norm_modulate, and h in float8 with its scales"""
+    new = _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK)
+    mixing._launch_forward(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, new)
+    return new
+
+
+@_add_norm_modulate.register_fake
+def _new_outputs(*inputs):
+    new = mixing._new_outputs(*inputs)
+    return *new, *new_quantised(new[1])
+
+
+@registered("mdit::fp8_norm_modulate")
+def _norm_modulate(
+    x_NTD: Tensor, weight_D: Tensor, shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new = _new_norm(x_NTD, weight_D, shift_ND, scale_ND, eps)
+    mixing._launch_forward(x_NTD, None, None, weight_D, shift_ND, scale_ND, eps, None, (None, *new))
+    return new
+
+
+@_norm_modulate.register_fake
+def _new_norm(*inputs):
+    new = mixing._new_norm(*inputs)
+    return *new, *new_quantised(new[0])
+
+
+_add_norm_modulate.register_autograd(mixing._differentiate, setup_context=mixing._save)
+_norm_modulate.register_autograd(mixing._differentiate_norm, setup_context=mixing._save_norm)
+
+
 @registered("mdit::fp8_linear")
-def _linear(x: Tensor, weight_OK: Tensor) -> Tensor:
-    x_MK = x.reshape(-1, x.shape[-1])
-    out_MO = x.new_empty(len(x_MK), len(weight_OK))
-    return _product(_by_rows(x_MK), _by_rows(weight_OK), out_MO).view(*x.shape[:-1], -1)
+def _linear(x: Tensor, weight_OK: Tensor, values: Tensor | None, scale: Tensor | None) -> Tensor:
+    """`values`, `scale`: x in float8, where somebody has written it."""
+    x_MK = _by_rows(x) if values is None else Quantised(values, scale)
+    x_MK = Quantised(*(part.view(-1, part.shape[-1]) for part in x_MK))
+    out_MO = x.new_empty(len(x_MK.values), len(weight_OK))
+    return _product(x_MK, _by_rows(weight_OK), out_MO).view(*x.shape[:-1], -1)
 
 
 @_linear.register_fake
-def _(x, weight_OK):
+def _(x, weight_OK, values, scale):
     return x.new_empty(*x.shape[:-1], weight_OK.shape[0])
 
 
@@ -310,8 +336,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _save_linear(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+_linear.register_autograd(
+    lambda ctx, d_out: (*_linear_backward(d_out, *ctx.saved_tensors), None, None), setup_context=_save_linear
+)
 for _forward, _backward in (
-    (_linear, _linear_backward),
     (_bmm, _bmm_backward),
     (_swiglu_linear, _swiglu_linear_backward),
     (_gelu_bmm, _gelu_bmm_backward),
@@ -321,8 +353,25 @@ for _forward, _backward in (
     )
 
 
-def fp8_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    return _plus(_linear(x, weight_OK), bias_O)
+def quantise(x: Tensor) -> InFloat8:
+    return InFloat8(x, *_quantise(x.detach()))
+
+
+def fp8_add_norm_modulate(
+    x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
+    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None = None,
+) -> tuple[Tensor, InFloat8]:  # fmt: skip
+    if y_NTD is None and keep_NK is None:
+        h, _, *float8 = _norm_modulate(x_NTD, weight_D, shift_ND, scale_ND, eps)
+        return x_NTD, InFloat8(h, *float8)
+    arguments = x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK
+    out, h, _, *float8 = _add_norm_modulate(*arguments)
+    return out, InFloat8(h, *float8)
+
+
+def fp8_linear(x: Tensor | InFloat8, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    x, *known = x if isinstance(x, InFloat8) else (x, None, None)
+    return _plus(_linear(x, weight_OK, *known), bias_O)
 
 
 def fp8_swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:

@@ -11,18 +11,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
+from mdit.kernels.fp8_linear.rounding import quantised
 from mdit.kernels.launch import launch
 from mdit.kernels.registered import registered
 
 
 @triton.jit
 def _mix(
-    x_ptr, y_ptr, gate_ptr, weight_ptr, shift_ptr, scale_ptr, keep_ptr, out_ptr, h_ptr, stats_ptr,
+    x_ptr, y_ptr, gate_ptr, weight_ptr, shift_ptr, scale_ptr, keep_ptr, out_ptr, h_ptr, stats_ptr, h8_ptr, h8_scale_ptr,
     x_stride_n, x_stride_t, y_stride_n, y_stride_t, gate_stride, shift_stride, scale_stride, keep_stride,
-    N, K, rows_per_program, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    N, K, rows_per_program, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """x' and h (N, K, D); mean and rstd of the rows of x' (2, N, K). x' is not written where it is x itself."""
+    """x' and h (N, K, D); mean and rstd of the rows of x' (2, N, K). x' is not written where it is x itself.
+
+    h8 and its scales (N, K): h as it was stored, in float8.
+    """
     n, first = _share(K, rows_per_program)
     d = tl.arange(0, BLOCK_D)
     factor = _vector(weight_ptr, d, D)
@@ -48,6 +54,11 @@ def _mix(
         if scale_ptr is not None:
             h += shift[None, :]
         _store(h_ptr, n * K + row, d, h, inside, D)
+        if h8_ptr is not None:
+            h = tl.where(inside, h, 0.0).to(h_ptr.dtype.element_ty).to(tl.float32)
+            h8, h8_scale = quantised(h, INTERPRETED)
+            _store(h8_ptr, n * K + row, d, h8, inside, D)
+            tl.store(h8_scale_ptr + n * K + row, tl.reshape(h8_scale, (ROWS,)), mask=valid)
         tl.store(stats_ptr + n * K + row, mean, mask=valid)
         tl.store(stats_ptr + (N + n) * K + row, rstd, mask=valid)
 
@@ -217,7 +228,7 @@ def _add_norm_modulate(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> x' and h (N, K, D), mean and rstd of the rows of x' (2, N, K) float32"""
     new = _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK)
-    _launch_forward(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, *new)
+    _launch_forward(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, new)
     return new
 
 
@@ -235,7 +246,7 @@ def _norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """The same of x alone, of which there is no copy then. -> h, mean and rstd"""
     new = _new_norm(x_NTD, weight_D, shift_ND, scale_ND, eps)
-    _launch_forward(x_NTD, None, None, weight_D, shift_ND, scale_ND, eps, None, None, *new)
+    _launch_forward(x_NTD, None, None, weight_D, shift_ND, scale_ND, eps, None, (None, *new))
     return new
 
 
@@ -244,14 +255,17 @@ def _new_norm(x_NTD, weight_D, shift_ND, scale_ND, eps):
     return x_NTD.new_empty(x_NTD.shape), x_NTD.new_empty(2, *x_NTD.shape[:2], dtype=torch.float32)
 
 
-def _launch_forward(x, y, gate, weight, shift, scale, eps, keep, out_NKD, h_NKD, stats_2NK) -> None:
+def _launch_forward(x, y, gate, weight, shift, scale, eps, keep, new) -> None:
+    """`new`: x' or None, h, the statistics, and perhaps h in float8."""
+    out_NKD, h_NKD, stats_2NK, h8_NKD, h8_scale_NK1 = *new, *(None,) * (5 - len(new))
     x, y, gate, weight, shift, scale, keep = map(_dense, (x, y, gate, weight, shift, scale, keep))
     n, k, width = h_NKD.shape
     rows = _rows_per_program(n, k, FORWARD_TILE)
     launch(
         _mix, (n * _ceil_div(k, rows),), x, y, gate, weight, shift, scale, keep, out_NKD, h_NKD, stats_2NK,
+        h8_NKD, h8_scale_NK1,
         *_strides(x, 2), *_strides(y, 2), *_strides(gate), *_strides(shift), *_strides(scale), *_strides(keep),
-        n, k, rows, eps, **_tile(width, FORWARD_TILE), STAGES=3, num_stages=3,
+        n, k, rows, eps, **_tile(width, FORWARD_TILE), STAGES=3, INTERPRETED=knobs.runtime.interpret, num_stages=3,
     )  # fmt: skip
 
 
@@ -315,13 +329,13 @@ def _all_six(gradients: list[Tensor], gate, scale, dh) -> list[Tensor | None]:
 
 def _save(ctx, inputs, output) -> None:
     x_NTD, y_NTD, gate_ND, weight_D, _, scale_ND, _, keep_NK = inputs
-    out_NKD, _, stats_2NK = output
+    out_NKD, _, stats_2NK, *_ = output
     ctx.num_tokens, ctx.adds = x_NTD.shape[1], y_NTD is not None
     y_NTD = y_NTD if gate_ND is not None else None
     ctx.save_for_backward(out_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK)
 
 
-def _differentiate(ctx, d_out_NKD, dh_NKD, _):
+def _differentiate(ctx, d_out_NKD, dh_NKD, *_):
     saved = ctx.saved_tensors  # looked at once: activation checkpointing allows no second time
     _, y_NTD, gate_ND, _, scale_ND, _, _ = saved
     gradients = _add_norm_modulate_backward(*saved, ctx.num_tokens, d_out_NKD, dh_NKD)
@@ -336,7 +350,7 @@ def _save_norm(ctx, inputs, output) -> None:
     ctx.save_for_backward(x_NTD, None, None, weight_D, scale_ND, None, output[1])
 
 
-def _differentiate_norm(ctx, dh_NTD, _):
+def _differentiate_norm(ctx, dh_NTD, *_):
     saved = ctx.saved_tensors
     gradients = _add_norm_modulate_backward(*saved, dh_NTD.shape[1], None, dh_NTD)
     dx, _, _, dweight, dshift, dscale = _all_six(gradients, None, saved[4], dh_NTD)

@@ -35,7 +35,8 @@ INDEX_BYTES = {"tokens_NEK": 8, "slots_NTE": 4, "weights_NEK": 4, "keep_NK": 8} 
 
 @dataclass(frozen=True)
 class Work:
-    """One call: a function, its inputs, and how many numbers it must move (`fixed_bytes` besides, in each direction).
+    """One call: a function, its inputs, and how many numbers it must move (besides `fixed_bytes` in each direction and
+    `float8_bytes` in forward).
 
     Forward reads `read` and writes `written`; backward reads `saved` and the cotangents of what was written, and writes
     `gradients`, by default of everything read.
@@ -48,6 +49,7 @@ class Work:
     saved: int
     gradients: int | None = None
     fixed_bytes: int = 0
+    float8_bytes: int = 0
     flops: int = 0
 
 
@@ -79,7 +81,8 @@ class KernelCall:
         return self._work.function
 
     def forward_bytes(self, itemsize: int = 2) -> int:
-        return itemsize * (self._work.read + self._work.written) + self._work.fixed_bytes
+        work = self._work
+        return itemsize * (work.read + work.written) + work.fixed_bytes + work.float8_bytes
 
     def backward_bytes(self, itemsize: int = 2) -> int:
         gradients = self._work.read if self._work.gradients is None else self._work.gradients
@@ -110,7 +113,8 @@ def expert_layers(config: ModelConfig, micro_batch: int, mask_ratio: float) -> l
 
 
 def fp8_calls(config: ModelConfig, micro_batch: int, mask_ratio: float) -> list[KernelCall]:
-    """The matmuls of the blocks that can be in float8 (mdit.parallel.fp8), as calls of mdit.kernels.fp8_linear."""
+    """The matmuls of the blocks that can be in float8 (mdit.parallel.fp8), as calls of mdit.kernels.fp8_linear, and the
+    norms that write float8 for them."""
     return _calls(config, micro_batch, mask_ratio, _fp8_of_model)
 
 
@@ -131,26 +135,25 @@ def _of_model(model: MicroDiT, n: int, mask_ratio: float) -> Iterator[tuple[str,
     yield NORM, "caption", _norm(n, length, caption.norm2, y=True)
     yield SWIGLU, "caption", _swiglu(n, length, caption.mlp)
     for i, block in enumerate(model.patch_mixer):
-        yield from _of_block(block, "mixer", n, all_tokens, length, first=i == 0)
+        yield from _of_block(block, "mixer", n, all_tokens, length, first=i == 0 and _starts_anew(model, "mixer"))
     exit_norm = [*model.patch_mixer_map_xout][:1] if model.patch_mixer else []
     for norm in exit_norm:
         chosen = kept if mask_ratio > 0 else 0
         yield NORM, "mixer", _norm(n, all_tokens, norm, y=True, gate=True, K=chosen)
     for i, block in enumerate(model.blocks):
-        starts = i == 0 and (bool(exit_norm) or not model.patch_mixer)
-        yield from _of_block(block, "backbone", n, kept, length, first=starts)
+        yield from _of_block(block, "backbone", n, kept, length, first=i == 0 and _starts_anew(model, "backbone"))
     yield NORM, "backbone", _norm(n, kept, model.final_layer.norm_final, y=True, gate=True, modulated=True)
 
 
 def _of_block(
     block: Block, where: str, n: int, tokens: int, length: int, *, first: bool
 ) -> Iterator[tuple[str, str, dict[str, int]]]:
-    """`first`: nothing is waiting to be added to the stream that comes in."""
-    yield NORM, where, _norm(n, tokens, block.norm1, y=not first, gate=not first, modulated=True)
+    norm1, norm2, norm3 = _norms(block, n, tokens, first)
+    yield NORM, where, norm1
     yield SELF_ATTENTION, where, _heads(n, tokens, block.attn)
-    yield NORM, where, _norm(n, tokens, block.norm2, y=True, gate=True)
+    yield NORM, where, norm2
     yield CROSS_ATTENTION, where, {**_heads(n, tokens, block.cross_attn), "L": length}
-    yield NORM, where, _norm(n, tokens, block.norm3, y=True, modulated=True)
+    yield NORM, where, norm3
     mlp = block.mlp
     if not isinstance(mlp, ExpertChoice):
         yield SWIGLU, where, _swiglu(n, tokens, mlp)
@@ -164,27 +167,55 @@ def _of_block(
     yield "expert_choice.scatter_tokens", where, {**shape, "D": dim}
 
 
+def _starts_anew(model: MicroDiT, where: str) -> bool:
+    """Does a stream come into the first block with nothing to be added?"""
+    return where == "mixer" or not model.patch_mixer or len(model.patch_mixer_map_xout) > 0
+
+
+def _norms(block: Block, n: int, tokens: int, first: bool) -> list[dict[str, int]]:
+    """`first`: nothing is waiting to be added to the stream that comes in."""
+    return [
+        _norm(n, tokens, block.norm1, y=not first, gate=not first, modulated=True),
+        _norm(n, tokens, block.norm2, y=True, gate=True),
+        _norm(n, tokens, block.norm3, y=True, modulated=True),
+    ]
+
+
 def _fp8_of_model(model: MicroDiT, n: int, mask_ratio: float) -> Iterator[tuple[str, str, dict[str, int]]]:
     config, length = model.config, model.config.caption_length
     kept = kept_tokens(config.num_patches, mask_ratio)
     for where, blocks, tokens in (("mixer", model.patch_mixer, config.num_patches), ("backbone", model.blocks, kept)):
-        for op, shape in (found for block in blocks for found in _fp8_of_block(block, n, tokens, length)):
-            if not any(shape[name] % fp8_linear.MULTIPLE for name in ("IN", "OUT")):
+        for i, block in enumerate(blocks):
+            first = i == 0 and _starts_anew(model, where)
+            for op, shape in _fp8_of_block(block, n, tokens, length, first):
                 yield op, where, shape
 
 
-def _fp8_of_block(block: Block, n: int, tokens: int, length: int) -> Iterator[tuple[str, dict[str, int]]]:
-    cross, mlp = block.cross_attn, block.mlp
-    plain = [(n * tokens, layer) for layer in (block.attn.qkv, block.attn.proj, cross.q_linear, cross.proj)]
-    for rows, layer in (*plain, (n * length, cross.kv_linear)):
-        yield FP8_LINEAR, {"M": rows, "IN": layer.in_features, "OUT": layer.out_features}
+def _fp8_of_block(
+    block: Block, n: int, tokens: int, length: int, first: bool
+) -> Iterator[tuple[str, dict[str, int]]]:
+    attn, cross, mlp, rows = block.attn, block.cross_attn, block.mlp, n * tokens
+    norm1, norm2, norm3 = _norms(block, n, tokens, first)
+    linear = [(rows, attn.qkv, norm1), (rows, attn.proj, None), (rows, cross.q_linear, norm2), (rows, cross.proj, None)]
+    linear.append((n * length, cross.kv_linear, None))
     if isinstance(mlp, ExpertChoice):
         (num_experts, dim, width), k = mlp.w1.shape, mlp.tokens_per_expert(tokens)
-        yield FP8_BMM, {"E": num_experts, "M": n * k, "IN": dim, "OUT": width}
-        yield FP8_GELU_BMM, {"N": n, "E": num_experts, "K": k, "IN": width, "OUT": dim}
-    elif not mlp.w3.in_features % fp8_linear.MULTIPLE:  # that of w1 and w2 together is no sign of it
-        yield FP8_LINEAR, {"M": n * tokens, "IN": mlp.w1.in_features, "OUT": 2 * mlp.w1.out_features}
-        yield FP8_SWIGLU, {"M": n * tokens, "IN": mlp.w3.in_features, "OUT": mlp.w3.out_features}
+        if _in_float8(dim, width):
+            yield FP8_BMM, {"E": num_experts, "M": n * k, "IN": dim, "OUT": width}
+            yield FP8_GELU_BMM, {"N": n, "E": num_experts, "K": k, "IN": width, "OUT": dim}
+    elif _in_float8(mlp.w3.in_features, mlp.w3.out_features):
+        yield NORM_FP8, norm3
+        yield FP8_LINEAR, {"M": rows, "IN": mlp.w1.in_features, "OUT": 2 * mlp.w1.out_features}
+        yield FP8_SWIGLU, {"M": rows, "IN": mlp.w3.in_features, "OUT": mlp.w3.out_features}
+    for m, layer, norm in linear:
+        if _in_float8(layer.in_features, layer.out_features):
+            if norm is not None:
+                yield NORM_FP8, norm
+            yield FP8_LINEAR, {"M": m, "IN": layer.in_features, "OUT": layer.out_features}
+
+
+def _in_float8(*sizes: int) -> bool:
+    return not any(size % fp8_linear.MULTIPLE for size in sizes)
 
 
 def _norm(n: int, tokens: int, norm, *, y=False, gate=False, modulated=False, K: int = 0) -> dict[str, int]:
@@ -238,6 +269,16 @@ def _add_norm_modulate(
         gradients=N * T * D * (1 + gate) + vectors,
         fixed_bytes=INDEX_BYTES["keep_NK"] * N * K,
     )
+
+
+def _fp8_add_norm_modulate(make: Callable[..., Tensor], **shape: int) -> Work:
+    def function(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, keep_NK):
+        arguments = x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, EPS, keep_NK
+        out, h = fp8_linear.fp8_add_norm_modulate(*arguments)
+        return out, h.plain
+
+    rows = shape["N"] * (shape["K"] or shape["T"])
+    return replace(_add_norm_modulate(make, **shape), function=function, float8_bytes=rows * (shape["D"] + 4))
 
 
 def _swiglu_linear(make: Callable[..., Tensor], N: int, T: int, F: int, D: int) -> Work:
@@ -319,6 +360,7 @@ def _fp8_gelu_bmm(make: Callable[..., Tensor], N: int, E: int, K: int, IN: int, 
 
 
 NORM = "patch_mixing.add_norm_modulate"
+NORM_FP8 = "fp8_linear.fp8_add_norm_modulate"
 SELF_ATTENTION = "masked_attention.self_attention"
 CROSS_ATTENTION = "masked_attention.cross_attention"
 SWIGLU = "swiglu.swiglu_linear"
@@ -328,6 +370,7 @@ FP8_BMM, FP8_GELU_BMM = "fp8_linear.fp8_bmm", "fp8_linear.fp8_gelu_bmm"
 
 WORK: dict[str, Callable[..., Work]] = {
     NORM: _add_norm_modulate,
+    NORM_FP8: _fp8_add_norm_modulate,
     SELF_ATTENTION: _self_attention,
     CROSS_ATTENTION: _cross_attention,
     SWIGLU: _swiglu_linear,

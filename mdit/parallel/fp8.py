@@ -5,7 +5,8 @@ and both of every expert, in mixer and backbone. Not: the router, whose choices 
 embedders, the caption's block and the final layer, a few per cent of the FLOPs together. A matrix with a dimension that
 is not a multiple of 16 stays in the computing dtype.
 
-Only the class of a layer changes: parameters, their names and what hooks are on it stay.
+The norm in front of such a layer writes its result in float8 as well, where it would have to be read again to be
+quantised. Only the class of a layer changes: parameters, their names and what hooks are on it stay.
 """
 
 import sys
@@ -16,22 +17,41 @@ from torch import Tensor, nn
 
 from mdit.config import UserError
 from mdit.kernels import expert_choice
-from mdit.kernels.fp8_linear import MULTIPLE, fp8_bmm, fp8_gelu_bmm, fp8_linear, fp8_swiglu_linear
+from mdit.kernels.fp8_linear import (
+    MULTIPLE,
+    InFloat8,
+    fp8_add_norm_modulate,
+    fp8_bmm,
+    fp8_gelu_bmm,
+    fp8_linear,
+    fp8_swiglu_linear,
+)
+from mdit.masking import Mask
 from mdit.models import MicroDiT
-from mdit.models.layers import SwiGLU, side_by_side
+from mdit.models.layers import Stream, StreamNorm, SwiGLU, side_by_side
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.settings import RunSettings
 
 OLDEST_GPU = (8, 9)  # Ada: the first with float8 in its tensor cores
 
 
+class Fp8StreamNorm(StreamNorm):
+    """Hands on its result in both forms: as written, for gradients of weights, and in float8, for the matmul itself."""
+
+    def forward(
+        self, stream: Stream, shift_ND: Tensor | None = None, scale_ND: Tensor | None = None, mask: Mask | None = None
+    ) -> tuple[Tensor, InFloat8]:
+        keep_NK = None if mask is None else mask.keep_NK
+        return fp8_add_norm_modulate(*stream, self.weight, shift_ND, scale_ND, self.eps, keep_NK)
+
+
 class Fp8Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | InFloat8) -> Tensor:
         return fp8_linear(x, self.weight, self.bias)
 
 
 class Fp8SwiGLU(SwiGLU):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | InFloat8) -> Tensor:
         return fp8_swiglu_linear(fp8_linear(x, *side_by_side(self.w1, self.w2)), self.w3.weight, self.w3.bias)
 
 
@@ -43,7 +63,7 @@ class Fp8ExpertChoice(ExpertChoice):
         return expert_choice.scatter_tokens(out_EMD, routing)
 
 
-IN_FP8 = {nn.Linear: Fp8Linear, SwiGLU: Fp8SwiGLU, ExpertChoice: Fp8ExpertChoice}
+IN_FP8 = {nn.Linear: Fp8Linear, SwiGLU: Fp8SwiGLU, ExpertChoice: Fp8ExpertChoice, StreamNorm: Fp8StreamNorm}
 AS_WRITTEN = {ours: theirs for theirs, ours in IN_FP8.items()}
 
 
@@ -51,7 +71,7 @@ def use_fp8(model: MicroDiT, on: bool = True) -> None:
     """Switch the blocks' matmuls to float8 or back, in place. All compiled code is dropped and made again when it next
     runs: whether Dynamo's guards see another class depends on the version of torch."""
     changed = False
-    for layer in matmuls(model):
+    for layer in (*matmuls(model), *norms(model)):
         wanted = (IN_FP8 if on else AS_WRITTEN).get(type(layer), type(layer))
         changed |= wanted is not type(layer)
         layer.__class__ = wanted
@@ -65,6 +85,15 @@ def matmuls(model: MicroDiT) -> Iterator[nn.Module]:
         for part in (block.attn, block.cross_attn, block.mlp):
             layers = [part] if isinstance(part, SwiGLU | ExpertChoice) else part.children()
             yield from (layer for layer in layers if fits(layer))
+
+
+def norms(model: MicroDiT) -> Iterator[StreamNorm]:
+    """The norms whose readers are all in float8 then. (Experts have a router, and gather what they quantise.)"""
+    for block in (*model.patch_mixer, *model.blocks):
+        readers = {block.norm1: block.attn.qkv, block.norm2: block.cross_attn.q_linear}
+        if isinstance(block.mlp, SwiGLU):
+            readers[block.norm3] = block.mlp
+        yield from (norm for norm, reader in readers.items() if fits(reader))
 
 
 def fits(layer: nn.Module) -> bool:

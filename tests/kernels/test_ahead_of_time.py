@@ -32,6 +32,7 @@ from tools.first_contact import move_cache  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 OPS = {
     "patch_mixing.add_norm_modulate",
+    "fp8_linear.fp8_add_norm_modulate",
     "masked_attention.self_attention",
     "masked_attention.cross_attention",
     "swiglu.swiglu_linear",

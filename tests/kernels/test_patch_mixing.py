@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdit.kernels import dispatch, patch_mixing
+from mdit.kernels import dispatch, fp8_linear, patch_mixing
+from mdit.kernels.fp8_linear.reference import quantise
 from mdit.kernels.launch import recorded
 from mdit.kernels.patch_mixing import reference
-from tests.kernels.accuracy import DEVICE, DTYPES, assert_as_accurate, assert_same_bits_twice, gradients
+from tests.kernels.accuracy import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_same_bits_twice,
+    gradients,
+    poisoned_memory,
+)
 
 EPS = 1e-6
 # In the model: attention's result enters; cross-attention's; a first block's input; the mixer's exit; and the rest.
@@ -56,9 +64,9 @@ def inputs(case: str, n: int, t: int, d: int, kept: int | None = None) -> list[T
 
 @pytest.fixture
 def triton():
-    """Chosen for patch_mixing inside the test."""
+    """Chosen inside the test."""
     pytest.importorskip("triton")
-    with dispatch.using("patch_mixing", off_gpu=True):
+    with dispatch.using("patch_mixing", "fp8_linear", off_gpu=True):
         yield
 
 
@@ -232,6 +240,38 @@ def test_triton_normalises_what_it_returns(triton):
     assert torch.equal(mix(out, None, None, weight, shift, scale, None)[1], h)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["gate, modulation", "x", "kept of gate"])
+def test_float8_is_that_of_what_was_written(function, case, dtype):
+    """The very bits of a pass of its own over h, with nothing else changed; in rows of very different sizes."""
+    x, y, gate, weight, shift, scale, keep = (
+        t.to(DEVICE, dtype) if t is not None and t.is_floating_point() else t for t in inputs(case, 2, 9, 72)
+    )
+    if shift is not None:
+        shift[0], scale[0] = 300 * shift[0], 40 * scale[0]
+    arguments = [x, y, gate, weight, shift, scale, keep]
+
+    def plain(*arguments):
+        out, (h, *_) = fp8_linear.fp8_add_norm_modulate(*arguments[:6], EPS, arguments[6])
+        return out, h
+
+    with poisoned_memory():
+        _, (h, values, scales) = fp8_linear.fp8_add_norm_modulate(*arguments[:6], EPS, keep)
+    expected = quantise(function(*arguments)[1])
+    assert values.shape == h.shape and scales.shape == (*h.shape[:-1], 1)
+    assert torch.equal(scales, expected.scale) and torch.equal(values.float(), expected.values.float())
+    for ours, theirs in zip(gradients(plain, arguments), gradients(function, arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+def test_float8_hides_no_infinity(function):
+    x, _, _, weight, *_ = (t.float().to(DEVICE) if t is not None else None for t in inputs("x", 2, 3, 16))
+    x[1, 2, 3] = torch.inf
+    scales = fp8_linear.fp8_add_norm_modulate(x, None, None, weight, None, None, EPS)[1].scale
+    assert scales.isnan().flatten().tolist() == [False] * 5 + [True]
+
+
 @pytest.mark.parametrize("case", ["gate, modulation", "kept of y, modulation", "x"])
 def test_triton_compiles_without_a_graph_break(triton, case):
     arguments = [t.float().to(DEVICE) if t is not None and t.is_floating_point() else t for t in inputs(case, 2, 9, 24)]
@@ -244,6 +284,7 @@ def test_triton_compiles_without_a_graph_break(triton, case):
 
 @pytest.mark.parametrize("case", ["gate, modulation", "kept of y, modulation", "kept of x", "x", "x, modulation"])
 def test_custom_ops_are_registered_as_torch_expects(triton, case):
+    from mdit.kernels.fp8_linear import triton_impl as fp8_kernels
     from mdit.kernels.patch_mixing import triton_impl
 
     x, y, gate, weight, shift, scale, keep = (
@@ -252,9 +293,12 @@ def test_custom_ops_are_registered_as_torch_expects(triton, case):
     )
     keep = keep.to(DEVICE) if keep is not None else None
     if y is None and keep is None:
-        torch.library.opcheck(triton_impl._norm_modulate.op, (x, weight, shift, scale, EPS))
+        name, arguments = "_norm_modulate", (x, weight, shift, scale, EPS)
     else:
-        torch.library.opcheck(triton_impl._add_norm_modulate.op, (x, y, gate, weight, shift, scale, EPS, keep))
+        name, arguments = "_add_norm_modulate", (x, y, gate, weight, shift, scale, EPS, keep)
+    torch.library.opcheck(getattr(triton_impl, name).op, arguments)
+    tests = "test_schema", "test_autograd_registration", "test_faketensor"  # the others would add up a tensor of float8
+    torch.library.opcheck(getattr(fp8_kernels, name).op, arguments, test_utils=tests)
 
 
 def test_misuse_is_an_assertion():

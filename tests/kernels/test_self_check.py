@@ -35,7 +35,7 @@ KERNELS = {
     "fp8_linear": (
         fp8_kernels,
         fp8_linear.reference,
-        ["fp8_linear", "fp8_swiglu_linear", "fp8_bmm", "fp8_gelu_bmm"],
+        ["fp8_add_norm_modulate", "fp8_linear", "fp8_swiglu_linear", "fp8_bmm", "fp8_gelu_bmm"],
     ),
 }
 
@@ -89,9 +89,11 @@ def hooked(change, position):
 
     def faulty(right):
         def kernel(*inputs):
-            inputs = list(inputs)
-            if inputs[position] is not None:
-                inputs[position] = _Hook.apply(inputs[position], change)
+            inputs, x = list(inputs), inputs[position]
+            if isinstance(x, fp8_linear.InFloat8):
+                inputs[position] = x._replace(plain=_Hook.apply(x.plain, change))
+            elif x is not None:
+                inputs[position] = _Hook.apply(x, change)
             return right(*inputs)
 
         return kernel
@@ -106,6 +108,19 @@ def output(change):
         def kernel(*inputs):
             found = right(*inputs)
             return change(found) if isinstance(found, Tensor) else (change(found[0]), *found[1:])
+
+        return kernel
+
+    return faulty
+
+
+def float8(change):
+    """What the norm writes for the matmul behind it comes out changed."""
+
+    def faulty(right):
+        def kernel(*inputs):
+            out, h = right(*inputs)
+            return out, change(h)
 
         return kernel
 
@@ -317,7 +332,7 @@ FAULTS = [
     *((f"swiglu.swiglu_linear: a column of input {i}'s gradient", hooked(without_column, i)) for i in range(2)),
     *(
         (f"fp8_linear.{name}: {what}", fault)
-        for name in KERNELS["fp8_linear"][2]
+        for name in KERNELS["fp8_linear"][2][1:]
         for what, fault in [
             ("scale twice as large", output(lambda out: 2 * out)),
             ("the next row's scale", output(lambda out: out * (1 + (torch.arange(out.shape[-2]) % 2)[:, None]))),
@@ -327,6 +342,8 @@ FAULTS = [
             ("gradient of input 2 without a column", hooked(without_column, 1)),
         ]
     ),
+    ("fp8_linear.fp8_add_norm_modulate: scale twice as large", float8(lambda h: h._replace(scale=2 * h.scale))),
+    ("fp8_linear.fp8_add_norm_modulate: last row", float8(lambda h: h._replace(scale=without_row(h.scale)))),
     ("fp8_linear.fp8_gelu_bmm: weights dropped", given(lambda h, w, weights: (h, w, 1 + 0 * weights))),
     ("fp8_linear.fp8_gelu_bmm: no gradient of the weights", hooked(missing, 2)),
 ]

@@ -58,16 +58,25 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 class Calls(Counter):
-    """Counts calls of float8's functions by the size of their weight; `with` around what makes them."""
+    """Counts calls of float8's functions by the size of their weight, and how many were given it by a norm; `with`
+    around what makes them."""
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
         for name in PUBLIC:
             self.patch.setattr(fp8, name, functools.partial(self._count, getattr(fp8_linear, name), name))
+        norm = functools.partial(self._count_norm, fp8_linear.fp8_add_norm_modulate)
+        self.patch.setattr(fp8, "fp8_add_norm_modulate", norm)
         return self
+
+    def _count_norm(self, function, *args):
+        x_NTD, y_NTD, gate_ND, _, shift_ND, *_ = args
+        self["norm", tuple(x_NTD.shape), y_NTD is None, gate_ND is None, shift_ND is None] += 1
+        return function(*args)
 
     def _count(self, function, name, *args):
         self[name, tuple(args[1].shape)] += 1
+        self["given"] += isinstance(args[0], fp8_linear.InFloat8)
         return function(*args)
 
     def __exit__(self, *_) -> None:
@@ -83,13 +92,18 @@ def test_what_runs_in_float8_are_the_calls_that_are_planned(changes):
     use_fp8(model)
     with Calls() as seen:
         forward(model)
-    planned: Counter = Counter()
+    planned, given = Counter(), seen.pop("given")
     for call in fp8_calls(model.config, 3, 0.75):
         name = call.op.removeprefix("fp8_linear.")
+        if call.op == "fp8_linear.fp8_add_norm_modulate":
+            x, y, gate, _, shift, *_ = call.inputs("meta", torch.float32)
+            planned["norm", tuple(x.shape), y is None, gate is None, shift is None] += call.count
+            continue
         planned[name, tuple(call.inputs("meta", torch.float32)[1].shape)] += call.count
     assert +seen == planned
+    assert given == sum(count for (name, *_), count in seen.items() if name == "norm")
     if changes.get("mixer_dim") == 24:
-        assert not any(24 in shape for _, shape in seen)
+        assert not any(24 in shape for _, shape, *_ in seen)
 
 
 def test_in_xl_2_it_is_94_percent_of_the_flops():
