@@ -41,7 +41,7 @@ SCHEMA = "mdit-first-contact/1"
 BUDGET_S = 510.0
 PACKING_S = 3.0  # kept for the last pack
 LARGEST_BYTES = 8 * 2**20  # of a file that is packed
-NOT_PACKED = {"work", "checkpoints", "snapshots"}
+NOT_PACKED = {"scratch", "checkpoints", "snapshots"}
 
 # Wheels beside torch, numpy, pillow, tensorboard and transformers, of the versions in constraints.txt.
 WHEELS = (
@@ -103,9 +103,9 @@ PARTS = (
         "training",
         50,
         600,
-        "launchers/train.py --recipe {out}/work/training/recipe.json --ds_config configs/zero1.json "
-        "--run_dir {out}/training --set \"data.train=['{out}/work/training/train']\" "
-        "--set data.validation={out}/work/training/validation",
+        "launchers/train.py --recipe {out}/scratch/training/recipe.json --ds_config configs/zero1.json "
+        "--run_dir {out}/training --set \"data.train=['{out}/scratch/training/train']\" "
+        "--set data.validation={out}/scratch/training/validation",
     ),
 )
 # Comes behind the command of a rehearsal, and counts.
@@ -144,7 +144,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--kit", type=cli.path, required=True, help="what the GPU machine lacks")
     add("--prepare", action="store_true", help="fill KIT with what it does not have yet")
     add("--python", type=cli.path, help="with --prepare: of the GPU machine's versions, to build kernels with")
-    add("--out", type=cli.path, metavar="DIR", help="figures, logs and, in DIR/work, what only helps to make them")
+    add("--out", type=cli.path, metavar="DIR", help="figures, logs and, in DIR/scratch, what only helps to make them")
     add("--pack", type=cli.path, metavar="FILE", help="default: DIR.tar.gz")
     add("--budget_s", type=float, default=BUDGET_S, help=f"seconds for all of it; default: {BUDGET_S:g}")
     add("--parts", nargs="+", choices=[name for name, *_ in PARTS], metavar="NAME", help="only these")
@@ -167,7 +167,7 @@ class Contact:
         self.kit, self.out, self.rehearse = args.kit.resolve(), args.out.resolve(), args.rehearse
         self.pack_file = args.pack.resolve() if args.pack else self.out.with_name(f"{self.out.name}.tar.gz")
         self.deadline, self.wanted = START + args.budget_s, args.parts
-        self.state_file, self.work = self.out / "first_contact.json", self.out / "work"
+        self.state_file, self.scratch = self.out / "first_contact.json", self.out / "scratch"
 
     def run(self) -> int:
         """Exit code: 0 where every part that was asked for is done."""
@@ -207,7 +207,7 @@ class Contact:
 
     def hindrance(self, part: Part) -> str | None:
         """What keeps a part from beginning now."""
-        if part.name == "training" and not (self.work / "training").exists():
+        if part.name == "training" and not (self.scratch / "training").exists():
             return "the kit has no training.tar.gz"
         if (left := self.left(part)) < max(part.needs, 1.0):
             return f"{left:.0f} s are left, it needs {part.needs:.0f}"
@@ -233,9 +233,9 @@ class Contact:
 
     def environment(self) -> dict[str, str]:
         """Variables of every part: packages and compiled code of the kit, no network, the name of the commit."""
-        paths = [str(self.work / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(self.scratch / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        found |= {"TRITON_CACHE_DIR": str(self.work / "triton"), "NCCL_SOCKET_IFNAME": "lo"}
+        found |= {"TRITON_CACHE_DIR": str(self.scratch / "triton"), "NCCL_SOCKET_IFNAME": "lo"}
         if (file := self.kit / "COMMIT").exists():
             found["MDIT_COMMIT"] = file.read_text(encoding="utf-8").strip()
         return found | ({"CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {})
@@ -243,16 +243,16 @@ class Contact:
     def unpack_kit(self) -> None:
         """Put what the kit brings where the parts find it; what is there from an earlier call stays."""
         wheels = sorted(map(str, (self.kit / "whl").glob("*.whl")))
-        if wheels and not (self.work / "site").exists():
+        if wheels and not (self.scratch / "site").exists():
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-            install += ["--no-cache-dir", "--target", str(self.work / "site.partial"), *wheels]
+            install += ["--no-cache-dir", "--target", str(self.scratch / "site.partial"), *wheels]
             self.must(install, "wheels")
-            (self.work / "site.partial").rename(self.work / "site")
+            (self.scratch / "site.partial").rename(self.scratch / "site")
         for name, folder in (("kernels", "triton"), ("training", "training")):
-            if (archive := self.kit / f"{name}.tar.gz").exists() and not (self.work / folder).exists():
-                unpack(archive, self.work / folder)
+            if (archive := self.kit / f"{name}.tar.gz").exists() and not (self.scratch / folder).exists():
+                unpack(archive, self.scratch / folder)
                 if name == "kernels":
-                    move_cache(self.work / folder)
+                    move_cache(self.scratch / folder)
 
     def settled_state(self) -> dict[str, Any]:
         """What this call goes on with. Raises UserError where DIR holds figures of another machine or commit."""

@@ -87,7 +87,7 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
     assert state(tmp_path)["plain"]["command"].startswith("python -m tools.bench_train --resume --out DIR/throughput")
 
     out = tmp_path / "out"
-    assert (out / "work" / "training" / "large").exists()
+    assert (out / "scratch" / "training" / "large").exists()
     report = read_json(out / "throughput" / "throughput.json")
     commits = {report["environment"]["commit"], read_json(out / "kernels" / "kernels.json")["environment"]["commit"]}
     assert commits == {"unknown"} and read_json(out / "training" / "config.json")["commit"] is None
@@ -99,7 +99,7 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
     assert {"out/training/samples/step_00000004.png", "out/training/metrics.jsonl", "out/kernels/kernels.json"} <= {
         *names
     }
-    assert not [name for name in names if {"work", "checkpoints", "snapshots"} & {*Path(name).parts}]
+    assert not [name for name in names if {"scratch", "checkpoints", "snapshots"} & {*Path(name).parts}]
 
 
 def test_a_part_that_hangs_costs_no_figures(contact, tmp_path, monkeypatch, capfd):
