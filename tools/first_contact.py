@@ -235,7 +235,11 @@ class Contact:
         """Variables of every part: packages and compiled code of the kit, no network, the name of the commit."""
         paths = [str(self.scratch / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        found |= {"TRITON_CACHE_DIR": str(self.scratch / "triton"), "NCCL_SOCKET_IFNAME": "lo"}
+        found |= {
+            "TRITON_CACHE_DIR": str(self.scratch / "triton"),
+            "NCCL_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         if (file := self.kit / "COMMIT").exists():
             found["MDIT_COMMIT"] = file.read_text(encoding="utf-8").strip()
         return found | ({"CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {})
