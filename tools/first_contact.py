@@ -33,7 +33,8 @@ from typing import Any
 
 # Nothing else of mdit: the packages it needs may only come with the kit.
 from mdit import cli
-from mdit.documents import UserError, parse_json, read_json
+from mdit.documents import UserError, explain, parse_json, read_json
+from mdit.provenance import commit
 
 START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +169,8 @@ class Contact:
         self.pack_file = args.pack.resolve() if args.pack else self.out.with_name(f"{self.out.name}.tar.gz")
         self.deadline, self.wanted = START + args.budget_s, args.parts
         self.state_file, self.scratch = self.out / "first_contact.json", self.out / "scratch"
+        file = self.kit / "COMMIT"
+        self.commit = commit() or (file.read_text(encoding="utf-8").strip() if file.exists() else "unknown")
 
     def run(self) -> int:
         """Exit code: 0 where every part that was asked for is done."""
@@ -221,7 +224,7 @@ class Contact:
         return time.monotonic() - START
 
     def take(self, part: Part) -> dict[str, Any]:
-        """Run a part -> how that ended."""
+        """Run a part -> how that ended. A training run that was asked to stop, and did, is done."""
         limit, began = min(part.limit, self.left(part)), time.monotonic()
         print(f"=== {part.name} at {self.elapsed():.0f} s, for {limit:.0f} s at most", flush=True)
         code, cut = run(part.command, self.environment(), self.out / "logs" / f"{part.name}.log", limit, part.grace)
@@ -229,7 +232,7 @@ class Contact:
         ended = f"stopped after {limit:.3g} s" if cut else f"exit code {code}"
         print(f"=== {part.name}: {ended}, {seconds:.0f} s", flush=True)
         command = shlex.join(["python", *part.command[1:]]).replace(str(self.out), "DIR")
-        return {"done": code == 0 and not cut, "ended": ended, "seconds": seconds, "command": command}
+        return {"done": code == 0, "ended": ended, "seconds": seconds, "command": command}
 
     def environment(self) -> dict[str, str]:
         """Variables of every part: packages and compiled code of the kit, no network, the name of the commit."""
@@ -240,9 +243,7 @@ class Contact:
             "NCCL_SOCKET_IFNAME": "lo",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        if (file := self.kit / "COMMIT").exists():
-            found["MDIT_COMMIT"] = file.read_text(encoding="utf-8").strip()
-        return found | ({"CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {})
+        return found | {"MDIT_COMMIT": self.commit} | ({"CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {})
 
     def unpack_kit(self) -> None:
         """Put what the kit brings where the parts find it; what is there from an earlier call stays."""
@@ -254,16 +255,19 @@ class Contact:
             (self.scratch / "site.partial").rename(self.scratch / "site")
         for name, folder in (("kernels", "triton"), ("training", "training")):
             if (archive := self.kit / f"{name}.tar.gz").exists() and not (self.scratch / folder).exists():
-                unpack(archive, self.scratch / folder)
-                if name == "kernels":
-                    move_cache(self.scratch / folder)
+                try:
+                    unpack(archive, self.scratch / folder)
+                    if name == "kernels":
+                        move_cache(self.scratch / folder)
+                except Exception as error:  # of tarfile's many kinds; what can be measured without it still counts
+                    print(f"{archive}: done without: {explain(error)}", flush=True)
 
     def settled_state(self) -> dict[str, Any]:
         """What this call goes on with. Raises UserError where DIR holds figures of another machine or commit."""
         with suppress(OSError, UserError):
             self.must(["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv"], "nvidia-smi")
         here = parse_json(self.must([sys.executable, "-c", ENVIRONMENT], "environment").splitlines()[-1], "torch")
-        here |= {"rehearsal": self.rehearse}
+        here |= {"rehearsal": self.rehearse, "commit": self.commit}
         print(", ".join(f"{name} {value}" for name, value in here.items()), flush=True)
         if not self.rehearse and here["gpu"] == "none":
             raise UserError("torch sees no GPU here; --rehearse goes through all parts on a CPU")
@@ -378,8 +382,6 @@ def move_cache(cache: Path) -> None:
 
 def prepare(kit: Path, python: Path | None) -> None:
     """Fill the kit with what it does not have yet. Raises UserError where something cannot be had."""
-    from mdit.provenance import commit
-
     kit.mkdir(parents=True, exist_ok=True)
     (kit / "COMMIT").write_text(f"{commit() or 'unknown'}\n", encoding="utf-8")
     if not (kit / "whl").exists():

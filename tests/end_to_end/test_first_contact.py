@@ -73,6 +73,7 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
     git.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership' >&2; exit 128\n", encoding="utf-8")
     git.chmod(0o755)
     monkeypatch.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
+    (tmp_path / "kit" / "COMMIT").write_text("1234567\n", encoding="utf-8")  # as git does not tell
     monkeypatch.setattr(first_contact, "LARGEST_BYTES", 1_000_000)
     with first_contact.arriving_pack(tmp_path / "kit" / "training.tar.gz") as folder:  # all of it, however large
         write_recipe(folder, report={"sample_every": 4, "validate_every": 4}).with_name("large").write_bytes(
@@ -90,7 +91,7 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
     assert (out / "scratch" / "training" / "large").exists()
     report = read_json(out / "throughput" / "throughput.json")
     commits = {report["environment"]["commit"], read_json(out / "kernels" / "kernels.json")["environment"]["commit"]}
-    assert commits == {"unknown"} and read_json(out / "training" / "config.json")["commit"] is None
+    assert commits == {read_json(out / "training" / "config.json")["commit"]} == {"1234567"}
     kinds = [row["kind"] for row in report["rows"]]
     assert kinds.count("profile") == 1 and kinds.count("stage") == 6  # of one stage two micro-batches and ZeRO-2
     assert not [row["problem"] for row in report["rows"] if row["problem"]]
@@ -106,6 +107,7 @@ def test_a_part_that_hangs_costs_no_figures(contact, tmp_path, monkeypatch, capf
     monkeypatch.setattr(first_contact, "LARGEST_BYTES", 100_000)
     monkeypatch.setattr(first_contact, "REHEARSED", {})
     writes = "-c \"open('{out}/a', 'w').write('1'); open('{out}/b', 'w').write('b' * 200_000)\""
+    (tmp_path / "kit" / "kernels.tar.gz").write_bytes(b"damaged")
     more = [("figures", 0, 9, writes), ("hang", 0, 0.3, HANGS), ("fails", 0, 9, "-c 1/0"), ("long", 0, 9, "-c 2")]
     monkeypatch.setattr(first_contact, "PARTS", more)
     monkeypatch.setattr(first_contact.Part, "grace", 0.2)
@@ -119,7 +121,8 @@ def test_a_part_that_hangs_costs_no_figures(contact, tmp_path, monkeypatch, capf
     }
     assert "ZeroDivisionError" in (tmp_path / "out" / "logs" / "fails.log").read_text(encoding="utf-8")
     assert "out/a" in packed(tmp_path) and "out/b" not in packed(tmp_path)
-    assert "not packed: out/b" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "not packed: out/b" in printed and "kernels.tar.gz: done without: " in printed
 
     monkeypatch.setattr(first_contact, "PARTS", [("hang", 0, 9, "-c 3"), *more[2:]])
     (tmp_path / "out").rename(tmp_path / "lost")  # and the pack is brought to another machine
