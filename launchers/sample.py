@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out}: must be the name of a .png file")
     from mdit.dist import identify
     from mdit.encoders import build_text_encoder_from
-    from mdit.eval.samples import draw_pictures, grid, sampling_options, save_png
+    from mdit.eval.samples import draw_pictures, grid, sampling_options, save_png, settle_kernels
     from mdit.files import try_to_write
     from mdit.snapshot import load_model, load_snapshot
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     snapshot, device = load_snapshot(args.snapshot), identify().device
     options = sampling_options(snapshot.config, args.guidance, args.num_steps)
     captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(prompts)
-    model = load_model(snapshot, args.weights, device)
+    model = load_model(snapshot, args.weights, device, settle_kernels(snapshot.config, device))
     save_png(grid(draw_pictures(snapshot, model, captions_NLC, args.seed, options), prompts), args.out)
     print(args.out)
 

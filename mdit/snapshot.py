@@ -128,12 +128,14 @@ def seal_snapshot(path: str | Path) -> Snapshot:
     return snapshot
 
 
-def load_model(snapshot: Snapshot, kind: WeightKind = "ema", device: torch.device | str = "cpu") -> MicroDiT:
-    """The snapshot's network, float32, in eval mode and without gradients."""
+def load_model(
+    snapshot: Snapshot, kind: WeightKind = "ema", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> MicroDiT:
+    """The snapshot's network in eval mode and without gradients."""
     with torch.device("meta"):  # nothing is drawn: every weight comes from the file
         model = MicroDiT(snapshot.config.model)
     model.load_state_dict(snapshot.weights(kind), strict=True, assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def initial_weights(snapshot: Snapshot, model: ModelConfig, kind: WeightKind = "ema") -> dict[str, Tensor]:

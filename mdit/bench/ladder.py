@@ -38,7 +38,7 @@ from mdit.kernels.choice import choose_kernels
 from mdit.kernels.dispatch import FP8
 from mdit.models import MicroDiT
 from mdit.parallel.fp8 import check_fp8, use_fp8
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import RunSettings, computing_dtype
 
 Row = dict[str, Any]
 
@@ -178,11 +178,11 @@ class _Ladder:
         if rung.adds in ORDER and rung.adds not in self.trial.kernels:
             return self.trial.kernels_because
         if rung.fp8:
-            settings, bf16 = self.settings.model_copy(update={"fp8": True}), self.ds_config["bf16"]["enabled"]
-            dtype, head_dim = torch.bfloat16 if bf16 else torch.float32, self.config.model.head_dim
+            settings = self.settings.model_copy(update={"fp8": True})
+            dtype, head_dim = computing_dtype(self.ds_config), self.config.model.head_dim
             try:
                 in_triton, _ = choose_kernels("auto", self.world.device, dtype, head_dim, "the ladder", fp8=True)
-                check_fp8(settings, self.world.device, bf16, in_triton, "the ladder")
+                check_fp8(settings, self.world.device, dtype == torch.bfloat16, in_triton, "the ladder")
             except UserError as error:
                 return str(error)
         return None

@@ -27,7 +27,7 @@ from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import ParallelPlan
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import RunSettings, computing_dtype
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.loop import optimizer_step
@@ -57,7 +57,7 @@ class Trial:
         data: Literal["made up", "recipe"] = MADE_UP,
     ) -> None:
         self.config, self.settings, self.ds_config, self.world, self.data = config, settings, ds_config, world, data
-        dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+        dtype = computing_dtype(ds_config)
         options = dict(device=world.device, dtype=dtype, head_dim=config.model.head_dim, fp8=settings.fp8)
         in_triton, self.kernels_because = choose_kernels(settings.kernels, **options)
         self.kernels = sorted(in_triton)

@@ -99,13 +99,14 @@ def build_image_encoder(
         asked = {"id": encoder}
     if asked["id"] == "pixels":
         return PixelEncoder(asked.get("scale", PIXEL_SCALE), device)
-    autoencoder = _load_autoencoder(asked["id"], dtype_of(precision)).to(device).eval().requires_grad_(False)
+    autoencoder = _load_autoencoder(asked["id"], dtype_of(precision)).eval().requires_grad_(False)
     config = autoencoder.config
     scale = asked.get("scale", config.scaling_factor)
     shift = asked.get("shift", getattr(config, "shift_factor", None) or 0.0)
     built = AutoencoderEncoder(asked["id"], autoencoder, scale, shift, precision)
     if "weights" in asked:
-        require_weights(f"image encoder {asked['id']!r}", built.weights, asked)
+        require_weights(f"image encoder {asked['id']!r}", built.weights, asked)  # read where they were loaded
+    autoencoder.to(device)
     return built
 
 

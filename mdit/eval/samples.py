@@ -11,9 +11,11 @@ from torch import Tensor
 from mdit.config import ReportConfig, TrainConfig, UserError, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
 from mdit.diffusion.sampler import heun_sample
+from mdit.dist import logger, work_on
 from mdit.encoders import build_image_encoder
 from mdit.eval.lettering import lettering
 from mdit.files import replacing
+from mdit.kernels.choice import choose_kernels
 from mdit.models import MicroDiT
 from mdit.snapshot import Snapshot
 
@@ -28,6 +30,15 @@ def sampling_options(config: TrainConfig, guidance: float | None, num_steps: int
     values = config.report.model_dump() | {key: value for key, value in given.items() if value is not None}
     report = parse_section(ReportConfig, values, "command line")
     return {"guidance": report.guidance, "num_steps": report.sampler_steps}
+
+
+def settle_kernels(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Choose, for this process, what a snapshot's model runs in, as "auto" does for training -> its number format."""
+    work_on(device)
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    in_triton, reason = choose_kernels("auto", device, dtype, config.model.head_dim, "a snapshot's model")
+    logger.info(f"{dtype}; kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
+    return dtype
 
 
 @torch.no_grad()
@@ -59,9 +70,9 @@ def sample_latents(
 
 
 @torch.no_grad()
-def to_images(image_encoder, latents_NCHW: Tensor, batch_size: int = 16) -> Tensor:
-    """Decode to (N, H, W, 3) uint8 pictures on the CPU."""
-    return torch.cat([to_uint8(image_encoder.decode(batch)).cpu() for batch in latents_NCHW.split(batch_size)])
+def to_images(image_encoder, latents_NCHW: Tensor) -> Tensor:
+    """Decode to (N, H, W, 3) uint8 pictures on the CPU. One by one: an autoencoder takes about a GB for one of 512 px."""
+    return torch.cat([to_uint8(image_encoder.decode(latent_1CHW)).cpu() for latent_1CHW in latents_NCHW.split(1)])
 
 
 def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, seed: int, options: dict) -> Tensor:

@@ -135,7 +135,8 @@ class MicroDiT(nn.Module):
         dim, patch = config.dim, config.patch_size
         self.x_embedder = PatchEmbed(patch, config.latent_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
-        self.register_buffer("pos_embed", torch.empty(1, config.num_patches, dim))
+        for name, value in buffers(config).items():
+            self.register_buffer(name, value)
         self.y_embedder = CaptionProjection(config)
         self.y_emb_preprocess = CaptionBlock(config)
         self.pooled_y_emb_process = Mlp(dim, dim, config.norm_eps)
@@ -145,10 +146,18 @@ class MicroDiT(nn.Module):
             self.patch_mixer_map_xout = MixerExit(config)
             self.patch_mixer_map_y = projection(dim, config.mixer_dim, config)
         self.blocks = nn.ModuleList(backbone_blocks(config))
-        # Always zero, as the released checkpoints have it: dropped patches come out as zeros.
-        self.register_buffer("mask_token", torch.zeros(1, 1, patch**2 * config.latent_channels))
         self.final_layer = FinalLayer(dim, patch**2 * config.latent_channels, config.norm_eps)
         self.init_weights()
+
+    @classmethod
+    def without_weights(cls, config: ModelConfig, device: torch.device | str, dtype=torch.float32) -> "MicroDiT":
+        """The network as wide as its memory, in which nothing is drawn: every weight is to come from elsewhere."""
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        model.to_empty(device=device)
+        for name, value in buffers(config).items():
+            model.get_buffer(name).copy_(value)
+        return model
 
     def forward(self, x_NCHW: Tensor, c_noise_N: Tensor, caption_NLC: Tensor, *, mask: Mask | None = None) -> Tensor:
         """-> (N, C, H, W) in the parameters' dtype. With a mask the backbone sees kept patches; the others are zero."""
@@ -185,15 +194,20 @@ class MicroDiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self.reset_position_embedding()
         for part in (self.x_embedder, self.t_embedder, self.pooled_y_emb_process, self.y_embedder.y_proj):
             part.init_weights()
         for block in (*self.blocks, *self.patch_mixer, self.y_emb_preprocess, self.final_layer):
             block.init_weights()
 
-    def reset_position_embedding(self) -> None:
-        grid = self.config.latent_size // self.config.patch_size
-        self.pos_embed.copy_(position_embedding(grid, self.config.dim, self.config.pos_interp_scale))
+
+def buffers(config: ModelConfig) -> dict[str, Tensor]:
+    """Whatever of a state dict is no weight, but a function of the recipe: float32."""
+    grid = config.latent_size // config.patch_size
+    return {
+        "pos_embed": position_embedding(grid, config.dim, config.pos_interp_scale),
+        # Always zero, as the released checkpoints have it: dropped patches come out as zeros.
+        "mask_token": torch.zeros(1, 1, config.patch_size**2 * config.latent_channels),
+    }
 
 
 def backbone_blocks(config: ModelConfig) -> list[Block]:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -217,6 +218,12 @@ def resolve_ds_config(
     if not given.comms_logger.enabled:  # DeepSpeed takes the section itself for a yes
         resolved.pop("comms_logger", None)
     return resolved
+
+
+def computing_dtype(ds_config: dict) -> torch.dtype:
+    """The number format that a model computes in under what `resolve_ds_config` gives: in training, and whenever a run
+    looks at its model."""
+    return torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
 
 
 def bucket_size(config: TrainConfig, wanted: int = DEEPSPEED_BUCKET) -> int:

@@ -1,6 +1,10 @@
-"""What a run shows on the way, from a plain copy of the model: validation loss, expert coverage, grids, snapshots."""
+"""Results of a run on the way, from a plain copy of the model: validation loss, expert coverage, grids, snapshots.
 
-from contextlib import contextmanager
+The copy is there while something is evaluated, in the device's memory alone and in the format that training computes
+in, which is what the kernels were checked in; the numbers around it, of EDM's preconditioning and of the sampler, are
+float32 and float64 as ever.
+"""
+
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from mdit.eval.samples import grid, sample_latents, save_png, to_images
 from mdit.eval.validation import ExpertCoverage, validation_loss
 from mdit.files import optional
 from mdit.models import MicroDiT
+from mdit.models.dit import buffers
 from mdit.snapshot import save_snapshot
 from mdit.train.checkpoint import on_first
 from mdit.train.ema import EMA
@@ -30,10 +35,9 @@ class Evaluation:
     """Evaluates the EMA where there is one, else the weights. Every rank takes a share; the result is the same for any
     number of ranks, since each sample brings its own random numbers."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, world: World) -> None:
-        self.config, self.run_dir, self.world = config, run_dir, world
+    def __init__(self, config: TrainConfig, run_dir: Path, world: World, dtype: torch.dtype) -> None:
+        self.config, self.run_dir, self.world, self.dtype = config, run_dir, world, dtype
         self.dataset = open_dataset(config.data.validation)
-        self.model = MicroDiT(config.model).eval().requires_grad_(False)
         self.texts, captions_NLC = self._prompts()
         self.prompt_indices = list(range(world.rank, len(self.texts), world.size))
         self.captions_NLC = captions_NLC[self.prompt_indices]
@@ -43,7 +47,8 @@ class Evaluation:
         count = min(self.dataset.samples, MAX_VALIDATION_SAMPLES)
         mine = list(range(self.world.rank, count, self.world.size))
         latents, captions, _ = read_samples(self.dataset, mine)
-        with self._weights(engine, ema) as model, ExpertCoverage(model) as coverage:
+        model = self._copy(engine, ema)
+        with ExpertCoverage(model) as coverage:
             sums = validation_loss(
                 model,
                 latents.to(self.world.device),
@@ -58,24 +63,14 @@ class Evaluation:
 
     def sample(self, step: int, engine: Engine, ema: EMA | None, metrics: Metrics) -> None:
         """The prompts' pictures as a grid, in samples/ and on TensorBoard. A collective."""
-        report = self.config.report
-        with self._weights(engine, ema) as model:
-            latents = sample_latents(
-                model,
-                self.captions_NLC.to(self.world.device),
-                config=self.config,
-                seed=self.config.seed,
-                indices=self.prompt_indices,
-                guidance=report.guidance,
-                num_steps=report.sampler_steps,
-                batch_size=BATCH_SIZE,
-            )
+        latents = self._sample_latents(engine, ema)
         parts = gather(dict(zip(self.prompt_indices, latents.cpu())), self.world)
         if not self.world.is_first:
             return
         by_index = {index: latent for part in parts for index, latent in part.items()}
         latents = torch.stack([by_index[i] for i in range(len(self.texts))])
-        image = grid(to_images(build_image_encoder(self.dataset.encoders["image"]), latents), self.texts)
+        decoder = build_image_encoder(self.dataset.encoders["image"], self.world.device)
+        image = grid(to_images(decoder, latents), self.texts)
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
         with optional(path.parent):
             path.parent.mkdir(exist_ok=True)
@@ -100,27 +95,39 @@ class Evaluation:
     def _prompts(self) -> tuple[list[str], Tensor]:
         prompts = self.config.report.prompts
         if prompts != "validation":
-            encoder = build_text_encoder_from(self.dataset.encoders["text"])
+            encoder = build_text_encoder_from(self.dataset.encoders["text"], self.world.device)
             return list(prompts), encoder.encode(list(prompts))
         count = min(self.config.report.num_samples, self.dataset.samples)
         _, captions, texts = read_samples(self.dataset, list(range(count)))
         return texts, captions
 
-    @contextmanager
-    def _weights(self, engine: Engine, ema: EMA | None):
-        """The evaluation copy, on the device, holding whole weights. Between evaluations it waits in host memory."""
-        parameters = dict(self.model.to(self.world.device).named_parameters())
+    def _sample_latents(self, engine: Engine, ema: EMA | None) -> Tensor:
+        """This rank's. The copy is gone behind it, before an autoencoder wants the memory."""
+        report = self.config.report
+        return sample_latents(
+            self._copy(engine, ema),
+            self.captions_NLC.to(self.world.device),
+            config=self.config,
+            seed=self.config.seed,
+            indices=self.prompt_indices,
+            guidance=report.guidance,
+            num_steps=report.sampler_steps,
+            batch_size=BATCH_SIZE,
+        )
+
+    @torch.no_grad()
+    def _copy(self, engine: Engine, ema: EMA | None) -> MicroDiT:
+        """The model with whole weights, of nobody but the caller. A collective."""
+        model = MicroDiT.without_weights(self.config.model, self.world.device, self.dtype)
+        parameters = dict(model.named_parameters())
         for name, value in engine.full_weights(ema.partitions if ema else None):
             parameters[name].copy_(value)
-        try:
-            yield self.model
-        finally:
-            self.model.to("cpu")
+        return model.eval().requires_grad_(False)
 
     def _state_dict(self, engine: Engine, partitions: list[Tensor] | None) -> dict[str, Tensor]:
         """Whole float32 weights and buffers in host memory, on rank 0; nothing elsewhere. A collective."""
-        whole = dict(self.model.named_buffers())
+        whole = buffers(self.config.model)
         for name, value in engine.full_weights(partitions):
             if self.world.is_first:
-                whole[name] = value.cpu().clone()
+                whole[name] = value.to("cpu", copy=True)
         return whole

@@ -14,7 +14,7 @@ from mdit.dist import StopSignal, World, logger, on_all_ranks
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import RunSettings, computing_dtype
 from mdit.train.checkpoint import Checkpoint, load_into, save_training_state
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
@@ -62,10 +62,7 @@ def train(run: Run, directory: RunDirectory) -> int:
     config, world, report = run.config, run.world, run.config.report
     checkpoints = directory.path / CHECKPOINTS
 
-    torch.manual_seed(config.seed)
-    model = MicroDiT(config.model)
-    if run.initial_weights is not None:
-        model.load_state_dict(run.initial_weights, strict=False)  # all but pos_embed: initial_weights has checked it
+    model = first_weights(run, directory.checkpoint)
     plan = ParallelPlan.build(run.settings, world)
     parallelize(model, run.settings, plan)
     engine = Engine(model, config, run.ds_config, plan)
@@ -79,7 +76,7 @@ def train(run: Run, directory: RunDirectory) -> int:
         logger.info(f"resuming at step {step} of {config.training.num_steps}")
     first_step = step
 
-    evaluation = Evaluation(run.config, run.run_dir, world)
+    evaluation = Evaluation(run.config, run.run_dir, world, computing_dtype(run.ds_config))
     record = partial(Metrics, run.run_dir, first_step=step, num_steps=config.training.num_steps, world=world)
     metrics = on_all_ranks(world, record)  # rank 0 writes
     stop, stopwatch = on_all_ranks(world, partial(StopSignal, run.run_dir / STOP, world)), Stopwatch(world.device)
@@ -143,6 +140,18 @@ def train(run: Run, directory: RunDirectory) -> int:
     else:
         logger.info(f"stopped at step {step}; the same command goes on from there")
     return step
+
+
+def first_weights(run: Run, checkpoint: Checkpoint | None) -> MicroDiT:
+    """The model on the CPU, where a seed draws the same numbers whatever trains them. They are drawn for a new run
+    alone (1.16 B of them take 15 s): what comes from a snapshot or a checkpoint would only overwrite them."""
+    if run.initial_weights is None and checkpoint is None:
+        torch.manual_seed(run.config.seed)
+        return MicroDiT(run.config.model)
+    model = MicroDiT.without_weights(run.config.model, "cpu")
+    if run.initial_weights is not None:
+        model.load_state_dict(run.initial_weights, strict=False)  # all but pos_embed: initial_weights has checked it
+    return model
 
 
 def due_at(step: int, first_step: int, report: ReportConfig, *, done: bool, stopping: bool) -> set[str]:

@@ -20,7 +20,7 @@ from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan, data_parallel_size
-from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings, resolve_ds_config
+from mdit.parallel.settings import RunSettings, computing_dtype, load_ds_json, load_run_settings, resolve_ds_config
 from mdit.prepare import is_prepared, prepare
 from mdit.provenance import commit, package_versions
 from mdit.snapshot import initial_weights, load_snapshot
@@ -91,11 +91,10 @@ def settle_json(
     check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
     check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
     choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
-    bf16 = ds_config["bf16"]["enabled"]
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = computing_dtype(ds_config)
     options = world.device, dtype, config.model.head_dim, ds_path, settings.fp8
     in_triton, reason = choose_kernels(settings.kernels, *options)
-    check_fp8(settings, world.device, bf16, in_triton, ds_path)
+    check_fp8(settings, world.device, dtype == torch.bfloat16, in_triton, ds_path)
     return settings, ds_config, in_triton, reason
 
 

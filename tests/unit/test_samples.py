@@ -103,7 +103,7 @@ def test_to_uint8_rounds_and_clips():
     assert pixels[0, 0, :, 0].tolist() == [0, 0, 128, 191, 255, 255]
 
 
-def test_to_images_decodes_in_batches():
+def test_to_images_decodes_one_by_one():
     class Halving:
         batches = []
 
@@ -111,8 +111,8 @@ def test_to_images_decodes_in_batches():
             self.batches.append(len(latents))
             return latents / 2
 
-    images = to_images(Halving(), torch.full((5, 3, 2, 2), 2.0), batch_size=2)
-    assert Halving.batches == [2, 2, 1]
+    images = to_images(Halving(), torch.full((5, 3, 2, 2), 2.0))
+    assert Halving.batches == [1] * 5
     assert torch.equal(images, torch.full((5, 2, 2, 3), 255, dtype=torch.uint8))
 
 

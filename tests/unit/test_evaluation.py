@@ -1,0 +1,90 @@
+"""The copy of the model that a run evaluates, and first weights: drawn once and for new runs alone."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mdit.dist import World
+from mdit.models import MicroDiT
+from mdit.train import evaluation
+from mdit.train.evaluation import Evaluation
+from mdit.train.loop import first_weights
+from tests.recipes import tiny_config
+from tests.training import write_shards
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    directory = str(tmp_path / "set")
+    config = tiny_config(data={"train": [directory], "validation": directory})
+    write_shards(tmp_path / "set", config, 8, seed=0)
+    return config
+
+
+class Weights:
+    """Stands where the engine does: whole float32 weights of a model that it has drawn."""
+
+    def __init__(self, config):
+        self.model = MicroDiT(config.model)
+
+    def full_weights(self, partitions):
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_is_evaluated_in_the_format_that_it_trains_in(config, tmp_path, monkeypatch, dtype):
+    engine, seen = Weights(config), []
+
+    def found(net, latents_NCHW, captions_NLC, **options):
+        if isinstance(net, MicroDiT):
+            seen.append({name: t.clone() for name, t in net.state_dict().items()})
+        return function(net, latents_NCHW, captions_NLC, **options)
+
+    function = evaluation.validation_loss
+    monkeypatch.setattr(evaluation, "validation_loss", found)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    written = []
+    metrics = SimpleNamespace(write=lambda step, group, values: written.append(values["validation_loss"]))
+    state = torch.get_rng_state()
+    Evaluation(config, tmp_path, WORLD, dtype).validate(1, engine, None, metrics)
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn that weights overwrite"
+    for name, value in engine.model.state_dict().items():
+        assert torch.equal(seen[0][name], value.to(dtype)), name
+    assert 0 < written[0] < 10
+
+
+def test_snapshots_hold_float32_whatever_is_evaluated(config, tmp_path):
+    engine = Weights(config)
+    found = Evaluation(config, tmp_path, WORLD, torch.bfloat16)._state_dict(engine, None)
+    wanted = engine.model.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+        assert found[name].data_ptr() != value.data_ptr(), name
+
+
+def test_only_a_new_run_draws_weights(config):
+    @dataclasses.dataclass
+    class Run:
+        config: object
+        initial_weights: dict | None = None
+
+    drawn = first_weights(Run(config), None).state_dict()
+    torch.manual_seed(config.seed)
+    for name, value in MicroDiT(config.model).state_dict().items():
+        assert torch.equal(drawn[name], value), name
+    state = torch.get_rng_state()
+    given = {name: torch.full_like(value, 2.0) for name, value in drawn.items() if name != "pos_embed"}
+    started = first_weights(Run(config, given), None).state_dict()
+    resumed = first_weights(Run(config), SimpleNamespace(step=3)).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in started.items():
+        assert torch.equal(value, given.get(name, drawn["pos_embed"])), name
+    assert resumed.keys() == drawn.keys()
+    for name in ("pos_embed", "mask_token"):
+        assert torch.equal(resumed[name], drawn[name])
