@@ -37,3 +37,8 @@ def recorded() -> Iterator[list[Launch]]:
         yield _recording
     finally:
         _recording = before
+
+
+def is_recorded() -> bool:
+    """Are kernels noted instead of run?"""
+    return _recording is not None

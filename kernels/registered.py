@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mdit.kernels.launch import is_recorded
+
 
 class Registered:
     """A function of tensors, which changes none of them, as the op `name`, "mdit::...". `op` is torch.library's."""
@@ -55,5 +57,6 @@ def registered(name: str) -> Callable[[Callable], Registered]:
 
 
 def is_watched() -> bool:
-    """Does somebody look at what the dispatcher sees: a compiler, recomputation by policy, a count of FLOPs?"""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Does somebody look at what the dispatcher sees: a compiler, recomputation by policy, a count of FLOPs? Not who
+    records launches: that is of a run that nobody watches."""
+    return torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() > 0 and not is_recorded())

@@ -1,27 +1,34 @@
 """What a step would cost on machines that are not here: memory, traffic, time and price of every layout, on paper.
 
+    python tools/plan.py --micro_batch 256
     python tools/plan.py --recipe configs/res_256_pretrain.toml --gpus 64 --gpu h100
     python tools/plan.py --recipe configs/res_512_finetune.toml --gpus 16 --gpu a100 --activation_checkpointing block
     python tools/plan.py --gpus 8 --ds_config configs/zero3.json --json plan.json
 
 First every layout of so many GPUs, fastest first: ZeRO 1 and 2 with expert parallelism (ep) or tensor parallelism (tp),
-ZeRO 3. Then the fastest one at 8 to 1,024 GPUs, with the same global batch. Everything is predicted by formula, nothing
-is measured: docs/parallelism.md has the formulas and what they assume.
+ZeRO 3. Then the fastest one at 8 to 1,024 GPUs, with the same global batch. Last, where a micro-batch's time goes on
+one GPU. Everything is predicted, from the kernels that the model's own code would launch, and nothing is measured:
+docs/parallelism.md has the formulas and what they assume.
 """
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from mdit import cli
-from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, load_config
+from mdit.config import TrainConfig, UserError, load_config
 from mdit.files import write_json
+from mdit.models.flops import training_flops
 from mdit.parallel import machines
+from mdit.parallel.duration import PARTS, host_seconds
 from mdit.parallel.estimate import Prediction, fitted, predict
 from mdit.parallel.layout import Layout, candidates, layout_of
 from mdit.parallel.machines import MACHINES, Machine
 from mdit.parallel.plan import data_parallel_size
 from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
 
+RECIPE = Path(__file__).resolve().parent.parent / "configs" / "res_256_pretrain.toml"
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 CHECKPOINTING = ("none", "block", "selective")
 NOTE = "predicted, not measured"
@@ -43,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--recipe", type=cli.path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json")
+    add("--recipe", type=cli.path, default=RECIPE, help=f"TOML, or a run's config.json; default: {RECIPE.name}")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
     add("--gpus", type=int, default=8, help="in nodes of 8; default: 8")
     add("--gpu", choices=MACHINES, default="h100", help="default: h100")
@@ -51,6 +58,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--micro_batch", type=int, help="images at once; default: what a run takes, or fewer so that they fit")
     add("--activation_checkpointing", choices=CHECKPOINTING, help="default: none, or the JSON's")
     add("--kernels", choices=("auto", "reference", "triton"), help='default: the JSON\'s, or "auto"')
+    add("--fp8", action="store_true", help="the blocks' matmuls in float8; default: the JSON's, or not")
     add("--dollars_per_gpu_hour", type=float, default=3.75, help="default: 3.75, as the paper has it")
     add("--json", type=cli.path, help="write both tables, with all they assume, to this file")
     args = parser.parse_args(arguments)
@@ -77,8 +85,11 @@ def command(arguments: list[str] | None = None) -> None:
         scaling = rate_of_a_gpu(prediction) / rate_of_a_gpu(sizes[0])
         print(f"{line(prediction, f'{prediction.layout.gpus:>4} {prediction.layout.label}', dollars)}{scaling:>8.0%}")
     print("\n" + remarks([*here, *sizes], dollars))
+    alone = on_one_gpu(config, machine, args)
+    if alone:
+        print("\n" + parts_table(config, machine, alone))
     if args.json is not None:
-        write_json(args.json, report(config, machine, here, sizes, dollars))
+        write_json(args.json, report(config, machine, here, sizes, alone, dollars))
 
 
 def predictions(config: TrainConfig, gpus: int, machine: Machine, args: argparse.Namespace) -> list[Prediction]:
@@ -93,19 +104,30 @@ def layouts(config: TrainConfig, gpus: int, machine: Machine, args: argparse.Nam
         triton = kernels == "triton" or (kernels == "auto" and machine.triton)
         options = {"micro_batch": args.micro_batch, "checkpointing": checkpointing or "none", "triton": triton}
         found = candidates(config, gpus, **options)
+        if args.fp8:
+            found = [replace(layout, fp8=True) for layout in found if layout.ep == layout.tp == 1]
+            require_fp8(found[0], machine)
         return found if args.micro_batch else [fitted(config, layout, machine) for layout in found]
     from mdit.train.engine import check_ds_config  # with all of DeepSpeed, which nothing else here needs
 
     ds_json = load_ds_json(args.ds_config)
     settings = load_run_settings(ds_json, args.ds_config)
-    asked = {"activation_checkpointing": checkpointing, "kernels": args.kernels}
+    asked = {"activation_checkpointing": checkpointing, "kernels": args.kernels, "fp8": args.fp8 or None}
     settings = settings.model_copy(update={key: value for key, value in asked.items() if value is not None})
     if args.micro_batch is not None:
         ds_json |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": "auto"}
     options = {"data_size": data_parallel_size(settings, gpus, args.ds_config), "bf16_works": True}
     check_ds_config(resolve_ds_config(ds_json, config, path=args.ds_config, **options), args.ds_config)
     triton = settings.kernels == "triton" or (settings.kernels == "auto" and machine.triton)
-    return [layout_of(ds_json, settings, config, gpus, triton=triton, path=args.ds_config)]
+    layout = layout_of(ds_json, settings, config, gpus, triton=triton, path=args.ds_config)
+    require_fp8(layout, machine)
+    return [layout]
+
+
+def require_fp8(layout: Layout, machine: Machine) -> None:
+    if layout.fp8 and not (machine.fp8 and layout.triton):
+        why = "with kernels in PyTorch" if machine.fp8 else f"on {machine.name}"
+        raise UserError(f"float8 {why} is not what a run would take")
 
 
 def best_of_sizes(config: TrainConfig, machine: Machine, args: argparse.Namespace) -> list[Prediction]:
@@ -119,6 +141,40 @@ def best_of_sizes(config: TrainConfig, machine: Machine, args: argparse.Namespac
     return best
 
 
+def on_one_gpu(config: TrainConfig, machine: Machine, args: argparse.Namespace) -> list[Prediction]:
+    """The first layout that fits one GPU, in bfloat16 and, where a run could be, in float8; none where there is none."""
+    try:
+        found = [predict(config, layout, machine) for layout in layouts(config, 1, machine, args)]
+    except UserError:
+        return []
+    layout = next((p for p in found if p.fits), found[0]).layout
+    kinds = (False, True) if machine.fp8 and layout.triton else (False,)
+    return [predict(config, replace(layout, fp8=fp8), machine) for fp8 in kinds]
+
+
+def parts_table(config: TrainConfig, machine: Machine, found: list[Prediction]) -> str:
+    """Milliseconds of a micro-batch by part, of each prediction a column."""
+    layout = found[0].layout
+    micro_batches = f"{layout.micro_batch} images, of which {layout.accumulation} make a step"
+    head = f"where a micro-batch goes on one {machine.name}, {layout.label}: {micro_batches}; {NOTE}\n\n"
+    lines = [head + cells("ms a micro-batch", ("float8" if p.layout.fp8 else "bfloat16" for p in found))]
+    for part, title in PARTS.items():
+        values = [1e3 * p.parts[part] / layout.accumulation for p in found]
+        if any(values):
+            lines.append(cells(title, (f"{value:.1f}" for value in values)))
+    lines.append(cells("sum", (f"{1e3 * p.compute_seconds / layout.accumulation:.1f}" for p in found)))
+    lines.append(cells("images/s", (f"{p.images_per_second:,.0f}" for p in found)))
+    rates = [p.images_per_second * training_flops(config.model, config.training.mask_ratio) for p in found]
+    mfu = (f"{rate / machine.peak:.1%}" if not p.layout.fp8 else "" for p, rate in zip(found, rates))
+    lines.append(cells("MFU", mfu))
+    host = (f"{1e3 * host_seconds(config, p.layout):.1f}" for p in found)
+    return "\n".join([*lines, cells("the host meanwhile needs", host)])
+
+
+def cells(title: str, values: Iterable[str]) -> str:
+    return f"{title:50}{''.join(f'{value:>10}' for value in values)}".rstrip()
+
+
 def remarks(shown: list[Prediction], dollars: float) -> str:
     """What the tables' signs mean, of those that are there."""
     lines = [
@@ -128,6 +184,8 @@ def remarks(shown: list[Prediction], dollars: float) -> str:
     if any(p.host_bytes for p in shown):
         most = max(p.host_bytes for p in shown) / GIB
         lines.append(f"host: masters, moments and gradients in host memory, up to {most:.1f} GiB of it for each GPU")
+    if any(p.host_bound for p in shown):
+        lines.append("h: bound by the host, which launches kernels more slowly than the GPU is done with them")
     if any(p.layout.reduced for p in shown):
         lines.append(
             "* fewer images at once than a run takes by itself, so that they fit: train_micro_batch_size_per_gpu"
@@ -155,7 +213,7 @@ def line(p: Prediction, label: str, dollars: float) -> str:
     cells = [f"{layout.micro_batch}{'*' if layout.reduced else ''}x{layout.accumulation}"]
     cells += [f"{value / GIB:.1f}" for value in asdict(p.memory).values()]
     cells += [f"{p.link_bytes / GB:.2f}", f"{p.network_bytes / GB:.2f}"]
-    cells += [f"{p.compute_seconds * 1e3:.1f}", f"{p.exposed_seconds * 1e3:.1f}"]
+    cells += [f"{p.compute_seconds * 1e3:.1f}{'h' if p.host_bound else ''}", f"{p.exposed_seconds * 1e3:.1f}"]
     cells += [f"{p.images_per_second:,.0f}", f"{p.efficiency:.0%}", f"{p.dollars_per_million_images(dollars):.2f}"]
     left = iter(cells)
     parts = ["".join(f"{next(left):>{len(title)}}" for title in titles) for _, titles in COLUMNS]
@@ -164,7 +222,12 @@ def line(p: Prediction, label: str, dollars: float) -> str:
 
 
 def report(
-    config: TrainConfig, machine: Machine, here: list[Prediction], sizes: list[Prediction], dollars: float
+    config: TrainConfig,
+    machine: Machine,
+    here: list[Prediction],
+    sizes: list[Prediction],
+    alone: list[Prediction],
+    dollars: float,
 ) -> dict:
     """What --json writes. Bytes, seconds, images per second; each of a GPU, but for images_per_second."""
     assumed = {name.lower(): value for name, value in vars(machines).items() if name.isupper() and name != "MACHINES"}
@@ -175,12 +238,15 @@ def report(
         "assumed": assumed | {"dollars_per_gpu_hour": dollars},
         "layouts": [described(prediction, dollars) for prediction in here],
         "sizes": [described(prediction, dollars) for prediction in sizes],
+        "one_gpu": [described(prediction, dollars) for prediction in alone],
     }
 
 
 def described(p: Prediction, dollars: float) -> dict:
     derived = {
         "label": p.layout.label,
+        "compute_seconds": p.compute_seconds,
+        "host_bound": p.host_bound,
         "step_seconds": p.step_seconds,
         "images_per_second": p.images_per_second,
         "efficiency": p.efficiency,

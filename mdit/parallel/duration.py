@@ -1,12 +1,15 @@
-"""How long one GPU computes for an optimizer step, by formula: matmuls, attention, memory traffic, or the host's pace.
+"""How long one GPU computes for an optimizer step, part by part: matmuls, each op of mdit.kernels, what PyTorch adds,
+gradients, optimizer, and what the GPU waits for the host.
 
-    micro-batch = max(matmuls + attention + elementwise, host)
-    step        = accumulation * micro-batch + handling of gradients + optimizer, or what the host does in its place
+    micro-batch = max(its kernels + handling of its gradients, host)
+    step        = accumulation * micro-batch + what gradients cost once a step + optimizer
 
-Rates are shares of a machine's peaks that are assumed (mdit.parallel.machines). Small micro-batches lose twice: a
-matmul takes at least the time to read its weights, and a kernel at least the time to launch it.
+Kernels are those of a trace of the model (mdit.parallel.trace). Rates are shares of a machine's peaks that are assumed,
+host times are measured (mdit.parallel.machines). Small micro-batches lose twice: a matmul takes at least the time to
+read its weights, and a kernel at least the time to launch it.
 """
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -16,25 +19,47 @@ from mdit.models.kernel_calls import kernel_calls
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.activations import meta_model
 from mdit.parallel.layout import Layout, count_weights
-from mdit.parallel.machines import ATTENTION_SHARE, GATHER_HOOK, KERNEL_FLOOR, MATMUL_SHARE, MEMORY_SHARE, Machine
+from mdit.parallel.machines import (
+    ARGUMENT,
+    ATTENTION_SHARE,
+    FP8_RATE,
+    GATHER_HOOK,
+    HOOK_OF_A_PARAMETER,
+    KERNEL_START,
+    L2_SHARE,
+    LAUNCH,
+    MATMUL_CHOICE,
+    MEMORY_SHARE,
+    TILE_SHARE,
+    TORCH_OP,
+    Machine,
+)
+from mdit.parallel.trace import PYTORCH, Kernel, Product, trace
 
-# Bytes that (Triton, PyTorch) moves for each byte that an op must move; counted for xl_2 at 256 px, mask 0.75.
-PASSES = {
-    "patch_mixing": (46 / 44.3, 145 / 44.3),
-    "swiglu": (16 / 12.4, 25 / 12.4),
-    "expert_choice": (35 / 26.9, 40 / 26.9),
-    "masked_attention": (55 / 34.0, 82 / 34.0),
+PARTS = {  # of a step, in the order of the table
+    "matmuls": "matmuls",
+    "patch_mixing": "patch_mixing (norms, modulation, residual adds)",
+    "masked_attention": "attention",
+    "expert_choice": "experts, without their matmuls",
+    "swiglu": "SwiGLU, without its matmuls",
+    "fp8_linear": "quantising to float8",
+    PYTORCH: "autograd's adds and casts, embeddings, loss",
+    "gradients": "gradients to float32 sums",
+    "optimizer": "clipping, AdamW, EMA, weights to bfloat16",
+    "host": "the GPU waits for the host",
 }
-# Kernels of a block, forward and backward: counted for PyTorch, estimated for Triton; of all else; of a gradient.
-KERNELS_OF_A_BLOCK = (65, 100)
-KERNELS_BESIDE = 200
-KERNELS_OF_A_PARAMETER = 2
-# What DeepSpeed's Python does for a parameter in backward, by stage, in kernels that the host could launch meanwhile:
-# measured on a CPU beside the host's time for the model itself (docs/log.md). The same is taken for stage 3.
-HOOK_OF_A_PARAMETER = {1: 1, 2: 8, 3: 8}
-# Bytes a parameter and micro-batch in bfloat16, by stage. 1: added to float32 sums; from the second one on cleared
-# first and added up by autograd. 2 and 3: copied to a bucket, averaged, flattened.
-GRADIENT_TRAFFIC = {1: 10, 2: 12, 3: 12}
+# Bytes that PyTorch moves for each byte that an op must move; counted for xl_2 at 256 px, mask 0.75.
+PASSES = {
+    "patch_mixing": 145 / 44.3,
+    "swiglu": 25 / 12.4,
+    "expert_choice": 40 / 26.9,
+    "masked_attention": 82 / 34.0,
+}
+# Operations of PyTorch, views and allocations included, in a micro-batch without kernels: counted on a CPU.
+OPERATIONS_OF_A_BLOCK, OPERATIONS_BESIDE = 250, 400
+# Bytes a parameter and micro-batch in bfloat16, by stage. 1: cast, then added to float32 sums; from the second one on
+# cleared first and added up by autograd. 2 and 3: copied to a bucket, averaged, flattened.
+GRADIENT_TRAFFIC = {1: 18, 2: 12, 3: 12}
 LATER_TRAFFIC = {1: 8, 2: 0, 3: 0}
 # Bytes a parameter and step. Stage 1: sums cast, scaled, cast back, copied, their norm, clipped, cleared; by every GPU.
 WHOLE_STEP_TRAFFIC = {1: 40, 2: 0, 3: 0}
@@ -45,6 +70,15 @@ OPTIMIZER_TRAFFIC, EMA_TRAFFIC = 46, 12
 NORM_TRAFFIC, GRADIENT_BYTES, HOST_TRAFFIC = 20, 4, 8 + 28 + 4
 # Bytes per second and GPU, assumed, not measured: PCIe to memory that is not pinned, two channels of DDR5 from the CPU.
 HOST_LINK, HOST_MEMORY = 12e9, 40e9
+# Of matmuls. Tiles (rows, columns) and the share of the largest one's rate that each reaches; parts that a sum is split
+# into, of how many products at least; bytes of a result and of a partial sum.
+TILES = (
+    *((128, 256, 1.0), (256, 128, 1.0), (128, 192, 0.97), (192, 128, 0.97), (128, 128, 0.88)),
+    *((64, 256, 0.85), (64, 128, 0.72), (64, 64, 0.55)),
+)
+SPLITS, SHORTEST_SUM = (1, 2, 3, 4, 6, 8, 12, 16), 256
+RESULT_BYTES, SUM_BYTES = 2, 4
+HIDDEN_WRITING = 0.35  # of a tile's result, what the next tile's main loop does not hide
 
 
 class Flops(NamedTuple):
@@ -55,17 +89,21 @@ class Flops(NamedTuple):
     attention: int
 
 
-def compute_seconds(config: TrainConfig, layout: Layout, machine: Machine) -> float:
-    """Of one optimizer step, without communication."""
-    bytes_per_second = machine.memory * MEMORY_SHARE
+def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[str, float]:
+    """Seconds of one optimizer step without communication, by part: the keys of PARTS."""
+    bytes_per_second, m = machine.memory * MEMORY_SHARE, layout.accumulation
     groups = count_weights(config.model).groups(layout)
     numbers, part = sum(count for count, _, _ in groups), sum(count / ranks for count, ranks, _ in groups)
-    gradients = GRADIENT_TRAFFIC[layout.stage] * layout.accumulation
-    gradients += LATER_TRAFFIC[layout.stage] * (layout.accumulation - 1) + WHOLE_STEP_TRAFFIC[layout.stage]
-    optimizer = NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)
+    gradients = GRADIENT_TRAFFIC[layout.stage] * m + LATER_TRAFFIC[layout.stage] * (m - 1)
+    gradients *= numbers / bytes_per_second
+    optimizer = WHOLE_STEP_TRAFFIC[layout.stage] * numbers
+    optimizer += (NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)) * part
     after = host_optimizer_seconds(config, layout) if layout.offload else 0.0
-    micro_batch = max(sum(device_seconds(config, layout, machine)), host_seconds(config.model, layout))
-    return layout.accumulation * micro_batch + (gradients * numbers + optimizer * part) / bytes_per_second + after
+    parts = {name: m * seconds for name, seconds in device_parts(config, layout, machine).items()}
+    parts |= {"gradients": gradients, "optimizer": optimizer / bytes_per_second + after}
+    launching = m * host_seconds(config, layout)
+    waiting = launching - sum(seconds for name, seconds in parts.items() if name != "optimizer")
+    return {name: max(0.0, waiting) if name == "host" else parts.get(name, 0.0) for name in PARTS}
 
 
 def host_optimizer_seconds(config: TrainConfig, layout: Layout) -> float:
@@ -79,37 +117,85 @@ def ema_traffic(config: TrainConfig) -> int:
     return EMA_TRAFFIC if config.ema else 0
 
 
-def device_seconds(config: TrainConfig, layout: Layout, machine: Machine) -> tuple[float, float, float]:
-    """Of a micro-batch: (matmuls, attention, all that waits for memory). Recomputation adds a forward pass of blocks,
-    "selective" one of what is neither matmul nor attention. Backward costs twice the FLOPs of forward."""
-    n, tp, ratio = layout.micro_batch, layout.tp, config.training.mask_ratio
-    flops, runs = forward_parts(config.model, ratio), 4 if layout.checkpointing == "block" else 3
-    numbers = sum(count for count, _, _ in count_weights(config.model).groups(layout))
-    reading = runs * layout.itemsize * numbers / (machine.memory * MEMORY_SHARE)
-    matmuls = max(runs * n * (flops.whole + flops.cut / tp) / (machine.peak * MATMUL_SHARE), reading)
-    seconds = {"masked_attention": 0.0, "others": 0.0}
-    for op, (forward, backward) in bytes_of_ops(config.model, n, ratio).items():
-        fused = layout.triton and (op != "masked_attention" or tp == 1)
-        again = 0 if layout.checkpointing == "none" else forward
-        if op == "masked_attention" and layout.checkpointing == "selective":
-            again = 0
-        moved = (forward + backward + again) * PASSES[op][0 if fused else 1]
-        moved /= tp if op in ("masked_attention", "swiglu") else 1
-        seconds["masked_attention" if op == "masked_attention" else "others"] += moved / (machine.memory * MEMORY_SHARE)
-    products = runs * n * flops.attention / tp / (machine.peak * ATTENTION_SHARE)
-    return matmuls, max(seconds["masked_attention"], products), seconds["others"]
+def device_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[str, float]:
+    """Seconds of a micro-batch's kernels, by part. Recomputation adds a forward pass, "selective" one of what is neither
+    matmul nor attention; tensor parallelism shares some matmuls, attention and SwiGLU out."""
+    model, ratio, tp = config.model, config.training.mask_ratio, layout.tp
+    seconds: dict[str, float] = {}
+    for kernel, count in trace(model, ratio, layout.fp8).at(layout.micro_batch).items():
+        if kernel.part not in PASSES or is_fused(kernel.part, layout):
+            runs = count * (1 + (not kernel.backward and runs_again(kernel.part, layout)))
+            seconds[kernel.part] = seconds.get(kernel.part, 0.0) + runs * kernel_seconds(kernel, machine)
+    for op, (forward, backward) in bytes_of_ops(model, layout.micro_batch, ratio).items():
+        if not is_fused(op, layout):
+            moved = (forward * (1 + runs_again(op, layout)) + backward) * PASSES[op]
+            seconds[op] = moved / (machine.memory * MEMORY_SHARE)
+    flops = forward_parts(model, ratio)
+    if not is_fused("masked_attention", layout):
+        runs = 3 + runs_again("masked_attention", layout)
+        products = runs * layout.micro_batch * flops.attention / (machine.peak * ATTENTION_SHARE)
+        seconds["masked_attention"] = max(seconds["masked_attention"], products)
+    shares = {"matmuls": (flops.whole + flops.cut / tp) / (flops.whole + flops.cut)}
+    shares |= {"masked_attention": 1 / tp, "swiglu": 1 / tp}
+    return {part: found * shares.get(part, 1.0) for part, found in seconds.items()}
 
 
-def host_seconds(config: ModelConfig, layout: Layout) -> float:
+def is_fused(op: str, layout: Layout) -> bool:
+    return layout.triton and (op != "masked_attention" or layout.tp == 1)
+
+
+def runs_again(part: str, layout: Layout) -> bool:
+    """In the backward pass, with activation checkpointing."""
+    kept = ("matmuls", "masked_attention", PYTORCH)
+    return layout.checkpointing == "block" or (layout.checkpointing == "selective" and part not in kept)
+
+
+def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
+    """A kernel whose programs are alone on a multiprocessor computes and moves bytes in turn, any other at once."""
+    if kernel.product is not None:
+        return product_seconds(kernel.product, machine)
+    moving = kernel.bytes / (machine.memory * MEMORY_SHARE)
+    computing = kernel.flops / (machine.peak * ATTENTION_SHARE)
+    return KERNEL_START + (moving + computing if kernel.alone else max(moving, computing))
+
+
+@cache
+def product_seconds(product: Product, machine: Machine) -> float:
+    """With the best of some tiles, and of ways to split the sum into parts that are added up afterwards: waves of tiles
+    over the multiprocessors, each as long as a tile's main loop and the writing of its result."""
+    matrices, rows, columns, inner, itemsize = product
+    bytes_per_second = machine.memory * MEMORY_SHARE
+    rate = machine.peak * TILE_SHARE / machine.multiprocessors * (FP8_RATE if itemsize == 1 else 1)
+    numbers = itemsize * (rows * inner + inner * columns) + RESULT_BYTES * rows * columns
+    best = math.inf
+    for high, wide, share in TILES:
+        tiles = matrices * math.ceil(rows / high) * math.ceil(columns / wide)
+        for split in (split for split in SPLITS if split == 1 or inner / split >= SHORTEST_SUM):
+            waves = math.ceil(tiles * split / machine.multiprocessors)
+            loop = 2 * high * wide * inner / split / (rate * share)
+            writing = RESULT_BYTES * high * wide * machine.multiprocessors / bytes_per_second
+            seconds = waves * (loop + writing * (HIDDEN_WRITING if waves > 1 else 1))
+            if split > 1:
+                adding = SUM_BYTES * matrices * rows * columns * (split + 1)
+                seconds += KERNEL_START + adding / (L2_SHARE * machine.memory)
+            best = min(best, seconds)
+    return KERNEL_START + max(MATMUL_CHOICE * best, matrices * numbers / bytes_per_second)
+
+
+def host_seconds(config: TrainConfig, layout: Layout) -> float:
     """The least time in which Python can launch a micro-batch."""
-    model = meta_model(config)
-    blocks = len(model.patch_mixer) + len(model.blocks)
-    weights = sum(1 for p in model.parameters())
-    kernels = blocks * KERNELS_OF_A_BLOCK[0 if layout.triton else 1] + KERNELS_BESIDE + KERNELS_OF_A_PARAMETER * weights
-    runs = 1 if layout.checkpointing == "none" else 4 / 3
-    hooks = HOOK_OF_A_PARAMETER[layout.stage] * KERNEL_FLOOR
-    hooks += 4 * GATHER_HOOK if layout.stage == 3 else 0.0  # before and after, forward and backward
-    return runs * kernels * KERNEL_FLOOR + hooks * weights
+    found = trace(config.model, config.training.mask_ratio, layout.fp8)
+    weights = sum(1 for p in meta_model(config.model).parameters())
+    if layout.triton:
+        launches = [(seen.kernel.arguments, count) for seen, count in found.kernels.items() if seen.kernel.arguments]
+        seconds = sum(count * (LAUNCH + ARGUMENT * arguments) for arguments, count in launches)
+        seconds += found.operations * TORCH_OP
+    else:
+        model = meta_model(config.model)
+        blocks = len(model.patch_mixer) + len(model.blocks)
+        seconds = (blocks * OPERATIONS_OF_A_BLOCK + OPERATIONS_BESIDE) * TORCH_OP
+    seconds *= 1 if layout.checkpointing == "none" else 4 / 3
+    return seconds + weights * HOOK_OF_A_PARAMETER[layout.stage]
 
 
 @cache

@@ -12,7 +12,7 @@ from mdit.config import TrainConfig, kept_tokens
 from mdit.models.dit import Block
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.activations import meta_model, peak_bytes
-from mdit.parallel.duration import compute_seconds
+from mdit.parallel.duration import step_parts
 from mdit.parallel.layout import Layout, count_weights, persistent_numbers
 from mdit.parallel.machines import OVERLAP_SHARE, RESERVED_GIB, Machine
 
@@ -244,10 +244,19 @@ class Prediction:
     fits: bool
     link_bytes: float
     network_bytes: float
-    compute_seconds: float
+    parts: dict[str, float]  # seconds of a step without communication (mdit.parallel.duration.PARTS)
     exposed_seconds: float
     images: int
     host_bytes: int = 0  # a GPU, of an offloaded optimizer
+
+    @property
+    def compute_seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def host_bound(self) -> bool:
+        """Does the GPU wait for the host to launch its kernels?"""
+        return self.parts["host"] > 0
 
     @property
     def step_seconds(self) -> float:
@@ -279,7 +288,7 @@ def fitted(config: TrainConfig, layout: Layout, machine: Machine) -> Layout:
 def predict(config: TrainConfig, layout: Layout, machine: Machine) -> Prediction:
     """ZeRO's own traffic hides behind the computation where DeepSpeed overlaps it; all other is waited for."""
     memory, traffic = predict_memory(config, layout), predict_traffic(config, layout)
-    compute = compute_seconds(config, layout, machine)
+    parts = step_parts(config, layout, machine)
     hidden = waited = link = network = 0.0
     for one in traffic:
         inside, outside = one.split(machine)
@@ -289,6 +298,6 @@ def predict(config: TrainConfig, layout: Layout, machine: Machine) -> Prediction
             hidden += seconds
         else:
             waited += seconds
-    exposed = waited + max(0.0, hidden - OVERLAP_SHARE * compute)
+    exposed = waited + max(0.0, hidden - OVERLAP_SHARE * sum(parts.values()))
     images, host = config.training.global_batch_size, host_bytes(config, layout)
-    return Prediction(layout, memory, memory.fits(machine), link, network, compute, exposed, images, host)
+    return Prediction(layout, memory, memory.fits(machine), link, network, parts, exposed, images, host)

@@ -33,7 +33,7 @@ class ZeroOptions:
 class Layout:
     """`gpus` in groups of `ep` (experts) or `tp` (matrices) neighbours; `micro_batch` images at once, `accumulation`
     times a step. `bf16` False is float32 throughout. `offload`: the optimizer is in host memory. `reduced`: fewer
-    images at once than a run takes by itself."""
+    images at once than a run takes by itself. `fp8`: the blocks' matmuls are in float8."""
 
     gpus: int
     stage: int
@@ -47,6 +47,7 @@ class Layout:
     options: ZeroOptions = field(default=ZeroOptions())
     reduced: bool = False
     offload: bool = False
+    fp8: bool = False
 
     @property
     def data_size(self) -> int:
@@ -71,7 +72,7 @@ class Layout:
     def label(self) -> str:
         """ZeRO-2 dp32 ep2 host"""
         groups = f" ep{self.ep}" if self.ep > 1 else f" tp{self.tp}" if self.tp > 1 else ""
-        return f"ZeRO-{self.stage} dp{self.data_size}{groups}{' host' if self.offload else ''}"
+        return f"ZeRO-{self.stage} dp{self.data_size}{groups}{' fp8' if self.fp8 else ''}{' host' if self.offload else ''}"
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def layout_of(
     options = ZeroOptions(**{key: zero[key] for key in ZeroOptions.__dataclass_fields__ if key in zero})
     checkpointing = settings.activation_checkpointing
     plain = Layout(gpus, zero["stage"], micro_batch, accumulation, ep, tp, checkpointing, triton, options=options)
-    return replace(plain, offload=moved["offload_optimizer"])
+    return replace(plain, offload=moved["offload_optimizer"], fp8=settings.fp8)
 
 
 def _batches(resolved: dict) -> tuple[int, int]:

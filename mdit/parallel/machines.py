@@ -9,19 +9,28 @@ DGX A100: one ConnectX port of 400 or 200 Gb/s for each GPU.
 import math
 from dataclasses import dataclass
 
-# Shares of the peaks, assumed, not measured: 650 TFLOP/s of matmuls, 350 of attention and 2.8 TB/s on an H100, as in
-# the time budget that the kernels were planned with (docs/kernels.md), and what NCCL commonly reaches of its links.
-MATMUL_SHARE = 0.66
+# Shares of the peaks, assumed, not measured: what NCCL commonly reaches of its links; of an H100 2.5 TB/s, 350 TFLOP/s
+# of attention, and inside a matmul's tile, where nothing but products is waited for, 738. Products in float8 are as
+# much faster as 1,100 TFLOP/s are than 650 (docs/kernels.md).
+TILE_SHARE = 0.746
 ATTENTION_SHARE = 0.35
-MEMORY_SHARE = 0.84
+MEMORY_SHARE = 0.75
 LINK_SHARE = 0.75
+L2_SHARE = 1.65  # of the memory's bandwidth, what passes between the multiprocessors and the L2 cache
+FP8_RATE = 1100 / 650
+MATMUL_CHOICE = 1.07  # cuBLAS does not always take the best tile
 OVERLAP_SHARE = 0.5  # of the computation, behind which communication can hide where DeepSpeed overlaps it
 
 # Seconds, assumed, not measured.
-KERNEL_FLOOR = 6e-6  # until the host has launched a kernel: 6 microseconds of Python and autograd an operation
+KERNEL_START = 2e-6  # from the end of a kernel until the next one has filled the GPU
 GATHER_HOOK = 30e-6  # ZeRO 3's Python before or after a module with weights
 COLLECTIVE_START = 15e-6  # until a collective moves bytes,
 COLLECTIVE_HOP = 5e-6  # and for each doubling of its ranks
+
+# Seconds of the host.
+LAUNCH, ARGUMENT = 11e-6, 0.45e-6  # a launch of Triton, and each of its arguments
+TORCH_OP = 9e-6  # an operation of PyTorch, views and allocations included, with the model's and autograd's Python
+HOOK_OF_A_PARAMETER = {1: 30e-6, 2: 134e-6, 3: 134e-6}  # DeepSpeed's Python in backward, by stage
 
 # GiB beside what torch reports: CUDA's context, NCCL's buffers, and what the allocator cannot hand out. Assumed.
 RESERVED_GIB = 5.0
@@ -40,8 +49,10 @@ class Machine:
     memory: float
     link: float
     network: float
+    multiprocessors: int
     gpus_per_node: int = 8
     triton: bool = True  # does `"kernels": "auto"` take the kernels on it?
+    fp8: bool = True  # do its tensor cores know float8?
 
     def seconds(self, link_bytes: float, network_bytes: float, ranks: int, count: float = 1) -> float:
         """Of `count` collectives over `ranks` ranks, which move so many bytes in all: NCCL's rings run through both
@@ -60,10 +71,10 @@ class Machine:
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine("h100", peak=989e12, memory_gib=80, memory=3.35e12, link=450e9, network=50e9),
-        Machine("h200", peak=989e12, memory_gib=141e9 / 2**30, memory=4.8e12, link=450e9, network=50e9),
-        Machine("a100", peak=312e12, memory_gib=80, memory=2.039e12, link=300e9, network=25e9, triton=False),
+        Machine("h100", peak=989e12, memory_gib=80, memory=3.35e12, link=450e9, network=50e9, multiprocessors=132),
+        Machine("h200", peak=989e12, memory_gib=141e9 / 2**30, memory=4.8e12, link=450e9, network=50e9, multiprocessors=132),
+        Machine("a100", peak=312e12, memory_gib=80, memory=2.039e12, link=300e9, network=25e9, multiprocessors=108, triton=False, fp8=False),
         # No NVLink: PCIe 4.0 x16. The network is assumed: one port of 100 Gb/s for the 8 GPUs of a node.
-        Machine("rtx4090", peak=165e12, memory_gib=24, memory=1.008e12, link=32e9, network=12.5e9 / 8, triton=False),
+        Machine("rtx4090", peak=165e12, memory_gib=24, memory=1.008e12, link=32e9, network=12.5e9 / 8, multiprocessors=128, triton=False),
     )
 }

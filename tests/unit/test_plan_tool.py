@@ -1,11 +1,13 @@
 """tools/plan.py: its tables, its file, its errors."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from mdit.config import load_config
+from mdit.config import UserError, load_config
+from mdit.parallel.duration import PARTS
 from mdit.parallel.estimate import predict
 from mdit.parallel.layout import candidates
 from mdit.parallel.machines import MACHINES
@@ -22,13 +24,13 @@ def test_every_layout_then_the_best_of_every_size(capsys, tmp_path):
     first, second = printed.split("\n\nthe fastest")
     assert "res_256_pretrain, global batch 2048, on 64 h100 (8 nodes): predicted, not measured" in first
     assert "predicted, not measured" in second
-    assert len(printed.splitlines()) < 40 and max(map(len, printed.splitlines())) <= 140
+    assert len(printed.splitlines()) < 60 and max(map(len, printed.splitlines())) <= 140
 
     config = load_config(PRETRAIN)
     layouts = candidates(config, 64, micro_batch=None, checkpointing="none", triton=True)
     rows = [line for line in first.splitlines() if line.startswith("ZeRO")]
     assert sorted(row.split("  ")[0] for row in rows) == sorted(layout.label for layout in layouts)
-    sizes = [line.split()[0] for line in second.splitlines() if "ZeRO" in line]
+    sizes = [line.split()[0] for line in second.split("\n\nbatch:")[0].splitlines() if "ZeRO" in line]
     assert sizes == ["8", "16", "32", "64", "128", "256", "512", "1024"]
 
     written = json.loads((tmp_path / "plan.json").read_text())
@@ -39,7 +41,42 @@ def test_every_layout_then_the_best_of_every_size(capsys, tmp_path):
     assert speeds[0] == best.images_per_second and rows[0].startswith(best.layout.label)
     assert f"{best.images_per_second:,.0f}" in rows[0] and f"{best.memory.peak / 2**30:.1f}" in rows[0]
     assert written["sizes"][3]["images_per_second"] == speeds[0]
-    assert written["assumed"]["dollars_per_gpu_hour"] == 3.75 and written["assumed"]["matmul_share"] == 0.66
+    assert written["assumed"]["dollars_per_gpu_hour"] == 3.75 and written["assumed"]["memory_share"] == 0.75
+
+
+def test_where_a_micro_batch_goes_on_one_gpu(capsys, tmp_path):
+    plan.command(["--micro_batch", "256", "--json", str(tmp_path / "plan.json")])
+    table = capsys.readouterr().out.split("where a micro-batch goes")[1]
+    assert "on one h100, ZeRO-1 dp1: 256 images, of which 8 make a step; predicted, not measured" in table
+    rows = {line[:50].strip(): line[50:].split() for line in table.splitlines()[2:]}
+    titles = [*PARTS.values()]
+    assert [name for name in rows if name in titles] == titles[:-1]  # no wait for the host
+    for column in range(2):
+        values = [float(rows[name][column]) for name in titles[:-1]]
+        assert sum(values) == pytest.approx(float(rows["sum"][column]), abs=0.06 * len(values))
+    written = json.loads((tmp_path / "plan.json").read_text())["one_gpu"]
+    assert [row["layout"]["fp8"] for row in written] == [False, True]
+    assert rows["images/s"] == [f"{row['images_per_second']:,.0f}" for row in written]
+    assert rows["quantising to float8"][0] == "0.0"
+
+
+def test_who_waits_for_the_host_is_marked(capsys):
+    def marks(*asked):
+        plan.command(["--recipe", PRETRAIN, *asked])
+        first, rest = capsys.readouterr().out.split("\n\nthe fastest")
+        rows = [line for line in first.splitlines() if line.startswith("ZeRO")]
+        return {bool(re.search(r"\d\.\dh +\d", row)) for row in rows}, "h: bound by the host" in rest
+
+    assert marks("--gpus", "1024") == ({True}, True)
+    assert marks("--gpus", "8", "--micro_batch", "256") == ({False}, False)
+
+
+def test_float8_is_planned_where_a_run_would_take_it(capsys, tmp_path):
+    plan.command(["--recipe", PRETRAIN, "--gpus", "8", "--fp8"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ZeRO")]
+    assert [row.split()[2] for row in rows] == ["fp8"] * 3 and not any("ep" in row for row in rows)
+    with pytest.raises(UserError, match="float8 on a100 is not what a run would take"):
+        plan.command(["--recipe", PRETRAIN, "--gpu", "a100", "--fp8"])
 
 
 def test_one_layout_of_a_json(capsys, tmp_path):
