@@ -121,11 +121,10 @@ def device_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[
     """Seconds of a micro-batch's kernels, by part. Recomputation adds a forward pass, "selective" one of what is neither
     matmul nor attention; tensor parallelism shares some matmuls, attention and SwiGLU out."""
     model, ratio, tp = config.model, config.training.mask_ratio, layout.tp
-    seconds: dict[str, float] = {}
-    for kernel, count in trace(model, ratio, layout.fp8).at(layout.micro_batch).items():
-        if kernel.part not in PASSES or is_fused(kernel.part, layout):
-            runs = count * (1 + (not kernel.backward and runs_again(kernel.part, layout)))
-            seconds[kernel.part] = seconds.get(kernel.part, 0.0) + runs * kernel_seconds(kernel, machine)
+    seconds = {}
+    for part, (forward, backward) in traced_seconds(model, ratio, layout.fp8, layout.micro_batch, machine).items():
+        if part not in PASSES or is_fused(part, layout):
+            seconds[part] = forward * (1 + runs_again(part, layout)) + backward
     for op, (forward, backward) in bytes_of_ops(model, layout.micro_batch, ratio).items():
         if not is_fused(op, layout):
             moved = (forward * (1 + runs_again(op, layout)) + backward) * PASSES[op]
@@ -148,6 +147,20 @@ def runs_again(part: str, layout: Layout) -> bool:
     """In the backward pass, with activation checkpointing."""
     kept = ("matmuls", "masked_attention", PYTORCH)
     return layout.checkpointing == "block" or (layout.checkpointing == "selective" and part not in kept)
+
+
+@cache
+def traced_seconds(
+    config: ModelConfig, mask_ratio: float, fp8: bool, micro_batch: int, machine: Machine
+) -> dict[str, tuple[float, float]]:
+    """Of a micro-batch's kernels by part, (forward, backward)."""
+    sums: dict[str, tuple[float, float]] = {}
+    for kernel, count in trace(config, mask_ratio, fp8).at(micro_batch).items():
+        forward, backward = sums.get(kernel.part, (0.0, 0.0))
+        seconds = count * kernel_seconds(kernel, machine)
+        forward, backward = (forward, backward + seconds) if kernel.backward else (forward + seconds, backward)
+        sums[kernel.part] = forward, backward
+    return sums
 
 
 def kernel_seconds(kernel: Kernel, machine: Machine) -> float:

@@ -18,7 +18,7 @@ from mdit.kernels import dispatch
 from mdit.models import MicroDiT
 from mdit.models.flops import training_flops
 from mdit.models.presets import tiny_2, xl_2
-from mdit.parallel.activations import Setting, kept_bytes, parts, peak_bytes
+from mdit.parallel.activations import Setting, kept_bytes, meta_model, parts, peak_bytes
 from mdit.parallel.duration import PARTS, device_parts, forward_parts, host_seconds, product_seconds, step_parts
 from mdit.parallel.estimate import fitted, host_bytes, memory_moments, predict, predict_memory, predict_traffic
 from mdit.parallel.layout import Layout, ZeroOptions, candidates, count_weights, layout_of
@@ -347,7 +347,7 @@ def test_a_micro_batch_costs_what_was_predicted_by_hand():
     others = ("patch_mixing", "expert_choice", "swiglu", "pytorch")
     assert 0.030 < sum(parts[name] for name in others) < 0.050
     in_pytorch = device_parts(XL, replace(layout, triton=False), H100)
-    assert all(in_pytorch[name] > 1.2 * parts[name] for name in ("patch_mixing", "masked_attention", "swiglu"))
+    assert all(in_pytorch[name] > 1.1 * parts[name] for name in ("patch_mixing", "masked_attention", "swiglu"))
     assert in_pytorch["matmuls"] == parts["matmuls"]
     flops = forward_parts(XL.model, 0.75)
     assert 3 * sum(flops) == training_flops(XL.model, 0.75)
@@ -366,7 +366,7 @@ def test_a_large_product_is_as_fast_as_its_waves_allow():
     assert 600e12 < rate(8192, 8192, 8192) < 720e12
     assert rate(8192, 8192, 8192, itemsize=1) > 1.5 * rate(8192, 8192, 8192)
     assert rate(264 * 128, 256, 256) < rate(264 * 128, 256, 1024) < rate(264 * 128, 256, 8192)  # starts and ends
-    assert rate(133 * 128, 256, 256) < 0.8 * rate(132 * 128, 256, 256)  # one tile more, and a second wave for it
+    assert rate(133 * 128, 256, 4096) < 0.85 * rate(132 * 128, 256, 4096)  # one tile more, and a second wave for it
     assert rate(1024, 1024, 65536) > 0.5 * rate(8192, 8192, 8192)  # few tiles: the sum is split
     reading = 2 * 1000 * 100_000 / (H100.memory * MEMORY_SHARE)
     assert product_seconds(Product(1, 1, 1000, 100_000, 2), H100) == pytest.approx(reading, rel=0.1)
@@ -399,7 +399,7 @@ def test_small_micro_batches_wait_for_the_host_and_for_the_weights():
 
 def test_the_host_is_asked_for_launches_operations_and_hooks():
     layout = Layout(8, 1, 256, 1, triton=True)
-    weights = sum(1 for p in MicroDiT(tiny_2()).parameters())
+    weights = sum(1 for p in meta_model(tiny_2()).parameters())
     config = tiny_config(model=tiny_2().model_dump())
     found = [host_seconds(config, replace(layout, stage=stage)) for stage in (1, 2)]
     hooks = HOOK_OF_A_PARAMETER[2] - HOOK_OF_A_PARAMETER[1]

@@ -32,8 +32,9 @@ def test_one_trace_has_the_kernels_of_every_micro_batch(changes, fp8, mask_ratio
             moved[kernel.part, sign] += count * kernel.bytes
             flops[kernel.part, sign] += count * kernel.flops
     assert not any(products.values()) and None in products and len(products) > 10
-    for part, _ in moved:  # a norm's backward pass has more programs for fewer images, and each its own sums
-        assert moved[part, 1] == pytest.approx(moved[part, -1], rel=0.03) and flops[part, 1] == flops[part, -1]
+    for part, _ in moved:  # norms have more programs an image for fewer images, and each program sums of its own
+        rel = 0.1 if part == "patch_mixing" else 1e-9
+        assert moved[part, 1] == pytest.approx(moved[part, -1], rel=rel) and flops[part, 1] == flops[part, -1], part
 
 
 def test_matmuls_and_kernels_are_those_that_the_formulas_count():
