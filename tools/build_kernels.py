@@ -9,8 +9,9 @@ launch is compiled as a GPU would. Of widths that grow with depth the first, the
 --all. Exit code 1 where a kernel spills registers, needs more shared memory than a block has or does not compile.
 
 With --cache they are built into a directory that can be $TRITON_CACHE_DIR of a run on such a GPU, which then compiles
-none of them: every width, the recipes' too, and those of the check that "auto" makes. It needs a C compiler, the
-versions of Python and Triton of that run, and the same DIR there, since Triton keeps absolute paths.
+none of them: every width, at the micro-batches that a run takes and at --micro_batch, the recipes' too with their
+evaluation, and those of the check that "auto" makes. It needs a C compiler, that run's versions of Python and Triton,
+and the same DIR there, since Triton keeps absolute paths.
 """
 
 import argparse
@@ -33,19 +34,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit import cli
-from mdit.config import ModelConfig, UserError, load_config
+from mdit.config import ModelConfig, UserError, kept_tokens, load_config
 from mdit.files import try_to_write, write_json
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
 from mdit.kernels.self_check import disagreement
 from mdit.models import presets
 from mdit.models.kernel_calls import STAGES, KernelCall, fp8_calls, kernel_calls
+from mdit.parallel.settings import AUTO_TOKENS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROWING = ("A", "F", "IN", "OUT")  # widths that grow with depth
 FP8_CAPABILITY = 89
 STUB = Path(__file__).with_name("libcuda_stub.c")
-MICRO_BATCH = 64  # of recipes: kernels are the same for any that is a multiple of 16
+EVALUATED = (64, 0.0)  # images at once, and none masked: validation and sampling of a run
 COLUMNS = "{:<34} {:<9} {:>5} {:>9} {:>10} {:>5} {:>6} {:>7}  {}"
 
 
@@ -87,9 +89,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recipe", type=cli.path, action="append", default=[], help="with --cache: its kernels as well"
     )
+    more = "with --cache: besides what a run takes of each model; kernels differ with it"
+    parser.add_argument("--micro_batch", type=cli.whole(1), nargs="+", default=[], help=more)
     args = parser.parse_args(arguments)
-    if args.recipe and not args.cache:
-        parser.error("--recipe: says nothing without --cache")
+    if (args.recipe or args.micro_batch) and not args.cache:
+        parser.error(f"--{'recipe' if args.recipe else 'micro_batch'}: says nothing without --cache")
     return args
 
 
@@ -150,8 +154,12 @@ def fill_cache(args: argparse.Namespace) -> int:
     args.cache.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(args.cache.resolve())
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # a tenth of what Triton keeps by itself; nobody reads the rest
-    dtype, recipes = DTYPES[args.dtype], list(map(load_config, args.recipe))
-    shapes = stages_of(args) + [(recipe.model, MICRO_BATCH, recipe.training.mask_ratio) for recipe in recipes]
+    dtype, shapes = DTYPES[args.dtype], stages_of(args)
+    shapes += [(config, size, mask_ratio) for config, _, mask_ratio in shapes for size in args.micro_batch]
+    for recipe in map(load_config, args.recipe):
+        kept = kept_tokens(recipe.model.num_patches, recipe.training.mask_ratio)
+        taken = [(size, recipe.training.mask_ratio) for size in (AUTO_TOKENS // kept, *args.micro_batch)]
+        shapes += [(recipe.model, *size_and_mask) for size_and_mask in (*taken, EVALUATED)]
     calls = chosen_calls(shapes, every_width=True, fp8=args.capability >= FP8_CAPABILITY)
     found = [launch for call in calls for _, launch in launches(call, dtype)]
     for head_dim in sorted({config.head_dim for config, *_ in shapes}):

@@ -393,7 +393,7 @@ def prepare(kit: Path, python: Path | None) -> None:
         else:
             with arriving_pack(kit / "kernels.tar.gz") as folder, kernels_in_place():
                 build = [str(python), "-m", "tools.build_kernels", "--cache", str(folder)]
-                call([*build, "--recipe", "configs/emoji_64.toml"], PYTHONPATH=str(ROOT))
+                call([*build, "--micro_batch", "128", "--recipe", "configs/emoji_64.toml"], PYTHONPATH=str(ROOT))
     if not (kit / "training.tar.gz").exists():
         with arriving_pack(kit / "training.tar.gz") as folder:
             make_training_set(folder)

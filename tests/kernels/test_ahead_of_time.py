@@ -171,9 +171,13 @@ def this_process(initializer, *arguments):  # is as fresh as any
     initializer(*arguments)
     return nullcontext(SimpleNamespace(map=map))
 
-few = dict(chosen_calls=lambda *a, **b: [call], launches_of_check=lambda *a: [], fresh_processes=this_process)
+def chosen(shapes, **_):
+    print(sorted({(size, mask_ratio) for config, size, mask_ratio in shapes if config.latent_size == 64}))
+    return [call]
+
+few = dict(chosen_calls=chosen, launches_of_check=lambda *a: [], fresh_processes=this_process)
 with mock.patch.multiple(build_kernels, **few):
-    build_kernels.main(["--cache", sys.argv[1]])
+    build_kernels.main(["--cache", sys.argv[1], "--micro_batch", "48", "--recipe", sys.argv[2]])
 """
 RUN = """
 import torch
@@ -205,7 +209,10 @@ def test_a_run_finds_all_that_a_cache_was_filled_with_in_another_place(tmp_path)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
-    assert "2 kernels, of which 2 were built and 0 were there already" in run(FILL, built)
+    told = run(FILL, built, ROOT / "configs" / "emoji_64.toml")
+    assert "2 kernels, of which 2 were built and 0 were there already" in told
+    # Of 512 px and of a recipe of 64 pixels: what a run takes, what was asked for, and the recipe's evaluation.
+    assert "[(16, 0.0), (48, 0.0), (48, 0.5), (48, 0.75), (64, 0.0), (64, 0.75), (128, 0.5)]" in told
     built.rename(cache)
     move_cache(cache)
     subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", stub, build_kernels.STUB], check=True)
