@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ class Contact:
             unpack(earlier, self.out)
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         self.unpack_kit()
-        with kernels_in_place():
+        with kernels_in_place(sys.executable):
             return self.go()
 
     def go(self) -> int:
@@ -355,10 +354,13 @@ def unpack(archive: Path, place: Path) -> None:
 
 
 @contextmanager
-def kernels_in_place() -> Iterator[None]:
-    """Inside, the folder `kernels` is mdit.kernels to every Python that has this repository on its path."""
-    link = ROOT / "mdit" / "kernels"
-    if find_spec("mdit.kernels") is not None:
+def kernels_in_place(python: str) -> Iterator[None]:
+    """Inside, the folder `kernels` is mdit.kernels to this Python, whether or not mdit is installed there."""
+    link, path = ROOT / "mdit" / "kernels", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    asked = subprocess.run(
+        [python, "-c", "import mdit.kernels"], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True
+    )
+    if asked.returncode == 0:
         yield
         return
     link.symlink_to("../kernels")
@@ -391,7 +393,7 @@ def prepare(kit: Path, python: Path | None) -> None:
         if python is None:
             print("kernels: not built ahead; --python says with what")
         else:
-            with arriving_pack(kit / "kernels.tar.gz") as folder, kernels_in_place():
+            with arriving_pack(kit / "kernels.tar.gz") as folder, kernels_in_place(str(python)):
                 build = [str(python), "-m", "tools.build_kernels", "--cache", str(folder)]
                 call([*build, "--micro_batch", "128", "--recipe", "configs/emoji_64.toml"], PYTHONPATH=str(ROOT))
     if not (kit / "training.tar.gz").exists():
