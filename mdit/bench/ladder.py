@@ -18,6 +18,8 @@ how far its losses are from those of the first rung:
     mean_last    ... over the last quarter
 """
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +33,7 @@ from mdit.bench.clock import largest
 from mdit.bench.contenders import in_one_line
 from mdit.bench.rows import measured_row, problem_row
 from mdit.bench.trial import MADE_UP, Trial
-from mdit.config import TrainConfig, UserError
+from mdit.config import ModelConfig, TrainConfig, UserError
 from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.kernels.choice import choose_kernels
@@ -44,6 +46,7 @@ Row = dict[str, Any]
 
 ORDER = ("patch_mixing", "swiglu", "expert_choice", "masked_attention")  # in which ops are switched to Triton
 WARM_UP = 2  # steps before those measured, beside the steps of the parity
+BUILD_S = 5.0  # torch.compile of one block, forward and backward, until a rung has shown how long it takes; assumed
 NEEDS_A_GPU = "needs a GPU"
 NO_TIME = "not measured: no time was left of {budget:g} s"
 
@@ -105,7 +108,8 @@ def climb(
     A rung is measured over `steps` steps, more where `seconds` have room for them, after its `parity_steps`; with
     `long_parity_steps` the first rung and the two with all kernels are compared over so many. `save` is called with all
     rows whenever one has changed. No rung is begun that would not end within `budget_s` seconds, as far as those before
-    it tell. Raises UserError for experts or tensors that are spread over processes.
+    it tell; the first one that is compiled is taken to need BUILD_S a block besides. On one process a rung that is not
+    done by then is broken off. Raises UserError for experts or tensors that are spread over processes.
     """
     if settings.expert_parallel > 1 or settings.tensor_parallel > 1:
         raise UserError("the ladder measures whole blocks: expected expert_parallel = 1 and tensor_parallel = 1")
@@ -114,19 +118,57 @@ def climb(
         parity |= {rung: long_parity_steps for rung in RUNGS if rung is FIRST or set(ORDER) <= set(rung.kernels)}
     ladder = _Ladder(config, settings, ds_config, world, parity, backend)
     rows = {rung: ladder.row(rung, None, None, NO_TIME.format(budget=budget_s)) for rung in RUNGS}
-    started, longest = time.perf_counter(), {False: 0.0, True: 0.0}
+    started, longest = time.perf_counter(), {}
     try:
         for rung in in_measuring_order():
             before = time.perf_counter()
-            if largest(before - started, world) + longest[rung.compile] > budget_s:
+            left = budget_s - largest(before - started, world)
+            if expected_seconds(rung, longest, config.model) > left:
                 continue
-            rows[rung] = ladder.measure(rung, steps, seconds)
-            longest[rung.compile] = max(longest[rung.compile], largest(time.perf_counter() - before, world))
+            with no_longer_than(left if world.size == 1 else float("inf")):
+                rows[rung] = ladder.measure(rung, steps, seconds)
+            longest[rung.compile] = max(
+                longest.get(rung.compile, 0.0), largest(time.perf_counter() - before, world)
+            )
             save(list(rows.values()))
+    except _TimeIsUp:
+        pass  # its row says so, and all that are left
     finally:
         ladder.close()
     save(list(rows.values()))
     return list(rows.values())
+
+
+def expected_seconds(rung: Rung, longest: dict[bool, float], model: ModelConfig) -> float:
+    """As the longest rung of its kind, compiled or not. `longest` has no entry for a kind that was not measured."""
+    if rung.compile in longest or not rung.compile:
+        return longest.get(rung.compile, 0.0)
+    blocks = model.depth + (model.mixer_depth if model.use_patch_mixer else 0)
+    return longest.get(False, 0.0) + BUILD_S * blocks
+
+
+class _TimeIsUp(BaseException):
+    """No Exception: a compiler would make its own of it, and a rung a problem of its row."""
+
+
+@contextmanager
+def no_longer_than(seconds: float) -> Iterator[None]:
+    """Inside, _TimeIsUp is raised when so many seconds are over. Only the main thread can be interrupted."""
+    if seconds == float("inf") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_) -> None:
+        raise _TimeIsUp
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 class _Ladder:

@@ -1,7 +1,15 @@
 """mdit/bench/ladder.py: every rung trains the same model, and one that fails stops no other."""
 
+import signal
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mdit.bench import ladder
 from mdit.bench.ladder import FIRST, RUNGS, climb, in_measuring_order, larger, parity
@@ -123,6 +131,73 @@ def test_no_time_and_no_parallel_experts():
     assert {row["problem"] for row in rows} == {"not measured: no time was left of 0 s"} and len(rows) == len(RUNGS)
     with pytest.raises(UserError, match="expected expert_parallel = 1"):
         climb(config, RunSettings(expert_parallel=2), resolved(config, 8), HERE)
+
+
+def short_row(climber, rung, measured, parity, problem=None):
+    return {"name": rung.name, "problem": problem}
+
+
+def climb_by_the_clock(budget_s, measure):
+    """-> (rungs that were begun, rows). `measure` stands for what a rung does, and gives its problem."""
+    config, begun, saved = tiny_config(), [], []
+
+    def measured(climber, rung, steps, seconds):
+        begun.append(rung)
+        return short_row(climber, rung, None, None, measure(rung))
+
+    with mock.patch.multiple(ladder._Ladder, row=short_row, measure=measured):
+        rows = climb(config, RunSettings(), resolved(config, 8), HERE, budget_s=budget_s, save=saved.append)
+    assert saved[-1] == rows and [row["name"] for row in rows] == [rung.name for rung in RUNGS]
+    return begun, rows
+
+
+BLOCKS = tiny_config().model.depth + tiny_config().model.mixer_depth
+PLAIN = [rung for rung in RUNGS if not rung.compile]
+
+
+@given(
+    budget_s=st.floats(0, 500),
+    run_s=st.floats(1, 20),
+    first_build=st.floats(0, BLOCKS * ladder.BUILD_S),
+    later=st.floats(0, 1),
+)
+def test_a_ladder_ends_in_its_time(budget_s, run_s, first_build, later):
+    """By a clock that is not there. Builds take no longer than was assumed, the first one the longest."""
+    now, builds = [0.0], []
+
+    def measure(rung):
+        if rung.compile:
+            builds.append(first_build * (later if builds else 1))
+        now[0] += run_s + (builds[-1] if rung.compile else 0)
+
+    with (
+        mock.patch.object(ladder, "time", SimpleNamespace(perf_counter=lambda: now[0])),
+        mock.patch.object(ladder, "no_longer_than", lambda seconds: nullcontext()),
+    ):
+        begun, rows = climb_by_the_clock(budget_s, measure)
+    assert now[0] <= max(budget_s, run_s)  # of the very first rung nothing is known
+    assert begun == in_measuring_order()[: len(begun)]
+    assert [row["problem"] is None for row in rows] == [rung in begun for rung in RUNGS]
+    if budget_s > (len(PLAIN) + 1) * run_s + BLOCKS * ladder.BUILD_S:
+        assert builds
+
+
+def test_what_is_not_done_in_time_is_broken_off():
+    done, handler = [], signal.getsignal(signal.SIGALRM)
+
+    def measure(rung):
+        if done:
+            try:
+                time.sleep(60)
+            except Exception:  # as a compiler's errors are caught, and told in the row
+                return "caught"
+        done.append(rung)
+
+    begun, rows = climb_by_the_clock(0.3, measure)
+    problems = {row["name"]: row["problem"] for row in rows}
+    assert problems.pop(begun[0].name) is None and len(begun) == 2
+    assert set(problems.values()) == {"not measured: no time was left of 0.3 s"}
+    assert signal.getsignal(signal.SIGALRM) is handler
 
 
 def test_a_rung_is_switched_off_again():
