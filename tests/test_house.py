@@ -32,7 +32,7 @@ FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 BESIDE_MDIT = {"launchers", "tools", "tests"}
 
 ONLY_IN = {  # package: the files that may name it; tests may name all
-    "deepspeed": ["mdit/train/engine.py", "mdit/train/optim.py", "mdit/parallel/expert.py"],
+    "deepspeed": ["mdit/train/engine.py", "mdit/train/zero_step.py", "mdit/train/optim.py", "mdit/parallel/expert.py"],
     "apex": ["mdit/train/optim.py"],
     "megatron": ["mdit/parallel/tensor.py"],
     "triton": ["kernels/*/triton_impl.py", "kernels/fp8_linear/rounding.py", "kernels/ahead_of_time.py"],

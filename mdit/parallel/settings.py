@@ -213,6 +213,7 @@ def resolve_ds_config(
     resolved["gradient_clipping"] = config.optim.max_grad_norm
     resolved["data_types"] = {"grad_accum_dtype": "fp32"}
     resolved.setdefault("steps_per_print", 10**9)  # the loop reports
+    resolved["timers"] = {"throughput": {"enabled": False}}  # it lets the GPU run dry twice a micro-batch
     # The optimizer is made from the recipe; DeepSpeed shards whatever it is handed.
     resolved["zero_allow_untested_optimizer"], resolved["zero_force_ds_cpu_optimizer"] = True, False
     if not given.comms_logger.enabled:  # DeepSpeed takes the section itself for a yes

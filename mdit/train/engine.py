@@ -1,8 +1,9 @@
 """DeepSpeed behind a few verbs: build, micro-step, and the float32 master weights as plain tensors.
 
-Beside optim.py and mdit/parallel/expert.py only this file knows DeepSpeed; all else sees tensors and names. In ZeRO 1,
-2 and 3 each rank's optimizer owns flat float32 partitions of the weights (`masters`), and the model's own parameters
-are copies of them in the computing dtype. `pieces` says which elements of which parameter lie where in them.
+Beside zero_step.py, optim.py and mdit/parallel/expert.py only this file knows DeepSpeed; all else sees tensors and
+names. In ZeRO 1, 2 and 3 each rank's optimizer owns flat float32 partitions of the weights (`masters`), and the model's
+own parameters are copies of them in the computing dtype. `pieces` says which elements of which parameter lie where in
+them.
 """
 
 import logging
@@ -22,6 +23,7 @@ from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.shard import gather_whole, shard_of
 from mdit.train.optim import build_optimizer, moments, set_moments, step_count
 from mdit.train.pieces import Piece
+from mdit.train.zero_step import improve
 
 
 def check_ds_config(ds_config: dict, path) -> None:
@@ -53,6 +55,7 @@ class Engine:
         parameters = expert.parameter_groups(model) if plan.expert_group else model.parameters()
         optimizer = build_optimizer(parameters, config.optim, ds_config["zero_optimization"])
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=plan.mpu)
+        improve(self.deepspeed)
         self.zero = self.deepspeed.optimizer
         self.masters: list[Tensor] = next(  # ZeRO 3; ZeRO 1 in bf16; ZeRO 1 and 2
             getattr(self.zero, name)
@@ -90,7 +93,7 @@ class Engine:
     @property
     def step_applied(self) -> bool:
         """Whether the last optimizer step changed anything: DeepSpeed skips it, on all ranks alike, where the norm of
-        the gradient is not finite. Costs no wait: clipping has read the norm already."""
+        the gradient is not finite. Costs no wait: the step itself has read the norm."""
         return self.deepspeed.was_step_applied()
 
     def gradient_norm(self) -> float:
