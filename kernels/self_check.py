@@ -90,16 +90,16 @@ def _swiglu(ab_NTX: Tensor, weight_DF: Tensor) -> list[Tensor]:
 
 
 def _fp8(
-    x_NTF: Tensor, ab_NTX: Tensor, weight_OF: Tensor, h_EMF: Tensor, w_EFO: Tensor, logits_NEK: Tensor
-) -> list[Tensor]:
-    _, h_NTF = fp8_linear.fp8_add_norm_modulate(x_NTF, ab_NTX[..., :F], None, weight_OF[0], None, None, EPS)
-    weights_NEK = logits_NEK.to(torch.promote_types(logits_NEK.dtype, torch.float32)).sigmoid()
+    x_NTF: Tensor, weight_OF: Tensor, y_NTF: Tensor, z_NTF: Tensor, norm_F: Tensor, behind_OF: Tensor,
+    weight_XF: Tensor, weight_FF: Tensor, tokens_NTF: Tensor, w1_EFO: Tensor, w2_EOF: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    _, h_NTF = fp8_linear.fp8_add_norm_modulate(y_NTF, z_NTF, None, norm_F, None, None, EPS)
+    routing = expert_choice.route(2 * tokens_NTF[..., :E], T // 2)
     return [
         fp8_linear.fp8_linear(x_NTF, weight_OF),
-        fp8_linear.fp8_linear(h_NTF, weight_OF),
-        fp8_linear.fp8_swiglu_linear(ab_NTX, weight_OF),
-        fp8_linear.fp8_bmm(h_EMF, w_EFO),
-        fp8_linear.fp8_gelu_bmm(h_EMF, w_EFO, weights_NEK),
+        fp8_linear.fp8_linear(h_NTF, behind_OF),
+        fp8_linear.fp8_swiglu(h_NTF, weight_XF, None, weight_FF),
+        fp8_linear.fp8_experts(tokens_NTF, w1_EFO, w2_EOF, routing),
     ]
 
 
@@ -110,7 +110,12 @@ EXAMPLES: dict[str, tuple[Callable[..., list[Tensor]], Callable[[int], list[tupl
     "expert_choice": (_experts, lambda d: [(N, T, d), (E, d, F), (E, F, d)]),
     "swiglu": (_swiglu, lambda d: [(N, T, 2 * F), (d, F)]),
     "fp8_linear": (
-        _fp8, lambda d: [(N, T, F), (N, T, 2 * F), (OUTPUTS, F), (E, T, F), (E, F, OUTPUTS), (N, E, T // N)]
+        _fp8,
+        lambda d: [
+            *[(N, T, F), (OUTPUTS, F)],
+            *[(N, T, F), (N, T, F), (F,), (OUTPUTS, F), (2 * F, F), (F, F)],
+            *[(N, T, F), (E, F, OUTPUTS), (E, OUTPUTS, F)],
+        ],
     ),
 }
 

@@ -54,9 +54,8 @@ BACKENDS = {
 WITHOUT_FP8 = {
     "fp8_linear.fp8_add_norm_modulate": lambda *given: patch_mixing.add_norm_modulate(*given[:6], EPS, given[6]),
     "fp8_linear.fp8_linear": F.linear,
-    "fp8_linear.fp8_swiglu_linear": swiglu.swiglu_linear,
-    "fp8_linear.fp8_bmm": torch.bmm,
-    "fp8_linear.fp8_gelu_bmm": expert_choice.gelu_bmm,
+    "fp8_linear.fp8_swiglu": lambda x, weight, w3: swiglu.swiglu_linear(F.linear(x, weight), w3),
+    "fp8_linear.fp8_experts": lambda x, w1, w2, *routing: routed(x, w1, w2, expert_choice.Routing(*routing)),
 }
 CONTENDERS = (*comparison.MAIN, *BACKENDS, "one_hot", "gather_matmul")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -227,6 +226,11 @@ def contenders(call: KernelCall) -> dict[str, Contender]:
         candidate = partial(with_gather_matmul, tokens_per_expert=call.shape["K"])
         found["gather_matmul"] = Contender(candidate, in_triton=True, backward=False)
     return found
+
+
+def routed(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, routing: expert_choice.Routing) -> Tensor:
+    hidden_EMF = torch.bmm(expert_choice.gather_tokens(x_NTD, routing), w1_EDF)
+    return expert_choice.scatter_tokens(expert_choice.gelu_bmm(hidden_EMF, w2_EFD, routing.weights_NEK), routing)
 
 
 def with_gather_matmul(x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int):

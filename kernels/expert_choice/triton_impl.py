@@ -286,8 +286,7 @@ _route_op.register_autograd(
 )
 
 
-@registered("mdit::expert_gather")
-def _gather_op(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
+def gathered(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
     (n, experts, k), width, x_NTD = tokens_NEK.shape, x_NTD.shape[2], _dense(x_NTD)
     out_EMD = x_NTD.new_empty(experts, n * k, width)
     block_k, block_d = _row_blocks(width, 16)
@@ -299,8 +298,7 @@ def _gather_op(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
     return out_EMD
 
 
-@registered("mdit::expert_scatter")
-def _scatter_op(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
+def scattered(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
     (n, num_tokens, experts), width, y_EMD = slots_NTE.shape, y_EMD.shape[2], _dense(y_EMD)
     out_NTD = y_EMD.new_empty(n, num_tokens, width)
     block_t, block_d = _row_blocks(width, 8)
@@ -311,6 +309,10 @@ def _scatter_op(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
         E=experts, BLOCK_T=block_t, BLOCK_D=block_d,
     )  # fmt: skip
     return out_NTD
+
+
+_gather_op = registered("mdit::expert_gather")(gathered)
+_scatter_op = registered("mdit::expert_scatter")(scattered)
 
 
 @_gather_op.register_fake

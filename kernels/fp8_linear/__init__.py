@@ -15,8 +15,8 @@ average of the 17 that e4m3 has. A row with inf or NaN in it makes its results N
 Sums are taken in the tensor cores' fast mode, about 14 bits of precision on Hopper (DeepSeek-V3, arXiv 2412.19437,
 section 3.3), at most 2 % of a sum of 4,096 products and so less than what quantisation costs.
 
-An operand is read once and written once at half its size, 3 bytes a value. A norm writes its result in float8 besides,
-the two fused forms write theirs in float8 only: 1 byte a value. With P16 and P8 the FLOP/s of both kinds of product and B the bytes/s of memory, a layer of M
+An operand is read once and written once at half its size, 3 bytes a value. What a kernel of ours writes for a matmul it
+writes in float8 besides, or in float8 only: 1 byte a value. With P16 and P8 the FLOP/s of both kinds of product and B the bytes/s of memory, a layer of M
 tokens, K inputs and O outputs gains 4 M K O (1 / P16 - 1 / P8) and loses 3 (M K + M O + 2 K O) / B seconds, forward and
 backward. At 650 T, 1,100 T and 2.8 T it comes out even where 1 / K + 1 / O + 2 / M = 1 / 425: for M = 16,384 at
 K = O = 900; 3 % of a layer's time is gained at 1,024 and 12 % at 1,024 x 4,096. Backward keeps the inputs, as without
@@ -26,6 +26,7 @@ float8.
 from torch import Tensor
 
 from mdit.kernels import dispatch
+from mdit.kernels.expert_choice import Routing
 from mdit.kernels.fp8_linear import reference
 from mdit.kernels.fp8_linear.reference import InFloat8
 
@@ -33,10 +34,9 @@ __all__ = [
     "MULTIPLE",
     "InFloat8",
     "fp8_add_norm_modulate",
-    "fp8_bmm",
-    "fp8_gelu_bmm",
+    "fp8_experts",
     "fp8_linear",
-    "fp8_swiglu_linear",
+    "fp8_swiglu",
     "quantise",
 ]
 
@@ -81,35 +81,33 @@ def fp8_linear(x: Tensor | InFloat8, weight_OK: Tensor, bias_O: Tensor | None = 
     return reference.fp8_linear(x, weight_OK, bias_O)
 
 
-def fp8_swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    """fp8_linear of silu(a) * b, which is written in float8 only. (..., 2 F) -> (..., D). Saves ab and the weight."""
-    assert ab.shape[-1] == 2 * weight_DF.shape[1], (ab.shape, weight_DF.shape)
-    assert not any(size % MULTIPLE for size in weight_DF.shape), weight_DF.shape
-    if dispatch.takes_triton("fp8_linear", ab):
+def fp8_swiglu(
+    x: Tensor | InFloat8, weight_XD: Tensor, bias_X: Tensor | None, weight_DF: Tensor, bias_D: Tensor | None = None
+) -> Tensor:
+    """A SwiGLU network, (..., D) -> (..., D): fp8_linear to a and b side by side (X = 2 F), then of silu(a) * b, which
+    is written in float8 only. Saves x, a and b and the weights; the gradient of a and b is written in both forms."""
+    assert weight_XD.shape == (2 * weight_DF.shape[1], x.shape[-1]), (weight_XD.shape, weight_DF.shape, x.shape)
+    assert weight_DF.shape[0] == x.shape[-1] and not any(size % MULTIPLE for size in weight_DF.shape), weight_DF.shape
+    if dispatch.takes_triton("fp8_linear", x.plain if isinstance(x, InFloat8) else x):
         from mdit.kernels.fp8_linear import triton_impl
 
-        return triton_impl.fp8_swiglu_linear(ab, weight_DF, bias_D)
-    return reference.fp8_swiglu_linear(ab, weight_DF, bias_D)
+        return triton_impl.fp8_swiglu(x, weight_XD, bias_X, weight_DF, bias_D)
+    return reference.fp8_swiglu(x, weight_XD, bias_X, weight_DF, bias_D)
 
 
-def fp8_bmm(x_EMK: Tensor, w_EKO: Tensor) -> Tensor:
-    """E products -> (E, M, O), of weights that stand the other way round: scales of w by output channel o, in the
-    input's gradient by k. Saves x and w."""
-    assert x_EMK.shape[::2] == w_EKO.shape[:2] and not any(size % MULTIPLE for size in w_EKO.shape[1:]), w_EKO.shape
-    if dispatch.takes_triton("fp8_linear", x_EMK):
+def fp8_experts(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, routing: Routing) -> Tensor:
+    """An expert layer behind its router (mdit.kernels.expert_choice), (N, T, D) -> (N, T, D), both products in float8.
+
+    Rows are quantised as they are gathered, gelu(h) and the hidden layer's gradient as they are computed. Weights stand
+    the other way round than in fp8_linear: their scales are by output channel, and by input channel in backward. Saves
+    its inputs and h; x is gathered once more in backward.
+    """
+    experts, (_, dim, width) = routing.weights_NEK.shape[1], w1_EDF.shape
+    assert x_NTD.shape[2] == dim and w2_EFD.shape == (experts, width, dim), (x_NTD.shape, w1_EDF.shape, w2_EFD.shape)
+    assert x_NTD.shape[:2] == routing.slots_NTE.shape[:2] and len(w1_EDF) == experts, (x_NTD.shape, w1_EDF.shape)
+    assert not any(size % MULTIPLE for size in (dim, width)), w1_EDF.shape
+    if dispatch.takes_triton("fp8_linear", x_NTD):
         from mdit.kernels.fp8_linear import triton_impl
 
-        return triton_impl.fp8_bmm(x_EMK, w_EKO)
-    return reference.fp8_bmm(x_EMK, w_EKO)
-
-
-def fp8_gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
-    """fp8_bmm of gelu(h), each row times its router weight (mdit.kernels.expert_choice.gelu_bmm). Saves its inputs."""
-    (n, experts, k), (_, m, _) = weights_NEK.shape, h_EMF.shape
-    assert experts == len(h_EMF) == len(w2_EFD) and m == n * k, (h_EMF.shape, w2_EFD.shape, weights_NEK.shape)
-    assert not any(size % MULTIPLE for size in w2_EFD.shape[1:]), w2_EFD.shape
-    if dispatch.takes_triton("fp8_linear", h_EMF):
-        from mdit.kernels.fp8_linear import triton_impl
-
-        return triton_impl.fp8_gelu_bmm(h_EMF, w2_EFD, weights_NEK)
-    return reference.fp8_gelu_bmm(h_EMF, w2_EFD, weights_NEK)
+        return triton_impl.fp8_experts(x_NTD, w1_EDF, w2_EFD, routing)
+    return reference.fp8_experts(x_NTD, w1_EDF, w2_EFD, routing)

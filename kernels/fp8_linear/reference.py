@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mdit.kernels import patch_mixing
+from mdit.kernels import expert_choice, patch_mixing
+from mdit.kernels.expert_choice import Routing
 from mdit.kernels.swiglu.reference import gated
 
 MANTISSA, EXPONENT = 0.875, 9  # 448 = 0.875 * 2 ** 9 is the largest number of float8_e4m3fn
@@ -92,14 +93,14 @@ def fp8_linear(x: Tensor | InFloat8, weight_OK: Tensor, bias_O: Tensor | None = 
     return out_MO.view(*shape[:-1], -1)
 
 
-def fp8_swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    return fp8_linear(gated(ab), weight_DF, bias_D)
+def fp8_swiglu(
+    x: Tensor | InFloat8, weight_XD: Tensor, bias_X: Tensor | None, weight_DF: Tensor, bias_D: Tensor | None = None
+) -> Tensor:
+    return fp8_linear(gated(fp8_linear(x, weight_XD, bias_X)), weight_DF, bias_D)
 
 
-def fp8_bmm(x_EMK: Tensor, w_EKO: Tensor) -> Tensor:
-    return _Product.apply(x_EMK, w_EKO.transpose(1, 2))
-
-
-def fp8_gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
-    weights_EM1 = weights_NEK.transpose(0, 1).reshape(len(h_EMF), -1, 1)
-    return fp8_bmm(F.gelu(h_EMF) * weights_EM1.to(h_EMF.dtype), w2_EFD)
+def fp8_experts(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, routing: Routing) -> Tensor:
+    hidden_EMF = _Product.apply(expert_choice.gather_tokens(x_NTD, routing), w1_EDF.transpose(1, 2))
+    weights_EM1 = routing.weights_NEK.transpose(0, 1).reshape(len(w1_EDF), -1, 1)
+    active_EMF = F.gelu(hidden_EMF) * weights_EM1.to(hidden_EMF.dtype)
+    return expert_choice.scatter_tokens(_Product.apply(active_EMF, w2_EFD.transpose(1, 2)), routing)

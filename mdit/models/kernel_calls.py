@@ -201,12 +201,10 @@ def _fp8_of_block(
     if isinstance(mlp, ExpertChoice):
         (num_experts, dim, width), k = mlp.w1.shape, mlp.tokens_per_expert(tokens)
         if _in_float8(dim, width):
-            yield FP8_BMM, {"E": num_experts, "M": n * k, "IN": dim, "OUT": width}
-            yield FP8_GELU_BMM, {"N": n, "E": num_experts, "K": k, "IN": width, "OUT": dim}
+            yield FP8_EXPERTS, {"N": n, "T": tokens, "E": num_experts, "K": k, "D": dim, "F": width}
     elif _in_float8(mlp.w3.in_features, mlp.w3.out_features):
         yield NORM_FP8, norm3
-        yield FP8_LINEAR, {"M": rows, "IN": mlp.w1.in_features, "OUT": 2 * mlp.w1.out_features}
-        yield FP8_SWIGLU, {"M": rows, "IN": mlp.w3.in_features, "OUT": mlp.w3.out_features}
+        yield FP8_SWIGLU, {"M": rows, "D": mlp.w3.out_features, "F": mlp.w3.in_features}
     for m, layer, norm in linear:
         if _in_float8(layer.in_features, layer.out_features):
             if norm is not None:
@@ -344,19 +342,23 @@ def _fp8_linear(make: Callable[..., Tensor], M: int, IN: int, OUT: int) -> Work:
     return Work(fp8_linear.fp8_linear, inputs, read, M * OUT, saved=read, flops=2 * M * IN * OUT)
 
 
-def _fp8_swiglu_linear(make: Callable[..., Tensor], M: int, IN: int, OUT: int) -> Work:
-    plain = _swiglu_linear(make, 1, M, IN, OUT)
-    return replace(plain, function=fp8_linear.fp8_swiglu_linear)
+def _fp8_swiglu(make: Callable[..., Tensor], M: int, D: int, F: int) -> Work:
+    def function(x, weight_XD, weight_DF):
+        return fp8_linear.fp8_swiglu(x, weight_XD, None, weight_DF)
+
+    read = M * D + 3 * D * F
+    inputs = [make(M, D), make(2 * F, D), make(D, F)]
+    return Work(function, inputs, read, M * D, saved=read + 2 * M * F, flops=6 * M * D * F)
 
 
-def _fp8_bmm(make: Callable[..., Tensor], E: int, M: int, IN: int, OUT: int) -> Work:
-    read, inputs = E * (M * IN + IN * OUT), [make(E, M, IN), make(E, IN, OUT)]
-    return Work(fp8_linear.fp8_bmm, inputs, read, E * M * OUT, saved=read, flops=2 * E * M * IN * OUT)
+def _fp8_experts(make: Callable[..., Tensor], N: int, T: int, E: int, K: int, D: int, F: int) -> Work:
+    def function(x_NTD, w1_EDF, w2_EFD, weights_NEK, tokens_NEK, slots_NTE):
+        return fp8_linear.fp8_experts(x_NTD, w1_EDF, w2_EFD, Routing(weights_NEK, tokens_NEK, slots_NTE))
 
-
-def _fp8_gelu_bmm(make: Callable[..., Tensor], N: int, E: int, K: int, IN: int, OUT: int) -> Work:
-    plain = _gelu_bmm(make, N, K, E, K, OUT, IN)  # of T tokens only the K chosen ones matter
-    return replace(plain, function=fp8_linear.fp8_gelu_bmm)
+    out, read = N * T * D, N * T * D + 2 * E * D * F
+    inputs = [make(N, T, D), make(E, D, F), make(E, F, D), *_routing(make, N, T, E, K)]
+    fixed, hidden = _bytes_of("weights_NEK", "tokens_NEK", "slots_NTE", N=N, T=T, E=E, K=K), N * E * K * F
+    return Work(function, inputs, read, out, saved=read + hidden, fixed_bytes=fixed, flops=4 * N * E * K * D * F)
 
 
 NORM = "patch_mixing.add_norm_modulate"
@@ -365,8 +367,8 @@ SELF_ATTENTION = "masked_attention.self_attention"
 CROSS_ATTENTION = "masked_attention.cross_attention"
 SWIGLU = "swiglu.swiglu_linear"
 EXPERT_LAYER = "expert_choice"
-FP8_LINEAR, FP8_SWIGLU = "fp8_linear.fp8_linear", "fp8_linear.fp8_swiglu_linear"
-FP8_BMM, FP8_GELU_BMM = "fp8_linear.fp8_bmm", "fp8_linear.fp8_gelu_bmm"
+FP8_LINEAR, FP8_SWIGLU = "fp8_linear.fp8_linear", "fp8_linear.fp8_swiglu"
+FP8_EXPERTS = "fp8_linear.fp8_experts"
 
 WORK: dict[str, Callable[..., Work]] = {
     NORM: _add_norm_modulate,
@@ -380,7 +382,6 @@ WORK: dict[str, Callable[..., Work]] = {
     "expert_choice.gelu_bmm": _gelu_bmm,
     "expert_choice.scatter_tokens": _scatter_tokens,
     FP8_LINEAR: _fp8_linear,
-    FP8_SWIGLU: _fp8_swiglu_linear,
-    FP8_BMM: _fp8_bmm,
-    FP8_GELU_BMM: _fp8_gelu_bmm,
+    FP8_SWIGLU: _fp8_swiglu,
+    FP8_EXPERTS: _fp8_experts,
 }

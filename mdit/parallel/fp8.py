@@ -21,10 +21,9 @@ from mdit.kernels.fp8_linear import (
     MULTIPLE,
     InFloat8,
     fp8_add_norm_modulate,
-    fp8_bmm,
-    fp8_gelu_bmm,
+    fp8_experts,
     fp8_linear,
-    fp8_swiglu_linear,
+    fp8_swiglu,
 )
 from mdit.masking import Mask
 from mdit.models import MicroDiT
@@ -52,15 +51,13 @@ class Fp8Linear(nn.Linear):
 
 class Fp8SwiGLU(SwiGLU):
     def forward(self, x: Tensor | InFloat8) -> Tensor:
-        return fp8_swiglu_linear(fp8_linear(x, *side_by_side(self.w1, self.w2)), self.w3.weight, self.w3.bias)
+        return fp8_swiglu(x, *side_by_side(self.w1, self.w2), self.w3.weight, self.w3.bias)
 
 
 class Fp8ExpertChoice(ExpertChoice):
     def forward(self, x_NTD: Tensor) -> Tensor:
         routing = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1]))
-        hidden_EMF = fp8_bmm(expert_choice.gather_tokens(x_NTD, routing), self.w1)
-        out_EMD = fp8_gelu_bmm(hidden_EMF, self.w2, routing.weights_NEK)
-        return expert_choice.scatter_tokens(out_EMD, routing)
+        return fp8_experts(x_NTD, self.w1, self.w2, routing)
 
 
 IN_FP8 = {nn.Linear: Fp8Linear, SwiGLU: Fp8SwiGLU, ExpertChoice: Fp8ExpertChoice, StreamNorm: Fp8StreamNorm}

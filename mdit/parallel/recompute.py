@@ -28,7 +28,7 @@ ROUTING = ("aten.topk.", "mdit.expert_route.")
 DEAR = (
     *("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_dot_product_"),
     *("mdit.masked_self_attention.", "mdit.masked_cross_attention.", "mdit.swiglu_linear.", "mdit.expert_gelu_bmm."),
-    *("mdit.fp8_linear.", "mdit.fp8_swiglu_linear.", "mdit.fp8_bmm.", "mdit.fp8_gelu_bmm."),
+    *("mdit.fp8_linear.", "mdit.fp8_swiglu.", "mdit.fp8_experts."),
     # Expert parallelism's exchange, and all communication of compiled blocks.
     "_c10d_functional.",
     # Tensor parallelism's sum over ranks, which overwrites a matmul's result. As that is kept, what the second run

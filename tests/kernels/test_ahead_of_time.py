@@ -41,9 +41,8 @@ OPS = {
     "expert_choice.gelu_bmm",
     "expert_choice.scatter_tokens",
     "fp8_linear.fp8_linear",
-    "fp8_linear.fp8_swiglu_linear",
-    "fp8_linear.fp8_bmm",
-    "fp8_linear.fp8_gelu_bmm",
+    "fp8_linear.fp8_swiglu",
+    "fp8_linear.fp8_experts",
 }
 FITS = Build("kernel", 4, 2, registers=64, stack_bytes=0, spill_bytes=0, shared_bytes=227 * 1024, seconds=1.0)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mdit.kernels import dispatch, fp8_linear
+from mdit.kernels.expert_choice.reference import route
 from mdit.kernels.fp8_linear import reference
 from mdit.kernels.fp8_linear.reference import quantise
 from tests.kernels.accuracy import DEVICE, GPU, assert_same_bits_twice, gradients, poisoned_memory, rms
@@ -18,24 +19,29 @@ CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 NUMBERS = CODES[CODES.isfinite()]
 SHAPES = [(2, 5, 32, 48), (1, 33, 144, 16), (3, 7, 16, 272)]  # N, T, K, O
 
-FUNCTIONS = ("fp8_linear", "fp8_swiglu_linear", "fp8_bmm", "fp8_gelu_bmm")
+FUNCTIONS = ("fp8_linear", "fp8_swiglu", "fp8_experts")
 
 
 def inputs(name: str, n: int, t: int, k: int, o: int, experts: int = 3) -> list[Tensor]:
-    """In float64; rows of very different sizes."""
+    """In float64; rows of very different sizes. The last of fp8_experts are the router's logits."""
     draw = partial(torch.randn, dtype=torch.float64)
-    rows = 10 ** (4 * torch.rand(n, t, 1, dtype=torch.float64) - 2)
-    by_expert = rows.reshape(1, n * t, 1).expand(experts, -1, -1)
+    x = 10 ** (4 * torch.rand(n, t, 1, dtype=torch.float64) - 2) * draw(n, t, k)
     return {
-        "fp8_linear": lambda: [rows * draw(n, t, k), draw(o, k), draw(o)],
-        "fp8_swiglu_linear": lambda: [
-            torch.cat([3 * draw(n, t, k), rows * draw(n, t, k)], dim=-1),
-            draw(o, k),
-            draw(o),
-        ],
-        "fp8_bmm": lambda: [by_expert * draw(experts, n * t, k), draw(experts, k, o)],
-        "fp8_gelu_bmm": lambda: [2 * draw(experts, n * t, k), draw(experts, k, o), draw(n, experts, t).sigmoid()],
+        "fp8_linear": lambda: [x, draw(o, k), draw(o)],
+        "fp8_swiglu": lambda: [x, 0.02 * draw(2 * o, k), draw(2 * o), 0.05 * draw(k, o), draw(k)],
+        "fp8_experts": lambda: [x, draw(experts, k, o), draw(experts, o, k), draw(n, t, experts)],
     }[name]()
+
+
+def function_of(name: str, module=fp8_linear):
+    """Of the module, with the experts' routing from the logits, half of the tokens for each."""
+    if name != "fp8_experts":
+        return getattr(module, name)
+
+    def function(x, w1, w2, logits):
+        return module.fp8_experts(x, w1, w2, route(logits, -(-x.shape[1] // 2)))
+
+    return function
 
 
 def in_dtype(arguments: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -104,19 +110,20 @@ def test_reference_is_the_formula():
     close(dbias, d_out.sum((0, 1)))
 
 
-def test_batched_and_fused_forms_are_made_of_it():
-    x_EMK, w_EKO = inputs("fp8_bmm", 2, 3, 16, 32)
-    one_by_one = [gradients(reference.fp8_linear, [x, w.t().contiguous()]) for x, w in zip(x_EMK, w_EKO)]
-    out, *_ = gradients(reference.fp8_bmm, [x_EMK, w_EKO])
-    assert torch.equal(out, torch.stack([found[0] for found in one_by_one]))
-    ab, weight, bias = inputs("fp8_swiglu_linear", 2, 3, 16, 32)
-    a, b = ab.chunk(2, dim=-1)
-    u = a * torch.sigmoid(a) * b
-    torch.testing.assert_close(reference.fp8_swiglu_linear(ab, weight, bias), reference.fp8_linear(u, weight, bias))
-    h, w2, weights = inputs("fp8_gelu_bmm", 2, 3, 16, 32)
-    by_rows = torch.stack([weights[:, e].flatten() for e in range(len(h))])  # row n * K + k of expert e
-    weighted = h * torch.special.ndtr(h) * by_rows.unsqueeze(-1)
-    torch.testing.assert_close(reference.fp8_gelu_bmm(h, w2, weights), reference.fp8_bmm(weighted, w2))
+def test_networks_are_made_of_it():
+    x, weight, bias, w3, b3 = inputs("fp8_swiglu", 2, 3, 16, 32)
+    a, b = reference.fp8_linear(x, weight, bias).chunk(2, dim=-1)
+    expected = reference.fp8_linear(a * torch.sigmoid(a) * b, w3, b3)
+    torch.testing.assert_close(reference.fp8_swiglu(x, weight, bias, w3, b3), expected)
+    x, w1, w2, logits = inputs("fp8_experts", 2, 3, 16, 32)
+    weights_NTE, out = logits.softmax(-1), torch.zeros_like(x)
+    for n in range(2):
+        for e in range(3):
+            for t in weights_NTE[n, :, e].topk(2).indices:
+                h = reference.fp8_linear(x[n, t : t + 1], w1[e].t())
+                active = weights_NTE[n, t, e] * h * torch.special.ndtr(h)
+                out[n, t] += reference.fp8_linear(active, w2[e].t()).squeeze(0)
+    torch.testing.assert_close(function_of("fp8_experts", reference)(x, w1, w2, logits), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,7 +175,7 @@ def test_triton_hides_no_infinity(triton):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_triton_gives_what_the_reference_gives(triton, name, shape, dtype):
-    assert_alike(getattr(fp8_linear, name), getattr(reference, name), in_dtype(inputs(name, *shape), dtype))
+    assert_alike(function_of(name), function_of(name, reference), in_dtype(inputs(name, *shape), dtype))
 
 
 def assert_alike(ours, theirs, arguments: list[Tensor]) -> None:
@@ -181,36 +188,42 @@ def assert_alike(ours, theirs, arguments: list[Tensor]) -> None:
         assert error <= DISTANCE[f.dtype], f"tensor {i}: {error:.1e}"
 
 
-def strided(function, ab_NTX: Tensor, weight_KO: Tensor):
-    """Half of a tensor, every other token, a weight that is transposed; cotangents that are, and of stride zero."""
-    a, _ = ab_NTX.chunk(2, dim=-1)
-    gated = fp8_linear.fp8_swiglu_linear if function is fp8_linear.fp8_linear else reference.fp8_swiglu_linear
-    return function(a, weight_KO.t()).transpose(0, 1), gated(ab_NTX[:, ::2], weight_KO.t()).sum(1)
+def strided(functions, x_NTX: Tensor, weight_KO: Tensor, w1_EKO: Tensor):
+    """Half of a tensor, every other token, weights that are transposed; cotangents that are, and of stride zero."""
+    x, _ = x_NTX.chunk(2, dim=-1)
+    routing = route(x[:, ::2, :3].contiguous(), 2)
+    return (
+        functions.fp8_linear(x, weight_KO.t()).transpose(0, 1),
+        functions.fp8_swiglu(x[:, ::2], torch.cat([weight_KO, weight_KO], dim=1).t(), None, weight_KO).sum(1),
+        functions.fp8_experts(x[:, ::2], w1_EKO, w1_EKO.transpose(1, 2), routing).transpose(0, 1),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_takes_strided_inputs_and_cotangents(triton, dtype):
-    arguments = in_dtype([torch.randn(2, 6, 96, dtype=torch.float64), torch.randn(48, 32, dtype=torch.float64)], dtype)
-    assert_alike(partial(strided, fp8_linear.fp8_linear), partial(strided, reference.fp8_linear), arguments)
+    arguments = in_dtype([torch.randn(s, dtype=torch.float64) for s in ((2, 6, 96), (48, 32), (3, 48, 32))], dtype)
+    assert_alike(partial(strided, fp8_linear), partial(strided, reference), arguments)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_triton_gives_the_same_bits_twice(triton, name):
-    assert_same_bits_twice(getattr(fp8_linear, name), in_dtype(inputs(name, 2, 3, 32, 48), DTYPES[0]))
+    assert_same_bits_twice(function_of(name), in_dtype(inputs(name, 2, 3, 32, 48), DTYPES[0]))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_triton_keeps_its_inputs_and_nothing_else(triton, name):
+@pytest.mark.parametrize("name, hidden", [("fp8_linear", 0), ("fp8_swiglu", 2 * 3 * 96), ("fp8_experts", 3 * 4 * 48)])
+def test_triton_keeps_its_inputs_and_a_hidden_layer(triton, name, hidden):
     leaves = [t.requires_grad_() for t in in_dtype(inputs(name, 2, 3, 32, 48), DTYPES[0])]
-    before, kept = [t.detach().clone() for t in leaves], []
+    before, kept = [t.detach().clone() for t in leaves], {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.data_ptr())
+        kept[tensor.data_ptr()] = tensor.numel()
         return tensor
 
+    routing = [route(leaves.pop().detach(), 2)] if name == "fp8_experts" else []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = getattr(fp8_linear, name)(*leaves)
-    assert {*kept} <= {t.data_ptr() for t in leaves}
+        out = getattr(fp8_linear, name)(*leaves, *routing)
+    ours = {t.data_ptr() for t in (*leaves, *(part for parts in routing for part in parts))}
+    assert sum(numel for pointer, numel in kept.items() if pointer not in ours) == hidden
     out.sum().backward()
     assert all(torch.equal(t, b) for t, b in zip(leaves, before))  # backward works in place, in memory of its own
 
@@ -219,18 +232,43 @@ def test_triton_keeps_its_inputs_and_nothing_else(triton, name):
 def test_triton_is_a_proper_torch_op(triton, name):
     from mdit.kernels.fp8_linear import triton_impl
 
-    count = 3 if name == "fp8_gelu_bmm" else 2
-    arguments = in_dtype(inputs(name, 1, 4, 16, 32), DTYPES[0])[:count]
+    arguments = [t.requires_grad_() for t in in_dtype(inputs(name, 1, 4, 16, 32), DTYPES[0])]
+    if name == "fp8_experts":
+        arguments[3:] = route(arguments[3].detach(), 2)
+    else:
+        arguments = [*arguments[:-1], None, None]  # without the last bias; x is not known in float8
     op = getattr(triton_impl, name.removeprefix("fp8"))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op.op, [t.requires_grad_() for t in arguments], test_utils=tests)
+    torch.library.opcheck(op.op, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("name, operand", [("fp8_swiglu", "gated_gradient"), ("fp8_experts", "gelu_gradient")])
+def test_triton_quantises_a_hidden_gradient_as_it_was_written(triton, monkeypatch, name, operand):
+    """The very bits of a pass of its own: both forms are taken from the kernel, as they are multiplied."""
+    from mdit.kernels.fp8_linear import triton_impl
+
+    seen, launch = [], triton_impl.launch
+
+    def watching(kernel, grid, *arguments, **constants):
+        launch(kernel, grid, *arguments, **constants)
+        if kernel.__name__ == f"_{operand}":
+            plain = arguments[2] if name == "fp8_swiglu" else arguments[1]
+            values, scale = (arguments[i] for i in ((3, 4) if name == "fp8_swiglu" else (5, 6)))
+            seen.append((plain.clone(), values, scale))
+
+    monkeypatch.setattr(triton_impl, "launch", watching)
+    gradients(function_of(name), in_dtype(inputs(name, 2, 5, 32, 48), DTYPES[0]))
+    ((plain, values, scale),) = seen
+    expected = quantise(plain)
+    assert torch.equal(scale, expected.scale) and torch.equal(values.float(), expected.values.float())
+    assert plain.abs().amax() > 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("shape", [(4, 77, 1024, 2048), (16, 64, 768, 2304)], ids=str)
 def test_triton_at_the_models_shapes_on_a_gpu(triton, name, shape):
-    assert_alike(getattr(fp8_linear, name), getattr(reference, name), in_dtype(inputs(name, *shape), torch.bfloat16))
+    assert_alike(function_of(name), function_of(name, reference), in_dtype(inputs(name, *shape), torch.bfloat16))
 
 
 def test_misuse_is_an_assertion():
@@ -238,9 +276,8 @@ def test_misuse_is_an_assertion():
     for call in (
         lambda: fp8_linear.fp8_linear(x, weight.t()),
         lambda: fp8_linear.fp8_linear(x[:, :24], weight[:, :24]),
-        lambda: fp8_linear.fp8_swiglu_linear(x, weight),
-        lambda: fp8_linear.fp8_bmm(x.expand(2, -1, -1), weight.expand(2, -1, -1)),
-        lambda: fp8_linear.fp8_gelu_bmm(x.expand(2, -1, -1), weight.t().expand(2, -1, -1), torch.ones(1, 2, 4)),
+        lambda: fp8_linear.fp8_swiglu(x, weight, None, weight.t()),
+        lambda: fp8_linear.fp8_experts(x.unsqueeze(0), *[weight.expand(2, -1, -1)] * 2, route(torch.ones(1, 3, 2), 1)),
     ):
         with pytest.raises(AssertionError):
             call()

@@ -35,7 +35,7 @@ KERNELS = {
     "fp8_linear": (
         fp8_kernels,
         fp8_linear.reference,
-        ["fp8_add_norm_modulate", "fp8_linear", "fp8_swiglu_linear", "fp8_bmm", "fp8_gelu_bmm"],
+        ["fp8_add_norm_modulate", "fp8_linear", "fp8_swiglu", "fp8_experts"],
     ),
 }
 
@@ -344,8 +344,11 @@ FAULTS = [
     ),
     ("fp8_linear.fp8_add_norm_modulate: scale twice as large", float8(lambda h: h._replace(scale=2 * h.scale))),
     ("fp8_linear.fp8_add_norm_modulate: last row", float8(lambda h: h._replace(scale=without_row(h.scale)))),
-    ("fp8_linear.fp8_gelu_bmm: weights dropped", given(lambda h, w, weights: (h, w, 1 + 0 * weights))),
-    ("fp8_linear.fp8_gelu_bmm: no gradient of the weights", hooked(missing, 2)),
+    ("fp8_linear.fp8_swiglu: no gradient of w3", hooked(missing, 3)),
+    ("fp8_linear.fp8_experts: weights dropped", given(
+        lambda x, w1, w2, routing: (x, w1, w2, routing._replace(weights_NEK=1 + 0 * routing.weights_NEK))
+    )),
+    ("fp8_linear.fp8_experts: no gradient of w2", hooked(missing, 2)),
 ]
 
 
