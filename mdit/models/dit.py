@@ -167,19 +167,25 @@ class MicroDiT(nn.Module):
         condition = self.t_embedder(c_noise_N) + self.pooled_y_emb_process(y.mean(dim=1))
 
         if self.patch_mixer:
-            stream, y_mixer = Stream(self.patch_mixer_map_xin(x)), self.patch_mixer_map_y(y)
+            y_mixer = self.caption_for(self.patch_mixer, self.patch_mixer_map_y(y))
+            stream = Stream(self.patch_mixer_map_xin(x))
             for block in self.patch_mixer:
                 stream = block(stream, y_mixer, condition)
             stream = self.patch_mixer_map_xout(stream, mask)
         else:
             stream = Stream(x).kept(mask)
 
+        y = self.caption_for(self.blocks, y)
         for block in self.blocks:
             stream = block(stream, y, condition)
         x = self.final_layer(stream, condition)
         if mask is not None:
             x = restore_tokens(x, mask)
         return self.unpatchify(x)
+
+    def caption_for(self, blocks: nn.ModuleList, y_NLD: Tensor) -> Tensor:
+        """The form in which these blocks, all alike in this, read the caption."""
+        return y_NLD
 
     def unpatchify(self, x_NTP: Tensor) -> Tensor:
         """(N, T, p * p * C) -> (N, C, H, W)"""

@@ -6,7 +6,7 @@ embedders, the caption's block and the final layer, a few per cent of the FLOPs 
 is not a multiple of 16 stays in the computing dtype.
 
 The norm in front of such a layer writes its result in float8 as well, where it would have to be read again to be
-quantised. Only the class of a layer changes: parameters, their names and what hooks are on it stay.
+quantised, and the caption is quantised once for all blocks. Only the class of a layer changes: parameters, their names and what hooks are on it stay.
 """
 
 import sys
@@ -24,6 +24,7 @@ from mdit.kernels.fp8_linear import (
     fp8_experts,
     fp8_linear,
     fp8_swiglu,
+    quantise,
 )
 from mdit.masking import Mask
 from mdit.models import MicroDiT
@@ -60,7 +61,20 @@ class Fp8ExpertChoice(ExpertChoice):
         return fp8_experts(x_NTD, self.w1, self.w2, routing)
 
 
-IN_FP8 = {nn.Linear: Fp8Linear, SwiGLU: Fp8SwiGLU, ExpertChoice: Fp8ExpertChoice, StreamNorm: Fp8StreamNorm}
+class Fp8MicroDiT(MicroDiT):
+    def caption_for(self, blocks: nn.ModuleList, y_NLD: Tensor) -> Tensor | InFloat8:
+        """Quantised once for the keys and values of all blocks."""
+        in_float8 = all(isinstance(block.cross_attn.kv_linear, Fp8Linear) for block in blocks)
+        return quantise(y_NLD) if in_float8 else y_NLD
+
+
+IN_FP8 = {
+    nn.Linear: Fp8Linear,
+    SwiGLU: Fp8SwiGLU,
+    ExpertChoice: Fp8ExpertChoice,
+    StreamNorm: Fp8StreamNorm,
+    MicroDiT: Fp8MicroDiT,
+}
 AS_WRITTEN = {ours: theirs for theirs, ours in IN_FP8.items()}
 
 
@@ -68,7 +82,7 @@ def use_fp8(model: MicroDiT, on: bool = True) -> None:
     """Switch the blocks' matmuls to float8 or back, in place. All compiled code is dropped and made again when it next
     runs: whether Dynamo's guards see another class depends on the version of torch."""
     changed = False
-    for layer in (*matmuls(model), *norms(model)):
+    for layer in (model, *matmuls(model), *norms(model)):
         wanted = (IN_FP8 if on else AS_WRITTEN).get(type(layer), type(layer))
         changed |= wanted is not type(layer)
         layer.__class__ = wanted

@@ -65,6 +65,7 @@ class Calls(Counter):
         self.patch = pytest.MonkeyPatch()
         for name in PUBLIC:
             self.patch.setattr(fp8, name, functools.partial(self._count, getattr(fp8_linear, name), name))
+        self.patch.setattr(fp8, "quantise", lambda x: self.update(["captions"]) or fp8_linear.quantise(x))
         norm = functools.partial(self._count_norm, fp8_linear.fp8_add_norm_modulate)
         self.patch.setattr(fp8, "fp8_add_norm_modulate", norm)
         return self
@@ -92,7 +93,7 @@ def test_what_runs_in_float8_are_the_calls_that_are_planned(changes):
     use_fp8(model)
     with Calls() as seen:
         forward(model)
-    planned, given = Counter(), seen.pop("given")
+    planned, given, captions = Counter(), seen.pop("given"), seen.pop("captions")
     for call in fp8_calls(model.config, 3, 0.75):
         name = call.op.removeprefix("fp8_linear.")
         if call.op == "fp8_linear.fp8_add_norm_modulate":
@@ -101,7 +102,11 @@ def test_what_runs_in_float8_are_the_calls_that_are_planned(changes):
             continue
         planned[name, tuple(call.inputs("meta", torch.float32)[1].shape)] += call.count
     assert +seen == planned
-    assert given == sum(count for (name, *_), count in seen.items() if name == "norm")
+    norms = sum(count for (name, *_), count in seen.items() if name == "norm")
+    parts = [model.patch_mixer, model.blocks]
+    read = [block.cross_attn.kv_linear for part in parts for block in part]
+    assert given == norms + sum(isinstance(linear, fp8.Fp8Linear) for linear in read)
+    assert captions == sum(isinstance(part[0].cross_attn.kv_linear, fp8.Fp8Linear) for part in parts if part)
     if changes.get("mixer_dim") == 24:
         assert not any(24 in shape for _, shape, *_ in seen)
 
