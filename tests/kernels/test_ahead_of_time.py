@@ -17,7 +17,11 @@ import pytest
 import torch
 
 from mdit import cli
-from mdit.kernels.launch import launch, recorded
+from mdit.diffusion.edm import draw, edm_losses
+from mdit.kernels import dispatch
+from mdit.kernels.launch import Launch, launch, recorded
+from mdit.models import MicroDiT, presets
+from tests.recipes import tiny_config
 
 pytest.importorskip("triton")
 
@@ -27,6 +31,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from mdit.kernels import ahead_of_time  # noqa: E402
 from mdit.kernels.ahead_of_time import Build, build, faults, source  # noqa: E402
 from tools import build_kernels  # noqa: E402
+from tools.bench_kernels import TINY  # noqa: E402
+from tools.build_kernels import launches  # noqa: E402
 from tools.first_contact import move_cache  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +158,30 @@ def test_widths_that_grow_are_represented():
     assert widths == [512, 768, 1024]
     kinds = {(c.op, c.where, *(c.shape.get(name) for name in ("y", "gate", "modulated", "K"))) for c in calls}
     assert kinds == {(c.op, c.where, *(c.shape.get(name) for name in ("y", "gate", "modulated", "K"))) for c in chosen}
+
+
+def kind(found: Launch) -> tuple:
+    """What Triton tells kernels apart by: of numbers whether they are 1 or multiples of 16."""
+    numbers = [(a == 1, a % 16 == 0) if isinstance(a, int) else a for a in found.arguments]
+    arguments = [a.dtype if isinstance(a, torch.Tensor) else a for a in numbers]
+    return (found.kernel.fn.__name__, *arguments, *sorted(found.constants.items()), found.num_warps, found.num_stages)
+
+
+@pytest.mark.parametrize("mask_ratio", [0.5, 0.0])
+def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio):
+    config = tiny_config(model=presets.tiny_2(8, **TINY).model_dump(), training={"mask_ratio": mask_ratio})
+    model = MicroDiT(config.model).bfloat16()
+    captions_NLC = torch.randn(4, config.model.caption_length, config.model.caption_channels)
+    drawn = draw(config, 0, slice(0, 4))
+
+    def net(*inputs, mask):
+        return model(*(t.bfloat16() for t in inputs), mask=mask)
+
+    with recorded() as run, dispatch.using(*dispatch.OPS, off_gpu=True):
+        edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, drawn, config.noise.sigma_data).mean().backward()
+    calls = build_kernels.chosen_calls([(config.model, 4, mask_ratio)], every_width=True, fp8=False)
+    ours = [found for call in calls for read in (True, False) for _, found in launches(call, torch.bfloat16, read)]
+    assert len(run) > 50 and {*map(kind, run)} <= {*map(kind, ours)}
 
 
 CALL = """
