@@ -59,8 +59,10 @@ def identify() -> World:
     """Read rank and world size from what the launcher left in the environment; touches no network.
 
     Known are LAUNCHERS, srun (where this process is a step's task, not the shell of a job), and nothing at all, which
-    is one process. Raises UserError for values that cannot be, and for the variables of other launchers.
+    is one process. Raises UserError for values that cannot be, and for the variables of other launchers. Settles how
+    this process computes too, as whatever computes begins here.
     """
+    settle_numerics()
     env = os.environ
     device = torch.device("cpu")
     rank, size, local_rank = _place()
@@ -108,6 +110,17 @@ def number(name: str, default: int | None, most: int, least: int = 0) -> int:
     if value is None or not re.fullmatch(r"[0-9]{1,10}", value) or not least <= int(value) <= most:
         raise UserError(f"{name} = {value!r}: expected a whole number from {least} to {most}")
     return int(value)
+
+
+def settle_numerics() -> None:
+    """Let cuBLAS add up in float32 what it splits, and in fixed workspaces, so that a sum is the same each time.
+
+    By default it may round partial sums to the operands' dtype, as of a weight's gradient over 65,536 rows. The
+    variable is read when cuBLAS is first used in a process: set it before CUDA is asked for anything.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the size that PyTorch gives it on an H100 anyway
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def work_on(device: torch.device) -> None:

@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdit import cli
 from mdit.config import ModelConfig, UserError
-from mdit.dist import cores
+from mdit.dist import cores, settle_numerics
 from mdit.kernels import comparison, dispatch, expert_choice, patch_mixing, swiglu
 from mdit.models import presets
 from mdit.models.kernel_calls import EPS, EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
@@ -113,6 +113,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    settle_numerics()
     gpu = torch.cuda.is_available()
     if not gpu and not args.tiny:
         print("no GPU here: tiny shapes on the CPU, without what only a GPU can tell")

@@ -10,7 +10,6 @@ and weights stay the same to the bit, if equal inputs give equal bits: `start` a
 Shapes: N batch, T image tokens, L caption tokens, D width, A width over all ranks, P = A / ranks this rank's part.
 """
 
-import os
 import warnings
 
 import torch
@@ -56,10 +55,9 @@ def start(tp: int) -> tuple[ProcessGroup, DeepSpeedMPU]:
     """Groups of `tp` neighbouring ranks -> this rank's, and DeepSpeed's mpu. A collective, once in a process.
 
     On a GPU atomics add in another order on every rank (PyTorch's gradients of indexing, for example), and what is
-    replicated would drift apart. So torch is asked for its deterministic algorithms.
+    replicated would drift apart. So torch is asked for its deterministic algorithms; cuBLAS has been (mdit.dist).
     """
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch warns that cuBLAS wants to be told as well
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory, for programs that read it
     return parallel_state.get_tensor_model_parallel_group(), DeepSpeedMPU()

@@ -29,7 +29,8 @@ from mdit.dist import (
 )
 from mdit.documents import explain
 from mdit.meeting import processes_here
-from tests.training import run_in_processes
+from tests.processes import run_forked
+from tests.training import REPOSITORY, run_in_processes
 
 CPU = torch.device("cpu")
 
@@ -79,6 +80,45 @@ def test_each_process_of_a_node_gets_its_own_gpu(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert identify().device == torch.device("cuda", 1)
+
+
+def numerics() -> tuple[str | None, bool, bool]:
+    matmul = torch.backends.cuda.matmul
+    reduced = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    return os.environ.get("CUBLAS_WORKSPACE_CONFIG"), *reduced
+
+
+def look_when_cuda_is_asked() -> None:
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    seen = []
+    for name in ("is_available", "device_count", "set_device"):
+        setattr(torch.cuda, name, lambda *args: seen.append(numerics()) or 1)
+    work_on(identify().device)
+    assert len(seen) >= 3 and {*seen} == {(":4096:8", False, False)}, seen
+
+
+def test_sums_are_settled_before_cuda_is_asked_for_anything():
+    ended = run_forked(look_when_cuda_is_asked)
+    assert ended.returncode == 0, ended.output
+
+
+def test_sums_are_settled_in_a_runs_process_and_a_workspace_of_ones_own_is_kept(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert run_in_processes(in_a_run, 1) == [(":16:8", False, False)]
+
+
+def in_a_run(world):
+    return numerics()
+
+
+def test_every_command_that_computes_on_a_gpu_settles_them():
+    """`identify` does. One measures both ways; one moves bytes and one starts others, without a sum of their own."""
+    commands = [*REPOSITORY.glob("launchers/*.py"), *REPOSITORY.glob("tools/*.py")]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in commands}
+    computing = {name for name, source in sources.items() if "torch.cuda." in source or "identify" in source}
+    assert computing > {"train.py", "sample.py", "evaluate.py", "precompute.py", "bench_train.py", "bench_kernels.py"}
+    settled = {name for name, source in sources.items() if re.search(r"\b(identify|settle_numerics)\(\)", source)}
+    assert computing - settled <= {"bench_reductions.py", "bench_loader.py", "first_contact.py"}
 
 
 def test_a_task_that_sees_one_gpu_only_takes_it(environment, monkeypatch):
