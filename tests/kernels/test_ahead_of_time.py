@@ -21,6 +21,7 @@ from mdit.diffusion.edm import draw, edm_losses
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, launch, recorded
 from mdit.models import MicroDiT, presets
+from mdit.parallel.fp8 import use_fp8
 from tests.recipes import tiny_config
 
 pytest.importorskip("triton")
@@ -167,10 +168,11 @@ def kind(found: Launch) -> tuple:
     return (found.kernel.fn.__name__, *arguments, *sorted(found.constants.items()), found.num_warps, found.num_stages)
 
 
-@pytest.mark.parametrize("mask_ratio", [0.5, 0.0])
-def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio):
+@pytest.mark.parametrize("mask_ratio, fp8", [(0.5, False), (0.0, True)])
+def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio, fp8):
     config = tiny_config(model=presets.tiny_2(8, **TINY).model_dump(), training={"mask_ratio": mask_ratio})
     model = MicroDiT(config.model).bfloat16()
+    use_fp8(model, fp8)
     captions_NLC = torch.randn(4, config.model.caption_length, config.model.caption_channels)
     drawn = draw(config, 0, slice(0, 4))
 
@@ -179,7 +181,7 @@ def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio):
 
     with recorded() as run, dispatch.using(*dispatch.OPS, off_gpu=True):
         edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, drawn, config.noise.sigma_data).mean().backward()
-    calls = build_kernels.chosen_calls([(config.model, 4, mask_ratio)], every_width=True, fp8=False)
+    calls = build_kernels.chosen_calls([(config.model, 4, mask_ratio)], every_width=True, fp8=fp8)
     ours = [found for call in calls for read in (True, False) for _, found in launches(call, torch.bfloat16, read)]
     assert len(run) > 50 and {*map(kind, run)} <= {*map(kind, ours)}
 
