@@ -4,8 +4,9 @@
     python tools/bench_reductions.py --recipe configs/res_512_pretrain.toml --micro_batch 64
 
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction lets cuBLAS add the parts of a product that it splits
-along its rows (16,384 to 65,536 for a weight) in bfloat16. Each matmul is timed both ways, with its error against
-float32. OUT/reductions.json holds the rows. On a CPU, or with --tiny, tiny shapes show that this works.
+along its rows (16,384 to 65,536 for a weight) in bfloat16; training does not (mdit/dist.py). Each matmul is timed both
+ways, with its error against float32. OUT/reductions.json holds the rows. On a CPU, or with --tiny, tiny shapes show that
+this works.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from mdit import cli
 from mdit.bench.roofline import Product, products
 from mdit.bench.stages import CONFIGS, tiny_form
 from mdit.config import load_config
+from mdit.dist import settle_numerics
 from mdit.files import try_to_write, write_json
 from tools.bench_kernels import Bench, environment, milliseconds, relative_error
 
@@ -29,6 +31,7 @@ WAYS = ("reduced", "exact")  # sums
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    settle_numerics()  # as training does, all but what is compared
     gpu = torch.cuda.is_available()
     config = load_config(args.recipe)
     if args.tiny or not gpu:
