@@ -5,8 +5,8 @@
 
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction lets cuBLAS add the parts of a product that it splits
 along its rows (16,384 to 65,536 for a weight) in bfloat16; training does not (mdit/dist.py). Each matmul is timed both
-ways, with its error against float32. OUT/reductions.json holds the rows. On a CPU, or with --tiny, tiny shapes show that
-this works.
+ways, with its error against float32. OUT/reductions.json holds the rows. On a CPU, or with --tiny, tiny shapes show
+that this works.
 """
 
 import argparse
