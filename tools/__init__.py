@@ -1,0 +1,1 @@
+"""Commands beside training, each a script: benchmarks, plans, conversions, checks."""
