@@ -173,7 +173,7 @@ class Contact:
 
     def run(self) -> int:
         """Exit code: 0 where every part that was asked for is done."""
-        if not self.out.exists() and (earlier := self.kit / "earlier.tar.gz").exists():
+        if not self.state_file.exists() and (earlier := self.kit / "earlier.tar.gz").exists():
             unpack(earlier, self.out)
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         self.unpack_kit()
