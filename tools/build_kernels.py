@@ -161,7 +161,7 @@ def fill_cache(args: argparse.Namespace) -> int:
         taken = [(size, recipe.training.mask_ratio) for size in (AUTO_TOKENS // kept, *args.micro_batch)]
         shapes += [(recipe.model, *size_and_mask) for size_and_mask in (*taken, EVALUATED)]
     calls = chosen_calls(shapes, every_width=True, fp8=args.capability >= FP8_CAPABILITY)
-    found = [launch for call in calls for read in (True, False) for _, launch in launches(call, dtype, read)]
+    found = [launch for call in calls for _, launch in launches(call, dtype, partly_read=True)]
     for head_dim in sorted({config.head_dim for config, *_ in shapes}):
         found += launches_of_check(head_dim, dtype)
     sources = dict.fromkeys(ahead_of_time.source(launch, args.capability) for launch in found)
@@ -243,18 +243,19 @@ def representative(calls: list[KernelCall]) -> list[KernelCall]:
     return chosen
 
 
-def launches(call: KernelCall, dtype: torch.dtype, first_read: bool = True) -> Iterator[tuple[str, Launch]]:
-    """What a call would launch, forward and backward; nothing runs. Without `first_read` nobody reads the first of
-    several outputs, as behind the last block: it has no gradient."""
+def launches(call: KernelCall, dtype: torch.dtype, *, partly_read: bool = False) -> Iterator[tuple[str, Launch]]:
+    """What a call would launch, forward and backward; nothing runs. With `partly_read` also the backward pass where
+    nobody reads the first of several outputs, as behind the last block: it has no gradient."""
     inputs = call.inputs("cpu", dtype, torch.empty)
     leaves = [t.detach().requires_grad_(t.is_floating_point()) if t is not None else None for t in inputs]
     with recorded() as found, dispatch.using(call.op.split(".")[0], off_gpu=True), without_matmuls():
         outputs = call.function(*leaves)
         forward = len(found)
         outputs = [o for o in ([outputs] if isinstance(outputs, Tensor) else outputs) if o.requires_grad]
-        outputs = outputs if first_read else outputs[1:] or outputs
         wanted = [t for t in leaves if t is not None and t.requires_grad]
-        torch.autograd.grad(outputs, wanted, [torch.empty_like(o) for o in outputs], allow_unused=True)
+        for read in [outputs, outputs[1:]] if partly_read and len(outputs) > 1 else [outputs]:
+            cotangents = [torch.empty_like(o) for o in read]
+            torch.autograd.grad(read, wanted, cotangents, allow_unused=True, retain_graph=True)
     for i, launch in enumerate(found):
         yield ("forward" if i < forward else "backward"), launch
 

@@ -182,7 +182,7 @@ def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio, fp8):
     with recorded() as run, dispatch.using(*dispatch.OPS, off_gpu=True):
         edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, drawn, config.noise.sigma_data).mean().backward()
     calls = build_kernels.chosen_calls([(config.model, 4, mask_ratio)], every_width=True, fp8=fp8)
-    ours = [found for call in calls for read in (True, False) for _, found in launches(call, torch.bfloat16, read)]
+    ours = [found for call in calls for _, found in launches(call, torch.bfloat16, partly_read=True)]
     assert len(run) > 50 and {*map(kind, run)} <= {*map(kind, ours)}
 
 
