@@ -23,7 +23,6 @@ from mdit.parallel.machines import (
     ARGUMENT,
     ATTENTION_SHARE,
     FP8_RATE,
-    GATHER_HOOK,
     HOOK_OF_A_PARAMETER,
     KERNEL_START,
     L2_SHARE,
@@ -57,12 +56,11 @@ PASSES = {
 }
 # Operations of PyTorch, views and allocations included, in a micro-batch without kernels: counted on a CPU.
 OPERATIONS_OF_A_BLOCK, OPERATIONS_BESIDE = 250, 400
-# Bytes a parameter and micro-batch in bfloat16, by stage. 1: cast, then added to float32 sums; from the second one on
-# cleared first and added up by autograd. 2 and 3: copied to a bucket, averaged, flattened.
-GRADIENT_TRAFFIC = {1: 18, 2: 12, 3: 12}
-LATER_TRAFFIC = {1: 8, 2: 0, 3: 0}
-# Bytes a parameter and step. Stage 1: sums cast, scaled, cast back, copied, their norm, clipped, cleared; by every GPU.
-WHOLE_STEP_TRAFFIC = {1: 40, 2: 0, 3: 0}
+# Bytes a parameter and micro-batch in bfloat16, by stage. 1: added to float32 sums as they are (mdit/train/zero_step.py).
+# 2 and 3: copied to a bucket, averaged, flattened. One kernel a parameter.
+GRADIENT_TRAFFIC = {1: 10, 2: 12, 3: 12}
+# Bytes a parameter and step under ZeRO-1, by every GPU: sums cleared; of several ranks cast, scaled, cast back, copied.
+CLEARED, SENT = 4, 24
 # Bytes of each number of a partition: norm and clipping 12, AdamW 28 (four tensors read, three written), cast 6.
 OPTIMIZER_TRAFFIC, EMA_TRAFFIC = 46, 12
 # Of an optimizer in host memory, bytes of each number. On the GPU: the norm in float64. Between both: the gradient in
@@ -94,9 +92,9 @@ def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[st
     bytes_per_second, m = machine.memory * MEMORY_SHARE, layout.accumulation
     groups = count_weights(config.model).groups(layout)
     numbers, part = sum(count for count, _, _ in groups), sum(count / ranks for count, ranks, _ in groups)
-    gradients = GRADIENT_TRAFFIC[layout.stage] * m + LATER_TRAFFIC[layout.stage] * (m - 1)
-    gradients *= numbers / bytes_per_second
-    optimizer = WHOLE_STEP_TRAFFIC[layout.stage] * numbers
+    weights = sum(1 for p in meta_model(config.model).parameters())
+    gradients = m * (GRADIENT_TRAFFIC[layout.stage] * numbers / bytes_per_second + weights * KERNEL_START)
+    optimizer = (CLEARED + (SENT if layout.data_size > 1 else 0)) * numbers if layout.stage == 1 else 0
     optimizer += (NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)) * part
     after = host_optimizer_seconds(config, layout) if layout.offload else 0.0
     parts = {name: m * seconds for name, seconds in device_parts(config, layout, machine).items()}

@@ -104,14 +104,9 @@ def gradient_bytes(layout: Layout, numbers: int, part: int, largest: int) -> dic
     every, partition = b * numbers, GRADIENT_BYTES * part
     if layout.offload and not layout.bf16:  # added up in host memory; of bfloat16 on the GPU, as without offload
         partition = 0
-    if layout.stage == 1 and layout.bf16:  # BF16_Optimizer: float32 sums of all beside autograd's own, sent as bfloat16
-        sums, both = GRADIENT_BYTES * numbers, GRADIENT_BYTES * numbers + every
-        return {
-            "held": (both, 0),
-            "backward": (both if often else sums, 0),
-            "reduce": (both, b * largest),
-            "step": (both, 0),
-        }
+    if layout.stage == 1 and layout.bf16:  # mdit/train/zero_step.py: float32 sums of all; autograd's own come and go
+        sums, sent = GRADIENT_BYTES * numbers, b * largest if layout.data_size > 1 else 0
+        return {"held": (sums, 0), "backward": (sums, 0), "reduce": (sums + every, 0), "step": (sums, sent)}
     bucket = b * options.reduce_bucket_size * (2 if layout.stage < 3 and layout.overlapped else 1)
     copy = b * min(options.reduce_bucket_size, numbers)  # a bucket is flattened before it is sent
     flat = 0 if layout.stage == 2 and layout.bf16 else partition  # the optimizer's own copy

@@ -265,9 +265,9 @@ def test_weights_are_counted_by_what_cuts_them():
 @pytest.mark.parametrize(
     "stage, ep, held",  # bytes a parameter, over 8 GPUs, while micro-batches accumulate
     [
-        (1, 1, P * (2 + 2 + 4) + P * 12 / 8),
+        (1, 1, P * (2 + 4) + P * 12 / 8),
         (2, 1, P * 2 + P * (4 + 12) / 8),
-        (1, 4, (P - E + E / 4) * 8 + (P - E) * 12 / 8 + E / 4 * 12 / 2),
+        (1, 4, (P - E + E / 4) * 6 + (P - E) * 12 / 8 + E / 4 * 12 / 2),
         (2, 4, (P - E + E / 4) * 2 + (P - E) * 16 / 8 + E / 4 * 16 / 2),
     ],
 )
