@@ -179,8 +179,10 @@ def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio, fp8):
     def net(*inputs, mask):
         return model(*(t.bfloat16() for t in inputs), mask=mask)
 
-    with recorded() as run, dispatch.using(*dispatch.OPS, off_gpu=True):
+    with recorded() as run, dispatch.using(*dispatch.OPS, off_gpu=True), build_kernels.without_float8_matmuls():
         edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, drawn, config.noise.sigma_data).mean().backward()
+    checked = {found.kernel.fn.__name__ for found in build_kernels.launches_of_check(32, torch.bfloat16)}
+    assert checked > {"_attend_backward", "_mix_backward", "_scatter", "_swiglu_backward", "_quantise_gelu"}
     calls = build_kernels.chosen_calls([(config.model, 4, mask_ratio)], every_width=True, fp8=fp8)
     ours = [found for call in calls for _, found in launches(call, torch.bfloat16, partly_read=True)]
     assert len(run) > 50 and {*map(kind, run)} <= {*map(kind, ours)}
