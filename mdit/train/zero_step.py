@@ -50,7 +50,8 @@ class BF16Sums(BF16_Optimizer):
             self.bf16_groups, self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True
         ):
             used = [i for i, parameter in enumerate(group) if parameter.grad is not None]
-            torch._foreach_add_([sums[i] for i in used], [group[i].grad.view(-1) for i in used])
+            if used:
+                torch._foreach_add_([sums[i] for i in used], [group[i].grad.view(-1) for i in used])
             for i in used:
                 group[i].grad, has_gradients[i] = None, True
 

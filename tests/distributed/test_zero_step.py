@@ -26,7 +26,7 @@ CONFIG = tiny_config(
     training={"global_batch_size": 16},
     optim={"lr": 1e-2, "warmup_steps": 1, "max_grad_norm": 0.3},
 )
-STEPS, POISONED = 4, 1
+STEPS, POISONED = 3, 1
 BF16 = {"bf16": {"enabled": True}}
 
 
