@@ -29,7 +29,7 @@ CATEGORIES = {
     r"|slice|select|narrow|split|chunk|unbind|_unsafe_view|_reshape_alias|item|_local_scalar)",
     "communication": r"nccl|^gloo:|c10d",
     "compiled elementwise": r"^triton_(poi|red|per)_",
-    "float8": r"^_quantise|mdit::fp8",
+    "float8": r"^_quantise|^_(gelu|gated)_gradient|mdit::fp8",
     "attention": r"^_attend|^_statistics|^_norm_backward|flash|fmha|sdpa|scaled_dot_product|mdit::masked_",
     "norm and modulation": r"^_mix|layer_?norm|GammaBeta|mdit::(add_)?norm_modulate",
     "SwiGLU": r"^_swiglu|silu|mdit::swiglu",

@@ -31,7 +31,12 @@ from mdit.parallel.fp8 import use_fp8
 
 IMAGES = 1009
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
-IN_PLACE = {"_swiglu_backward": "u_ptr", "_norm_backward": "dk_ptr"}  # of a kernel's tensors, read and written
+IN_PLACE = {  # of a kernel's tensors, read and written
+    "_swiglu_backward": "u_ptr",
+    "_gated_gradient": "u_ptr",
+    "_gelu_gradient": "da_ptr",
+    "_norm_backward": "dk_ptr",
+}
 PYTORCH = "pytorch"
 
 
