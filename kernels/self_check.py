@@ -14,7 +14,8 @@ from torch import Tensor
 from mdit.config import UserError
 from mdit.kernels import dispatch, expert_choice, fp8_linear, masked_attention, patch_mixing, swiglu
 
-N, T, L, HEADS, E, F, OUTPUTS = 2, 40, 21, 3, 4, 80, 48
+N, T, L, HEADS, E, F, OUTPUTS = 2, 40, 77, 3, 4, 80, 48
+LONG = 130  # tokens, for which attention takes other kernels
 EPS = 0.5  # of LayerNorms: so large that its absence shows
 WORSE = 4  # times PyTorch's own error are right
 FINEST = 1e-5  # relative error that float32 may have: a GPU's exponentials and quotients are approximate
@@ -65,8 +66,9 @@ def _is_lost(device: torch.device) -> bool:
     return False
 
 
-def _attention(qkv_NTX: Tensor, q_NTA: Tensor, kv_NLX: Tensor) -> list[Tensor]:
+def _attention(qkv_NTX: Tensor, q_NTA: Tensor, kv_NLX: Tensor, long_1TX: Tensor) -> list[Tensor]:
     return [
+        masked_attention.self_attention(long_1TX, HEADS, EPS),
         masked_attention.self_attention(qkv_NTX, HEADS, EPS),
         masked_attention.cross_attention(q_NTA, kv_NLX, HEADS, EPS),
     ]
@@ -105,7 +107,7 @@ def _fp8(
 
 # The call, and the shapes of its inputs for a width.
 EXAMPLES: dict[str, tuple[Callable[..., list[Tensor]], Callable[[int], list[tuple[int, ...]]]]] = {
-    "masked_attention": (_attention, lambda d: [(N, T, 3 * d), (N, T, d), (N, L, 2 * d)]),
+    "masked_attention": (_attention, lambda d: [(N, T, 3 * d), (N, T, d), (N, L, 2 * d), (1, LONG, 3 * d)]),
     "patch_mixing": (_mixing, lambda d: [(N, T, d), (N, T, d), (N, d), (d,), (N, d), (N, d)]),
     "expert_choice": (_experts, lambda d: [(N, T, d), (E, d, F), (E, F, d)]),
     "swiglu": (_swiglu, lambda d: [(N, T, 2 * F), (d, F)]),

@@ -11,16 +11,17 @@ Triton reads every row of q and k once for its mean and rstd, and normalises til
 the normalised q and k are never written. Backward computes the scores again, writes gradients of the normalised q and k
 and turns them into those of q and k in place, since LayerNorm's need sums over all heads. It saves the inputs, 8 bytes
 a row (mean, rstd), 4 bytes a row and head (the softmax's sum), and where there are several blocks of keys the output,
-which the projection keeps anyway; PyTorch saves the normalised q and k besides. A block is 128 keys; 64 with lengths.
+which the projection keeps anyway; PyTorch saves the normalised q and k besides. A block is 64 keys, 128 up to L = 128.
 
-Each block of keys writes a part of q's gradient of its own, and the last kernel adds the parts up in a fixed order: no
-atomics, equal bits in every run, and 5 products as in FlashAttention; a second loop over the keys would make it 7.
-While backward runs the parts take L / 128 times the memory of q: 256 MiB for 16,384 tokens of 1024 at L = 1024.
+A program of backward takes up to four blocks of keys, one after the other, and adds what each has of q's gradient to
+what it wrote for those before. The last kernel adds the programs' parts up in a fixed order: no atomics, equal bits in
+every run, and 5 products as in FlashAttention; a second loop over the keys would make it 7. While backward runs the
+parts take L / 256 times the memory of q: 128 MiB for 16,384 tokens of 1024 at L = 1024.
 
 Bytes in numbers moved, forward and backward, of U = N * T * A and V = N * L * A (34 MB each way for 16,384 tokens of
 1024 in bf16). PyTorch: LayerNorm twice, attention, LayerNorm's backward twice, cat of the gradients.
     self, T <= 128      PyTorch 8 U + 22 U, Triton 6 U + 13 U (0.36 and 0.23 ms at 2.8 TB/s)
-    self, T = 256       PyTorch 30 U, Triton 6 U + 16 U; T = 1024: 6 U + 28 U, where the products decide, not the bytes
+    self, T = 256       PyTorch 30 U, Triton 6 U + 14 U; T = 1024: 6 U + 20 U, where the products decide, not the bytes
     cross, L <= 128     PyTorch 4 U + 4 V + 9 U + 11 V, Triton 3 U + 3 V + 6 U + 7 V
 FLOPs of the products are the same, 4 N T L A forward and 10 N T L A backward, but for L rounded up: 77 captions cost 80
 forward and 128 backward.

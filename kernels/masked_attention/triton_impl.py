@@ -218,19 +218,20 @@ def _attend_backward(
     q_stride_n, q_stride_t, kv_stride_n, kv_stride_t, d_out_stride_n, d_out_stride_t,
     dq_stride_part, dq_stride_n, dq_stride_t, dkv_stride_n, dkv_stride_t,
     N, T, L, H, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
-    MASK: tl.constexpr, ONE_PART: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCKS: tl.constexpr,
+    MASK: tl.constexpr, ALL_KEYS: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the normalised k and of v for a block of keys, and that block's part of those of the normalised q.
+    """Gradients of the normalised k and of v for some blocks of keys, and their part of those of the normalised q.
 
-    Loops over the queries. Tiles of scores are transposed (keys by queries), so that p and ds are operands of the
-    products for dv and dk as they leave the product before. ONE_PART: the block is all the keys, and the sum over keys
-    of p * dp is at hand; otherwise it is had from the output, as it equals the sum over the head of out * d_out.
+    Loops over the queries, for one block of keys after the other. Tiles of scores are transposed (keys by queries), so
+    that p and ds are operands of the products for dv and dk as they leave the product before. A block of keys adds what
+    it has of q's gradient to what the program has written for the blocks before. ALL_KEYS: one block is all the keys,
+    and the sum over keys of p * dp is at hand; otherwise it is had from the output, as it equals the sum over the head
+    of out * d_out. ONE_BLOCK: so is one block of queries.
     """
-    parts = tl.cdiv(L, BLOCK_L)
+    parts = tl.cdiv(L, BLOCKS * BLOCK_L)
     head, part, image = tl.program_id(0) % H, tl.program_id(0) // H % parts, tl.program_id(0) // H // parts
     n = image.to(tl.int64)
-    key = part * BLOCK_L
     length = _length(lengths_ptr, n, L)
     q_ptr += n * q_stride_n + head * HEAD_DIM
     k_ptr += n * kv_stride_n + head * HEAD_DIM
@@ -242,51 +243,57 @@ def _attend_backward(
     lse_ptr += (n * H + head) * T
     q_stats_ptr += n * T
     k_stats_ptr += n * L
-    if not ONE_PART:
+    if not ALL_KEYS:
         out_ptr += (n * T * H + head) * HEAD_DIM
 
-    k = _tile(k_ptr, kv_stride_t, key, length, BLOCK_L, HEAD_DIM)
-    v = _tile(v_ptr, kv_stride_t, key, length, BLOCK_L, HEAD_DIM)
-    last = BLOCK_T if ONE_BLOCK else T
-    if ONE_BLOCK:  # nothing waits for memory before every load is on its way
-        raw_q = _tile(q_ptr, q_stride_t, 0, T, BLOCK_T, HEAD_DIM)
-        d_out = _tile(d_out_ptr, d_out_stride_t, 0, T, BLOCK_T, HEAD_DIM)
-    elif lengths_ptr is not None:
-        last = T if key < length else 0
-    k = _normalised(k, k_stats_ptr, k_stats_ptr + N * L, key, length, BLOCK_L)
-    dk = tl.zeros((BLOCK_L, HEAD_DIM), tl.float32)
-    dv = tl.zeros((BLOCK_L, HEAD_DIM), tl.float32)
-    for start in range(0, last, BLOCK_T):
-        row = start + tl.arange(0, BLOCK_T)
+    first = part * (BLOCKS * BLOCK_L)
+    blocks = 1 if BLOCKS == 1 else tl.minimum(tl.cdiv(L - first, BLOCK_L), BLOCKS)
+    for block in range(0, blocks):
+        key = first + block * BLOCK_L
+        k = _tile(k_ptr, kv_stride_t, key, length, BLOCK_L, HEAD_DIM)
+        v = _tile(v_ptr, kv_stride_t, key, length, BLOCK_L, HEAD_DIM)
+        last = BLOCK_T if ONE_BLOCK else T
+        if ONE_BLOCK:  # nothing waits for memory before every load is on its way
+            raw_q = _tile(q_ptr, q_stride_t, 0, T, BLOCK_T, HEAD_DIM)
+            d_out = _tile(d_out_ptr, d_out_stride_t, 0, T, BLOCK_T, HEAD_DIM)
+        elif lengths_ptr is not None:
+            last = T if key < length else 0
+        k = _normalised(k, k_stats_ptr, k_stats_ptr + N * L, key, length, BLOCK_L)
+        dk = tl.zeros((BLOCK_L, HEAD_DIM), tl.float32)
+        dv = tl.zeros((BLOCK_L, HEAD_DIM), tl.float32)
+        if BLOCKS > 1:
+            tl.debug_barrier()  # the gradients of q that the block before wrote are there
+        for start in range(0, last, BLOCK_T):
+            row = start + tl.arange(0, BLOCK_T)
+            if not ONE_BLOCK:
+                raw_q = _tile(q_ptr, q_stride_t, start, T, BLOCK_T, HEAD_DIM)
+                d_out = _tile(d_out_ptr, d_out_stride_t, start, T, BLOCK_T, HEAD_DIM)
+            lse = tl.load(lse_ptr + row, mask=row < T, other=0.0)
+            q = _normalised(raw_q, q_stats_ptr, q_stats_ptr + N * T, start, T, BLOCK_T)
+            p = tl.exp2(_dot(k, tl.trans(q)) * (scale * LOG2_E) - lse[None, :])
+            if MASK:
+                p = tl.where((key + tl.arange(0, BLOCK_L) < length)[:, None], p, 0.0)
+            dv = tl.dot(p.to(q.dtype), d_out, dv, input_precision="ieee")
+            if ONE_BLOCK:  # stored at once: fewer registers, more programs at a time
+                _store_tile(dv_ptr, dkv_stride_t, key, L, dv, BLOCK_L, HEAD_DIM)
+            dp = _dot(v, tl.trans(d_out))
+            if ALL_KEYS:
+                delta = tl.sum(p * dp, axis=0)
+            else:
+                out = _tile(out_ptr, H * HEAD_DIM, start, T, BLOCK_T, HEAD_DIM)
+                delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision="ieee")
+            if ONE_BLOCK:
+                _store_tile(dk_ptr, dkv_stride_t, key, L, dk * scale, BLOCK_L, HEAD_DIM)
+            dq = _dot(tl.trans(ds), k) * scale
+            if BLOCKS > 1:
+                before = _tile(dq_ptr, dq_stride_t, start, T if block > 0 else 0, BLOCK_T, HEAD_DIM)
+                dq += before.to(tl.float32)
+            _store_tile(dq_ptr, dq_stride_t, start, T, dq, BLOCK_T, HEAD_DIM)
         if not ONE_BLOCK:
-            raw_q = _tile(q_ptr, q_stride_t, start, T, BLOCK_T, HEAD_DIM)
-            d_out = _tile(d_out_ptr, d_out_stride_t, start, T, BLOCK_T, HEAD_DIM)
-        lse = tl.load(lse_ptr + row, mask=row < T, other=0.0)
-        q = _normalised(raw_q, q_stats_ptr, q_stats_ptr + N * T, start, T, BLOCK_T)
-        s = _dot(k, tl.trans(q))
-        if not ONE_BLOCK:  # early: the product for dv then runs while ds is computed
-            dp = _dot(v, tl.trans(d_out))
-        p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
-        if MASK:
-            p = tl.where((key + tl.arange(0, BLOCK_L) < length)[:, None], p, 0.0)
-        dv = tl.dot(p.to(q.dtype), d_out, dv, input_precision="ieee")
-        if ONE_BLOCK:  # late, and dv stored at once: fewer registers, more programs at a time
-            _store_tile(dv_ptr, dkv_stride_t, key, L, dv, BLOCK_L, HEAD_DIM)
-            dp = _dot(v, tl.trans(d_out))
-        if ONE_PART:
-            delta = tl.sum(p * dp, axis=0)
-        else:
-            out = _tile(out_ptr, H * HEAD_DIM, start, T, BLOCK_T, HEAD_DIM)
-            delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
-        if ONE_BLOCK:
             _store_tile(dk_ptr, dkv_stride_t, key, L, dk * scale, BLOCK_L, HEAD_DIM)
-        dq = _dot(tl.trans(ds), k)
-        _store_tile(dq_ptr, dq_stride_t, start, T, dq * scale, BLOCK_T, HEAD_DIM)
-    if not ONE_BLOCK:
-        _store_tile(dk_ptr, dkv_stride_t, key, L, dk * scale, BLOCK_L, HEAD_DIM)
-        _store_tile(dv_ptr, dkv_stride_t, key, L, dv, BLOCK_L, HEAD_DIM)
+            _store_tile(dv_ptr, dkv_stride_t, key, L, dv, BLOCK_L, HEAD_DIM)
 
 
 @triton.jit
@@ -294,14 +301,14 @@ def _norm_backward(
     q_ptr, k_ptr, q_stats_ptr, k_stats_ptr, lengths_ptr, parts_ptr, dq_ptr, dk_ptr,
     q_stride_n, q_stride_t, k_stride_n, k_stride_t,
     part_stride_part, part_stride_n, part_stride_t, dq_stride_n, dq_stride_t, dk_stride_n, dk_stride_t,
-    N, T, L, A: tl.constexpr, BLOCK_L: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr,
+    N, T, L, A: tl.constexpr, PART_L: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q and k from those of the normalised q (in parts, one for each block of keys) and k (in place)."""
+    """Gradients of q and k from those of the normalised q (in parts, one for PART_L keys) and k (in place)."""
     block = (tl.num_programs(0) - 1 - tl.program_id(0)) // 2
     if tl.program_id(0) % 2 == 0:
         _query_rows(
             q_ptr, q_stride_n, q_stride_t, q_stats_ptr, parts_ptr, part_stride_part, part_stride_n, part_stride_t,
-            dq_ptr, dq_stride_n, dq_stride_t, lengths_ptr, block, N, T, L, A, BLOCK_L, ROWS, BLOCK_A,
+            dq_ptr, dq_stride_n, dq_stride_t, lengths_ptr, block, N, T, L, A, PART_L, ROWS, BLOCK_A,
         )  # fmt: skip
     else:
         _key_rows(
@@ -314,19 +321,19 @@ def _norm_backward(
 def _query_rows(
     q_ptr, q_stride_n, q_stride_t, stats_ptr, parts_ptr, part_stride_part, part_stride_n, part_stride_t,
     dq_ptr, dq_stride_n, dq_stride_t, lengths_ptr, block, N, T, L,
-    A: tl.constexpr, BLOCK_L: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr,
+    A: tl.constexpr, PART_L: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     row, image, token, valid = _rows(block, N, T, None, ROWS)
     n, column = image.to(tl.int64), tl.arange(0, BLOCK_A)[None, :]
     inside = valid[:, None] & (column < A)
     offset = (n * part_stride_n + token * part_stride_t)[:, None] + column
     g = tl.load(parts_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    for part in range(1, tl.cdiv(L, BLOCK_L)):
+    for part in range(1, tl.cdiv(L, PART_L)):
         parts_ptr += part_stride_part
         written = inside
-        if lengths_ptr is not None:  # a block of keys beyond the length has written nothing
+        if lengths_ptr is not None:  # a part beyond the length has written nothing
             length = tl.load(lengths_ptr + image, mask=valid, other=0).to(tl.int32)
-            written = inside & (part * BLOCK_L < length)[:, None]
+            written = inside & (part * PART_L < length)[:, None]
         g += tl.load(parts_ptr + offset, mask=written, other=0.0).to(tl.float32)
     x = tl.load(q_ptr + (n * q_stride_n + token * q_stride_t)[:, None] + column, mask=inside, other=0.0)
     g = _norm_gradient(x, g, stats_ptr, N * T, row, valid, A)
@@ -369,18 +376,21 @@ def _held_keys(L: int, dtype: torch.dtype, has_lengths: bool) -> tuple[int, int]
     return (64, 16) if L > 64 else (_block(L, 64), 0)
 
 
-def _backward_blocks(T: int, L: int, head_dim: int, dtype: torch.dtype, has_lengths: bool) -> tuple[int, int, int]:
-    """BLOCK_T, BLOCK_L and warps. What decides is that nothing spills: dk and dv stay in registers.
+def _backward_blocks(T: int, L: int, head_dim: int, dtype: torch.dtype, has_lengths: bool) -> tuple[int, int, int, int]:
+    """BLOCK_T, BLOCK_L, BLOCKS and warps. What decides is that nothing spills: dk and dv stay in registers.
 
-    Where lengths are given, blocks of 64 keys let more of them be skipped.
+    To 128 keys one block is all of them. More, or where lengths let some be skipped, are blocks of 64: programs of 4
+    warps, two at a time on an SM, and each of several blocks, so that q's gradient has fewer parts.
     """
     fp32, wide = dtype == torch.float32, head_dim > 64
-    large = L > 64 and not has_lengths and not wide and not (fp32 and head_dim <= 32)
-    block_l = 128 if large else _block(L, 64)
     if fp32:
-        return 16, block_l, 8 if block_l * head_dim == 4096 else 16
+        block_l = 128 if L > 64 and not has_lengths and not wide and head_dim > 32 else _block(L, 64)
+        return 16, block_l, 1, 8 if block_l * head_dim == 4096 else 16
     block_t = _block(T, 32 if wide else 64)
-    return block_t, block_l, 4 if T <= block_t and block_l <= 64 else 8
+    if 64 < L <= 128 and not has_lengths and not wide:
+        return block_t, 128, 1, 8
+    block_l = _block(L, 64)
+    return block_t, block_l, 1 if wide else min(_blocks(L, block_l), 4), 8 if wide and T > block_t else 4
 
 
 def _block(size: int, largest: int) -> int:
@@ -453,23 +463,23 @@ def _backward(
     head_dim, has_lengths = a // num_heads, lengths_N is not None
     out_NTA, q_stats, k_stats, lse_NHT = saved
     d_out_NTA = _dense_rows(d_out_NTA)
-    block_t, block_l, num_warps = _backward_blocks(t, length, head_dim, dtype, has_lengths)
-    parts, one_block = _blocks(length, block_l), t <= block_t
+    block_t, block_l, blocks, num_warps = _backward_blocks(t, length, head_dim, dtype, has_lengths)
+    parts, one_block = _blocks(length, blocks * block_l), t <= block_t
     dq_parts = dq_NTA.unsqueeze(0) if parts == 1 else q_NTA.new_empty(parts, n, t, a)
     launch(
         _attend_backward, (n * parts * num_heads,), q_NTA, k_NLA, v_NLA, out_NTA, d_out_NTA, lse_NHT, q_stats, k_stats,
         lengths_N, dq_parts, dk_NLA, dv_NLA, *q_NTA.stride()[:2], *k_NLA.stride()[:2], *d_out_NTA.stride()[:2],
         *dq_parts.stride()[:3], *dk_NLA.stride()[:2], n, t, length, num_heads, head_dim**-0.5,
-        HEAD_DIM=head_dim, BLOCK_T=block_t, BLOCK_L=block_l, MASK=length % block_l > 0 or has_lengths,
-        ONE_PART=parts == 1, ONE_BLOCK=one_block, num_warps=num_warps,
-        num_stages=1 if dtype == torch.float32 or one_block else 2,
+        HEAD_DIM=head_dim, BLOCK_T=block_t, BLOCK_L=block_l, BLOCKS=blocks,
+        MASK=length % block_l > 0 or has_lengths, ALL_KEYS=length <= block_l, ONE_BLOCK=one_block,
+        num_warps=num_warps, num_stages=1 if dtype == torch.float32 or one_block or blocks > 1 else 2,
     )  # fmt: skip
     rows, block_a = _row_block(a, 2048)
     launch(
         _norm_backward, (2 * _blocks(n * max(t, length), rows),), q_NTA, k_NLA, q_stats, k_stats, lengths_N,
         dq_parts, dq_NTA, dk_NLA, *q_NTA.stride()[:2], *k_NLA.stride()[:2], *dq_parts.stride()[:3],
         *dq_NTA.stride()[:2], *dk_NLA.stride()[:2], n, t, length,
-        A=a, BLOCK_L=block_l, ROWS=rows, BLOCK_A=block_a, num_warps=4, num_stages=1,
+        A=a, PART_L=blocks * block_l, ROWS=rows, BLOCK_A=block_a, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 

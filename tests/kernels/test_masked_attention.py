@@ -20,7 +20,8 @@ from tests.kernels.accuracy import (
 
 EPS = 1e-6
 # Up to 64 tokens are one block. From 65 keys on the forward pass has a tail, from 81 a loop over keys, and from 129 on
-# backward has parts; from 257 queries on several programs share held keys. Widths that are no power of two.
+# backward has several blocks of keys, from 257 on parts; from 257 queries on several programs share held keys. Widths
+# that are no power of two.
 SELF_SHAPES = [(3, 16, 1), (2, 32, 16), (3, 32, 63), (2, 64, 64), (1, 64, 77), (1, 128, 77), (2, 32, 130), (1, 64, 130)]
 CROSS_SHAPES = [(2, 32, 1, 1), (3, 16, 63, 77), (1, 64, 64, 77), (2, 32, 100, 16), (1, 128, 40, 150), (1, 32, 270, 70)]
 
@@ -137,6 +138,14 @@ def test_triton_does_not_look_beyond_the_lengths(triton, length, dtype):
     for ours, expected in zip(found, gradients(function, [q_NTA, kv_NLX]), strict=True):
         assert torch.equal(ours, expected) and ours.isfinite().all()
     assert not found[2][beyond_NL].any()
+
+
+@pytest.mark.parametrize("tokens, length, lengths", [(70, 130, None), (20, 300, [300, 130])])
+def test_triton_where_a_program_adds_up_the_parts_of_several_blocks_of_keys(triton, tokens, length, lengths):
+    lengths_N = torch.tensor(lengths, device=DEVICE) if lengths else None
+    functions = both("cross_attention", 1, key_lengths_N=lengths_N)
+    inputs = cross_inputs(2, tokens, length, 1, 32)
+    assert_as_accurate(*functions, inputs, torch.bfloat16 if DEVICE == "cuda" else torch.float16)
 
 
 def strided(function, qkv_TNX):
