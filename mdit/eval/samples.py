@@ -71,7 +71,7 @@ def sample_latents(
 
 @torch.no_grad()
 def to_images(image_encoder, latents_NCHW: Tensor) -> Tensor:
-    """Decode to (N, H, W, 3) uint8 pictures on the CPU. One by one: an autoencoder takes about a GB for one of 512 px."""
+    """Decode to (N, H, W, 3) uint8 pictures on the CPU. One by one: of 512 px an autoencoder takes a GB for each."""
     return torch.cat([to_uint8(image_encoder.decode(latent_1CHW)).cpu() for latent_1CHW in latents_NCHW.split(1)])
 
 
