@@ -29,10 +29,11 @@ COLLECTIVE_HOP = 5e-6  # and for each doubling of its ranks
 # Seconds of the host, measured on 28 November 2026 on a core of an AMD EPYC that other programs shared, the least of many
 # runs; the host of a GPU machine is taken to be as fast. A launch of Triton 3.9 onto a libcuda that does nothing: 14 us
 # with 6 arguments, 26 with 28. A micro-batch of 34 blocks of tiny width in PyTorch, 8,900 operations: 78 ms. A micro-batch
-# with launches under DeepSpeed and without: 32 ms more under ZeRO-2, 400 under ZeRO-3, for 470 parameters.
+# with launches, 470 parameters, under DeepSpeed beside one without in the same minutes: ZeRO-1 1.0 times as long, ZeRO-2
+# 1.27, ZeRO-3 4.3 times.
 LAUNCH, ARGUMENT = 11e-6, 0.45e-6  # a launch of Triton, and each of its arguments
 TORCH_OP = 9e-6  # an operation of PyTorch, views and allocations included, with the Python of model and autograd
-HOOK_OF_A_PARAMETER = {1: 10e-6, 2: 70e-6, 3: 850e-6}  # by stage, forward and backward
+HOOK_OF_A_PARAMETER = {1: 10e-6, 2: 45e-6, 3: 520e-6}  # by stage, forward and backward
 
 # GiB beside what torch reports: CUDA's context, NCCL's buffers, and what the allocator cannot hand out. Assumed.
 RESERVED_GIB = 5.0
