@@ -29,7 +29,11 @@ def _swiglu_backward(
 ):  # fmt: skip
     """da and db, (M, 2 F), from the gradient of u, which is in u_ptr; u itself takes its place."""
     row, column, inside = _tile(M, F, ROWS, COLUMNS)
-    a_ptrs, da_ptrs, u_ptrs = ab_ptr + row * ab_stride + column, dab_ptr + row * 2 * F + column, u_ptr + row * F + column
+    a_ptrs, da_ptrs, u_ptrs = (
+        ab_ptr + row * ab_stride + column,
+        dab_ptr + row * 2 * F + column,
+        u_ptr + row * F + column,
+    )
     a = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(a_ptrs + F, mask=inside, other=0.0).to(tl.float32)
     du = tl.load(u_ptrs, mask=inside, other=0.0).to(tl.float32)

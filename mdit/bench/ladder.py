@@ -127,9 +127,7 @@ def climb(
                 continue
             with no_longer_than(left if world.size == 1 else float("inf")):
                 rows[rung] = ladder.measure(rung, steps, seconds)
-            longest[rung.compile] = max(
-                longest.get(rung.compile, 0.0), largest(time.perf_counter() - before, world)
-            )
+            longest[rung.compile] = max(longest.get(rung.compile, 0.0), largest(time.perf_counter() - before, world))
             save(list(rows.values()))
     except _TimeIsUp:
         pass  # its row says so, and all that are left

@@ -11,9 +11,9 @@ In numbers of the computing dtype a block keeps, with U = N T D, V = N L D (the 
     dense feed-forward      a, b, silu(a), product      4 N T F        a, b                2 N T F
     experts                 in, out, w out; h, gelu(h)  3 R + 2 H      in; h               R + H
 
-and router weights, indices, adaLN vectors, float32 statistics of rows, 2 D F of both weights side by side. y is the result of the part before, which its
-gate's gradient needs; the first block of a stream has none. Tensor parallelism divides A, F of the dense networks and
-the cross-attention's U and V, and its attention is PyTorch's.
+and router weights, indices, adaLN vectors, float32 statistics of rows, 2 D F of both weights side by side. y is the
+result of the part before, which its gate's gradient needs; the first block of a stream has none. Tensor parallelism
+divides A, F of the dense networks and the cross-attention's U and V, and its attention is PyTorch's.
 
 Shapes: N micro-batch, T image tokens, L caption tokens, D width of the stream, A width of the attention, E experts,
 K tokens an expert, F width of the feed-forward network.

@@ -6,7 +6,8 @@ embedders, the caption's block and the final layer, a few per cent of the FLOPs 
 is not a multiple of 16 stays in the computing dtype.
 
 The norm in front of such a layer writes its result in float8 as well, where it would have to be read again to be
-quantised, and the caption is quantised once for all blocks. Only the class of a layer changes: parameters, their names and what hooks are on it stay.
+quantised, and the caption is quantised once for all blocks. Only the class of a layer changes: parameters, their names
+and what hooks are on it stay.
 """
 
 import sys

@@ -136,9 +136,7 @@ def test_the_last_sums_are_one_wave_of_programs(monkeypatch, n, t, d):
     started = []
     monkeypatch.setattr(triton_impl, "launch", lambda kernel, grid, *_, **constants: started.append((*grid, constants)))
     x, vectors = torch.empty(n, t, d, dtype=torch.bfloat16), torch.empty(n, d, dtype=torch.bfloat16)
-    triton_impl._add_norm_modulate_backward(
-        x, x, vectors, vectors[0], vectors, None, torch.empty(2, n, t), t, x, x
-    )
+    triton_impl._add_norm_modulate_backward(x, x, vectors, vectors[0], vectors, None, torch.empty(2, n, t), t, x, x)
     (programs, _), (finishing, constants) = started
     assert finishing <= 3 * 132 and constants["num_warps"] == 4
     turns = -(-programs // constants["ROWS"]), -(-programs // n // constants["IMAGE_ROWS"])

@@ -279,9 +279,10 @@ FAULTS = [
     ("masked_attention.self_attention: last row", output(without_row)),
     ("masked_attention.cross_attention: a column", output(without_column)),
     ("masked_attention.cross_attention: last key", given(lambda q, kv, *more: (q, kv[:, :-1], *more))),
-    ("masked_attention.cross_attention: one key twice", given(
-        lambda q, kv, *more: (q, torch.cat([kv, kv[:, -1:]], 1), *more)
-    )),
+    (
+        "masked_attention.cross_attention: one key twice",
+        given(lambda q, kv, *more: (q, torch.cat([kv, kv[:, -1:]], 1), *more)),
+    ),
     ("masked_attention.self_attention: gradient without its last row", hooked(without_row, 0)),
     ("masked_attention.self_attention: gradient without a column", hooked(without_column, 0)),
     ("masked_attention.cross_attention: no gradient of q", hooked(missing, 0)),
@@ -289,9 +290,10 @@ FAULTS = [
     ("masked_attention.cross_attention: no gradient of the last key", hooked(without_row, 1)),
     ("patch_mixing.add_norm_modulate: eps dropped", given(lambda *a: (*a[:6], 0.0, *a[7:]))),
     ("patch_mixing.add_norm_modulate: scale in place of 1 + scale", lambda right: modulated_without_one),
-    ("patch_mixing.add_norm_modulate: shift dropped", given(
-        lambda x, y, g, w, shift, *a: (x, y, g, w, None if shift is None else 0 * shift, *a)
-    )),
+    (
+        "patch_mixing.add_norm_modulate: shift dropped",
+        given(lambda x, y, g, w, shift, *a: (x, y, g, w, None if shift is None else 0 * shift, *a)),
+    ),
     ("patch_mixing.add_norm_modulate: other tokens kept", given(neighbours_tokens)),
     ("patch_mixing.add_norm_modulate: gradient past the norm halved", lambda right: gradient_of_the_sum_unnormed),
     ("patch_mixing.add_norm_modulate: last row", output(without_row)),
@@ -322,9 +324,10 @@ FAULTS = [
     ("swiglu.swiglu_linear: the halves exchanged", given(lambda ab, *more: (exchanged(ab), *more))),
     ("swiglu.swiglu_linear: last row", output(without_row)),
     ("swiglu.swiglu_linear: a column", output(without_column)),
-    ("swiglu.swiglu_linear: a column of 80 left out", given(
-        lambda ab, *more: (without_column(ab).detach() + (ab - ab.detach()), *more)
-    )),
+    (
+        "swiglu.swiglu_linear: a column of 80 left out",
+        given(lambda ab, *more: (without_column(ab).detach() + (ab - ab.detach()), *more)),
+    ),
     ("swiglu.swiglu_linear: no gradient of a", hooked(without_first_half, 0)),
     ("swiglu.swiglu_linear: no gradient of b", hooked(lambda g: exchanged(without_first_half(exchanged(g))), 0)),
     ("swiglu.swiglu_linear: the halves' gradients exchanged", hooked(exchanged, 0)),
@@ -345,9 +348,10 @@ FAULTS = [
     ("fp8_linear.fp8_add_norm_modulate: scale twice as large", float8(lambda h: h._replace(scale=2 * h.scale))),
     ("fp8_linear.fp8_add_norm_modulate: last row", float8(lambda h: h._replace(scale=without_row(h.scale)))),
     ("fp8_linear.fp8_swiglu: no gradient of w3", hooked(missing, 3)),
-    ("fp8_linear.fp8_experts: weights dropped", given(
-        lambda x, w1, w2, routing: (x, w1, w2, routing._replace(weights_NEK=1 + 0 * routing.weights_NEK))
-    )),
+    (
+        "fp8_linear.fp8_experts: weights dropped",
+        given(lambda x, w1, w2, routing: (x, w1, w2, routing._replace(weights_NEK=1 + 0 * routing.weights_NEK))),
+    ),
     ("fp8_linear.fp8_experts: no gradient of w2", hooked(missing, 2)),
 ]
 
@@ -370,12 +374,15 @@ def test_what_is_plainly_wrong_is_said(in_pytorch, fault):
         return {"not a number": out * torch.nan, "another shape": out[:1], "another dtype": out.float()}[fault]
 
     in_pytorch.setattr(swiglu_kernels, "swiglu_linear", faulty)
-    assert found_in("swiglu") == {
-        "not a number": "output 1 is off by nan of its size, PyTorch by 3.0e-03",
-        "does not build": "RuntimeError: ptxas died",
-        "another shape": "output 1 is torch.bfloat16 (1, 40, 96), expected torch.bfloat16 (2, 40, 96)",
-        "another dtype": "output 1 is torch.float32 (2, 40, 96), expected torch.bfloat16 (2, 40, 96)",
-    }[fault]
+    assert (
+        found_in("swiglu")
+        == {
+            "not a number": "output 1 is off by nan of its size, PyTorch by 3.0e-03",
+            "does not build": "RuntimeError: ptxas died",
+            "another shape": "output 1 is torch.bfloat16 (1, 40, 96), expected torch.bfloat16 (2, 40, 96)",
+            "another dtype": "output 1 is torch.float32 (2, 40, 96), expected torch.bfloat16 (2, 40, 96)",
+        }[fault]
+    )
 
 
 def test_a_kernel_that_has_cost_the_process_its_gpu_ends_the_run(in_pytorch):
