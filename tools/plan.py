@@ -142,7 +142,7 @@ def best_of_sizes(config: TrainConfig, machine: Machine, args: argparse.Namespac
 
 
 def on_one_gpu(config: TrainConfig, machine: Machine, args: argparse.Namespace) -> list[Prediction]:
-    """The first layout that fits one GPU, in bfloat16 and, where a run could be, in float8; none where there is none."""
+    """The first layout that fits one GPU, in bfloat16 and, where a run could be, in float8; none where none fits."""
     try:
         found = [predict(config, layout, machine) for layout in layouts(config, 1, machine, args)]
     except UserError:

@@ -18,9 +18,9 @@ section 3.3), at most 2 % of a sum of 4,096 products and so less than what quant
 An operand is read once and written once at half its size, 3 bytes a value. What a kernel of ours writes for a matmul it
 writes in float8 besides, or in float8 only: 1 byte a value. With P16 and P8 the FLOP/s of both kinds of product and B
 the bytes/s of memory, a layer of M tokens, K inputs and O outputs gains 4 M K O (1 / P16 - 1 / P8) and loses
-3 (M K + M O + 2 K O) / B seconds, forward and backward. At 650 T, 1,100 T and 2.8 T it comes out even where 1 / K + 1 / O + 2 / M = 1 / 425: for M = 16,384 at
-K = O = 900; 3 % of a layer's time is gained at 1,024 and 12 % at 1,024 x 4,096. Backward keeps the inputs, as without
-float8.
+3 (M K + M O + 2 K O) / B seconds, forward and backward. At 650 T, 1,100 T and 2.8 T it comes out even where
+1 / K + 1 / O + 2 / M = 1 / 425: for M = 16,384 at K = O = 900; 3 % of a layer's time is gained at 1,024 and 12 % at
+1,024 x 4,096. Backward keeps the inputs, as without float8.
 """
 
 from torch import Tensor

@@ -191,9 +191,7 @@ def _fp8_of_model(model: MicroDiT, n: int, mask_ratio: float) -> Iterator[tuple[
                 yield op, where, shape
 
 
-def _fp8_of_block(
-    block: Block, n: int, tokens: int, length: int, first: bool
-) -> Iterator[tuple[str, dict[str, int]]]:
+def _fp8_of_block(block: Block, n: int, tokens: int, length: int, first: bool) -> Iterator[tuple[str, dict[str, int]]]:
     attn, cross, mlp, rows = block.attn, block.cross_attn, block.mlp, n * tokens
     norm1, norm2, norm3 = _norms(block, n, tokens, first)
     linear = [(rows, attn.qkv, norm1), (rows, attn.proj, None), (rows, cross.q_linear, norm2), (rows, cross.proj, None)]

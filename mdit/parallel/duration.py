@@ -56,8 +56,8 @@ PASSES = {
 }
 # Operations of PyTorch, views and allocations included, in a micro-batch without kernels: counted on a CPU.
 OPERATIONS_OF_A_BLOCK, OPERATIONS_BESIDE = 250, 400
-# Bytes a parameter and micro-batch in bfloat16, by stage. 1: added to float32 sums as they are (mdit/train/zero_step.py).
-# 2 and 3: copied to a bucket, averaged, flattened. One kernel a parameter.
+# Bytes a parameter and micro-batch in bfloat16, by stage. 1: added to float32 sums as they are (zero_step.py in
+# mdit/train). 2 and 3: copied to a bucket, averaged, flattened. One kernel a parameter.
 GRADIENT_TRAFFIC = {1: 10, 2: 12, 3: 12}
 # Bytes a parameter and step under ZeRO-1, by every GPU: sums cleared; of several ranks cast, scaled, cast back, copied.
 CLEARED, SENT = 4, 24
@@ -116,8 +116,8 @@ def ema_traffic(config: TrainConfig) -> int:
 
 
 def device_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[str, float]:
-    """Seconds of a micro-batch's kernels, by part. Recomputation adds a forward pass, "selective" one of what is neither
-    matmul nor attention; tensor parallelism shares some matmuls, attention and SwiGLU out."""
+    """Seconds of a micro-batch's kernels, by part. Recomputation adds a forward pass, "selective" one of what is
+    neither matmul nor attention; tensor parallelism shares some matmuls, attention and SwiGLU out."""
     model, ratio, tp = config.model, config.training.mask_ratio, layout.tp
     seconds = {}
     for part, (forward, backward) in traced_seconds(model, ratio, layout.fp8, layout.micro_batch, machine).items():

@@ -72,7 +72,8 @@ class Layout:
     def label(self) -> str:
         """ZeRO-2 dp32 ep2 host"""
         groups = f" ep{self.ep}" if self.ep > 1 else f" tp{self.tp}" if self.tp > 1 else ""
-        return f"ZeRO-{self.stage} dp{self.data_size}{groups}{' fp8' if self.fp8 else ''}{' host' if self.offload else ''}"
+        ways = " fp8" * self.fp8 + " host" * self.offload
+        return f"ZeRO-{self.stage} dp{self.data_size}{groups}{ways}"
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,13 @@ KERNEL_START = 2e-6  # from the end of a kernel until the next one has filled th
 COLLECTIVE_START = 15e-6  # until a collective moves bytes,
 COLLECTIVE_HOP = 5e-6  # and for each doubling of its ranks
 
-# Seconds of the host, measured on 28 November 2026 on a core of an AMD EPYC that other programs shared, the least of many
-# runs; the host of a GPU machine is taken to be as fast. A launch of Triton 3.9 onto a libcuda that does nothing: 14 us
-# with 6 arguments, 26 with 28. A micro-batch of 34 blocks of tiny width in PyTorch, 8,900 operations: 78 ms. A micro-batch
-# with launches, 470 parameters, under DeepSpeed beside one without in the same minutes: ZeRO-1 1.0 times as long, ZeRO-2
-# 1.27, ZeRO-3 4.3 times.
-LAUNCH, ARGUMENT = 11e-6, 0.45e-6  # a launch of Triton, and each of its arguments
-TORCH_OP = 9e-6  # an operation of PyTorch, views and allocations included, with the Python of model and autograd
-HOOK_OF_A_PARAMETER = {1: 10e-6, 2: 45e-6, 3: 520e-6}  # by stage, forward and backward
+# Seconds of the host, measured on 28 November 2026 on a core of an AMD EPYC, the least of many micro-batches of 34
+# blocks of tiny width, with a libcuda that does nothing; the host of a GPU machine is taken to be as fast. Without
+# DeepSpeed: in PyTorch 91 ms for 8,900 operations, with kernels 115 ms for 6,300 and 760 launches. Under it, with 470
+# parameters: ZeRO-1 122, ZeRO-2 156, ZeRO-3 450 ms.
+LAUNCH, ARGUMENT = 57e-6, 0.45e-6  # a launch of Triton with the Python of its op and autograd, and each argument
+TORCH_OP = 10.3e-6  # an operation of PyTorch, views and allocations included, with the Python of model and autograd
+HOOK_OF_A_PARAMETER = {1: 15e-6, 2: 88e-6, 3: 710e-6}  # by stage, forward and backward
 
 # GiB beside what torch reports: CUDA's context, NCCL's buffers, and what the allocator cannot hand out. Assumed.
 RESERVED_GIB = 5.0
@@ -74,10 +73,10 @@ class Machine:
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine("h100", peak=989e12, memory_gib=80, memory=3.35e12, link=450e9, network=50e9, multiprocessors=132),
-        Machine("h200", peak=989e12, memory_gib=141e9 / 2**30, memory=4.8e12, link=450e9, network=50e9, multiprocessors=132),
-        Machine("a100", peak=312e12, memory_gib=80, memory=2.039e12, link=300e9, network=25e9, multiprocessors=108, triton=False, fp8=False),
+        Machine("h100", 989e12, 80, 3.35e12, link=450e9, network=50e9, multiprocessors=132),
+        Machine("h200", 989e12, 141e9 / 2**30, 4.8e12, link=450e9, network=50e9, multiprocessors=132),
+        Machine("a100", 312e12, 80, 2.039e12, link=300e9, network=25e9, multiprocessors=108, triton=False, fp8=False),
         # No NVLink: PCIe 4.0 x16. The network is assumed: one port of 100 Gb/s for the 8 GPUs of a node.
-        Machine("rtx4090", peak=165e12, memory_gib=24, memory=1.008e12, link=32e9, network=12.5e9 / 8, multiprocessors=128, triton=False),
+        Machine("rtx4090", 165e12, 24, 1.008e12, link=32e9, network=12.5e9 / 8, multiprocessors=128, triton=False),
     )
 }

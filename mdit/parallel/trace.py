@@ -1,5 +1,5 @@
-"""The kernels of one micro-batch, read off the model itself: forward and backward run on the meta device, which computes
-nothing, while the Triton kernels are noted instead of started and every operation of PyTorch is seen.
+"""The kernels of one micro-batch, read off the model itself: forward and backward run on the meta device, which
+computes nothing, while the Triton kernels are noted instead of started and every operation of PyTorch is seen.
 
     for kernel, count in trace(config, mask_ratio=0.75).at(micro_batch=256).items():
         count * kernel.bytes

@@ -375,9 +375,7 @@ def test_a_large_product_is_as_fast_as_its_waves_allow():
 def test_recomputation_and_float8_change_what_they_should():
     layout = Layout(8, 2, 256, 1, triton=True)
     plain = device_parts(XL, layout, H100)
-    selective, block = (
-        device_parts(XL, replace(layout, checkpointing=mode), H100) for mode in ("selective", "block")
-    )
+    selective, block = (device_parts(XL, replace(layout, checkpointing=mode), H100) for mode in ("selective", "block"))
     assert selective["matmuls"] == plain["matmuls"] and selective["patch_mixing"] > 1.2 * plain["patch_mixing"]
     assert block["matmuls"] == pytest.approx(4 / 3 * plain["matmuls"], rel=0.02)
     fp8 = device_parts(XL, replace(layout, fp8=True), H100)

@@ -50,9 +50,11 @@ def test_where_a_micro_batch_goes_on_one_gpu(capsys, tmp_path):
     assert "on one h100, ZeRO-1 dp1: 256 images, of which 8 make a step; predicted, not measured" in table
     rows = {line[:50].strip(): line[50:].split() for line in table.splitlines()[2:]}
     titles = [*PARTS.values()]
-    assert [name for name in rows if name in titles] == titles[:-1]  # no wait for the host
+    assert [name for name in rows if name in titles] == titles
     for column in range(2):
-        values = [float(rows[name][column]) for name in titles[:-1]]
+        values = [float(rows[name][column]) for name in titles]
+        waiting, kernels, host = values[-1], sum(values[:-1]), float(rows["the host meanwhile needs"][column])
+        assert (waiting > 0) == (host > kernels), "the more that launches, the more there is to wait for"
         assert sum(values) == pytest.approx(float(rows["sum"][column]), abs=0.06 * len(values))
     written = json.loads((tmp_path / "plan.json").read_text())["one_gpu"]
     assert [row["layout"]["fp8"] for row in written] == [False, True]
