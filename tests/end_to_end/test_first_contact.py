@@ -140,6 +140,7 @@ def test_a_part_that_hangs_costs_no_figures(contact, tmp_path, monkeypatch, capf
 
 
 def test_no_gpu_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_contact, "START", first_contact.time.monotonic())
     monkeypatch.setattr(first_contact, "ENVIRONMENT", 'print(\'{"gpu": "none"}\')')
     with pytest.raises(UserError, match="no GPU here; --rehearse"):
         Contact(parse_arguments(["--kit", str(tmp_path), "--out", str(tmp_path / "out")])).run()
