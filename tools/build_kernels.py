@@ -153,7 +153,7 @@ def fill_cache(args: argparse.Namespace) -> int:
         raise UserError("there is no C compiler (gcc or clang), which the launchers of kernels are built with")
     args.cache.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(args.cache.resolve())
-    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # half of what Triton keeps by itself; no run reads the rest
+    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # no run reads the rest, which is as much again
     dtype, shapes = DTYPES[args.dtype], stages_of(args)
     shapes += [(config, size, mask_ratio) for config, _, mask_ratio in shapes for size in args.micro_batch]
     for recipe in map(load_config, args.recipe):

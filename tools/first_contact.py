@@ -56,7 +56,7 @@ PLATFORMS = [f"manylinux{version}_x86_64" for version in ("_2_28", "_2_27", "_2_
 # The scenes of configs/emoji_64.toml that a few minutes can learn, in a set small enough to travel.
 SCENES = (
     "data.prepare.source.objects=200",
-    "data.prepare.source.scenes=4000",
+    "data.prepare.source.scenes=3500",
     "data.prepare.source.validation_scenes=256",
     'data.prepare.embeddings="i8b64"',
     "training.num_steps=20000",  # until time is up
