@@ -1,4 +1,4 @@
-"""How long one GPU computes for an optimizer step, part by part: matmuls, each op of mdit.kernels, what PyTorch adds,
+"""Seconds that one GPU computes for an optimizer step, part by part: matmuls, each op of mdit.kernels, what PyTorch adds,
 gradients, optimizer, and what the GPU waits for the host.
 
     micro-batch = max(its kernels + handling of its gradients, host)
@@ -151,7 +151,7 @@ def runs_again(part: str, layout: Layout) -> bool:
 def traced_seconds(
     config: ModelConfig, mask_ratio: float, fp8: bool, micro_batch: int, machine: Machine
 ) -> dict[str, tuple[float, float]]:
-    """Of a micro-batch's kernels by part, (forward, backward)."""
+    """Seconds of a micro-batch's kernels by part, (forward, backward)."""
     sums: dict[str, tuple[float, float]] = {}
     for kernel, count in trace(config, mask_ratio, fp8).at(micro_batch).items():
         forward, backward = sums.get(kernel.part, (0.0, 0.0))

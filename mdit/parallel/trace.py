@@ -120,7 +120,7 @@ class Trace:
 
 @cache
 def trace(config: ModelConfig, mask_ratio: float, fp8: bool = False) -> Trace:
-    """Of a model whose ops run in Triton, blocks neither compiled nor run again. Raises UserError without Triton."""
+    """Kernels of a model whose ops run in Triton, not compiled or recomputed. Raises UserError without Triton."""
     if find_spec("triton") is None:
         raise UserError("a plan counts the launches of the kernels, which needs Triton: pip install triton")
     watched = watch(config, IMAGES, mask_ratio, fp8)
@@ -198,7 +198,7 @@ class Watch(TorchDispatchMode):
 
 
 def _attention_flops(of: dict, backward: bool) -> int:
-    """Of two products forward and five backward, of whole blocks of queries and keys."""
+    """FLOPs of two products forward or five backward, over whole blocks of queries and keys."""
     keys = of["MAIN"] + of["TAIL"] if "MAIN" in of else _whole_blocks(of["L"], of["BLOCK_L"])
     products = 5 if backward else 2
     return 2 * products * of["N"] * of["H"] * of["HEAD_DIM"] * _whole_blocks(of["T"], of["BLOCK_T"]) * keys
@@ -209,7 +209,7 @@ def _whole_blocks(size: int, block: int) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What of a tensor lies in memory: an expanded one has less than its shape says."""
+    """Bytes of a tensor in memory: an expanded one has less than its shape says."""
     return tensor.itemsize * math.prod(n for n, stride in zip(tensor.shape, tensor.stride()) if stride or not n)
 
 

@@ -45,7 +45,7 @@ def packed(tmp_path: Path) -> list[str]:
 
 
 def run_words(words: list[str]) -> None:
-    """What `python WORDS` does, in a process that has imported most of it."""
+    """Do what `python WORDS` does, in a process that has imported most of it."""
     os.chdir(ROOT)
     if words[0] == "-m":
         sys.argv = words[1:]

@@ -103,14 +103,14 @@ class FakeGPU(TorchDispatchMode):
 
 
 def _as_read(value):
-    """What has come from a device to the CPU is real again."""
+    """Make real again what has come from a device to the CPU."""
     if not isinstance(value, FakeTensor) or value.device.type != "cpu":
         return value
     return torch.full(value.shape, getattr(value, "truth", 1), dtype=value.dtype)
 
 
 def _truth(name: str, args: tuple) -> bool:
-    """Where all numbers are finite and no two are equal: what the elements of a result of type bool are."""
+    """Elements of a result of type bool, where all numbers are finite and no two are equal."""
     if name in ("eq", "ne"):
         return (args[0] is args[1]) == (name == "eq")
     known = [t.truth for t in tree_leaves(args) if hasattr(t, "truth")]
