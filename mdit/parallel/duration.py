@@ -1,4 +1,4 @@
-"""Seconds that one GPU computes for an optimizer step, part by part: matmuls, each op of mdit.kernels, what PyTorch adds,
+"""Seconds that one GPU computes for an optimizer step, by part: matmuls, each op of mdit.kernels, what PyTorch adds,
 gradients, optimizer, and what the GPU waits for the host.
 
     micro-batch = max(its kernels + handling of its gradients, host)

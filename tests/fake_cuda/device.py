@@ -103,7 +103,7 @@ class FakeGPU(TorchDispatchMode):
 
 
 def _as_read(value):
-    """Make real again what has come from a device to the CPU."""
+    """The value, real again where it has come from a device to the CPU."""
     if not isinstance(value, FakeTensor) or value.device.type != "cpu":
         return value
     return torch.full(value.shape, getattr(value, "truth", 1), dtype=value.dtype)
