@@ -241,11 +241,14 @@ def check_same_recipe(before: TrainConfig, config: TrainConfig, source: Path) ->
 
 
 def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None) -> None:
-    """Raise UserError where there is no checkpoint, though one was due: starting at step 0 would write over a run."""
+    """Raise UserError where there is no checkpoint, though one was due: starting at step 0 would write over a run.
+
+    At the step of the first checkpoint itself there may be none: a run reports that step before it saves it.
+    """
     damaged = [file.name for file in sorted((path / CHECKPOINTS).glob("*.damaged"))]
     reached = max(steps_told(path / METRICS) + snapshots_there(path / SNAPSHOTS), default=0)
-    first = before["recipe"]["report"]["checkpoint_every"] if before else 1
-    if damaged or reached >= first:
+    first = before["recipe"]["report"]["checkpoint_every"] if before else 0
+    if damaged or reached > first:
         told = f" ({', '.join(damaged)})" if damaged else ""
         raise UserError(
             f"{path / CHECKPOINTS}: has no checkpoint to go on from{told}, though the run has been at step {reached}; "

@@ -66,6 +66,19 @@ def test_a_lost_snapshot_is_made_again(finished, run):
         assert (run / name).read_bytes() == (expected / name).read_bytes()
 
 
+def test_killed_while_saving_its_first_checkpoint(finished, run):
+    """Report and snapshot of that step are there: the same command begins again and comes to the same weights."""
+    recipe, ds_json, expected = finished
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "snapshots" / "step_00000004")
+    metrics = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(metrics[:2]), encoding="utf-8")
+    train(recipe, ds_json, run)
+    for kind in ("raw", "ema"):
+        name = f"snapshots/latest/{kind}.safetensors"
+        assert (run / name).read_bytes() == (expected / name).read_bytes()
+
+
 def test_two_at_once(finished, tmp_path):
     recipe, ds_json, _ = finished
     forever = command(recipe, ds_json, tmp_path / "run", "--set", "training.num_steps=1000000")

@@ -124,9 +124,10 @@ def test_lost_checkpoints_are_never_a_fresh_start(tmp_path, config, lost):
     assert content(path) == before
 
 
-def test_killed_before_its_first_checkpoint_it_begins_again(tmp_path, config):
-    path = begun(tmp_path / "run", config)
-    (path / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+@pytest.mark.parametrize("reported", [1, 2])
+def test_killed_before_its_first_checkpoint_it_begins_again(tmp_path, config, reported):
+    path = begun(tmp_path / "run", config)  # whose first checkpoint is due at step 2, after that step's report
+    (path / "metrics.jsonl").write_text(f'{{"step": {reported}}}\n', encoding="utf-8")
     assert opened(path, config).checkpoint is None
 
 
