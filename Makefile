@@ -47,7 +47,7 @@ slurm:
 
 install: .venv/installed
 
-.venv/installed: setup.py pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mdit needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(PIP) -e '.[quickstart,test]'
