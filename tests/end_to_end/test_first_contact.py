@@ -14,10 +14,11 @@ from mdit.documents import UserError, read_json
 from tests.processes import run_forked
 from tests.training import write_recipe
 from tools import first_contact
-from tools.first_contact import PARTS, SCENES, Contact, parse_arguments
+from tools.first_contact import PARTS, Contact, Part, parse_arguments
+from tools.first_contact_kit import SCENES, arriving_pack
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = [name for name, *_ in PARTS]
+ALL = [part.name for part in PARTS]
 HANGS = "-c 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)'"
 
 
@@ -75,7 +76,7 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
     (tmp_path / "kit" / "COMMIT").write_text("1234567\n", encoding="utf-8")  # as git does not tell
     monkeypatch.setattr(first_contact, "LARGEST_BYTES", 1_000_000)
-    with first_contact.arriving_pack(tmp_path / "kit" / "training.tar.gz") as folder:  # all of it, however large
+    with arriving_pack(tmp_path / "kit" / "training.tar.gz") as folder:  # all of it, however large
         write_recipe(folder, report={"sample_every": 4, "validate_every": 4}).with_name("large").write_bytes(
             bytes(10**6 + 1)
         )
@@ -105,12 +106,11 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
 
 def test_a_part_that_hangs_costs_no_figures(contact, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(first_contact, "LARGEST_BYTES", 100_000)
-    monkeypatch.setattr(first_contact, "REHEARSED", {})
     writes = "-c \"open('{out}/a', 'w').write('1'); open('{out}/b', 'w').write('b' * 200_000)\""
     (tmp_path / "kit" / "kernels.tar.gz").write_bytes(b"damaged")
-    more = [("figures", 0, 9, writes), ("hang", 0, 0.3, HANGS), ("fails", 0, 9, "-c 1/0"), ("long", 0, 9, "-c 2")]
+    given = [("figures", 9, writes), ("hang", 0.3, HANGS), ("fails", 9, "-c 1/0"), ("long", 9, "-c 2")]
+    more = [Part(name, 0, limit, arguments, "", grace=0.2) for name, limit, arguments in given]
     monkeypatch.setattr(first_contact, "PARTS", more)
-    monkeypatch.setattr(first_contact.Part, "grace", 0.2)
     assert contact() == 1
     ended = {name: part["ended"] for name, part in state(tmp_path).items()}
     assert ended == {
@@ -124,14 +124,14 @@ def test_a_part_that_hangs_costs_no_figures(contact, tmp_path, monkeypatch, capf
     printed = capfd.readouterr().out
     assert "not packed: out/b" in printed and "kernels.tar.gz: done without: " in printed
 
-    monkeypatch.setattr(first_contact, "PARTS", [("hang", 0, 9, "-c 3"), *more[2:]])
+    monkeypatch.setattr(first_contact, "PARTS", [Part("hang", 0, 9, "-c 3", ""), *more[2:]])
     (tmp_path / "out").rename(tmp_path / "lost")  # and the pack is brought to another machine
     (tmp_path / "out.tar.gz").rename(tmp_path / "kit" / "earlier.tar.gz")
     assert contact() == 1
     assert [part["done"] for part in state(tmp_path).values()] == [True, True, False, True]
     assert "out/a" in packed(tmp_path)
 
-    monkeypatch.setattr(first_contact, "PARTS", [("new", 0, 9, "-c 4")])
+    monkeypatch.setattr(first_contact, "PARTS", [Part("new", 0, 9, "-c 4", "")])
     assert contact("--budget_s", "3.5") == 1
     assert state(tmp_path)["new"]["ended"].startswith("not begun: ")
     monkeypatch.setattr(first_contact, "ENVIRONMENT", 'print(\'{"gpu": "none", "torch": "other"}\')')

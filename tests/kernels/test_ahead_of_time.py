@@ -34,7 +34,7 @@ from mdit.kernels.ahead_of_time import Build, build, faults, source  # noqa: E40
 from tools import build_kernels  # noqa: E402
 from tools.bench_kernels import TINY  # noqa: E402
 from tools.build_kernels import launches  # noqa: E402
-from tools.first_contact import move_cache  # noqa: E402
+from tools.first_contact_kit import move_cache  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = {
