@@ -26,11 +26,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    from mdit.checkpoint.snapshot import load_model, load_snapshot
     from mdit.dist import identify
     from mdit.eval.evaluate import evaluate
     from mdit.eval.samples import grid, sampling_options, save_png, settle_kernels
     from mdit.files import try_to_write, write_json
-    from mdit.snapshot import load_model, load_snapshot
 
     snapshot, device = load_snapshot(args.snapshot), identify().device
     options = sampling_options(snapshot.config, args.guidance, args.num_steps)

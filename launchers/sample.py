@@ -29,11 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = read_prompts(args.prompt, args.prompts_file)
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: must be the name of a .png file")
+    from mdit.checkpoint.snapshot import load_model, load_snapshot
     from mdit.dist import identify
     from mdit.encoders import build_text_encoder_from
     from mdit.eval.samples import draw_pictures, grid, sampling_options, save_png, settle_kernels
     from mdit.files import try_to_write
-    from mdit.snapshot import load_model, load_snapshot
 
     try_to_write(args.out)
     snapshot, device = load_snapshot(args.snapshot), identify().device

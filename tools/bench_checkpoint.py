@@ -19,24 +19,24 @@ import torch
 import torch.distributed
 
 from mdit import cli, dist
+from mdit.checkpoint.fragments import Fragment
+from mdit.checkpoint.training_state import find_latest, load_into, save_training_state
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, identify
 from mdit.meeting import start
 from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.shard import WHOLE, Shard
-from mdit.train.checkpoint import find_latest, load_into, save_training_state
-from mdit.train.pieces import Piece
 
 GIB = 2**30
 
 
-def pieces_of(config: TrainConfig, world: World, ep: int) -> list[Piece]:
+def fragments_of(config: TrainConfig, world: World, ep: int) -> list[Fragment]:
     """Every parameter's part, end to end, cut evenly over the ranks that hold the same part."""
     with torch.device("meta"):
         model = MicroDiT(config.model)
     experts = {f"{name}.{w}" for name, m in model.named_modules() if isinstance(m, ExpertChoice) for w in ("w1", "w2")}
-    pieces, offset = [], 0
+    fragments, offset = [], 0
     for name, parameter in model.named_parameters():
         shape, shard, share, shares = tuple(parameter.shape), WHOLE, world.rank, world.size
         if ep > 1 and name in experts:
@@ -45,15 +45,15 @@ def pieces_of(config: TrainConfig, world: World, ep: int) -> list[Piece]:
         size = math.prod(shape)
         first, last = size * share // shares, size * (share + 1) // shares
         if last > first:
-            pieces.append(Piece(name, shape, shard, first, last - first, 0, offset))
+            fragments.append(Fragment(name, shape, shard, first, last - first, 0, offset))
             offset += last - first
-    return pieces
+    return fragments
 
 
-def numbers(piece: Piece, kind: int) -> torch.Tensor:
-    """What stands for the elements of a piece: told by their place in the whole tensor and by the kind of tensor."""
-    first = piece.shard.index * piece.size + piece.start  # cut along the first dimension only
-    return (torch.arange(first, first + piece.numel) % 8191).float() + 10_000 * kind
+def numbers(fragment: Fragment, kind: int) -> torch.Tensor:
+    """What stands for the elements of a fragment: told by their place in the whole tensor and by the kind of tensor."""
+    first = fragment.shard.index * fragment.size + fragment.start  # cut along the first dimension only
+    return (torch.arange(first, first + fragment.numel) % 8191).float() + 10_000 * kind
 
 
 class PeakMemory:
@@ -107,9 +107,9 @@ def run(arguments: argparse.Namespace, world: World) -> None:
     if world.size % ep or config.model.num_experts % ep:
         experts = config.model.num_experts
         raise UserError(f"--expert_parallel {ep} does not divide both {world.size} processes and {experts} experts")
-    pieces = pieces_of(config, world, ep)
+    fragments = fragments_of(config, world, ep)
     kinds = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if config.ema else ()))
-    numel = sum(piece.numel for piece in pieces)
+    numel = sum(fragment.numel for fragment in fragments)
     tensors = {kind: [torch.zeros(numel)] for kind in kinds}
     for (flat,) in tensors.values():
         flat.fill_(0)  # touches the memory, so that it counts as the state's
@@ -117,30 +117,30 @@ def run(arguments: argparse.Namespace, world: World) -> None:
     torch.distributed.all_reduce(size)
     layout = {"world_size": world.size, "expert_parallel": ep}
     if not arguments.load:
-        fill(tensors, pieces)
+        fill(tensors, fragments)
         state = dict(memory={}, run={}, layout=layout, world=world, keep=1)
-        timed("save", int(size), save_training_state, arguments.dir, 1, tensors, pieces, **state)
+        timed("save", int(size), save_training_state, arguments.dir, 1, tensors, fragments, **state)
         for (flat,) in tensors.values():
             flat.zero_()
     found = timed("verify", int(size), find_latest, arguments.dir, world=world)
     if found is None:
         raise UserError(f"{arguments.dir}: no checkpoint to load; run without --load first")
     how = "the same layout" if found.state["layout"] == layout else f"{found.state['layout']} as {layout}"
-    timed(f"load, {how}", int(size), load_into, found, tensors, pieces, layout=layout, world=world)
-    check(tensors, pieces)
+    timed(f"load, {how}", int(size), load_into, found, tensors, fragments, layout=layout, world=world)
+    check(tensors, fragments)
 
 
-def fill(tensors: dict[str, list[torch.Tensor]], pieces: list[Piece]) -> None:
+def fill(tensors: dict[str, list[torch.Tensor]], fragments: list[Fragment]) -> None:
     for k, partitions in enumerate(tensors.values()):
-        for piece in pieces:
-            piece.of(partitions).copy_(numbers(piece, k))
+        for fragment in fragments:
+            fragment.of(partitions).copy_(numbers(fragment, k))
 
 
-def check(tensors: dict[str, list[torch.Tensor]], pieces: list[Piece]) -> None:
+def check(tensors: dict[str, list[torch.Tensor]], fragments: list[Fragment]) -> None:
     for k, (kind, partitions) in enumerate(tensors.items()):
-        for piece in pieces:
-            if not torch.equal(piece.of(partitions), numbers(piece, k)):
-                raise UserError(f"{kind}/{piece.name}: not what was written")
+        for fragment in fragments:
+            if not torch.equal(fragment.of(partitions), numbers(fragment, k)):
+                raise UserError(f"{kind}/{fragment.name}: not what was written")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from mdit import cli
+from mdit.checkpoint.snapshot import check_numbers, check_weights, load_snapshot, seal_snapshot, write_snapshot
 from mdit.config import DEFAULT_RECIPE, ModelConfig, TrainConfig, UserError, load_config, parse_section, portable
 from mdit.documents import one_line
 from mdit.files import replacing, try_to_write
 from mdit.models import presets
-from mdit.snapshot import check_numbers, check_weights, load_snapshot, seal_snapshot, write_snapshot
 
 PRESETS = {"xl_2": presets.xl_2, "tiny_2": presets.tiny_2}
 FIRST_LAYER = "x_embedder.proj.weight"

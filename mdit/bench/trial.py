@@ -149,10 +149,10 @@ class Trial:
         self.engine.clear_moments()
         whole = dict(draw_model(self.config, self.world.device).named_parameters())
         with torch.no_grad():
-            for piece in self.engine.pieces():
-                weight = whole[piece.name]
-                part = weight if piece.shard.count == 1 else piece.shard.take(weight)
-                piece.of(self.engine.masters).copy_(part.reshape(-1).narrow(0, piece.start, piece.numel))
+            for fragment in self.engine.fragments():
+                weight = whole[fragment.name]
+                part = weight if fragment.shard.count == 1 else fragment.shard.take(weight)
+                fragment.of(self.engine.masters).copy_(part.reshape(-1).narrow(0, fragment.start, fragment.numel))
         self.engine.refresh_parameters()
         if self.ema is not None:
             self.ema = EMA(self.config.ema, self.engine.masters)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mdit.checkpoint.snapshot import Snapshot
 from mdit.config import EmojiSource, UserError
 from mdit.data.manifest import MANIFEST
 from mdit.data.shards import open_dataset, read_samples
@@ -15,7 +16,6 @@ from mdit.eval.emoji_score import SceneJudge, held_out_scenes, render
 from mdit.eval.samples import draw_pictures, require_shape
 from mdit.eval.validation import validation_loss
 from mdit.models import MicroDiT
-from mdit.snapshot import Snapshot
 from mdit.sources.emoji import EmojiScenes
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mdit.checkpoint.snapshot import Snapshot
 from mdit.config import ReportConfig, TrainConfig, UserError, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
 from mdit.diffusion.sampler import heun_sample
@@ -17,7 +18,6 @@ from mdit.eval.lettering import lettering
 from mdit.files import replacing
 from mdit.kernels.choice import choose_kernels
 from mdit.models import MicroDiT
-from mdit.snapshot import Snapshot
 
 MIN_CELL = 96  # pixels: smaller pictures are enlarged so that captions fit and eyes can judge
 ANY_SIZE = 512  # of a picture, in pixels

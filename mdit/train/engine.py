@@ -2,8 +2,8 @@
 
 Beside zero_step.py, optim.py and mdit/parallel/expert.py only this file knows DeepSpeed; all else sees tensors and
 names. In ZeRO 1, 2 and 3 each rank's optimizer owns flat float32 partitions of the weights (`masters`), and the model's
-own parameters are copies of them in the computing dtype. `pieces` says which elements of which parameter lie where in
-them.
+own parameters are copies of them in the computing dtype. `fragments` says which elements of which parameter lie where
+in them.
 """
 
 import logging
@@ -16,13 +16,13 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor
 
+from mdit.checkpoint.fragments import Fragment
 from mdit.config import TrainConfig, UserError
 from mdit.models import MicroDiT
 from mdit.parallel import expert
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.shard import gather_whole, shard_of
 from mdit.train.optim import build_optimizer, moments, set_moments, step_count
-from mdit.train.pieces import Piece
 from mdit.train.zero_step import improve
 
 
@@ -115,8 +115,8 @@ class Engine:
             if held is not None:
                 self._fill_masters(held)
 
-    def pieces(self) -> list[Piece]:
-        """What this rank's masters hold. Padding, which DeepSpeed puts between and behind, belongs to no piece."""
+    def fragments(self) -> list[Fragment]:
+        """What this rank's masters hold. Padding, which DeepSpeed puts between and behind, belongs to no fragment."""
         found = []
         for name, parameter in self.deepspeed.module.named_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -130,7 +130,7 @@ class Engine:
             else:
                 continue
             if numel > 0:
-                found.append(Piece(name, shape, shard_of(parameter), start, numel, partition, offset))
+                found.append(Fragment(name, shape, shard_of(parameter), start, numel, partition, offset))
         return found
 
     def optimizer_state(self) -> dict[str, list[Tensor]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from mdit.checkpoint.training_state import Checkpoint, load_into, save_training_state
 from mdit.config import ReportConfig, TrainConfig
 from mdit.data.loader import Batch, build_loader
 from mdit.diffusion.edm import draw, edm_losses
@@ -15,10 +16,9 @@ from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings, computing_dtype
-from mdit.train.checkpoint import Checkpoint, load_into, save_training_state
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
-from mdit.train.evaluation import Evaluation
+from mdit.train.evaluator import Evaluator
 from mdit.train.metrics import Metrics, Stopwatch, memory_gib
 from mdit.train.optim import learning_rate
 from mdit.train.run_directory import CHECKPOINTS, STOP, RunDirectory
@@ -76,7 +76,7 @@ def train(run: Run, directory: RunDirectory) -> int:
         logger.info(f"resuming at step {step} of {config.training.num_steps}")
     first_step = step
 
-    evaluation = Evaluation(run.config, run.run_dir, world, computing_dtype(run.ds_config))
+    evaluation = Evaluator(run.config, run.run_dir, world, computing_dtype(run.ds_config))
     record = partial(Metrics, run.run_dir, first_step=step, num_steps=config.training.num_steps, world=world)
     metrics = on_all_ranks(world, record)  # rank 0 writes
     stop, stopwatch = on_all_ranks(world, partial(StopSignal, run.run_dir / STOP, world)), Stopwatch(world.device)
@@ -102,7 +102,7 @@ def train(run: Run, directory: RunDirectory) -> int:
             if due := due_at(step, first_step, report, done=done, stopping=stopping):
                 stopwatch.pause()
             if due & {"snapshot", "checkpoint"}:
-                require_finite(step, state_tensors(engine, ema), engine.pieces(), checkpoints, world)
+                require_finite(step, state_tensors(engine, ema), engine.fragments(), checkpoints, world)
             if "validate" in due:
                 evaluation.validate(step, engine, ema, metrics)
             if "sample" in due:
@@ -259,7 +259,7 @@ def save(
         directory.path / CHECKPOINTS,
         step,
         state_tensors(engine, ema),
-        engine.pieces(),
+        engine.fragments(),
         memory=losses.memory() | skipped.memory() | {"optimizer_steps": engine.optimizer_steps},
         run=directory.run,
         layout=run.layout,
@@ -272,7 +272,7 @@ def restore(
     checkpoint: Checkpoint, run: Run, engine: Engine, ema: EMA | None, losses: LossAverage, skipped: SkippedSteps
 ) -> None:
     tensors = state_tensors(engine, ema)
-    kept = load_into(checkpoint, tensors, engine.pieces(), layout=run.layout, world=run.world)
+    kept = load_into(checkpoint, tensors, engine.fragments(), layout=run.layout, world=run.world)
     engine.optimizer_steps = int(kept["optimizer_steps"])
     losses.recall(kept)
     skipped.recall(kept)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from mdit.checkpoint.snapshot import initial_weights, load_snapshot
+from mdit.checkpoint.training_state import Damaged, complete_checkpoints, latest_step, read_state
 from mdit.config import TrainConfig, UserError, kept_tokens, load_config, portable
 from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
@@ -23,9 +25,7 @@ from mdit.parallel.plan import check_plan, data_parallel_size
 from mdit.parallel.settings import RunSettings, computing_dtype, load_ds_json, load_run_settings, resolve_ds_config
 from mdit.prepare import is_prepared, prepare
 from mdit.provenance import commit, package_versions
-from mdit.snapshot import initial_weights, load_snapshot
 from mdit.train.agreement import require_agreement, what_is_read
-from mdit.train.checkpoint import Damaged, complete_checkpoints, latest_step, read_state
 from mdit.train.engine import check_ds_config
 from mdit.train.loop import Run
 from mdit.train.optim import check_implementation

@@ -21,14 +21,8 @@ from typing import Any
 
 import torch
 
-from mdit.config import TrainConfig, UserError, parse_recipe
-from mdit.data.manifest import MANIFEST
-from mdit.dist import World, forget_stop, gather, logger, on_all_ranks, shared
-from mdit.documents import explain, read_json
-from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
-from mdit.models import MicroDiT
-from mdit.snapshot import load_snapshot
-from mdit.train.checkpoint import (
+from mdit.checkpoint.snapshot import load_snapshot
+from mdit.checkpoint.training_state import (
     Checkpoint,
     Damaged,
     complete_checkpoints,
@@ -38,6 +32,12 @@ from mdit.train.checkpoint import (
     read_state,
     step_in,
 )
+from mdit.config import TrainConfig, UserError, parse_recipe
+from mdit.data.manifest import MANIFEST
+from mdit.dist import World, forget_stop, gather, logger, on_all_ranks, shared
+from mdit.documents import explain, read_json
+from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
+from mdit.models import MicroDiT
 from mdit.train.lock import Lock
 from mdit.train.metrics import step_of
 from mdit.train.optim import learning_rate

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mdit.checkpoint.fragments import Fragment
+from mdit.checkpoint.training_state import complete_checkpoints
 from mdit.config import UserError
 from mdit.data.loader import Batch
 from mdit.dist import World, gather, logger, shared
-from mdit.train.checkpoint import complete_checkpoints
-from mdit.train.pieces import Piece
 
 NAMED = 8  # samples of a rank, and ranks, that a line names
 
@@ -71,10 +71,10 @@ def _some(noun: str, numbers: list[int]) -> str:
 
 
 def require_finite(
-    step: int, tensors: dict[str, list[Tensor]], pieces: list[Piece], checkpoints: Path, world: World
+    step: int, tensors: dict[str, list[Tensor]], fragments: list[Fragment], checkpoints: Path, world: World
 ) -> None:
     """Raise UserError, on all ranks alike, when a rank's state at `step` holds NaN or infinities. A collective."""
-    found = gather(non_finite(tensors, pieces), world)
+    found = gather(non_finite(tensors, fragments), world)
     for rank, name in enumerate(found):
         if name is not None:
             raise shared(
@@ -85,16 +85,16 @@ def require_finite(
             )
 
 
-def non_finite(tensors: dict[str, list[Tensor]], pieces: list[Piece]) -> str | None:
-    """KIND/PARAMETER of a piece with a NaN or an infinity. Waits for the device once a partition."""
+def non_finite(tensors: dict[str, list[Tensor]], fragments: list[Fragment]) -> str | None:
+    """KIND/PARAMETER of a fragment with a NaN or an infinity. Waits for the device once a partition."""
     for kind, flats in tensors.items():
-        for partition in {piece.partition for piece in pieces}:
-            inside = [piece for piece in pieces if piece.partition == partition]
-            # NaN where there is one; allocates nothing of the piece's size.
-            extremes = torch.stack([torch.stack(torch.aminmax(piece.of(flats))) for piece in inside])
-            for piece, finite in zip(inside, extremes.isfinite().all(1).tolist(), strict=True):
+        for partition in {fragment.partition for fragment in fragments}:
+            inside = [fragment for fragment in fragments if fragment.partition == partition]
+            # NaN where there is one; allocates nothing of the fragment's size.
+            extremes = torch.stack([torch.stack(torch.aminmax(fragment.of(flats))) for fragment in inside])
+            for fragment, finite in zip(inside, extremes.isfinite().all(1).tolist(), strict=True):
                 if not finite:
-                    return f"{kind}/{piece.name}"
+                    return f"{kind}/{fragment.name}"
     return None
 
 

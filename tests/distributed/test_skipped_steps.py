@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mdit.checkpoint.fragments import Fragment
+from mdit.checkpoint.training_state import complete_checkpoints
 from mdit.dist import World
 from mdit.parallel.shard import WHOLE
 from mdit.train import loop
-from mdit.train.checkpoint import complete_checkpoints
-from mdit.train.pieces import Piece
 from mdit.train.run import opened, plan_run
 from mdit.train.skipped import name_samples, non_finite
 from tests.processes import run_forked
@@ -209,14 +209,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_what_is_not_finite_is_found():
-    pieces = [Piece("a", (2,), WHOLE, 0, 2, 0, 0), Piece("b", (3,), WHOLE, 0, 3, 1, 1)]
+    fragments = [Fragment("a", (2,), WHOLE, 0, 2, 0, 0), Fragment("b", (3,), WHOLE, 0, 3, 1, 1)]
     tensors = {kind: [torch.zeros(2), torch.full((5,), torch.inf)] for kind in ("master", "ema")}
     for flats in tensors.values():
         flats[1][1:4] = 1e30
-    assert non_finite(tensors, pieces) is None  # what is between pieces is padding
+    assert non_finite(tensors, fragments) is None  # what is between fragments is padding
     for value in (torch.nan, torch.inf, -torch.inf):
         tensors["ema"][1][2] = value
-        assert non_finite(tensors, pieces) == "ema/b"
+        assert non_finite(tensors, fragments) == "ema/b"
     assert non_finite(tensors, []) is None
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mdit.train.checkpoint import complete_checkpoints, latest_step
+from mdit.checkpoint.training_state import complete_checkpoints, latest_step
 from tests.processes import fork_server, run_forked
 from tests.training import _launch, attempt, command, train, write_ds_json, write_recipe
 

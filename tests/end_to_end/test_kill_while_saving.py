@@ -7,11 +7,11 @@ from itertools import count
 import torch
 import torch.distributed
 
+from mdit.checkpoint import training_state
+from mdit.checkpoint.fragments import Fragment
+from mdit.checkpoint.training_state import find_latest, latest_step, load_into, save_training_state
 from mdit.dist import World
 from mdit.parallel.shard import WHOLE
-from mdit.train import checkpoint
-from mdit.train.checkpoint import find_latest, latest_step, load_into, save_training_state
-from mdit.train.pieces import Piece
 from tests.processes import fork_server
 
 KILLS, RANKS = 20, 2
@@ -19,16 +19,16 @@ NUMEL = 200_000  # of each of PARAMETERS, half of it on each rank
 PARAMETERS = [f"p{i}" for i in range(8)]
 
 
-def pieces_of(rank: int, ranks: int) -> list[Piece]:
+def fragments_of(rank: int, ranks: int) -> list[Fragment]:
     share = NUMEL // ranks
-    return [Piece(name, (NUMEL,), WHOLE, share * rank, share, 0, share * i) for i, name in enumerate(PARAMETERS)]
+    return [Fragment(name, (NUMEL,), WHOLE, share * rank, share, 0, share * i) for i, name in enumerate(PARAMETERS)]
 
 
 def save_for_ever(rank: int, directory, journal, meeting) -> None:
     """Step after step; the journal says when a save begins and when it has returned on rank 0."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
     world = World(rank, RANKS, rank, torch.device("cpu"))
-    checkpoint.MAX_FILE_BYTES = 2**18  # several files a rank
+    training_state.MAX_FILE_BYTES = 2**18  # several files a rank
     with journal.open("a", buffering=1) as file:
         for step in count(latest_step(directory) + 1):
             if world.is_first:
@@ -39,7 +39,7 @@ def save_for_ever(rank: int, directory, journal, meeting) -> None:
                 directory,
                 step,
                 tensors,
-                pieces_of(rank, RANKS),
+                fragments_of(rank, RANKS),
                 memory=memory,
                 run={},
                 layout=layout,
@@ -82,7 +82,7 @@ def test_twenty_kills(tmp_path):
             assert found is not None and found.step >= complete
             flat = torch.empty(NUMEL * len(PARAMETERS))
             layout = {"world_size": 1}
-            memory = load_into(found, {"master": [flat]}, pieces_of(0, 1), layout=layout, world=alone)
+            memory = load_into(found, {"master": [flat]}, fragments_of(0, 1), layout=layout, world=alone)
             assert (flat == found.step).all() and memory == {"loss_sum": found.step}
             assert not list(directory.glob("*.damaged"))
     finally:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdit.train.checkpoint import complete_checkpoints
+from mdit.checkpoint.training_state import complete_checkpoints
 from tests.training import attempt, command, environment, read_metrics, train, write_ds_json, write_recipe
 
 STEPS, EVERY = 60, 4
@@ -102,7 +102,7 @@ def test_another_format_is_refused_and_nothing_is_written(undisturbed, tmp_path)
     returncode, output = attempt(recipe, ds_json, run, "--set", "training.num_steps=99")
     assert returncode == 2
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert str(state) in error and "'mdit-checkpoint/93'" in error and "'mdit-checkpoint/3'" in error
+    assert str(state) in error and "'mdit-checkpoint/94'" in error and "'mdit-checkpoint/4'" in error
     assert (run / "config.json").read_bytes() == before
 
 

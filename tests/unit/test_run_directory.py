@@ -12,14 +12,15 @@ import torch
 import torch.distributed
 
 from mdit import files
+from mdit.checkpoint import training_state
+from mdit.checkpoint.fragments import Fragment
+from mdit.checkpoint.snapshot import save_snapshot
+from mdit.checkpoint.training_state import complete_checkpoints, find_latest, load_into, save_training_state
 from mdit.config import UserError
 from mdit.dist import World
 from mdit.files import clean_leftovers, replacing_directory
 from mdit.parallel.shard import WHOLE
-from mdit.snapshot import save_snapshot
-from mdit.train import checkpoint, run_directory
-from mdit.train.checkpoint import complete_checkpoints, find_latest, load_into, save_training_state
-from mdit.train.pieces import Piece
+from mdit.train import run_directory
 from mdit.train.run_directory import RunDirectory, check_place, finished_at
 from tests.recipes import tiny_config
 from tests.training import ENCODERS, run_in_processes
@@ -61,7 +62,7 @@ def save(directory: RunDirectory, step: int, world: World = WORLD) -> None:
         directory.path / "checkpoints",
         step,
         {"master": [torch.full((4,), float(step))]},
-        [Piece("weights", (4 * world.size,), WHOLE, 4 * world.rank, 4, 0, 0)],
+        [Fragment("weights", (4 * world.size,), WHOLE, 4 * world.rank, 4, 0, 0)],
         memory={"loss_sum": float("nan")},
         run=directory.run,
         layout={},
@@ -166,14 +167,14 @@ def test_checkpoints_that_cannot_be_listed_are_never_a_fresh_start(tmp_path, con
 
 def test_a_file_that_shows_late_is_not_missing(tmp_path, config, monkeypatch):
     path = begun(tmp_path / "run", config, 2)
-    measure, failures = checkpoint.checksum, [FileNotFoundError(errno.ENOENT, "not yet")]
+    measure, failures = training_state.checksum, [FileNotFoundError(errno.ENOENT, "not yet")]
 
     def late(file):
         if failures:
             raise failures.pop()
         return measure(file)
 
-    monkeypatch.setattr(checkpoint, "checksum", late)
+    monkeypatch.setattr(training_state, "checksum", late)
     assert opened(path, config).checkpoint.step == 2
 
 
@@ -206,7 +207,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path, config):
     path = begun(tmp_path / "run", config, 2)
     found = find_latest(path / "checkpoints", WORLD)
     with pytest.raises(UserError, match=r"weights has shape \(4,\), the recipe's model needs \(2,\)"):
-        smaller = [Piece("weights", (2,), WHOLE, 0, 2, 0, 0)]
+        smaller = [Fragment("weights", (2,), WHOLE, 0, 2, 0, 0)]
         load_into(found, {"master": [torch.zeros(2)]}, smaller, layout={}, world=WORLD)
 
 
@@ -356,14 +357,14 @@ def open_apart(world: World, folder: Path) -> str:
 
 def save_with_a_full_disk(world: World, folder: Path) -> tuple[str, list[str]]:
     """Rank 1 cannot write its part of the checkpoint of step 4, and can again at step 6."""
-    directory, write, told = RunDirectory(folder, world), checkpoint.save_tensors, []
+    directory, write, told = RunDirectory(folder, world), training_state.save_tensors, []
 
     def full(tensors, path, metadata):
         if world.rank == 1 and "step_00000004" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(tensors, path, metadata)
 
-    checkpoint.save_tensors = full
+    training_state.save_tensors = full
     with directory:
         for step in (2, 4, 6):
             directory.attempt("checkpoint", step, lambda: save(directory, step, world))  # noqa: B023

@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import ImageFont
 
+from mdit.checkpoint.snapshot import Snapshot
 from mdit.config import DEFAULT_RECIPE, UserError, load_config
 from mdit.diffusion.edm import denoise, generator_for
 from mdit.diffusion.sampler import heun_sample
 from mdit.eval import lettering
 from mdit.eval.evaluate import evaluate_validation
 from mdit.eval.samples import MAX_LINES, draw_pictures, grid, sample_latents, to_images, to_uint8, wrap
-from mdit.snapshot import Snapshot
 from tests.latent_sets import write_set
 
 CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import mdit.snapshot
+import mdit.checkpoint.snapshot
+from mdit.checkpoint.snapshot import initial_weights, load_model, load_snapshot, save_snapshot, seal_snapshot
 from mdit.config import DEFAULT_RECIPE, UserError, load_config
 from mdit.files import checksum
 from mdit.models import MicroDiT
-from mdit.snapshot import initial_weights, load_model, load_snapshot, save_snapshot, seal_snapshot
 
 ENCODERS = {"image": {"id": "pixels"}, "text": {"id": "minilm", "max_tokens": 4, "channels": 12}}
 SMALL = [
@@ -103,7 +103,7 @@ def test_a_failed_save_leaves_the_former_snapshot_as_latest(tmp_path, monkeypatc
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(mdit.snapshot, "save_tensors", full_disk)
+        patched.setattr(mdit.checkpoint.snapshot, "save_tensors", full_disk)
         with pytest.raises(OSError):
             save(tmp_path, config, step=2)
     assert load_snapshot(tmp_path / "latest").step == 1

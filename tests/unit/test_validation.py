@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mdit.checkpoint.snapshot import Snapshot
 from mdit.config import DEFAULT_RECIPE, TrainConfig, load_config
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import ShardWriter
@@ -12,7 +13,6 @@ from mdit.eval.evaluate import evaluate
 from mdit.eval.validation import NUM_SIGMAS, ExpertCoverage, validation_loss, validation_sigmas
 from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoice
-from mdit.snapshot import Snapshot
 
 CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])
 COUNT = 7

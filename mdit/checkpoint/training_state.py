@@ -1,14 +1,14 @@
 """Checkpoints, for resume: the same command again goes on where the last complete one was written.
 
-    checkpoints/step_00000250/rank_00000_000.safetensors   this rank's pieces of masters, moments and EMA; at most 1 GiB
+    checkpoints/step_00000250/rank_00000_000.safetensors   this rank's fragments of weights, moments and EMA; <= 1 GiB
                               rank_00000_001.safetensors   ... and so on
                               state.json                   step, run, layout, size and xxh3 of every file and of itself
 
 A directory appears under its final name only when every byte of it is on disk. There is no pointer that could point
 elsewhere: the newest directory of such a name, and of no other, is the latest checkpoint.
 
-Every tensor is a piece of one parameter, named KIND/PARAMETER, and the file's header says which elements it holds. A
-run of the same layout reads its own pieces back as they are, bit for bit. A run of another layout (processes, ZeRO
+Every tensor is a fragment of one parameter, named KIND/PARAMETER, and the file's header says which elements it holds. A
+run of the same layout reads its own fragments back as they are, bit for bit. A run of another layout (processes, ZeRO
 stage, expert or tensor parallelism) takes its elements from whichever files hold them: the same numbers, with at most
 one tensor in memory at a time. Nothing here is ever unpickled.
 """
@@ -31,6 +31,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from mdit.checkpoint.fragments import Fragment, from_json, to_json
 from mdit.config import UserError
 from mdit.dist import World, gather, logger, on_all_ranks, shared
 from mdit.documents import parse_json
@@ -45,9 +46,8 @@ from mdit.files import (
     save_tensors,
     write_json,
 )
-from mdit.train.pieces import Piece, from_json, to_json
 
-FORMAT = "mdit-checkpoint/3"
+FORMAT = "mdit-checkpoint/4"
 MAX_FILE_BYTES = 2**30  # bounds the copy in host memory that a file is written from
 
 
@@ -82,7 +82,7 @@ def save_training_state(
     directory: Path,
     step: int,
     tensors: dict[str, list[Tensor]],
-    pieces: list[Piece],
+    fragments: list[Fragment],
     *,
     memory: dict[str, float],
     run: dict,
@@ -90,7 +90,7 @@ def save_training_state(
     world: World,
     keep: int,
 ) -> None:
-    """A collective: each rank writes its pieces of `tensors`, then rank 0 publishes. The newest `keep` stay.
+    """A collective: each rank writes its fragments of `tensors`, then rank 0 publishes. The newest `keep` stay.
 
     `tensors` has for each kind one flat tensor a partition; `memory` are the numbers that this rank has to remember;
     `run`, rank 0's, says what is trained. Raises on all ranks alike when one of them cannot write: nothing has changed
@@ -101,7 +101,7 @@ def save_training_state(
 
     def write() -> dict[str, dict]:
         with in_the_name_of(final, hidden):
-            return {path.name: describe(path) for path in write_pieces(hidden, world.rank, tensors, pieces)}
+            return {path.name: describe(path) for path in write_fragments(hidden, world.rank, tensors, fragments)}
 
     def write_state() -> None:
         files = {name: entry for rank in gathered for name, entry in rank["files"].items()}
@@ -145,25 +145,27 @@ def finite(memory: dict[str, float]) -> dict[str, float | str]:
     return {key: value if math.isfinite(value) else str(value) for key, value in memory.items()}
 
 
-def write_pieces(directory: Path, rank: int, tensors: dict[str, list[Tensor]], pieces: list[Piece]) -> Iterator[Path]:
+def write_fragments(
+    directory: Path, rank: int, tensors: dict[str, list[Tensor]], fragments: list[Fragment]
+) -> Iterator[Path]:
     """File after file, so that host memory holds one of them at a time. At least one file, were it empty."""
-    for number, chunk in enumerate(chunks(pieces, kinds=len(tensors))):
+    for number, chunk in enumerate(chunks(fragments, kinds=len(tensors))):
         path = directory / f"{rank_prefix(rank)}{number:03d}.safetensors"
         content = {f"{kind}/{p.name}": p.of(flat).to("cpu", copy=True) for kind, flat in tensors.items() for p in chunk}
-        save_tensors(content, path, {"pieces": to_json(chunk)})
+        save_tensors(content, path, {"fragments": to_json(chunk)})
         yield path
 
 
-def chunks(pieces: list[Piece], kinds: int) -> Iterator[list[Piece]]:
-    """Runs of pieces that fill at most MAX_FILE_BYTES (or one piece that is larger)."""
+def chunks(fragments: list[Fragment], kinds: int) -> Iterator[list[Fragment]]:
+    """Runs of fragments that fill at most MAX_FILE_BYTES (or one fragment that is larger)."""
     chunk, size = [], 0
-    for piece in pieces:
-        piece_bytes = 4 * piece.numel * kinds
-        if chunk and size + piece_bytes > MAX_FILE_BYTES:
+    for fragment in fragments:
+        fragment_bytes = 4 * fragment.numel * kinds
+        if chunk and size + fragment_bytes > MAX_FILE_BYTES:
             yield chunk
             chunk, size = [], 0
-        chunk.append(piece)
-        size += piece_bytes
+        chunk.append(fragment)
+        size += fragment_bytes
     yield chunk
 
 
@@ -241,9 +243,9 @@ def read_state(path: Path) -> Checkpoint:
 
 
 def load_into(
-    checkpoint: Checkpoint, tensors: dict[str, list[Tensor]], pieces: list[Piece], *, layout: dict, world: World
+    checkpoint: Checkpoint, tensors: dict[str, list[Tensor]], fragments: list[Fragment], *, layout: dict, world: World
 ) -> dict[str, float]:
-    """Fill `tensors`, laid out as `pieces` says, from a checkpoint of any layout; -> this rank's `memory`.
+    """Fill `tensors`, laid out as `fragments` says, from a checkpoint of any layout; -> this rank's `memory`.
 
     In another layout memories of equal keys are averaged over the ranks that wrote them. Raises UserError when the
     checkpoint lacks a parameter.
@@ -251,9 +253,9 @@ def load_into(
     memories = checkpoint.state["memory"]
     same = checkpoint.state["layout"] == layout
     reader = Reader(checkpoint, ranks=[world.rank] if same else range(len(memories)))
-    for piece in pieces:
+    for fragment in fragments:
         for kind, flat in tensors.items():
-            reader.fill(kind, piece, piece.of(flat))
+            reader.fill(kind, fragment, fragment.of(flat))
     if same:
         return {key: float(value) for key, value in memories[world.rank].items()}
     before = checkpoint.state["layout"]
@@ -271,54 +273,56 @@ class Reader:
         self.files = [safe_open(file, "pt") for rank in ranks for file in checkpoint.files_of(rank)]
 
     @cached_property
-    def stored(self) -> dict[str, list[tuple[Any, Piece]]]:
-        """Parameter name -> (file, piece in it)."""
+    def stored(self) -> dict[str, list[tuple[Any, Fragment]]]:
+        """Parameter name -> (file, fragment in it)."""
         found = defaultdict(list)
         for file in self.files:
-            for piece in from_json(file.metadata()["pieces"]):
-                found[piece.name].append((file, piece))
+            for fragment in from_json(file.metadata()["fragments"]):
+                found[fragment.name].append((file, fragment))
         return found
 
-    def fill(self, kind: str, piece: Piece, out: Tensor) -> None:
-        """Set `out` (numel,) to the elements of a piece, whoever wrote them."""
-        stored = self.stored[piece.name]
+    def fill(self, kind: str, fragment: Fragment, out: Tensor) -> None:
+        """Set `out` (numel,) to the elements of a fragment, whoever wrote them."""
+        stored = self.stored[fragment.name]
         if not stored:
-            raise UserError(f"{self.path}: has no {piece.name}, which the recipe's model needs")
+            raise UserError(f"{self.path}: has no {fragment.name}, which the recipe's model needs")
         for _, other in stored:
-            if other.whole_shape != piece.whole_shape:
+            if other.whole_shape != fragment.whole_shape:
                 raise UserError(
-                    f"{self.path}: {piece.name} has shape {other.whole_shape}, the recipe's model needs "
-                    f"{piece.whole_shape}"
+                    f"{self.path}: {fragment.name} has shape {other.whole_shape}, the recipe's model needs "
+                    f"{fragment.whole_shape}"
                 )
-        if same_part := [(file, other) for file, other in stored if other.shard == piece.shard]:
-            self.fill_from_runs(kind, piece, out, same_part, place=attrgetter("start"))
-        elif piece.first is not None and all(other.first is not None for _, other in stored):
-            self.fill_from_runs(kind, piece, out, stored, place=attrgetter("first"))
+        if same_part := [(file, other) for file, other in stored if other.shard == fragment.shard]:
+            self.fill_from_runs(kind, fragment, out, same_part, place=attrgetter("start"))
+        elif fragment.first is not None and all(other.first is not None for _, other in stored):
+            self.fill_from_runs(kind, fragment, out, stored, place=attrgetter("first"))
         else:
-            part = piece.shard.take(self.whole(kind, piece.name))
-            out.copy_(part.flatten()[piece.start : piece.start + piece.numel])
+            part = fragment.shard.take(self.whole(kind, fragment.name))
+            out.copy_(part.flatten()[fragment.start : fragment.start + fragment.numel])
 
-    def fill_from_runs(self, kind: str, piece: Piece, out: Tensor, stored, place: Callable[[Piece], int]) -> None:
-        """From pieces that `place` puts on one line with this one. Only what is needed is read."""
-        begin, end, held = place(piece), place(piece) + piece.numel, 0
+    def fill_from_runs(
+        self, kind: str, fragment: Fragment, out: Tensor, stored, place: Callable[[Fragment], int]
+    ) -> None:
+        """From fragments that `place` puts on one line with this one. Only what is needed is read."""
+        begin, end, held = place(fragment), place(fragment) + fragment.numel, 0
         # Tensor-parallel ranks hold what is not cut several times over: the last copy counts, each like the others.
         for file, other in {place(other): (file, other) for file, other in stored}.values():
             low, high = max(begin, place(other)), min(end, place(other) + other.numel)
             if low < high:
-                run = file.get_slice(f"{kind}/{piece.name}")[low - place(other) : high - place(other)]
+                run = file.get_slice(f"{kind}/{fragment.name}")[low - place(other) : high - place(other)]
                 out[low - begin : high - begin].copy_(run)
                 held += high - low
-        self.check_all_there(kind, piece.name, held, piece.numel)
+        self.check_all_there(kind, fragment.name, held, fragment.numel)
 
     def whole(self, kind: str, name: str) -> Tensor:
         """A parameter's whole tensor, or a moment's or average's of it, float32 in host memory."""
         stored = self.stored[name]
         first = stored[0][1]
         parts = [torch.empty(first.size) for _ in range(first.shard.count)]
-        spans = {(piece.shard.index, piece.start): (file, piece) for file, piece in stored}
-        for (index, start), (file, piece) in spans.items():
-            parts[index][start : start + piece.numel] = file.get_tensor(f"{kind}/{name}")
-        held = sum(piece.numel for _, piece in spans.values())
+        spans = {(fragment.shard.index, fragment.start): (file, fragment) for file, fragment in stored}
+        for (index, start), (file, fragment) in spans.items():
+            parts[index][start : start + fragment.numel] = file.get_tensor(f"{kind}/{name}")
+        held = sum(fragment.numel for _, fragment in spans.values())
         self.check_all_there(kind, name, held, first.size * first.shard.count)
         return first.shard.join([part.view(first.shape) for part in parts])
 

@@ -10,10 +10,10 @@ from mdit.parallel.shard import Shard
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """Elements start .. start + numel of a parameter's part on this rank, row by row.
 
-    `shape` is the part's, `shard` how it is cut from the whole; the piece lies at `offset` of partition `partition`.
+    `shape` is the part's, `shard` how it is cut from the whole; the fragment lies at `offset` of partition `partition`.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Elements of the part that this is a piece of."""
+        """Elements of the part that this is a fragment of."""
         return math.prod(self.shape)
 
     @property
@@ -38,21 +38,21 @@ class Piece:
 
     @property
     def first(self) -> int | None:
-        """Where in the whole tensor, row by row, the piece begins; None when it lies there in several runs."""
+        """Where in the whole tensor, row by row, the fragment begins; None when it lies there in several runs."""
         one_run = self.shard.count == 1 or (self.shard.dim, self.shard.blocks) == (0, 1)
         return self.shard.index * self.size + self.start if one_run else None
 
     def of(self, partitions: list[Tensor]) -> Tensor:
-        """A view of this piece in partitions laid out as this rank's masters are."""
+        """A view of this fragment in partitions laid out as this rank's masters are."""
         return partitions[self.partition].narrow(0, self.offset, self.numel)
 
 
-def to_json(pieces: list[Piece]) -> str:
-    return json.dumps([asdict(piece) for piece in pieces])
+def to_json(fragments: list[Fragment]) -> str:
+    return json.dumps([asdict(fragment) for fragment in fragments])
 
 
-def from_json(text: str) -> list[Piece]:
+def from_json(text: str) -> list[Fragment]:
     return [
-        Piece(**{**values, "shape": tuple(values["shape"]), "shard": Shard(**values["shard"])})
+        Fragment(**{**values, "shape": tuple(values["shape"]), "shard": Shard(**values["shard"])})
         for values in json.loads(text)
     ]

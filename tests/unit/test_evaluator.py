@@ -8,8 +8,8 @@ import torch
 
 from mdit.dist import World
 from mdit.models import MicroDiT
-from mdit.train import evaluation
-from mdit.train.evaluation import Evaluation
+from mdit.train import evaluator
+from mdit.train.evaluator import Evaluator
 from mdit.train.loop import first_weights
 from tests.recipes import tiny_config
 from tests.training import write_shards
@@ -45,13 +45,13 @@ def test_a_run_is_evaluated_in_the_format_that_it_trains_in(config, tmp_path, mo
             seen.append({name: t.clone() for name, t in net.state_dict().items()})
         return function(net, latents_NCHW, captions_NLC, **options)
 
-    function = evaluation.validation_loss
-    monkeypatch.setattr(evaluation, "validation_loss", found)
+    function = evaluator.validation_loss
+    monkeypatch.setattr(evaluator, "validation_loss", found)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     written = []
     metrics = SimpleNamespace(write=lambda step, group, values: written.append(values["validation_loss"]))
     state = torch.get_rng_state()
-    Evaluation(config, tmp_path, WORLD, dtype).validate(1, engine, None, metrics)
+    Evaluator(config, tmp_path, WORLD, dtype).validate(1, engine, None, metrics)
     assert torch.equal(torch.get_rng_state(), state), "nothing is drawn that weights overwrite"
     for name, value in engine.model.state_dict().items():
         assert torch.equal(seen[0][name], value.to(dtype)), name
@@ -60,7 +60,7 @@ def test_a_run_is_evaluated_in_the_format_that_it_trains_in(config, tmp_path, mo
 
 def test_snapshots_hold_float32_whatever_is_evaluated(config, tmp_path):
     engine = Weights(config)
-    found = Evaluation(config, tmp_path, WORLD, torch.bfloat16)._state_dict(engine, None)
+    found = Evaluator(config, tmp_path, WORLD, torch.bfloat16)._state_dict(engine, None)
     wanted = engine.model.state_dict()
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from mdit.checkpoint.snapshot import save_snapshot
+from mdit.checkpoint.training_state import on_first
 from mdit.config import TrainConfig, portable
 from mdit.data.shards import open_dataset, read_samples
 from mdit.dist import World, gather
@@ -21,8 +23,6 @@ from mdit.eval.validation import ExpertCoverage, validation_loss
 from mdit.files import optional
 from mdit.models import MicroDiT
 from mdit.models.dit import buffers
-from mdit.snapshot import save_snapshot
-from mdit.train.checkpoint import on_first
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.metrics import Metrics
@@ -31,7 +31,7 @@ BATCH_SIZE = 64
 MAX_VALIDATION_SAMPLES = 1024
 
 
-class Evaluation:
+class Evaluator:
     """Evaluates the EMA where there is one, else the weights. Every rank takes a share; the result is the same for any
     number of ranks, since each sample brings its own random numbers."""
 

@@ -1,0 +1,1 @@
+"""Weights on disk: training states to resume from, snapshots to use."""
