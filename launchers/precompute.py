@@ -13,13 +13,12 @@ from pathlib import Path
 
 from mdit import cli
 from mdit.config import UserError
-from mdit.dist import configure_logging, identify, shared, tells, work_on
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--recipe", type=Path, help="its [data] section is what counts; default: configs/quickstart.toml")
+    add("--recipe", type=cli.config, help="its [data] section is what counts; default: configs/quickstart.toml")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one recipe key")
     add("--source", metavar="NAME", help="instead of a recipe: cc12m, webdataset, folder, ...")
     add("--root", type=Path, metavar="DIR", help="where it was downloaded to")
@@ -47,6 +46,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    from mdit.dist import configure_logging, identify, shared, work_on
+
     world = identify()
     configure_logging(world)
     from mdit.prepare.command import describe, plan_sets
@@ -61,4 +62,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, tells=tells)
+    cli.run(main)

@@ -7,18 +7,19 @@ import argparse
 import time
 
 from mdit import cli
-from mdit.config import DEFAULT_RECIPE
+from mdit.config import DEFAULT_DS_CONFIG, DEFAULT_RECIPE
 
 BEGAN = time.time()  # before anything slow is imported
-DEFAULT_JSON = DEFAULT_RECIPE.parent / "zero2.json"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     parser.add_argument(
-        "--recipe", type=cli.path, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json"
+        "--recipe", type=cli.config, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json"
     )
-    parser.add_argument("--ds_config", type=cli.path, default=DEFAULT_JSON, help="how it is run: a DeepSpeed JSON")
+    parser.add_argument(
+        "--ds_config", type=cli.config, default=DEFAULT_DS_CONFIG, help="how it is run: a DeepSpeed JSON"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe"
     )
@@ -27,11 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="start anew; what the run directory has is moved aside")
     parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, run nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     from mdit.dist import configure_logging, identify
     from mdit.meeting import joined
 
@@ -42,16 +43,16 @@ def main() -> None:
 
     def plan():
         return plan_run(
-            arguments.recipe,
-            arguments.ds_config,
-            overrides=arguments.set,
-            run_dir=arguments.run_dir,
-            init_from=arguments.init_from,
-            restart=arguments.restart,
+            args.recipe,
+            args.ds_config,
+            overrides=args.set,
+            run_dir=args.run_dir,
+            init_from=args.init_from,
+            restart=args.restart,
             world=world,
         )
 
-    if arguments.dry_run:
+    if args.dry_run:
         if world.is_first:
             print(describe(plan()))
         return
@@ -66,11 +67,5 @@ def main() -> None:
             train(run, directory)
 
 
-def tells(error: BaseException) -> bool:
-    from mdit import dist
-
-    return dist.tells(error)
-
-
 if __name__ == "__main__":
-    cli.run(main, tells=tells)
+    cli.run(main)

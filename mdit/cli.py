@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mdit.caches import keep_on_local_disk
+from mdit.config import CONFIGS
 from mdit.documents import UserError, explain, one_line
 
 USER_ERROR = 2
@@ -24,14 +25,21 @@ except FileNotFoundError:  # now, since torch's libraries end a process that loa
     sys.exit(USER_ERROR)
 
 
-def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], bool] = lambda error: True) -> NoReturn:
+def tells(error: BaseException) -> bool:
+    """Whether this process is the one to print an error that all processes of a run may have: `mdit.dist.tells`, where
+    that, and torch with it, has been imported."""
+    asked = getattr(sys.modules.get("mdit.dist"), "tells", None)
+    return asked is None or asked(error)
+
+
+def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], bool] = tells) -> NoReturn:
     """Call `command` and exit with what it returns (None is 0), or, after one line on stderr, with
 
         2    for UserError, and for OSError: the machine, a file or a disk is not as it should be
         130  for Ctrl-C (what a KeyboardInterrupt says is told as well); a second one ends the process at once
 
     and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
-    one to print an error that several processes of a run may have (`mdit.dist.tells`). MDIT_TRACEBACK=1 shows where an
+    one to print an error. MDIT_TRACEBACK=1 shows where an
     error came from. What the terminal's encoding lacks is printed escaped. What `command` compiles is kept on this
     machine's disk (mdit/caches.py).
     """
@@ -70,6 +78,13 @@ def path(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r}: is no path")
     return Path(text)
+
+
+def config(text: str) -> Path:
+    """A recipe or a DeepSpeed JSON of the command line: outside a checkout configs/NAME is the one that mdit brings."""
+    given = path(text)
+    brought = CONFIGS / given.name
+    return brought if given.parent == Path("configs") and not given.exists() and brought.exists() else given
 
 
 class Parser(argparse.ArgumentParser):

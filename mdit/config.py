@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 
-DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.toml"
+PACKAGED = Path(__file__).absolute().parent / "configs"  # in a checkout a link to the top-level folder
+CONFIGS = PACKAGED.resolve()
+DEFAULT_RECIPE, DEFAULT_DS_CONFIG = CONFIGS / "quickstart.toml", CONFIGS / "zero2.json"
 
 
 class Section(BaseModel):
@@ -266,9 +268,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def parse_recipe(values: dict[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Check what the file `path` has for a recipe. Relative places of data become absolute: those of the file below the
-    folder of its project, which has the pyproject.toml, or else beside it; those of overrides below the current
-    directory."""
-    values, root = copy.deepcopy(values), _project(path) or Path(os.path.abspath(path)).parent
+    folder of its project, which has the pyproject.toml, or else beside it; those of overrides, and of the recipes in an
+    installed package, below the current directory."""
+    folder = Path(os.path.abspath(path)).parent
+    installed = folder == CONFIGS and not PACKAGED.is_symlink()
+    values, root = copy.deepcopy(values), Path.cwd() if installed else _project(path) or folder
     _change_locations(values, lambda place: os.path.join(root, place))
     for override in overrides:
         _apply_override(values, override)

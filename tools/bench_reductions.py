@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mdit import cli
 from mdit.bench.roofline import Product, products
-from mdit.bench.stages import CONFIGS, tiny_form
-from mdit.config import load_config
+from mdit.bench.stages import tiny_form
+from mdit.config import CONFIGS, load_config
 from mdit.dist import settle_numerics
 from mdit.files import try_to_write, write_json
 from tools.bench_kernels import Bench, environment, milliseconds, relative_error

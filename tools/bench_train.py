@@ -27,8 +27,9 @@ from mdit.bench.plots import draw
 from mdit.bench.report import JSON, Report
 from mdit.bench.rows import load
 from mdit.bench.session import Session
-from mdit.bench.stages import CONFIGS, STAGES, Job, prepare_data, ran_out_of_memory, settle
+from mdit.bench.stages import STAGES, Job, prepare_data, ran_out_of_memory, settle
 from mdit.bench.trial import MADE_UP
+from mdit.config import CONFIGS
 from mdit.dist import World, configure_logging, identify
 from mdit.files import try_to_write
 from mdit.meeting import start

@@ -15,8 +15,8 @@ from mdit.bench import rows
 from mdit.bench.plots import draw, draw_losses
 from mdit.bench.profile import summary
 from mdit.bench.recipe_cost import Stage, choose_rows
-from mdit.bench.stages import CONFIGS, STAGES, TINY
-from mdit.config import UserError, load_config
+from mdit.bench.stages import STAGES, TINY
+from mdit.config import CONFIGS, UserError, load_config
 from mdit.documents import parse_json, read_json
 from mdit.files import write_json
 from mdit.kernels import comparison

@@ -10,13 +10,12 @@ import torch
 
 from mdit.bench.rows import Row, measured_row, problem_row, stage_name
 from mdit.bench.trial import MADE_UP, Trial, give_back_memory
-from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, load_config
+from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, logger
 from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings
 from mdit.prepare import is_prepared, prepare
 from mdit.train.run import settle_json
 
-CONFIGS = DEFAULT_RECIPE.parent
 STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
 # Sizes that a CPU trains in milliseconds, with every kind of block.
 TINY_MODEL = dict(dim=32, depth=4, head_dim=16, mixer_depth=2, mixer_dim=32, multiple_of=16, num_experts=4)

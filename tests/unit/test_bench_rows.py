@@ -7,8 +7,8 @@ import torch
 
 from mdit.bench import rows
 from mdit.bench.report import Report, is_open
-from mdit.bench.stages import CONFIGS, settle, tiny_form
-from mdit.config import UserError, load_config
+from mdit.bench.stages import settle, tiny_form
+from mdit.config import CONFIGS, UserError, load_config
 from mdit.dist import World
 from mdit.parallel.settings import RunSettings
 

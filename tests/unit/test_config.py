@@ -10,11 +10,10 @@ import pydantic
 import pytest
 import torch
 
-from mdit.config import DEFAULT_RECIPE, TrainConfig, UserError, kept_tokens, load_config, portable
+from mdit.config import CONFIGS, DEFAULT_RECIPE, TrainConfig, UserError, kept_tokens, load_config, portable
 from mdit.models import presets
 from tests.recipes import TINY, tiny_config, tiny_model
 
-CONFIGS = DEFAULT_RECIPE.parent
 RECIPES = sorted(CONFIGS.glob("*.toml"))
 EMOJI = {
     "image_size": 32,

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic_core import to_jsonable_python
 
-from mdit.config import DEFAULT_RECIPE, TrainConfig
+from mdit.config import CONFIGS, TrainConfig
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.dist import World
 from mdit.documents import UserError
@@ -30,7 +30,6 @@ from mdit.train.run import describe, plan_run
 from tests.recipes import TINY
 from tests.training import run_in_processes
 
-CONFIGS = DEFAULT_RECIPE.parent
 TINY_RECIPE = json.dumps({"recipe": {**TINY, "ema": {"decay": 0.9, "start_step": 1}}}, indent=1)
 RECIPES = [path.read_text(encoding="utf-8") for path in sorted(CONFIGS.glob("*.toml"))]
 JSONS = [path.read_text(encoding="utf-8") for path in sorted(CONFIGS.glob("*.json"))]
