@@ -1,5 +1,5 @@
-# make train: a trained MicroDiT and pictures to look at.   make test: the whole test suite.
-# Both start from a bare machine with Python >= 3.11 and do nothing twice.
+# make train: a trained MicroDiT and pictures to look at.   make test: the whole test suite.   make lint: style and types.
+# All start from a bare machine with Python >= 3.11 and do nothing twice.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 export DS_BUILD_OPS := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: train test test-kernels-triton-3.6 slurm install clean
+.PHONY: train lint test announce test-kernels-triton-3.6 slurm install clean
 
 train: install
 	$(BIN)/deepspeed launchers/train.py --ds_config configs/zero2.json
@@ -17,14 +17,25 @@ train: install
 		$(BIN)/python launchers/evaluate.py --snapshot $(RUN)/snapshots/latest --out $(RUN)/evaluation
 	@echo "Pictures of prompts that training never saw: $(RUN)/evaluation/grid.png"
 
+lint: announce .venv/lint-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --project .
+
 # Two files of tests at a time, each on a core.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test: .venv/test-installed slurm
+test: announce .venv/test-installed slurm
 	$(PYTEST)
 ifeq ($(shell uname -s),Linux)
 	$(MAKE) --no-print-directory test-kernels-triton-3.6
 endif
+
+HAVE_SLURM = command -v slurmctld >/dev/null && command -v munged >/dev/null
+
+announce:
+	@test -e .venv/test-installed || echo "make lint and make test install into .venv the Python packages of constraints.txt, 4.4 GB"
+	@$(HAVE_SLURM) || echo "make test installs Debian's packages slurm-wlm and munge, if this is Debian and its root"
 
 # The kernels once more with the Triton that torch 2.11 brings (its interpreter knows no newer numpy).
 test-kernels-triton-3.6: .venv/triton-3.6/installed
@@ -38,12 +49,16 @@ test-kernels-triton-3.6: .venv/triton-3.6/installed
 # A real Slurm for tests/end_to_end/test_slurm.py, which is skipped without one, for the reason said here. From Debian's
 # packages and only for root, as its daemons need that too.
 slurm:
-	@if command -v slurmctld >/dev/null && command -v munged >/dev/null; then exit 0; \
+	@if $(HAVE_SLURM); then exit 0; \
 	elif [ "$$(id -u)" != 0 ]; then echo "no Slurm for the tests: installing it needs root"; \
 	elif [ ! -e /etc/debian_version ]; then echo "no Slurm for the tests: this is no Debian"; \
 	else export DEBIAN_FRONTEND=noninteractive; \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >.venv/slurm.log 2>&1 \
 			|| echo "no Slurm for the tests: apt-get failed, see .venv/slurm.log"; fi
+
+.venv/lint-installed: .venv/test-installed
+	$(PIP) -e '.[lint]'
+	touch $@
 
 install: .venv/installed
 
