@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up
     {"models", "diffusion"},
     {"parallel", "data", "sources", "encoders"},
     {"checkpoint"},
-    {"prepare", "eval"},
+    {"prepare", "eval", "costs"},
     {"train"},
     {"bench"},
     {"launchers", "tools"},
@@ -43,6 +43,8 @@ ONLY_IN = {  # package: the files that may name it; tests may name all
     "open_clip": ["mdit/encoders/*"],
     "matplotlib": ["mdit/bench/plots.py"],
     "nvidia.dali": ["mdit/data/dali.py", "mdit/prepare/dali.py"],
+    # Predictions: no run imports them, but for the line of --dry_run that says what it would compute.
+    "mdit.costs": ["mdit/costs/*", "mdit/bench/*", "tools/*", "mdit/train/run.py"],
 }
 
 

@@ -39,10 +39,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdit import cli
 from mdit.config import ModelConfig, UserError
+from mdit.costs.kernel_calls import EPS, EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
 from mdit.dist import cores, settle_numerics
 from mdit.kernels import comparison, dispatch, expert_choice, patch_mixing, swiglu
 from mdit.models import presets
-from mdit.models.kernel_calls import EPS, EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
 from mdit.provenance import commit
 
 START = time.monotonic()

@@ -35,12 +35,12 @@ from torch import Tensor
 
 from mdit import cli
 from mdit.config import ModelConfig, UserError, kept_tokens, load_config
+from mdit.costs.kernel_calls import STAGES, KernelCall, fp8_calls, kernel_calls
 from mdit.files import try_to_write, write_json
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
 from mdit.kernels.self_check import disagreement
 from mdit.models import presets
-from mdit.models.kernel_calls import STAGES, KernelCall, fp8_calls, kernel_calls
 from mdit.parallel.settings import AUTO_TOKENS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from mdit import cli
 from mdit.config import TrainConfig, UserError, load_config
+from mdit.costs import machines
+from mdit.costs.estimate import Prediction, fitted, predict
+from mdit.costs.flops import training_flops
+from mdit.costs.layouts import Layout, candidates, layout_of
+from mdit.costs.machines import MACHINES, Machine
+from mdit.costs.time import PARTS, host_seconds
 from mdit.files import write_json
-from mdit.models.flops import training_flops
-from mdit.parallel import machines
-from mdit.parallel.duration import PARTS, host_seconds
-from mdit.parallel.estimate import Prediction, fitted, predict
-from mdit.parallel.layout import Layout, candidates, layout_of
-from mdit.parallel.machines import MACHINES, Machine
 from mdit.parallel.plan import data_parallel_size
 from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mdit.bench.trial import give_back_memory
 from mdit.config import ModelConfig
+from mdit.costs.kernel_calls import KernelCall, expert_layers
 from mdit.kernels.expert_choice.reference import one_hot_expert_choice
-from mdit.models.kernel_calls import KernelCall, expert_layers
 
 HEADER = (
     "| layer of experts | forward, by index ms | one-hot ms | ratio | forward and backward, by index ms | one-hot ms "

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import TrainConfig, UserError
+from mdit.costs.estimate import predict
+from mdit.costs.layouts import Layout
+from mdit.costs.machines import Machine
 from mdit.data.manifest import read_manifest
-from mdit.parallel.activations import meta_model
-from mdit.parallel.estimate import predict
-from mdit.parallel.layout import Layout
-from mdit.parallel.machines import Machine
+from mdit.models import meta_model
 from mdit.prepare.report import read_report
 
 Row = dict[str, Any]

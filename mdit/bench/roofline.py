@@ -1,7 +1,7 @@
 """What a step's categories (mdit.bench.profile) have to do, by formula: FLOPs and bytes, for the roofline.
 
 Bytes are the least that an operation must move: each tensor read or written once, matmuls their two operands and their
-result, forward and twice backward. FLOPs are those of the MFU (mdit.models.flops), and of work that waits for memory
+result, forward and twice backward. FLOPs are those of the MFU (mdit.costs.flops), and of work that waits for memory
 one for each number moved. Blocks that run again count as often as they run.
 """
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mdit.config import ModelConfig, TrainConfig, kept_tokens
-from mdit.models.kernel_calls import kernel_calls
+from mdit.costs.kernel_calls import kernel_calls
+from mdit.costs.layouts import count_weights
+from mdit.costs.time import forward_parts
+from mdit.models import meta_model
 from mdit.models.moe import ExpertChoice
-from mdit.parallel.activations import meta_model
-from mdit.parallel.duration import forward_parts
-from mdit.parallel.layout import count_weights
 
 CATEGORY_OF_OP = {
     "masked_attention": "attention",

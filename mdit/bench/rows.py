@@ -15,7 +15,7 @@ A report is {"schema", "environment", "command", "formula", "rows": [row, ...]}.
                         (waiting for the batch), "forward", "backward", "optimizer" (and EMA); they add up to it.
                         "communication": in how much of a step a collective ran, beside or within these; None with one
                         process. Of the slowest rank; on a GPU by its own clock
-    flops_per_image     mdit.models.flops
+    flops_per_image     mdit.costs.flops
     tflops, mfu         model TFLOP/s of a GPU, and their share of the peak: None in float8 or float32, without a peak
     peak_gib            that torch took of a GPU; on a CPU, of the process since it started
     memory_gib          by part (Trial.memory), or absent
@@ -38,12 +38,12 @@ from typing import Any
 import torch
 
 from mdit.config import TrainConfig, UserError
+from mdit.costs.flops import training_flops
+from mdit.costs.machines import MACHINES, Machine
 from mdit.dist import World, cores
 from mdit.documents import read_json
 from mdit.files import write_text
-from mdit.models.flops import training_flops
-from mdit.parallel.activations import meta_model
-from mdit.parallel.machines import MACHINES, Machine
+from mdit.models import meta_model
 from mdit.parallel.settings import RunSettings
 from mdit.provenance import commit, package_versions
 
@@ -55,9 +55,9 @@ FORMULA = (
     "model TFLOP/s of a GPU = images/s x FLOPs of an image / GPUs / 10^12\n"
     "MFU = model TFLOP/s / the GPU's peak in dense bfloat16; none in float8 and float32\n"
     "FLOPs of an image: 2 a multiply-add of matmuls and attention, backward twice the forward; kept tokens only,\n"
-    "experts at capacity, no recomputation, no dispatch (mdit/models/flops.py)"
+    "experts at capacity, no recomputation, no dispatch (mdit/costs/flops.py)"
 )
-DEVICES = {  # as torch names them, of those whose data sheets mdit.parallel.machines has
+DEVICES = {  # as torch names them, of those whose data sheets mdit.costs.machines has
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
     "NVIDIA A100-SXM4-80GB": "a100",

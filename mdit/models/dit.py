@@ -5,6 +5,8 @@
 Parameter and buffer names and shapes are exactly those of the released checkpoints.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -265,3 +267,10 @@ def linspace(first: float, last: float, count: int) -> list[float]:
         return [first]
     step = (last - first) / (count - 1)
     return [first + i * step for i in range(count - 1)] + [last]
+
+
+@cache
+def meta_model(config: ModelConfig) -> MicroDiT:
+    """The network on the meta device, one per config: names and shapes without memory. Not to be changed."""
+    with torch.device("meta"):
+        return MicroDiT(config)

@@ -7,6 +7,7 @@ Neighbouring ranks, those of one node, talk most. Nothing here changes what is l
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from torch.distributed import ProcessGroup
 
 from mdit.config import ModelConfig, UserError
 from mdit.dist import World
-from mdit.parallel.layout import problem
+from mdit.models import meta_model
+from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
+from mdit.models.moe import ExpertChoice
 from mdit.parallel.settings import RunSettings
 
 
@@ -79,3 +82,33 @@ def check_plan(settings: RunSettings, model: ModelConfig, zero: dict, world_size
             found = f"{key} = {value} with fp8 = true: expected false"
     if found:
         raise UserError(f'{path}: "mdit": {found}')
+
+
+def problem(config: ModelConfig, gpus: int, stage: int, ep: int, tp: int) -> str | None:
+    """Why a layout cannot be, or None."""
+    if ep > 1 and tp > 1:
+        return f"expert_parallel = {ep} with tensor_parallel = {tp}: one of them has to be 1"
+    if gpus % (ep * tp):
+        return f"groups of {ep * tp} do not divide {gpus} GPUs"
+    for key, value in (("expert_parallel", ep), ("tensor_parallel", tp)):
+        if value > 1 and stage == 3:
+            return f"{key} = {value} with zero_optimization.stage = 3: expected stage 1 or 2"
+    experts = config.num_experts if has_experts(config) else 0
+    if ep > 1 and (not experts or experts % ep):
+        return f"expert_parallel = {ep} does not divide the recipe's {experts} experts"
+    return uneven(config, tp)
+
+
+def has_experts(config: ModelConfig) -> bool:
+    return any(isinstance(module, ExpertChoice) for module in meta_model(config).modules())
+
+
+@cache
+def uneven(config: ModelConfig, tp: int) -> str | None:
+    """The first layer that tensor groups of this size cannot share, in words."""
+    for name, module in meta_model(config).named_modules():
+        if isinstance(module, SelfAttention | CrossAttention) and module.num_heads % tp:
+            return f"tensor_parallel = {tp} does not divide the {module.num_heads} heads of {name}"
+        if isinstance(module, SwiGLU) and module.w3.in_features % tp:
+            return f"tensor_parallel = {tp} does not divide the width {module.w3.in_features} of {name}"
+    return None

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from mdit.config import ModelConfig, PositiveInt, Section, TrainConfig, UserError, kept_tokens, parse_section
 from mdit.documents import read_json
-from mdit.parallel.activations import meta_model
+from mdit.models import meta_model
 
 # The paper's micro-batches of xl_2 on one H100 (256, 64, 64 and 16 images) are all 16,384 kept tokens.
 AUTO_TOKENS = 16_384

@@ -19,7 +19,6 @@ from mdit.dist import World, gather, logger, on_all_ranks
 from mdit.kernels.choice import choose_kernels
 from mdit.meeting import while_others_wait
 from mdit.models import MicroDiT
-from mdit.models.flops import training_flops
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan, data_parallel_size
 from mdit.parallel.settings import RunSettings, computing_dtype, load_ds_json, load_run_settings, resolve_ds_config
@@ -154,6 +153,8 @@ def description(run: Run) -> dict:
 
 def describe(run: Run) -> str:
     """The text of --dry_run."""
+    from mdit.costs.flops import training_flops  # a planner, which no training run needs
+
     config, ds = run.config, run.ds_config
     places = [*config.data.train, config.data.validation]
     if there := is_prepared(config):

@@ -200,7 +200,7 @@ def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio, fp8):
 CALL = """
 import sys
 from unittest import mock
-from mdit.models.kernel_calls import kernel_calls
+from mdit.costs.kernel_calls import kernel_calls
 from mdit.models.presets import tiny_2
 from tools import build_kernels
 call = next(call for call in kernel_calls(tiny_2(8), 16, 0.5) if call.op == "swiglu.swiglu_linear")

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdit import cli
 from mdit.config import UserError
+from mdit.costs.kernel_calls import EXPERT_LAYER, expert_layers, kernel_calls
 from mdit.kernels import comparison, dispatch
-from mdit.models.kernel_calls import EXPERT_LAYER, expert_layers, kernel_calls
 from tests.recipes import tiny_model
 from tools import bench_kernels
 

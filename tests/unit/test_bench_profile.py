@@ -11,10 +11,10 @@ import torch
 from mdit.bench.profile import TRACE, Event, by_category, category, dearest, profile_step, summary
 from mdit.bench.roofline import CATEGORY_OF_OP, category_work, products
 from mdit.config import load_config
+from mdit.costs.flops import training_flops
+from mdit.costs.time import bytes_of_ops, forward_parts
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.models import MicroDiT
-from mdit.models.flops import training_flops
-from mdit.parallel.duration import bytes_of_ops, forward_parts
 from tests.recipes import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,10 +9,10 @@ from mdit import cli
 from mdit.bench import rows
 from mdit.bench.recipe_cost import Stage, choose_rows, parameters, scaled
 from mdit.config import load_config
+from mdit.costs.estimate import predict
+from mdit.costs.layouts import Layout
+from mdit.costs.machines import MACHINES
 from mdit.data.writer import ShardWriter
-from mdit.parallel.estimate import predict
-from mdit.parallel.layout import Layout
-from mdit.parallel.machines import MACHINES
 from mdit.prepare.report import REPORT
 from tests.latent_sets import ENCODERS, made_up
 from tests.recipes import tiny_config

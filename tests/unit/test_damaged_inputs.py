@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from pydantic_core import to_jsonable_python
 
 from mdit.config import CONFIGS, TrainConfig
+from mdit.costs.flops import training_flops
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.dist import World
 from mdit.documents import UserError
 from mdit.models import MicroDiT
-from mdit.models.flops import training_flops
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import BF16, CommsLogger, DeepSpeedJson, FlopsProfiler, RunSettings, ZeRO

@@ -13,19 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mdit.config import UserError, load_config
+from mdit.costs.activations import Setting, kept_bytes, parts, peak_bytes
+from mdit.costs.estimate import fitted, host_bytes, memory_moments, predict, predict_memory, predict_traffic
+from mdit.costs.flops import training_flops
+from mdit.costs.layouts import Layout, ZeroOptions, candidates, count_weights, layout_of
+from mdit.costs.machines import HOOK_OF_A_PARAMETER, MACHINES, MEMORY_SHARE, TORCH_OP
+from mdit.costs.time import PARTS, device_parts, forward_parts, host_seconds, product_seconds, step_parts
+from mdit.costs.trace import Product
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.kernels import dispatch
-from mdit.models import MicroDiT
-from mdit.models.flops import training_flops
+from mdit.models import MicroDiT, meta_model
 from mdit.models.presets import tiny_2, xl_2
-from mdit.parallel.activations import Setting, kept_bytes, meta_model, parts, peak_bytes
-from mdit.parallel.duration import PARTS, device_parts, forward_parts, host_seconds, product_seconds, step_parts
-from mdit.parallel.estimate import fitted, host_bytes, memory_moments, predict, predict_memory, predict_traffic
-from mdit.parallel.layout import Layout, ZeroOptions, candidates, count_weights, layout_of
-from mdit.parallel.machines import HOOK_OF_A_PARAMETER, MACHINES, MEMORY_SHARE, TORCH_OP
 from mdit.parallel.recompute import recompute
 from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings, resolve_ds_config
-from mdit.parallel.trace import Product
 from tests.recipes import tiny_config
 from tests.training import run_in_processes
 

@@ -11,8 +11,8 @@ from PIL import Image
 from mdit.bench import figures, recipe_cost, rows
 from mdit.bench.figures import REGION, REGIONS, Figures
 from mdit.config import UserError, load_config
+from mdit.costs.flops import training_flops
 from mdit.kernels import comparison
-from mdit.models.flops import training_flops
 from tools import fill_benchmarks
 from tools.fill_benchmarks import DOCUMENTS, KEPT
 

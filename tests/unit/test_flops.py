@@ -3,9 +3,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mdit.costs.flops import forward_flops, training_flops
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
-from mdit.models.flops import forward_flops, training_flops
 from mdit.models.presets import xl_2
 from tests.recipes import tiny_model
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdit.config import UserError
+from mdit.costs.flops import training_flops
+from mdit.costs.kernel_calls import fp8_calls
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.dist import World
 from mdit.kernels import dispatch, fp8_linear
 from mdit.kernels.fp8_linear import reference
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
-from mdit.models.flops import training_flops
-from mdit.models.kernel_calls import fp8_calls
 from mdit.models.presets import xl_2
 from mdit.parallel import fp8
 from mdit.parallel.apply import parallelize

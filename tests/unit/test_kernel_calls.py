@@ -1,4 +1,4 @@
-"""mdit/models/kernel_calls.py, compared with what a model really calls and with what torch counts."""
+"""mdit/costs/kernel_calls.py, compared with what a model really calls and with what torch counts."""
 
 from collections import Counter
 
@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mdit.costs.kernel_calls import expert_layers, fp8_calls, kernel_calls
 from mdit.kernels import expert_choice, masked_attention, patch_mixing, swiglu
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
-from mdit.models.kernel_calls import expert_layers, fp8_calls, kernel_calls
 from mdit.models.presets import xl_2
 from tests.recipes import tiny_model
 

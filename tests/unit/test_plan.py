@@ -9,8 +9,7 @@ from mdit.config import UserError
 from mdit.dist import World
 from mdit.models.presets import tiny_2, xl_2
 from mdit.parallel import plan
-from mdit.parallel.layout import uneven
-from mdit.parallel.plan import ParallelPlan, check_plan, data_parallel_size
+from mdit.parallel.plan import ParallelPlan, check_plan, data_parallel_size, uneven
 from mdit.parallel.settings import RunSettings, load_run_settings
 from tests.recipes import tiny_model
 

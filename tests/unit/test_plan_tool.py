@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from mdit.config import UserError, load_config
-from mdit.parallel.duration import PARTS
-from mdit.parallel.estimate import predict
-from mdit.parallel.layout import candidates
-from mdit.parallel.machines import MACHINES
+from mdit.costs.estimate import predict
+from mdit.costs.layouts import candidates
+from mdit.costs.machines import MACHINES
+from mdit.costs.time import PARTS
 from tools import plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

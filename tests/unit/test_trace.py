@@ -1,4 +1,4 @@
-"""mdit/parallel/trace.py: the kernels of a micro-batch, against the model's formulas."""
+"""mdit/costs/trace.py: the kernels of a micro-batch, against the model's formulas."""
 
 from collections import Counter
 from importlib.util import find_spec
@@ -6,11 +6,11 @@ from importlib.util import find_spec
 import pytest
 
 from mdit.config import UserError
-from mdit.models.flops import training_flops
-from mdit.models.kernel_calls import kernel_calls
+from mdit.costs import trace as module
+from mdit.costs.flops import training_flops
+from mdit.costs.kernel_calls import kernel_calls
+from mdit.costs.trace import IN_PLACE, MATMULS, PYTORCH, trace, watch
 from mdit.models.presets import xl_2
-from mdit.parallel import trace as module
-from mdit.parallel.trace import IN_PLACE, MATMULS, PYTORCH, trace, watch
 from tests.recipes import tiny_config
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="counts the launches of Triton kernels")

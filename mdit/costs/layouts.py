@@ -6,10 +6,11 @@ from functools import cache
 from pathlib import Path
 
 from mdit.config import ModelConfig, TrainConfig, UserError
-from mdit.models.dit import MicroDiT
+from mdit.costs.activations import Setting
+from mdit.models import MicroDiT, meta_model
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoice
-from mdit.parallel.activations import Setting, meta_model
+from mdit.parallel.plan import problem
 from mdit.parallel.settings import DEEPSPEED_BUCKET, RunSettings, bucket_size, resolve_ds_config
 
 SIZES = (1, 2, 4, 8)  # of expert and tensor groups that are tried: within a node
@@ -109,32 +110,6 @@ def expert_layers(model: MicroDiT) -> list[ExpertChoice]:
 def persistent_numbers(config: ModelConfig, threshold: int) -> int:
     """Numbers in parameters that ZeRO 3 leaves whole on every rank (parameter_offload.py: numel <= threshold)."""
     return sum(p.numel() for p in meta_model(config).parameters() if p.numel() <= threshold)
-
-
-def problem(config: ModelConfig, gpus: int, stage: int, ep: int, tp: int) -> str | None:
-    """Why a layout cannot be, or None."""
-    if ep > 1 and tp > 1:
-        return f"expert_parallel = {ep} with tensor_parallel = {tp}: one of them has to be 1"
-    if gpus % (ep * tp):
-        return f"groups of {ep * tp} do not divide {gpus} GPUs"
-    for key, value in (("expert_parallel", ep), ("tensor_parallel", tp)):
-        if value > 1 and stage == 3:
-            return f"{key} = {value} with zero_optimization.stage = 3: expected stage 1 or 2"
-    experts = config.num_experts if count_weights(config).experts else 0
-    if ep > 1 and (not experts or experts % ep):
-        return f"expert_parallel = {ep} does not divide the recipe's {experts} experts"
-    return uneven(config, tp)
-
-
-@cache
-def uneven(config: ModelConfig, tp: int) -> str | None:
-    """The first layer that tensor groups of this size cannot share, in words."""
-    for name, module in meta_model(config).named_modules():
-        if isinstance(module, SelfAttention | CrossAttention) and module.num_heads % tp:
-            return f"tensor_parallel = {tp} does not divide the {module.num_heads} heads of {name}"
-        if isinstance(module, SwiGLU) and module.w3.in_features % tp:
-            return f"tensor_parallel = {tp} does not divide the width {module.w3.in_features} of {name}"
-    return None
 
 
 def candidates(

@@ -4,8 +4,8 @@ gradients, optimizer, and what the GPU waits for the host.
     micro-batch = max(its kernels + handling of its gradients, host)
     step        = accumulation * micro-batch + what gradients cost once a step + optimizer
 
-Kernels are those of a trace of the model (mdit.parallel.trace). Rates are shares of a machine's peaks that are assumed,
-host times are measured (mdit.parallel.machines). Small micro-batches lose twice: a matmul takes at least the time to
+Kernels are those of a trace of the model (mdit.costs.trace). Rates are shares of a machine's peaks that are assumed,
+host times are measured (mdit.costs.machines). Small micro-batches lose twice: a matmul takes at least the time to
 read its weights, and a kernel at least the time to launch it.
 """
 
@@ -14,12 +14,10 @@ from functools import cache
 from typing import NamedTuple
 
 from mdit.config import ModelConfig, TrainConfig, kept_tokens
-from mdit.models.flops import attention, caption_block_flops, forward_flops, linear
-from mdit.models.kernel_calls import kernel_calls
-from mdit.models.moe import ExpertChoice
-from mdit.parallel.activations import meta_model
-from mdit.parallel.layout import Layout, count_weights
-from mdit.parallel.machines import (
+from mdit.costs.flops import attention, caption_block_flops, forward_flops, linear
+from mdit.costs.kernel_calls import kernel_calls
+from mdit.costs.layouts import Layout, count_weights
+from mdit.costs.machines import (
     ARGUMENT,
     ATTENTION_SHARE,
     FP8_RATE,
@@ -33,7 +31,9 @@ from mdit.parallel.machines import (
     TORCH_OP,
     Machine,
 )
-from mdit.parallel.trace import PYTORCH, Kernel, Product, trace
+from mdit.costs.trace import PYTORCH, Kernel, Product, trace
+from mdit.models import meta_model
+from mdit.models.moe import ExpertChoice
 
 PARTS = {  # of a step, in the order of the table
     "matmuls": "matmuls",

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from mdit.config import TrainConfig, kept_tokens
+from mdit.costs.activations import peak_bytes
+from mdit.costs.layouts import Layout, count_weights, persistent_numbers
+from mdit.costs.machines import OVERLAP_SHARE, RESERVED_GIB, Machine
+from mdit.costs.time import step_parts
+from mdit.models import meta_model
 from mdit.models.dit import Block
 from mdit.models.moe import ExpertChoice
-from mdit.parallel.activations import meta_model, peak_bytes
-from mdit.parallel.duration import step_parts
-from mdit.parallel.layout import Layout, count_weights, persistent_numbers
-from mdit.parallel.machines import OVERLAP_SHARE, RESERVED_GIB, Machine
 
 ADAM_BYTES, EMA_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4, 4  # float32: two moments, and one each
 NORM_BYTES = 8  # DeepSpeed takes the norm of an offloaded gradient in float64, parameter by parameter
@@ -239,7 +240,7 @@ class Prediction:
     fits: bool
     link_bytes: float
     network_bytes: float
-    parts: dict[str, float]  # seconds of a step without communication (mdit.parallel.duration.PARTS)
+    parts: dict[str, float]  # seconds of a step without communication (mdit.costs.time.PARTS)
     exposed_seconds: float
     images: int
     host_bytes: int = 0  # a GPU, of an offloaded optimizer

@@ -21,12 +21,10 @@ K tokens an expert, F width of the feed-forward network.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-
-import torch
 
 from mdit.config import ModelConfig, kept_tokens
-from mdit.models.dit import Block, MicroDiT
+from mdit.models import MicroDiT, meta_model
+from mdit.models.dit import Block
 from mdit.models.layers import SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoice
 
@@ -58,13 +56,6 @@ class Part:
     name: str
     kept: int
     work: int = 0
-
-
-@cache
-def meta_model(config: ModelConfig) -> MicroDiT:
-    """The network without memory: shapes only."""
-    with torch.device("meta"):
-        return MicroDiT(config)
 
 
 def kept_bytes(config: ModelConfig, mask_ratio: float, setting: Setting) -> int:

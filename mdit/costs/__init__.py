@@ -1,0 +1,1 @@
+"""Costs of a training step, predicted without running one: FLOPs, kernels, memory, traffic, time, price."""
