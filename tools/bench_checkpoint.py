@@ -1,4 +1,4 @@
-"""What a checkpoint of a recipe costs: bytes, seconds, and host memory beyond the state itself. Nothing is trained.
+"""Cost of a recipe's checkpoint: bytes, seconds, and host memory beyond the state itself. Nothing is trained.
 
     torchrun --nproc_per_node 2 tools/bench_checkpoint.py --recipe configs/res_256_pretrain.toml --dir DIR
     torchrun --nproc_per_node 4 tools/bench_checkpoint.py --recipe configs/res_256_pretrain.toml --dir DIR --load
@@ -9,11 +9,15 @@ over the processes as ZeRO cuts them, and reads them back; the second reads what
 """
 
 import argparse
+import itertools
 import math
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -24,17 +28,17 @@ from mdit.checkpoint.training_state import find_latest, load_into, save_training
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, identify
 from mdit.meeting import start
-from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoice
+from mdit.parallel.activations import meta_model
 from mdit.parallel.shard import WHOLE, Shard
 
 GIB = 2**30
+T = TypeVar("T")
 
 
 def fragments_of(config: TrainConfig, world: World, ep: int) -> list[Fragment]:
     """Every parameter's part, end to end, cut evenly over the ranks that hold the same part."""
-    with torch.device("meta"):
-        model = MicroDiT(config.model)
+    model = meta_model(config.model)
     experts = {f"{name}.{w}" for name, m in model.named_modules() if isinstance(m, ExpertChoice) for w in ("w1", "w2")}
     fragments, offset = [], 0
     for name, parameter in model.named_parameters():
@@ -50,29 +54,29 @@ def fragments_of(config: TrainConfig, world: World, ep: int) -> list[Fragment]:
     return fragments
 
 
-def numbers(fragment: Fragment, kind: int) -> torch.Tensor:
-    """What stands for the elements of a fragment: told by their place in the whole tensor and by the kind of tensor."""
-    first = fragment.shard.index * fragment.size + fragment.start  # cut along the first dimension only
-    return (torch.arange(first, first + fragment.numel) % 8191).float() + 10_000 * kind
+def numbers(kinds: Sequence[str], fragments: list[Fragment]) -> Iterator[tuple[str, Fragment, torch.Tensor]]:
+    """Made-up elements of each fragment: told by their place in the whole tensor and by the kind of tensor."""
+    for (k, kind), fragment in itertools.product(enumerate(kinds), fragments):
+        first = fragment.shard.index * fragment.size + fragment.start  # cut along the first dimension only
+        yield kind, fragment, (torch.arange(first, first + fragment.numel) % 8191).float() + 10_000 * k
 
 
-class PeakMemory:
-    """Context manager: the most anonymous memory, in bytes, that this process held beyond what it had at the start."""
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """The most anonymous memory, in bytes, that this process holds inside beyond what it had at the start."""
+    first, found, left = anonymous_bytes(), [0], threading.Event()
 
-    def __enter__(self) -> "PeakMemory":
-        self.first, self.bytes, self.running = anonymous_bytes(), 0, True
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-        return self
+    def watch() -> None:
+        while not left.wait(0.005):
+            found[0] = max(found[0], anonymous_bytes() - first)
 
-    def watch(self) -> None:
-        while self.running:
-            self.bytes = max(self.bytes, anonymous_bytes() - self.first)
-            time.sleep(0.005)
-
-    def __exit__(self, *exception) -> None:
-        self.running = False
-        self.thread.join()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        left.set()
+        thread.join()
 
 
 def anonymous_bytes() -> int:
@@ -82,19 +86,19 @@ def anonymous_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def timed(what: str, size: int, function, *args, world: World, **keys):
-    """Call `function`, of which `world` is a keyword too, and print what it took."""
+def timed(label: str, size: int, function: Callable[[], T], world: World) -> T:
+    """Call `function` on all ranks and print what it took."""
     torch.distributed.barrier()
     started = time.perf_counter()
-    with PeakMemory() as peak:
-        result = function(*args, world=world, **keys)
+    with peak_memory() as peak:
+        result = function()
     torch.distributed.barrier()
     seconds = time.perf_counter() - started
-    most = torch.tensor(peak.bytes)
+    most = torch.tensor(peak[0])
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     if world.is_first:
         print(
-            f"{what}: {size / GIB:.2f} GiB by {world.size} processes in {seconds:.1f} s ({size / GIB / seconds:.2f} "
+            f"{label}: {size / GIB:.2f} GiB by {world.size} processes in {seconds:.1f} s ({size / GIB / seconds:.2f} "
             f"GiB/s), at most {int(most) / GIB:.2f} GiB of host memory a process beyond its state",
             flush=True,
         )
@@ -102,53 +106,39 @@ def timed(what: str, size: int, function, *args, world: World, **keys):
 
 
 def run(arguments: argparse.Namespace, world: World) -> None:
-    config = load_config(arguments.recipe)
-    ep = arguments.expert_parallel
+    config, ep, folder = load_config(arguments.recipe), arguments.expert_parallel, arguments.dir
     if world.size % ep or config.model.num_experts % ep:
         experts = config.model.num_experts
         raise UserError(f"--expert_parallel {ep} does not divide both {world.size} processes and {experts} experts")
     fragments = fragments_of(config, world, ep)
-    kinds = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if config.ema else ()))
     numel = sum(fragment.numel for fragment in fragments)
-    tensors = {kind: [torch.zeros(numel)] for kind in kinds}
-    for (flat,) in tensors.values():
-        flat.fill_(0)  # touches the memory, so that it counts as the state's
-    size = torch.tensor(4 * numel * len(kinds))
-    torch.distributed.all_reduce(size)
-    layout = {"world_size": world.size, "expert_parallel": ep}
+    # Zeros that are written, so that their memory counts as the state's.
+    kinds = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if config.ema else ()))
+    tensors = {kind: [torch.empty(numel).zero_()] for kind in kinds}
+    total = torch.tensor(4 * numel * len(kinds))
+    torch.distributed.all_reduce(total)
+    size, layout = int(total), {"world_size": world.size, "expert_parallel": ep}
     if not arguments.load:
-        fill(tensors, fragments)
+        for kind, fragment, values in numbers(kinds, fragments):
+            fragment.of(tensors[kind]).copy_(values)
         state = dict(memory={}, run={}, layout=layout, world=world, keep=1)
-        timed("save", int(size), save_training_state, arguments.dir, 1, tensors, fragments, **state)
+        timed("save", size, lambda: save_training_state(folder, 1, tensors, fragments, **state), world)
         for (flat,) in tensors.values():
             flat.zero_()
-    found = timed("verify", int(size), find_latest, arguments.dir, world=world)
+    found = timed("verify", size, lambda: find_latest(folder, world=world), world)
     if found is None:
-        raise UserError(f"{arguments.dir}: no checkpoint to load; run without --load first")
+        raise UserError(f"{folder}: no checkpoint to load; run without --load first")
     how = "the same layout" if found.state["layout"] == layout else f"{found.state['layout']} as {layout}"
-    timed(f"load, {how}", int(size), load_into, found, tensors, fragments, layout=layout, world=world)
-    check(tensors, fragments)
-
-
-def fill(tensors: dict[str, list[torch.Tensor]], fragments: list[Fragment]) -> None:
-    for k, partitions in enumerate(tensors.values()):
-        for fragment in fragments:
-            fragment.of(partitions).copy_(numbers(fragment, k))
-
-
-def check(tensors: dict[str, list[torch.Tensor]], fragments: list[Fragment]) -> None:
-    for k, (kind, partitions) in enumerate(tensors.items()):
-        for fragment in fragments:
-            if not torch.equal(fragment.of(partitions), numbers(fragment, k)):
-                raise UserError(f"{kind}/{fragment.name}: not what was written")
+    timed(f"load, {how}", size, lambda: load_into(found, tensors, fragments, layout=layout, world=world), world)
+    for kind, fragment, values in numbers(kinds, fragments):
+        if not torch.equal(fragment.of(tensors[kind]), values):
+            raise UserError(f"{kind}/{fragment.name}: not what was written")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--recipe", type=Path, required=True, help="for the model's shapes and whether it has an EMA")
-    parser.add_argument(
-        "--dir", type=Path, required=True, help="where the checkpoint goes; one of that place is replaced"
-    )
+    parser.add_argument("--dir", type=Path, required=True, help="where the checkpoint goes, in place of one there")
     parser.add_argument("--expert_parallel", type=cli.whole(1), default=1)
     parser.add_argument("--load", action="store_true", help="read what an earlier run wrote, whatever its layout was")
     args = parser.parse_args(arguments)

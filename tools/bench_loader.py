@@ -1,4 +1,4 @@
-"""What reading costs: a bound, mdit's engines and webdataset, on one machine and the same made-up samples.
+"""Cost of reading: a bound, mdit's engines and webdataset, on one machine and the same made-up samples.
 
     python tools/bench_loader.py
     python tools/bench_loader.py --embeddings i8b64 --device cuda --json loader.json
@@ -14,6 +14,7 @@ mapped files.
 """
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+import timeit
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +32,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,8 +67,7 @@ class Bench:
     device: str
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     samples_per_second: float
     cpu_us: float  # for a sample
     first_batch_ms: float
@@ -96,19 +97,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--samples", type=cli.whole(1), default=6000)
-    parser.add_argument("--batch_size", type=cli.whole(1), default=256)
-    parser.add_argument("--seconds", type=float, default=5, help="for each contender and repeat")
-    parser.add_argument("--repeats", type=cli.whole(1), default=3)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--latent", type=int, nargs=3, default=(4, 32, 32), metavar=("C", "H", "W"))
-    parser.add_argument("--embedding", type=int, nargs=2, default=(77, 1024), metavar=("L", "C"))
-    parser.add_argument("--embeddings", choices=("f16", "i8b64"), default="f16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--dir", type=Path, help="where the samples are, or are to be written; else a temporary directory"
-    )
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    add = parser.add_argument
+    add("--samples", type=cli.whole(1), default=6000)
+    add("--batch_size", type=cli.whole(1), default=256)
+    add("--seconds", type=float, default=5, help="for each contender and repeat")
+    add("--repeats", type=cli.whole(1), default=3)
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    add("--latent", type=int, nargs=3, default=(4, 32, 32), metavar=("C", "H", "W"))
+    add("--embedding", type=int, nargs=2, default=(77, 1024), metavar=("L", "C"))
+    add("--embeddings", choices=("f16", "i8b64"), default="f16")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dir", type=Path, help="where the samples are, or go; else a temporary directory")
+    add("--json", type=Path, help="also write the numbers to this file")
     return parser.parse_args(arguments)
 
 
@@ -121,9 +121,8 @@ def make_set(directory: Path, args: argparse.Namespace) -> None:
     captions = rng.normal(size=(16, *args.embedding)).astype(np.float16)
     length, channels = args.embedding
     encoders = {"image": {"id": "pixels"}, "text": {"id": "none", "max_tokens": length, "channels": channels}}
-    with ShardWriter(
-        directory, args.latent, args.embedding, encoders, {}, SHARD_BYTES, embeddings=args.embeddings
-    ) as writer:
+    shapes, options = (args.latent, args.embedding), {"shard_bytes": SHARD_BYTES, "embeddings": args.embeddings}
+    with ShardWriter(directory, *shapes, encoders, {}, **options) as writer:
         for i in range(args.samples):
             writer.write(f"{i:08d}", latents[i % 16], captions[i % 16], f"a caption of about fifty letters, number {i}")
 
@@ -143,10 +142,9 @@ def memmap_batches(bench: Bench) -> Iterator[Tensor]:
     order, row_bytes = GlobalOrder(dataset.shard_sizes, bench.batch_size, seed=0), dataset.layout.row_bytes
     places = dataset.locate(range(dataset.samples))
     maps = [np.memmap(dataset.directory / shard.file, mode="r") for shard in dataset.manifest.shards]
-    on_gpu = bench.device == "cuda"
-    buffer = torch.empty(bench.batch_size, row_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    buffer = torch.empty(bench.batch_size, row_bytes, dtype=torch.uint8, pin_memory=bench.device == "cuda")
     rows = buffer.numpy()
-    for step in range(sys.maxsize):
+    for step in itertools.count():
         for row, sample in zip(rows, order.batch(step).tolist()):
             place = places[sample]
             row[:] = maps[place.shard][place.offset : place.offset + row_bytes]
@@ -154,36 +152,21 @@ def memmap_batches(bench: Bench) -> Iterator[Tensor]:
 
 
 def engine_batches(engine: str, bench: Bench) -> Iterator[Tensor]:
-    with build_loader(
-        [bench.directory],
-        global_batch_size=bench.batch_size,
-        seed=0,
-        start_step=0,
-        rank=0,
-        world_size=1,
-        device=bench.device,
-        engine=engine,
-    ) as loader:
+    options = dict(global_batch_size=bench.batch_size, seed=0, start_step=0, rank=0, world_size=1)
+    with build_loader([bench.directory], device=bench.device, engine=engine, **options) as loader:
         for batch in loader:
             yield batch.captions_NLC
 
 
 def webdataset_batches(bench: Bench) -> Iterator[Tensor]:
-    dataset = open_dataset(bench.directory)
+    dataset, on_gpu = open_dataset(bench.directory), bench.device == "cuda"
     urls = [str(dataset.directory / shard.file) for shard in dataset.manifest.shards]
-    samples = (
-        webdataset.WebDataset(urls, shardshuffle=len(urls))
-        .repeat()
-        .shuffle(SHUFFLE)
-        .map(partial(to_tensors, dataset.layout))
-        .batched(bench.batch_size, collation_fn=default_collate, partial=False)
-    )
-    on_gpu = bench.device == "cuda"
+    samples = webdataset.WebDataset(urls, shardshuffle=len(urls)).repeat().shuffle(SHUFFLE)
+    samples = samples.map(partial(to_tensors, dataset.layout))
+    samples = samples.batched(bench.batch_size, collation_fn=default_collate, partial=False)
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
-    loader = DataLoader(
-        samples, batch_size=None, num_workers=WORKERS, pin_memory=on_gpu, multiprocessing_context="fork"
-    )
-    for latents, captions, _ in loader:
+    workers = dict(num_workers=WORKERS, multiprocessing_context="fork")
+    for latents, captions, _ in DataLoader(samples, batch_size=None, pin_memory=on_gpu, **workers):
         latents.to(bench.device, non_blocking=True)
         captions = captions.to(bench.device, non_blocking=True)
         if dataset.layout.embeddings == "i8b64":
@@ -217,36 +200,31 @@ def compare(names: list[str], bench: Bench, repeats: int) -> dict[str, dict[str,
         results.pop("dali", None)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
-        for _ in range(repeats):
-            for name in results:
-                results[name].append(processes.submit(measure, name, bench).result())
-    return {
-        name: {
-            "samples_per_second": max(result.samples_per_second for result in found),
-            "cpu_us": min(result.cpu_us for result in found),
-            "cpu_us_of_repeats": [result.cpu_us for result in found],
-            "first_batch_ms": statistics.median(result.first_batch_ms for result in found),
-            "peak_mib": max(result.peak_mib for result in found),
-        }
-        for name, found in results.items()
-    }
+        for _, name in itertools.product(range(repeats), results):
+            results[name].append(processes.submit(measure, name, bench).result())
+    report = {}
+    for name, found in results.items():
+        rates, cpu_us, first_batch_ms, peaks_mib = zip(*found)
+        report[name] = {"samples_per_second": max(rates), "cpu_us": min(cpu_us), "cpu_us_of_repeats": cpu_us}
+        report[name] |= {"first_batch_ms": statistics.median(first_batch_ms), "peak_mib": max(peaks_mib)}
+    return report
 
 
 def measure(name: str, bench: Bench) -> Result:
-    held = peak_kib()
-    start = time.perf_counter()
+    wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
+    held, start = peak_kib(), time.perf_counter()
     batches = CONTENDERS[name](bench)
     next(batches)
-    synchronise(bench.device)
+    wait()
     first_batch = time.perf_counter() - start
     for _ in range(WARM_UP):
         next(batches)
-    synchronise(bench.device)
+    wait()
     count, cpu, start = 0, cpu_seconds(), time.perf_counter()
     while time.perf_counter() - start < bench.seconds:
         next(batches)
         count += 1
-    synchronise(bench.device)
+    wait()
     samples = count * bench.batch_size
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     workers = [peak_kib(process.pid) - held for process in multiprocessing.active_children()]
@@ -255,13 +233,8 @@ def measure(name: str, bench: Bench) -> Result:
     return Result(samples / seconds, 1e6 * cpu / samples, 1e3 * first_batch, peak / 1024)
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def cpu_seconds() -> float:
-    """Of this process and its children, all threads, in user and kernel mode."""
+    """CPU time of this process and its children, all threads, in user and kernel mode."""
     ticks = 0
     for process in multiprocessing.active_children():
         fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -277,22 +250,10 @@ def peak_kib(pid: int | str = "self") -> int:
 def checksum_cost(directory: Path, samples: int = 512) -> dict[str, float]:
     """Microseconds for a sample: read and checked by one thread, and the checksum alone."""
     dataset = open_dataset(directory)
-    rng = np.random.default_rng(0)
-    places = dataset.locate(rng.integers(0, dataset.samples, samples))
-    row = np.empty(dataset.layout.row_bytes, np.uint8)
-    reading, checking = [], []
-    for _ in range(5):
-        checked = 0.0
-        start = time.perf_counter()
-        for place in places:
-            dataset.read_row(place, row)
-        reading.append(time.perf_counter() - start)
-        for place in places:
-            dataset.read_row(place, row)  # so that the row is where a reader has it: in the CPU's cache
-            start = time.perf_counter()
-            xxhash.xxh3_64_intdigest(row)
-            checked += time.perf_counter() - start
-        checking.append(checked)
+    places = dataset.locate(np.random.default_rng(0).integers(0, dataset.samples, samples))
+    row = np.empty(dataset.layout.row_bytes, np.uint8)  # as it is checked: in the CPU's cache, where reading puts it
+    reading = timeit.repeat(lambda: [dataset.read_row(place, row) for place in places], number=1)
+    checking = timeit.repeat(lambda: xxhash.xxh3_64_intdigest(row), number=samples)
     return {"read_us": 1e6 * min(reading) / samples, "xxh3_us": 1e6 * min(checking) / samples}
 
 
@@ -303,10 +264,9 @@ def order_cost(batch_size: int) -> dict[str, float]:
     step = 3 * order.steps_per_epoch // 2
     order.batch(step)
     seek = time.perf_counter() - start
-    start, batches = time.perf_counter(), order.samples // len(LARGE_SET) * 64 // batch_size  # a window of shards
-    for following in range(step + 1, step + 1 + batches):
-        order.batch(following)
-    return {"samples": order.samples, "seek_ms": 1e3 * seek, "batch_us": 1e6 * (time.perf_counter() - start) / batches}
+    following = range(step + 1, step + 1 + order.samples // len(LARGE_SET) * 64 // batch_size)  # a window of shards
+    seconds = timeit.timeit(lambda: [order.batch(step) for step in following], number=1)
+    return {"samples": order.samples, "seek_ms": 1e3 * seek, "batch_us": 1e6 * seconds / len(following)}
 
 
 def describe_machine(device: str) -> dict[str, str]:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,6 @@ from mdit.data.shards import open_dataset
 from mdit.data.writer import ShardWriter
 from tests.latent_sets import ENCODERS, LATENT, changed, read_embedding, sample_bytes, write_set
 from tools import bench_loader, embedding_error, verify_shards
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -82,15 +78,14 @@ def test_every_contender_delivers_batches(tmp_path, name, embeddings):
         assert result.samples_per_second > 0 and result.cpu_us >= 0 and result.first_batch_ms > 0
 
 
-def test_the_report(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "bench_loader.py"), "--samples", "64", "--batch_size", "8"]
-    command += ["--seconds", "0.05", "--repeats", "1", "--latent", "2", "4", "4", "--embedding", "3", "64"]
-    command += ["--contenders", "memmap", "native", "--json", str(tmp_path / "report.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["contenders"]) == {"memmap", "native"}
-    assert "| native |" in done.stdout and "checksums: " in done.stdout and "37,002,000 samples" in done.stdout
-    assert report["machine"]["versions"] in done.stdout
+def test_the_report(tmp_path, capsys):
+    asked = ["--samples", "64", "--batch_size", "8", "--seconds", "0.05", "--repeats", "1", "--contenders", "memmap"]
+    asked += ["--latent", "2", "4", "4", "--embedding", "3", "64", "--json", str(tmp_path / "report.json")]
+    bench_loader.main(asked)
+    report, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+    assert report["contenders"]["memmap"]["samples_per_second"] > 0
+    assert "| memmap |" in printed and "checksums: " in printed and "37,002,000 samples" in printed
+    assert report["machine"]["commit"] in printed
 
 
 def test_a_killed_reader_is_one_line(directory, monkeypatch, capfd):
