@@ -28,8 +28,8 @@ from mdit.checkpoint.training_state import find_latest, load_into, save_training
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, identify
 from mdit.meeting import start
+from mdit.models import meta_model
 from mdit.models.moe import ExpertChoice
-from mdit.parallel.activations import meta_model
 from mdit.parallel.shard import WHOLE, Shard
 
 GIB = 2**30
