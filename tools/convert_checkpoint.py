@@ -33,12 +33,12 @@ from mdit.models import presets
 PRESETS = {"xl_2": presets.xl_2, "tiny_2": presets.tiny_2}
 FIRST_LAYER = "x_embedder.proj.weight"
 CAPTION_LAYER = "y_embedder.y_proj.fc1.weight"
-DIMENSIONS = {FIRST_LAYER: 4, CAPTION_LAYER: 2, "pos_embed": 3}  # of what a model is recognised by
+DIMENSIONS = {FIRST_LAYER: 4, CAPTION_LAYER: 2, "pos_embed": 3}  # of the parameters a model is recognised by
 LARGEST = 512  # latents, for pictures of 4096 pixels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float32 holds all of them
 
-# What the released models' latents are decoded and their captions embedded with (`create_latent_diffusion`), by latent
-# channels. An autoencoder without a scale here brings its own.
+# Decoders of the released models' latents by latent channels, and the encoder of their captions
+# (`create_latent_diffusion`). An autoencoder without a scale here brings its own.
 IMAGE_ENCODERS = {
     4: {"id": "stabilityai/stable-diffusion-xl-base-1.0", "scale": 0.13025, "shift": 0.0},
     16: {"id": "ostris/vae-kl-f8-d16"},
@@ -137,17 +137,16 @@ def recognise(weights: dict[str, Tensor], source: Path) -> tuple[str, ModelConfi
     latent_size = math.isqrt(weights["pos_embed"].shape[1]) * patch_size
     if not 0 < latent_size <= LARGEST:
         raise UserError(f"{source}: pos_embed is of latents {latent_size} wide; at most {LARGEST} are known")
-    known = {name: preset().dim for name, preset in PRESETS.items()}
-    for name, width in known.items():
-        if width == dim:
-            caption_channels = weights[CAPTION_LAYER].shape[1]
-            try:
-                model = PRESETS[name](latent_size, latent_channels=channels, caption_channels=caption_channels)
-            except ValueError as error:
-                raise UserError(f"{source}: no {name}: {error}") from None
-            check_weights(weights, model, f"{source} ({name})")
-            return name, model
-    raise UserError(f"{source}: width {dim} is of no known model ({known})")
+    known = {preset().dim: name for name, preset in PRESETS.items()}
+    if (name := known.get(dim)) is None:
+        raise UserError(f"{source}: width {dim} is of no known model ({known})")
+    try:
+        caption_channels = weights[CAPTION_LAYER].shape[1]
+        model = PRESETS[name](latent_size, latent_channels=channels, caption_channels=caption_channels)
+    except ValueError as error:
+        raise UserError(f"{source}: no {name}: {error}") from None
+    check_weights(weights, model, f"{source} ({name})")
+    return name, model
 
 
 def recipe_for(model: ModelConfig, source: Path) -> TrainConfig:
