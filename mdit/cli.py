@@ -109,6 +109,13 @@ def whole(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
     return number
 
 
+def positive(text: str) -> float:
+    """A type for argparse: numbers above 0."""
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{one_line(text)}: expected more than 0")
+    return value
+
+
 def _interrupt(number: int, frame) -> None:
     signal.signal(number, signal.SIG_DFL)  # needs no Python: ends a process that waits for something, too
     raise KeyboardInterrupt

@@ -100,7 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--samples", type=cli.whole(1), default=6000)
     add("--batch_size", type=cli.whole(1), default=256)
-    add("--seconds", type=float, default=5, help="for each contender and repeat")
+    add("--seconds", type=cli.positive, default=5.0, help="for each contender and repeat")
     add("--repeats", type=cli.whole(1), default=3)
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     add("--latent", type=int, nargs=3, default=(4, 32, 32), metavar=("C", "H", "W"))

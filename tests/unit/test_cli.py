@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mdit.cli import Parser, path, run, whole
+from mdit.cli import Parser, path, positive, run, whole
 from mdit.documents import UserError
 
 
@@ -131,11 +131,15 @@ def test_an_empty_path_is_not_the_current_directory(text, capsys):
         (["--count", "0"], "error: argument --count: 0 is not between 1 and 9"),
         (["--count", "9" * 5000], "error: argument --count: invalid number value"),
         (["--count", "1.5"], "error: argument --count: invalid number value: '1.5'"),
+        (["--seconds", "0"], "error: argument --seconds: 0: expected more than 0"),
+        (["--seconds", "nan"], "error: argument --seconds: nan: expected more than 0"),
+        (["--seconds", "1 s"], "error: argument --seconds: invalid positive value: '1 s'"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, line, capsys):
     parser = Parser("What it does\n    as it is written")
     parser.add_argument("--count", type=whole(1, 9))
+    parser.add_argument("--seconds", type=positive)
     assert "\n    as it is written" in parser.format_help() and parser.parse_args(["--count", "9"]).count == 9
     code, _, error = ending(lambda: parser.parse_args(arguments), capsys)
     assert code == 2 and error.startswith(line) and error.count("\n") == 1
