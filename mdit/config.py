@@ -11,9 +11,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 
@@ -28,6 +29,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+AnySection = TypeVar("AnySection", bound=Section)
 MAX_CLAUSES = 20  # of one error
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
@@ -293,7 +295,7 @@ def _project(path: str | Path) -> Path | None:
     return next((up for up in Path(os.path.abspath(path)).parents if os.path.exists(up / "pyproject.toml")), None)
 
 
-def parse_section(section: type[Section], values: Any, path: str | Path):
+def parse_section(section: type[AnySection], values: Any, path: object) -> AnySection:
     """Check `values` against a section; what is wrong comes in one UserError, one clause for each key."""
     try:
         # As JSON, where a list may become a tuple though all else is strict: "3" is no number and 1 no truth value.
@@ -360,12 +362,11 @@ def _value(text: str) -> Any:
     return read["value"] if read.keys() == {"value"} else text
 
 
-def _explain(error: dict, values: Any, section: type[Section]) -> str:
+def _explain(error: ErrorDetails, values: Any, section: type[Section]) -> str:
     key = _written(error, values)
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key} = {error['input']!r}" + near_key(
-            error["loc"][-1], _known_keys(error["loc"], section)
-        )
+        nearest = near_key(str(error["loc"][-1]), _known_keys(error["loc"], section))
+        return f"unknown key {key} = {error['input']!r}{nearest}"
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")
@@ -374,7 +375,7 @@ def _explain(error: dict, values: Any, section: type[Section]) -> str:
     return f"{key} = {error['input']!r}: {message}"
 
 
-def _written(error: dict, values: Any) -> str:
+def _written(error: ErrorDetails, values: Any) -> str:
     """The key as the recipe has it: without the names that pydantic gives to the branches of a union."""
     key = []
     for part in error["loc"]:

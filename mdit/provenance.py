@@ -1,5 +1,6 @@
 """Provenance of results: the versions and the commit that a run, a benchmark or a snapshot was made with."""
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -21,6 +22,12 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             pass
     return found
+
+
+def package_folder(name: str) -> Path | None:
+    """The directory of an installed package; None where it is not installed."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def commit() -> str | None:

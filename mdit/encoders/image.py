@@ -17,15 +17,19 @@ PIXEL_SCALE = 1.5
 class ImageEncoder(Protocol):
     def encode(self, images_NCHW: Tensor) -> Tensor:
         """(N, 3, H, W) float pictures in [-1, 1] -> (N, C, h, w) float32 latents on the encoder's device."""
+        ...
 
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """(N, C, h, w) latents -> (N, 3, H, W) float32 pictures in about [-1, 1], on the encoder's device."""
+        ...
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square picture. Raises UserError for a size that gives no whole latents."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """For the manifest; build_image_encoder takes it."""
+        ...
 
 
 class PixelEncoder:
@@ -94,7 +98,8 @@ def build_image_encoder(
     Raises UserError when it cannot be loaded, or has other weights than the description's.
     """
     if isinstance(encoder, dict):
-        asked, precision = encoder, encoder.get("precision", "float32")
+        asked: dict[str, Any] = encoder
+        precision = encoder.get("precision", "float32")
     else:
         asked = {"id": encoder}
     if asked["id"] == "pixels":
@@ -115,7 +120,7 @@ def _load_autoencoder(name: str, dtype: torch.dtype):
     if not local.is_dir() and (local.is_absolute() or name.startswith((".", "~"))):
         raise UserError(f"image encoder {name!r}: there is no such directory")
     try:
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]: it is what they document
     except ImportError as error:
         raise UserError(f"image encoder {name!r}: needs diffusers ({error}): pip install diffusers") from None
     source, problems = local if local.is_dir() else name, []
@@ -123,10 +128,11 @@ def _load_autoencoder(name: str, dtype: torch.dtype):
     options = dict(use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype, output_loading_info=True)
     for folder in ({"subfolder": "vae"}, {}):
         try:
-            autoencoder, found = AutoencoderKL.from_pretrained(source, **options, **folder)
+            loaded: Any = AutoencoderKL.from_pretrained(source, **options, **folder)
         except (OSError, ValueError, RuntimeError) as error:
             problems.append(str(error).split("\n")[0])
             continue
+        autoencoder, found = loaded
         if found["missing_keys"]:
             raise UserError(f"image encoder {name!r}: its weights lack {min(found['missing_keys'])}, and maybe more")
         return autoencoder

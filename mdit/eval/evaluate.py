@@ -41,7 +41,8 @@ def evaluate(
 
 def evaluate_scenes(snapshot: Snapshot, model: MicroDiT, count: int, seed: int, options: dict[str, Any]) -> Evaluation:
     """Scores of `count` pictures of pairs that training never saw (`mdit.eval.emoji_score`)."""
-    prepare, device = snapshot.config.data.prepare, model.pos_embed.device
+    prepare, device = snapshot.config.data.prepare, next(model.parameters()).device
+    assert prepare is not None and isinstance(prepare.source, EmojiSource)
     source = EmojiScenes(prepare.source, prepare.image_size)
     judge = SceneJudge(source, load_efficientnet(device))
     scenes = held_out_scenes(source, count)
@@ -61,7 +62,7 @@ def evaluate_validation(
     snapshot: Snapshot, model: MicroDiT, count: int, seed: int, options: dict[str, Any]
 ) -> Evaluation:
     """Loss and pictures of the first `count` validation samples (all, where there are fewer)."""
-    dataset, device = open_dataset(snapshot.config.data.validation), model.pos_embed.device
+    dataset, device = open_dataset(snapshot.config.data.validation), next(model.parameters()).device
     sizes, file = snapshot.config.model, dataset.directory / MANIFEST
     latents = (sizes.latent_channels, sizes.latent_size, sizes.latent_size)
     require_shape(file, "latents", dataset.latent_shape, latents)

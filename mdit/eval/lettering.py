@@ -3,12 +3,12 @@
 import functools
 import unicodedata
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
+from typing import cast
 
 from PIL import ImageFont
 
 from mdit.dist import logger
+from mdit.provenance import package_folder
 
 # File names, looked for where systems keep their fonts. Pillow's own font, which comes first, is little beyond ASCII.
 FONTS = (
@@ -39,6 +39,7 @@ def _choose(characters: frozenset[str], size: int) -> tuple[Font, dict[int, str]
             best, lacking = font, lacks
         if not lacking:
             break
+    assert best is not None
     if lacking:
         named = " ".join(map(ascii, sorted(lacking)))
         logger.warning(f"no font on this machine can draw {named} of captions; they are spelled out")
@@ -51,9 +52,9 @@ def has(font: Font, character: str) -> bool:
 
 
 def _fonts(size: int) -> Iterator[Font]:
-    yield ImageFont.load_default(size)
-    package = find_spec("matplotlib")
-    brought = [Path(package.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"] if package and package.origin else []
+    yield cast(Font, ImageFont.load_default(size))  # of FreeType where it is given a size
+    package = package_folder("matplotlib")
+    brought = [package / "mpl-data/fonts/ttf/DejaVuSans.ttf"] if package else []
     for name in (*FONTS, *brought):
         try:
             yield ImageFont.truetype(str(name), size)
@@ -63,7 +64,7 @@ def _fonts(size: int) -> Iterator[Font]:
 
 def _drawn(font: Font, character: str) -> tuple[tuple[int, int], bytes]:
     mask = font.getmask(character)
-    return mask.size, bytes(mask)
+    return mask.size, bytes(mask)  # pyright: ignore[reportArgumentType]: a sequence, which its stub does not say
 
 
 def _spelled(font: Font, character: str) -> str:

@@ -77,7 +77,7 @@ def to_images(image_encoder, latents_NCHW: Tensor) -> Tensor:
 
 def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, seed: int, options: dict) -> Tensor:
     """(N, H, W, 3) uint8 pictures of a snapshot's model on the CPU; `options` are those of sampling_options."""
-    device, sizes = model.pos_embed.device, snapshot.config.model
+    device, sizes = next(model.parameters()).device, snapshot.config.model
     image_encoder = build_image_encoder(snapshot.encoders["image"], device)
     file = snapshot.path / "encoders.json"
     channels = image_encoder.latent_shape(ANY_SIZE)[0]

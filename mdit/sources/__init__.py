@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -73,7 +73,8 @@ class Part(Protocol):
     """A piece of a source that one process reads from beginning to end, in bounded memory. Iterating again gives the
     same. `name` is unique in the source. See `mdit.sources.fingerprint` for how it is known again."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __iter__(self) -> Iterator[Picture | Rejected]: ...
 
@@ -87,19 +88,29 @@ class Source:
     pictures: int | None
 
 
-class Split(Protocol):
-    """Pictures in any order, for sets that a recipe makes; `captions` needs no picture to be made."""
-
-    captions: Sequence[str]
+class RandomAccess(Protocol):
+    """Pictures in any order."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Picture: ...
+    def __getitem__(self, index: int, /) -> Picture | Rejected: ...
+
+
+class Split(RandomAccess, Protocol):
+    """Pictures for sets that a recipe makes, none rejected; `captions` needs no picture to be made."""
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int, /) -> Picture: ...
 
 
 class RecipeSource(Protocol):
-    training: Split
-    validation: Split
+    @property
+    def training(self) -> Split: ...
+
+    @property
+    def validation(self) -> Split: ...
 
 
 def open_source(config: EmojiSource | FolderSource, image_size: int) -> RecipeSource:
@@ -131,7 +142,7 @@ def open_named_source(name: str, root: Path | None, *, split: str = "train", cap
         raise UserError(f"--caption_key {caption_key}: {name} has one caption a picture and takes no key")
     if (root is None) != (name == "emoji"):
         raise UserError(f"--source {name} {'needs --root' if root is None else 'is drawn and takes no --root'}")
-    chosen = {} if root is None else {"root": root}
+    chosen: dict[str, Any] = {} if root is None else {"root": root}
     if len(splits) > 1:
         chosen["split"] = split
     if name in WITH_CAPTION_KEY:
@@ -167,7 +178,7 @@ def part_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix().encode(errors="backslashreplace").decode()
 
 
-def slices(split: Sequence[Picture | Rejected], per_part: int, seed: int | None = None) -> list[Part]:
+def slices(split: RandomAccess, per_part: int, seed: int | None = None) -> Sequence[Part]:
     """A random-access split cut in parts of at most `per_part`, nearly equal; shuffled when there is a seed."""
     order = np.arange(len(split)) if seed is None else np.random.default_rng(seed).permutation(len(split))
     pieces = np.array_split(order, -(-len(split) // per_part)) if len(split) else []
@@ -177,7 +188,7 @@ def slices(split: Sequence[Picture | Rejected], per_part: int, seed: int | None 
 @dataclass(frozen=True, eq=False)
 class Slice:
     name: str
-    split: Sequence[Picture | Rejected]
+    split: RandomAccess
     indices: np.ndarray
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
@@ -189,8 +200,8 @@ class Slice:
         return getattr(self.split, "drawn", False)
 
     def look(self) -> Sequence[bytes]:
-        texts = [self.split.look(int(index) for index in self.indices)] if hasattr(self.split, "look") else []
-        return [self.indices.tobytes(), *texts]
+        look = getattr(self.split, "look", None)
+        return [self.indices.tobytes(), *([look(int(index) for index in self.indices)] if look else [])]
 
 
 def not_found(root: Path, what: str, how: str) -> UserError:

@@ -98,20 +98,20 @@ class _TarInfo(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue]: not in its stub
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"at byte {archive.offset}: {error}") from None
 
 
-def _read_tar(file: BinaryIO, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
+def _read_tar(file: io.BufferedReader, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
     begins = file.peek(8)
     unpack = next((unpack for magic, unpack in COMPRESSED.items() if begins.startswith(magic)), None)
     content = file if unpack is None else io.BufferedReader(unpack(file), BUFFER)
     with tarfile.open(fileobj=content, mode="r:", tarinfo=_TarInfo) as archive:
         before = -1
         while (entry := archive.next()) is not None:
-            archive.members.clear()  # it would remember every header
+            archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: it would remember every header
             if archive.offset <= before:
                 raise tarfile.ReadError(f"at byte {before}: a member of {entry.size} bytes")
             before = archive.offset
@@ -124,7 +124,9 @@ def _read_tar(file: BinaryIO, origin: str, wanted: Callable[[str], bool]) -> Ite
             elif not entry.isfile() or entry.size > LARGEST:
                 yield Rejected(where, "unreadable picture", f"{name} has {entry.size} bytes", name)
             else:
-                yield Member(name, archive.extractfile(entry).read())
+                data = archive.extractfile(entry)
+                assert data is not None  # a file has data
+                yield Member(name, data.read())
         # A download that was cut off may have left zeros, which look like an end: not more of them than tar pads with.
         rest = content.read(tarfile.RECORDSIZE + 1)
         if len(rest) > tarfile.RECORDSIZE or rest.strip(b"\0"):
@@ -165,7 +167,7 @@ def rejected_file(error: Exception, origin: str, name: str, directory: Path | No
     number = getattr(error, "errno", None)
     if not (is_damage(error) or (directory is not None and number in OF_ONE_NAME)):
         raise error
-    if number in NOT_THERE:
+    if number in NOT_THERE and directory is not None:
         directory.stat()
         return Rejected(origin, "missing picture", f"there is no picture {name}", name)
     reason = getattr(error, "strerror", None) or str(error)

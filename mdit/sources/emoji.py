@@ -7,7 +7,6 @@ each of their objects and backgrounds, but never the two together, in no style. 
 
 import difflib
 import functools
-import importlib.util
 import io
 import re
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import xxhash
 from PIL import Image
 
 from mdit.config import EmojiSource, UserError
+from mdit.provenance import package_folder
 from mdit.sources import Picture, Source, slices
 
 BACKGROUNDS = {
@@ -126,7 +126,8 @@ class EmojiScenes:
         png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)
         image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
         image = image.crop(image.getbbox())
-        image.thumbnail((LARGEST * self.image_size,) * 2, Image.Resampling.LANCZOS)
+        largest = LARGEST * self.image_size
+        image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
@@ -253,7 +254,7 @@ def _svg(folder: Path, character: str, style: str) -> Path | None:
 
 def _package(name: str) -> Path:
     """Where an installed package lies."""
-    if (spec := importlib.util.find_spec(name)) is None:
+    if (folder := package_folder(name)) is None:
         package = PACKAGES[name]
         raise UserError(f'data.prepare.source.name = "emoji" needs the package {package}: pip install {package}')
-    return Path(spec.origin).parent
+    return folder

@@ -12,10 +12,10 @@ import bz2
 import gzip
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -58,12 +58,13 @@ class Shard:
         """What a column of the encoding "str" or "json" says. Raises ValueError."""
         return text(parse_foreign_json(data)) if self.encodings[column] == "json" else data.decode()
 
-    def _unpacked(self, file: BinaryIO) -> BinaryIO:
+    def _unpacked(self, file: BinaryIO) -> AbstractContextManager[BinaryIO]:
         if self.compression == "zstd":
             import zstandard
 
             return zstandard.open(file)
-        return {"gz": gzip.open, "bz2": bz2.open}[self.compression](file) if self.compression else nullcontext(file)
+        unpack: Any = {"": nullcontext, "gz": gzip.open, "bz2": bz2.open}[self.compression]
+        return unpack(file)
 
     def _samples(self, file: BinaryIO) -> Iterator[bytes]:
         (count,) = np.frombuffer(_exactly(file, 4), "<u4")

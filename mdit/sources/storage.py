@@ -13,7 +13,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from mdit.documents import UserError
 
@@ -33,7 +32,7 @@ def is_damage(error: Exception) -> bool:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
     """A regular file to read from. Raises OSError for what the machine did, also where a library that reads the file
     has made another error of it, or none; ValueError for pipes and devices."""
     with _File(path) as file:

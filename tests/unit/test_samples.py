@@ -63,7 +63,7 @@ def test_pictures_that_are_not_finite_are_refused():
     def diverging(x, c_noise, captions, mask=None):
         return x * 1e30
 
-    diverging.pos_embed = torch.zeros(1)
+    diverging.parameters = lambda: iter([torch.zeros(1)])
     with pytest.raises(UserError, match=r"snapshots/latest: draws NaN or infinities with .*'guidance': 3.0"):
         draw_pictures(snapshot_of(), diverging, CAPTIONS, 0, {"guidance": 3.0, "num_steps": 4})
 
@@ -83,14 +83,14 @@ def snapshot_of(*overrides):
     ],
 )
 def test_encoders_that_do_not_fit_the_model_are_named(override, message):
-    net.pos_embed = torch.zeros(1)
+    net.parameters = lambda: iter([torch.zeros(1)])
     with pytest.raises(UserError, match=f"snapshots/latest/encoders.json: {message}"):
         draw_pictures(snapshot_of(override), net, CAPTIONS, 0, {"guidance": 3.0, "num_steps": 4})
 
 
 def test_a_validation_set_that_does_not_fit_the_model_is_named(tmp_path):
     directory = write_set(tmp_path / "set", 4)
-    net.pos_embed = torch.zeros(1)
+    net.parameters = lambda: iter([torch.zeros(1)])
     snapshot = snapshot_of(f"data.validation={directory}")
     with pytest.raises(UserError, match=r"set/manifest.json: latents of shape .* model takes \(3, 32, 32\)"):
         evaluate_validation(snapshot, net, 2, 0, {"guidance": 3.0, "num_steps": 4})
@@ -151,7 +151,9 @@ def test_ascii_captions_are_in_pillows_own_font_as_ever():
 
 def test_what_no_font_can_draw_is_spelled_out_with_one_line(monkeypatch, caplog):
     monkeypatch.setattr(lettering, "FONTS", ())
-    monkeypatch.setattr(lettering, "find_spec", lambda name: None)  # a bare machine: Pillow's own font, and that is all
+    monkeypatch.setattr(
+        lettering, "package_folder", lambda name: None
+    )  # a bare machine: Pillow's own font, and that is all
     lettering._choose.cache_clear()
     given = ["Cafe\u0301 au lait, naïve", "漢 \U0001f600\ufe0f Я", "\x1b[0m \ud800", "“quotes”…"]
     with caplog.at_level(logging.WARNING):
