@@ -21,14 +21,11 @@ Without a GPU, or with --tiny, tiny shapes show that all this works.
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +35,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdit import cli
+from mdit.bench.report import environment
 from mdit.config import ModelConfig, UserError
 from mdit.costs.kernel_calls import EPS, EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
-from mdit.dist import cores, settle_numerics
+from mdit.dist import settle_numerics
 from mdit.kernels import comparison, dispatch, expert_choice, patch_mixing, swiglu
 from mdit.models import presets
-from mdit.provenance import commit
 
 START = time.monotonic()
 BACKENDS = {
@@ -121,7 +118,8 @@ def run(args: argparse.Namespace) -> None:
     dtype = args.dtype or ("bf16" if gpu else "fp32")
     bench = Bench("cuda" if gpu else "cpu", DTYPES[dtype], args.repeats, args.interpret)
     settings = {"dtype": dtype, "preset": "tiny" if args.tiny else args.preset, "repeats": args.repeats}
-    report = {"schema": comparison.SCHEMA, "environment": environment(), "settings": settings}
+    here = environment(torch.device(bench.device)).model_dump()
+    report = {"schema": comparison.SCHEMA, "environment": here, "settings": settings}
     report |= {"ceilings": ceilings(bench)}
     print(", ".join(f"{name} {value}" for name, value in {**report["environment"], **settings}.items()))
     print(", ".join(f"{name} {value:,.1f}" for name, value in report["ceilings"].items()))
@@ -342,23 +340,6 @@ def ceilings(bench: Bench) -> dict[str, float]:
     return {
         "GB/s": 2 * numbers / milliseconds(lambda: target.copy_(source), bench) / 1e6,
         "TFLOP/s": 2 * side**3 / milliseconds(lambda: square @ square, bench) / 1e9,
-    }
-
-
-def environment() -> dict[str, str]:
-    gpu = torch.cuda.is_available()
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "not installed"
-    return {
-        "gpu": torch.cuda.get_device_name() if gpu else "none",
-        "cpu": f"{platform.machine()}, {cores()} cores",
-        "torch": torch.__version__,
-        "triton": triton,
-        "cuda": torch.version.cuda or "none",
-        "commit": commit() or "unknown",
-        "date": datetime.now(UTC).date().isoformat(),
     }
 
 

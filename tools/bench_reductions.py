@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from mdit import cli
+from mdit.bench.report import environment
 from mdit.bench.roofline import Product, products
 from mdit.bench.stages import tiny_form
 from mdit.config import CONFIGS, load_config
 from mdit.dist import settle_numerics
 from mdit.files import try_to_write, write_json
-from tools.bench_kernels import Bench, environment, milliseconds, relative_error
+from tools.bench_kernels import Bench, milliseconds, relative_error
 
 SCHEMA = "mdit-reductions/1"
 FORM = "{:>5} x {:>8} {:>8} {:>7} {:>7} {:>9} {:>9} {:>9} {:>9}"
@@ -39,7 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
     bench = Bench("cuda" if gpu else "cpu", torch.bfloat16, args.repeats, False)
     ratio = config.training.mask_ratio
     settings = {"recipe": config.name, "micro_batch": args.micro_batch, "mask_ratio": ratio, "tiny": args.tiny}
-    report: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "settings": settings, "rows": []}
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "environment": environment(torch.device(bench.device)).model_dump(),
+        "settings": settings,
+        "rows": [],
+    }
     path = args.out and args.out / "reductions.json"
     if path:
         args.out.mkdir(parents=True, exist_ok=True)

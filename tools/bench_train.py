@@ -9,7 +9,7 @@ Of every step: waiting for data, forward, backward, optimizer; of the median one
 --ladder goes from the paper's model to ours, a technique at a time, each with its loss parity; --profile writes a trace
 for Perfetto or TensorBoard and tells where a step goes; both of the first recipe, with two micro-batches a step.
 
-DIR/throughput.json (mdit/bench/rows.py) and DIR/throughput.md are written after every row; --resume goes on with what
+DIR/throughput.json (mdit/bench/row.py) and DIR/throughput.md are written after every row; --resume goes on with what
 is missing. Where there is no memory for a micro-batch, half of it is tried. Without a GPU, or with --tiny, tiny shapes
 show that all this works; a CPU measures a --recipe as it is.
 """
@@ -24,13 +24,12 @@ import torch.distributed
 
 from mdit import cli, dist
 from mdit.bench.plots import draw
-from mdit.bench.report import JSON, Report
-from mdit.bench.rows import load
-from mdit.bench.session import Session
-from mdit.bench.stages import STAGES, Job, prepare_data, ran_out_of_memory, settle
-from mdit.bench.trial import MADE_UP
+from mdit.bench.report import Report, earlier_rows, environment
+from mdit.bench.row import MADE_UP
+from mdit.bench.session import JSON, Session
+from mdit.bench.stages import STAGES, Job, prepare_data, settle
 from mdit.config import CONFIGS
-from mdit.dist import World, configure_logging, identify
+from mdit.dist import World, configure_logging, gather, identify, on_all_ranks
 from mdit.files import try_to_write
 from mdit.meeting import start
 
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     world = identify()
     configure_logging(world)
     if args.draw:
-        for path in draw(load(args.draw / JSON), args.draw):
+        for path in draw(Report.load(args.draw / JSON), args.draw):
             print(f"drawn: {path}")
         return 0
     try:
@@ -128,14 +127,17 @@ def run(args: argparse.Namespace, world: World) -> bool:
     for job in jobs:
         prepare_data(job, world)
     start(world)
-    report = Report(args.out, world, command=args.command, prices=args.dollars_per_gpu_hour, resume=args.resume)
+    here, prices = environment(world.device, world.size), args.dollars_per_gpu_hour
+    read = args.resume and world.is_first  # the other ranks may not see its disk
+    rows = on_all_ranks(world, lambda: earlier_rows(args.out / JSON, here) if read else [])
+    report = Report(environment=here, command=args.command, rows=gather(rows, world)[0])
     if args.out and world.is_first:
         args.out.mkdir(parents=True, exist_ok=True)
         try_to_write(args.out / JSON)
-    report.write()
-    tell(world, ", ".join(f"{name} {value}" for name, value in report.content["environment"].items()) + "\n")
     budget_s = args.budget_s or (REPORT_BUDGET_S[kind] if args.report else float("inf"))
-    session = Session(report, world, START + budget_s)
+    session = Session(report, world, START + budget_s, directory=args.out, prices=prices)
+    session.write()
+    tell(world, f"{here}\n")
     if args.report or not (args.ladder or args.profile):
         session.stages(jobs, warm_up=args.warm_up, steps=args.steps, seconds=seconds)
     if args.report or args.profile:
@@ -147,12 +149,12 @@ def run(args: argparse.Namespace, world: World) -> bool:
             steps=args.steps,
             seconds=min(seconds, LADDER_SECONDS),
         )
-    tell(world, "\n" + report.tables())
+    tell(world, "\n" + report.tables(prices))
     if args.report:
         session.plots(args.report)
     if session.missing:
         tell(world, f"\nnot measured, for want of time: {'; '.join(session.missing)}. --resume goes on with it")
-    return not any(row["kind"] == "stage" and row["problem"] and not ran_out_of_memory(row) for row in report.rows)
+    return not any(row.problem and not row.ran_out_of_memory for row in report.of_kind("stage"))
 
 
 def wanted_jobs(args: argparse.Namespace, world: World) -> list[Job]:

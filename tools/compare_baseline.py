@@ -20,7 +20,7 @@ Both take the same plain step: loss, backward, gradient clipping, torch's fused 
 whole, ours block by block, as a run does it. First both at --micro_batch, in every mode, then each at its own best,
 found by doubling. Precision: fp32 on a CPU; on a GPU ours has bfloat16 weights with float32 masters, theirs float32
 weights under torch.autocast (amp, as the released code trains) or the same as ours (--baseline_precision pure). TFLOP/s
-and MFU count our model's FLOPs for both. OUT/baseline.json has a row for everything measured (mdit.bench.rows), written
+and MFU count our model's FLOPs for both. OUT/baseline.json has a row for everything measured (mdit.bench.row), written
 as it comes. With --expert_layer: our layers of experts against the one-hot form, alone.
 """
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mdit import cli
-from mdit.bench import rows
 from mdit.bench.recipe_cost import SetTime, Stage, choose_rows, scaled, set_times
+from mdit.bench.report import Report, table
+from mdit.bench.row import PIXELS_OF_A_LATENT, machine_of
 from mdit.config import load_config
 from mdit.files import try_to_write, write_json
 
@@ -57,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         try_to_write(args.json)
     configs = [load_config(path) for path in args.recipe or [CONFIGS / f"{name}.toml" for name in STAGES]]
-    stages, left_out = choose_rows([(str(path), rows.load(path)) for path in args.reports], configs, args.gpu)
+    stages, left_out = choose_rows([(str(path), Report.load(path)) for path in args.reports], configs, args.gpu)
     device = next((stage.measured.device for stage in stages if stage.measured), None)
-    sizes = {rows.PIXELS_OF_A_LATENT * config.model.latent_size for config in configs}
+    sizes = {PIXELS_OF_A_LATENT * config.model.latent_size for config in configs}
     sets = set_times(args.precompute, sizes, device)
     sections = [
         stage_table(stages, args.dollars_per_gpu_hour),
@@ -95,7 +96,7 @@ def stage_table(stages: Sequence[Stage], prices: Sequence[float]) -> str:
     cells.append(["the recipe", images, "", *_hours(total if len(measured) == len(stages) else None, prices)])
     if 0 < len(measured) < len(stages):
         cells.append([f"the measured {len(measured)} of {len(stages)}", "", "", *_hours(total, prices)])
-    return aligned(cells) + "\n\nMeasured rows:\n" + "\n".join(sources)
+    return table(cells, markdown=False) + "\n\nMeasured rows:\n" + "\n".join(sources)
 
 
 def _hours(gpu_hours: float | None, prices: Sequence[float]) -> list[str]:
@@ -111,14 +112,14 @@ def set_table(sets: Sequence[SetTime], pictures: float, prices: Sequence[float])
         cells.append([f"{found.image_size} px", f"{pictures / 1e6:,.1f} M", rate, *hours])
         how = found.problem or f"{found.written:,} pictures in {found.seconds:,.0f} GPU-seconds"
         told.append(f"{found.image_size} px: {how}")
-    return aligned(cells) + "\n" + "\n".join(told)
+    return table(cells, markdown=False) + "\n" + "\n".join(told)
 
 
 def node_table(stages: Sequence[Stage], device: str | None, prices: Sequence[float]) -> str:
     title = "On nodes of 8 GPUs: measured rate x predicted efficiency"
     if device is None or not all(stage.measured for stage in stages):
         return f"{title}: {NOT_MEASURED}, as the recipe is"
-    if (machine := rows.machine_of(device)) is None:
+    if (machine := machine_of(device)) is None:
         return f"{title}: no data sheet of {device} to predict with"
     cells = [["nodes", "GPUs", "efficiency", "hours", "days", "GPU-hours", *(f"at ${price:g}" for price in prices)]]
     for nodes in NODES:
@@ -130,26 +131,14 @@ def node_table(stages: Sequence[Stage], device: str | None, prices: Sequence[flo
         row = [str(nodes), str(gpus), f"{share:.0%}", f"{hours:,.1f}", f"{hours / 24:,.2f}", f"{hours * gpus:,.0f}"]
         cells.append(row + dollars(hours * gpus, prices))
     note = "efficiency: of a GPU beside one alone; the global batch stays the recipe's, whatever the number of GPUs"
-    return f"{title}\n\n{aligned(cells)}\n{note}"
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first to the left, the others to the right."""
-    widths = [max((len(row[i]) for row in cells if i < len(row)), default=0) for i in range(len(cells[0]))]
-    lines = []
-    for row in cells:
-        first, *others = [
-            f"{cell:>{width}}" if i else f"{cell:<{width}}" for i, (cell, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join([first, *others]).rstrip())
-    return "\n".join(lines)
+    return f"{title}\n\n{table(cells, markdown=False)}\n{note}"
 
 
 def as_json(
     stages: Sequence[Stage], sets: Sequence[SetTime], device: str | None, args: argparse.Namespace, left_out: list[str]
 ) -> dict[str, Any]:
     """Hours, seconds, images per second; None for what was not measured."""
-    machine = rows.machine_of(device) if device and all(stage.measured for stage in stages) else None
+    machine = machine_of(device) if device and all(stage.measured for stage in stages) else None
     nodes = {nodes: scaled(stages, nodes * GPUS_OF_A_NODE, machine) for nodes in NODES} if machine else {}
     return {
         "device": device,

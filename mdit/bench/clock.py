@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from mdit.bench.rows import PHASES
+from mdit.bench.row import PHASES
 from mdit.config import TrainConfig
 from mdit.dist import World
 from mdit.models import MicroDiT

@@ -11,18 +11,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from mdit.bench import rows
 from mdit.bench.clock import Marks, median_step
 from mdit.bench.contenders import PRECISIONS, Contender, in_one_line
+from mdit.bench.report import Report, environment
+from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, StepTime, describe
 from mdit.dist import World
 from mdit.parallel.settings import RunSettings
 
 OURS, BASELINE = "ours", "baseline"
-OUT_OF_MEMORY = "out of memory"
 FASTER = 1.02  # twice the micro-batch has to bring so much for the search to go on
 SEARCHED = "search"  # the pairing of rows that stand alone
 HEADER = (
@@ -32,7 +32,7 @@ HEADER = (
 
 
 class Figures(NamedTuple):
-    """Of the steps measured: `milliseconds` as in mdit.bench.rows, and those of the `fastest` step, which tells more
+    """Of the steps measured: `milliseconds` as in mdit.bench.row, and those of the `fastest` step, which tells more
     where other programs share the machine; `peak_gib` None on a CPU."""
 
     micro_batch: int
@@ -155,7 +155,7 @@ class Contest:
     budget_s: float
     out: Path | None = None
     backend: str | Callable = "inductor"
-    found: list[rows.Row] = field(default_factory=list)
+    found: list[BenchmarkRow] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     longest: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
 
@@ -181,19 +181,18 @@ class Contest:
         """Measure at larger micro-batches, where memory does not suffice at smaller ones."""
 
         def measure(size: int) -> Figures | str:
-            known = [row for row in self.found if (row["contender"], row["mode"]) == (who, mode)]
-            for row in known:
-                if row["setting"]["micro_batch"] == size:
-                    return row["problem"] or figures_of(row)
+            for row in self.found:
+                if (row.contender, mode_of(row), row.setting.micro_batch) == (who, mode, size):
+                    return row.problem or figures_of(row)
             return self.measure(SEARCHED, {who: (mode, size)}, SEARCH)[0]
 
         best_micro_batch(measure, self.micro_batch, self.max_micro_batch)
 
     def best(self, who: str) -> tuple[str, int] | None:
         """(mode, micro-batch) that was the fastest so far."""
-        measured = [row for row in self.found if row["contender"] == who and row["problem"] is None]
-        row = max(measured, key=lambda row: row["images_per_second"], default=None)
-        return row and (row["mode"], row["setting"]["micro_batch"])
+        measured = [row for row in self.found if row.contender == who and row.problem is None]
+        row = max(measured, key=lambda row: row.figures.images_per_second, default=None)
+        return row and (mode_of(row), row.setting.micro_batch)
 
     def measure(self, pairing: str, turns: dict[str, tuple[str, int]], pace: Pace) -> list[Figures | str]:
         before = time.perf_counter()
@@ -208,15 +207,15 @@ class Contest:
             self.found.append(self.row(pairing, who, mode, size, measured))
             print(line(self.found[-1]), flush=True)
         if self.out is not None:
-            rows.save(self.out / "baseline.json", self.report())
+            here = environment(self.world.device)
+            Report(environment=here, command=" ".join(sys.argv), rows=self.found).save(self.out / "baseline.json")
         return figures
 
-    def row(self, pairing: str, who: str, mode: str, micro_batch: int, measured: Figures | str) -> rows.Row:
-        """A row of kind "baseline", with `contender`, `mode`, `pairing` and `fastest_ms` beside."""
+    def row(self, pairing: str, who: str, mode: str, micro_batch: int, measured: Figures | str) -> BenchmarkRow:
         contender = self.contenders[who]
         sizes = {"train_batch_size": micro_batch, "train_micro_batch_size_per_gpu": micro_batch}
         bf16 = {"enabled": contender.precision != "fp32"}
-        facts = dict(
+        row = describe(
             kind="baseline",
             name=f"{who}, {mode}",
             config=self.contenders[OURS].config,
@@ -224,61 +223,60 @@ class Contest:
             ds_config=sizes | {"bf16": bf16, "zero_optimization": {"stage": 0}},
             world=self.world,
             kernels=self.kernels if who == OURS else [],
-            data="made up",
         )
+        setting = row.setting.model_copy(update={"weights": PRECISIONS[contender.precision]})
+        row = row.with_(setting=setting, parameters=contender.parameters, contender=who, pairing=pairing)
         if isinstance(measured, str):
-            row = rows.problem_row(**facts, problem=measured)
-        else:
-            row = rows.measured_row(**facts, measured=measured_by(measured) | {"losses": contender.first_losses()})
-        row["setting"]["weights"] = PRECISIONS[contender.precision]
-        return row | {"parameters": contender.parameters, "contender": who, "mode": mode, "pairing": pairing}
-
-    def report(self) -> dict[str, Any]:
-        report = {"schema": rows.SCHEMA, "environment": rows.environment(self.world), "command": " ".join(sys.argv)}
-        return report | {"formula": rows.FORMULA, "rows": self.found}
+            return row.with_(problem=measured)
+        return row.with_(measured=measured_by(measured, contender.first_losses()))
 
 
-def measured_by(figures: Figures) -> dict[str, Any]:
-    return {
-        "steps": figures.steps,
-        "images_per_second": figures.images_per_second,
-        "milliseconds": figures.milliseconds | {"communication": None},
-        "fastest_ms": figures.fastest,
-        "peak_gib": figures.peak_gib,
-    }
+def mode_of(row: BenchmarkRow) -> str:
+    return "compiled" if row.setting.compile else "eager"
 
 
-def figures_of(row: rows.Row) -> Figures:
-    return Figures(
-        row["setting"]["micro_batch"], *(row[key] for key in ("steps", "milliseconds", "fastest_ms", "peak_gib"))
+def measured_by(figures: Figures, losses: list[float]) -> Measured:
+    return Measured(
+        steps=figures.steps,
+        images_per_second=figures.images_per_second,
+        milliseconds=StepTime(**figures.milliseconds),
+        fastest_ms=figures.fastest,
+        peak_gib=figures.peak_gib,
+        losses=tuple(losses),
     )
 
 
-def line(row: rows.Row) -> str:
-    cells = [row["pairing"], row["name"], str(row["setting"]["micro_batch"])]
-    if row["problem"]:
-        return f"| {' | '.join([*cells, row['problem'].replace('|', '/'), *['-'] * 7])} |"
-    ms = row["milliseconds"]
-    cells += [f"{row['images_per_second']:,.2f}"]
-    cells += [f"{ms[part]:,.1f}" for part in ("step", "forward", "backward", "optimizer")]
-    cells += ["-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}", f"{row['tflops']:.3g}"]
-    cells += ["-" if row["mfu"] is None else f"{row['mfu']:.1%}"]
+def figures_of(row: BenchmarkRow) -> Figures:
+    found = row.figures
+    milliseconds = found.milliseconds.model_dump(exclude_none=True)
+    return Figures(row.setting.micro_batch, found.steps, milliseconds, found.fastest_ms, found.peak_gib)
+
+
+def line(row: BenchmarkRow) -> str:
+    cells = [row.pairing, row.name, str(row.setting.micro_batch)]
+    if row.problem:
+        return f"| {' | '.join([*cells, row.problem.replace('|', '/'), *['-'] * 7])} |"
+    found, ms = row.figures, row.figures.milliseconds
+    cells += [f"{found.images_per_second:,.2f}"]
+    cells += [f"{part:,.1f}" for part in (ms.step, ms.forward, ms.backward, ms.optimizer)]
+    cells += ["-" if found.peak_gib is None else f"{found.peak_gib:.1f}", f"{row.tflops:.3g}"]
+    cells += ["-" if row.mfu is None else f"{row.mfu:.1%}"]
     return f"| {' | '.join(cells)} |"
 
 
-def ratios(found: list[rows.Row]) -> list[str]:
+def ratios(found: list[BenchmarkRow]) -> list[str]:
     """Our images/s over the baseline's, by the median and by the fastest steps: of every pairing that has both."""
     lines = []
-    for pairing in dict.fromkeys(row["pairing"] for row in found if row["pairing"] != SEARCHED):
-        pair = {row["contender"]: row for row in found if row["pairing"] == pairing}
-        if any(row["problem"] for row in pair.values()):
+    for pairing in dict.fromkeys(row.pairing for row in found if row.pairing != SEARCHED):
+        pair = {row.contender: row for row in found if row.pairing == pairing}
+        if any(row.problem for row in pair.values()):
             lines.append(f"{pairing}: no ratio, as one of them has no figures")
             continue
         ours, theirs = pair[OURS], pair[BASELINE]
-        sizes = [row["setting"]["micro_batch"] for row in (ours, theirs)]
-        ratio = ours["images_per_second"] / theirs["images_per_second"]
-        fastest = sizes[0] / sizes[1] * theirs["fastest_ms"] / ours["fastest_ms"]
-        sides = " against ".join(f"{row['name']}, {size} images" for row, size in zip((ours, theirs), sizes))
+        sizes = [row.setting.micro_batch for row in (ours, theirs)]
+        ratio = ours.figures.images_per_second / theirs.figures.images_per_second
+        fastest = sizes[0] / sizes[1] * theirs.figures.fastest_ms / ours.figures.fastest_ms
+        sides = " against ".join(f"{row.name}, {size} images" for row, size in zip((ours, theirs), sizes))
         lines.append(
             f"{pairing}: {ratio:.2f} times the images/s of the baseline, {fastest:.2f} by fastest steps ({sides})"
         )

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mdit.bench import rows
 from mdit.bench.plots import draw, draw_losses
 from mdit.bench.profile import summary
 from mdit.bench.recipe_cost import Stage, choose_rows
-from mdit.bench.stages import STAGES, TINY
+from mdit.bench.report import SCHEMA, TINY, Report
+from mdit.bench.row import COLUMNS, BenchmarkRow, Setting, stage_name
+from mdit.bench.stages import STAGES
 from mdit.config import CONFIGS, UserError, load_config
 from mdit.documents import parse_json, read_json
 from mdit.files import write_json
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 
 PRICES = (3.75, 2.0)
 NOT_MEASURED = "not measured"
-REPORTS = {"throughput": rows.SCHEMA, "kernels": comparison.SCHEMA, "reductions": "mdit-reductions/1"}
+REPORTS = {"throughput": SCHEMA, "kernels": comparison.SCHEMA, "reductions": "mdit-reductions/1"}
 STATE, METRICS, SAMPLES = "first_contact.json", "metrics.jsonl", "samples.png"
 SAME = ("gpu", "torch", "triton", "cuda", "commit")  # of all reports of a folder
 VERSIONS = {"torch": "torch", "cuda": "CUDA", "triton": "Triton", "deepspeed": "DeepSpeed"}
@@ -36,31 +37,36 @@ REGION = re.compile(r"(<!-- measured: (\w+) -->)(.*?)(<!-- /measured -->)", re.S
 class Figures:
     """The reports that were found, by name, and the lines of the training run's metrics."""
 
-    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    throughput: Report | None = None
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # all of them as JSON
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, Any]:
         return next((report["environment"] for report in self.reports.values()), {})
 
-    def rows(self, report: str, kind: str | None = None) -> list[Row]:
-        found = self.reports.get(report, {"rows": []})["rows"]
-        return [row for row in found if kind in (None, row.get("kind"))]
+    def rows(self, report: str) -> list[Row]:
+        return self.reports.get(report, {"rows": []})["rows"]
+
+    def measured(self, kind: str) -> list[BenchmarkRow]:
+        return self.throughput.of_kind(kind) if self.throughput else []
 
 
 def load(directory: Path) -> Figures:
     """Raises UserError for what is no figure of a GPU: of a CPU, of tiny shapes, of a rehearsal, of no known commit."""
-    reports = {}
+    reports, throughput = {}, None
     for name, schema in REPORTS.items():
         path = next((p for p in (directory / name / f"{name}.json", directory / f"{name}.json") if p.exists()), None)
         if path is None:
             continue
-        report = rows.load(path) if name == "throughput" else read_json(path, "the report")
+        report = read_json(path, "the report")
         if not isinstance(report, dict) or report.get("schema") != schema:
             raise UserError(f"{path}: no report of schema {schema!r}")
         if why := _no_figures(report):
             raise UserError(f"{path}: {why}")
         reports[name] = report
+        if name == "throughput":
+            throughput = Report.load(path)
     state = directory / STATE
     if state.exists() and read_json(state, "the state")["environment"].get("rehearsal"):
         raise UserError(f"{state}: of a rehearsal, whose figures are of no GPU")
@@ -72,22 +78,19 @@ def load(directory: Path) -> Figures:
             )
     lines = next((p for p in (directory / "training" / METRICS, directory / METRICS) if p.exists()), None)
     told = lines.read_text(encoding="utf-8").splitlines() if lines and reports else []
-    return Figures(reports, [parse_json(line, lines) for line in told])
+    return Figures(throughput, reports, [parse_json(line, lines) for line in told])
 
 
 def _no_figures(report: dict[str, Any]) -> str | None:
     environment, settings = report["environment"], report.get("settings", {})
     if environment.get("gpu", "none") == "none":
         return "measured on a CPU; the documents' tables are of a GPU"
-    if settings.get("tiny") or settings.get("preset") == "tiny" or any(_is_tiny(row) for row in report["rows"]):
+    tiny = any(str(row.get("recipe", "")).endswith(TINY) for row in report["rows"])
+    if tiny or settings.get("tiny") or settings.get("preset") == "tiny":
         return "of tiny shapes, which say nothing of the recipes"
     if environment.get("commit", "unknown") == "unknown":
         return "of no known commit; measure with MDIT_COMMIT set where there is no git"
     return None
-
-
-def _is_tiny(row: Row) -> bool:
-    return str(row.get("recipe", "")).endswith(TINY)
 
 
 def keep(figures: Figures, source: Path, directory: Path) -> None:
@@ -95,11 +98,11 @@ def keep(figures: Figures, source: Path, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, report in figures.reports.items():
         write_json(directory / f"{name}.json", report)
-    if "throughput" in figures.reports:
-        draw(figures.reports["throughput"], directory)
+    if figures.throughput:
+        draw(figures.throughput, directory)
     if figures.metrics:
         (directory / METRICS).write_text("".join(map(_line, figures.metrics)), encoding="utf-8")
-        draw_losses(figures.metrics, directory, figures.environment)
+        draw_losses(figures.metrics, directory, _where(figures))
     if grids := sorted((source / "training" / "samples").glob("*.png")):
         (directory / SAMPLES).write_bytes(grids[-1].read_bytes())
 
@@ -142,7 +145,7 @@ def _where(figures: Figures) -> str:
 def _stages(figures: Figures) -> list[Stage]:
     """The four stages, each with its fastest row in bfloat16."""
     configs = [load_config(CONFIGS / f"{name}.toml") for name in STAGES]
-    reports = [("throughput.json", figures.reports["throughput"])] if "throughput" in figures.reports else []
+    reports = [("throughput.json", figures.throughput)] if figures.throughput else []
     return choose_rows(reports, configs)[0]
 
 
@@ -153,8 +156,8 @@ def _recipe_dollars(stages: Sequence[Stage]) -> str:
     return " / ".join(f"{hours * price:,.0f}" for price in PRICES)
 
 
-def _cells(row: Row, *columns: str) -> list[str]:
-    return [rows.COLUMNS[column](row, PRICES, row["images_per_second"] or 1.0) for column in columns]
+def _cells(row: BenchmarkRow, *columns: str) -> list[str]:
+    return [COLUMNS[column](row, PRICES) for column in columns]
 
 
 def _table(*lines: Sequence[str]) -> str:
@@ -199,51 +202,52 @@ def _throughput(figures: Figures, beside: Path) -> str:
     head = [f"{device}, bfloat16, xl_2, made-up data", "images at once", *columns]
     lines = []
     for stage in stages:
-        name = rows.stage_name(stage.config)
+        name = stage_name(stage.config)
         if stage.measured is None:
             lines.append([name, "", NOT_MEASURED, *[""] * (len(columns) - 1)])
             continue
         row = stage.measured.row
-        lines.append([name, f"{row['setting']['micro_batch']}", *_cells(row, *columns)])
+        lines.append([name, f"{row.setting.micro_batch}", *_cells(row, *columns)])
     images = ", ".join(f"{stage.images / 1e6:,.0f} M" for stage in stages)
     lines.append([f"the recipe: {images} images", *[""] * len(columns), _recipe_dollars(stages)])
     found = _table(head, *lines)
-    return f"{_where(figures)}.\n\n{found}" if "throughput" in figures.reports else found
+    return f"{_where(figures)}.\n\n{found}" if figures.throughput else found
 
 
 # Ways to run stage 1: what a row's setting has to be.
-WAYS: dict[str, Callable[[Row], bool]] = {
-    "ZeRO-1, kernels": lambda s: s["zero_stage"] == 1 and bool(s["kernels"]) and not s["fp8"] and not s["compile"],
-    "the same, compiled": lambda s: s["zero_stage"] == 1 and bool(s["kernels"]) and not s["fp8"] and s["compile"],
-    "plain PyTorch": lambda s: not s["kernels"] and not s["fp8"] and not s["compile"],
-    "ZeRO-2, kernels": lambda s: s["zero_stage"] == 2 and bool(s["kernels"]) and not s["fp8"] and not s["compile"],
-    "float8": lambda s: s["fp8"],
+WAYS: dict[str, Callable[[Setting], bool]] = {
+    "ZeRO-1, kernels": lambda s: s.zero_stage == 1 and bool(s.kernels) and not s.fp8 and not s.compile,
+    "the same, compiled": lambda s: s.zero_stage == 1 and bool(s.kernels) and not s.fp8 and s.compile,
+    "plain PyTorch": lambda s: not s.kernels and not s.fp8 and not s.compile,
+    "ZeRO-2, kernels": lambda s: s.zero_stage == 2 and bool(s.kernels) and not s.fp8 and not s.compile,
+    "float8": lambda s: s.fp8,
 }
 
 
 def _settings(figures: Figures, beside: Path) -> str:
-    first = rows.stage_name(load_config(CONFIGS / f"{STAGES[0]}.toml"))
-    found = [row for row in figures.rows("throughput", "stage") if row["name"] == first]
+    first = stage_name(load_config(CONFIGS / f"{STAGES[0]}.toml"))
+    found = [row for row in figures.measured("stage") if row.name == first]
     columns = ("images/s", STEP, "TFLOP/s", "GiB")
     lines = []
     for way, fits in WAYS.items():
-        of_way = [row for row in found if fits(row["setting"])]
+        of_way = [row for row in found if fits(row.setting)]
         if not of_way:
             lines.append([way, "", NOT_MEASURED, *[""] * (len(columns) - 1)])
         for row in of_way:
-            size = f"{row['setting']['micro_batch']}"
-            told = [row["problem"], "", "", ""] if row["problem"] else _cells(row, *columns)
+            size = f"{row.setting.micro_batch}"
+            told = [row.problem, "", "", ""] if row.problem else _cells(row, *columns)
             lines.append([way, size, *told])
     return _table([f"{first}, bfloat16", "images at once", *columns], *lines)
 
 
 def _profile(figures: Figures, beside: Path) -> str:
-    found = [row for row in figures.rows("throughput", "profile") if not row["problem"]]
+    found = [row for row in figures.measured("profile") if row.profile]
     if not found:
         return f"Where a step goes: {NOT_MEASURED}."
     pictures = [name for name in ("step_time.png", "roofline.png") if (beside / name).exists()]
     shown = "\n".join(f"![{name.removesuffix('.png').replace('_', ' ')}]({beside.name}/{name})" for name in pictures)
-    return f"```\n{summary(found[0] | {'trace': None})}\n```" + (f"\n\n{shown}" if shown else "")
+    profile = found[0].profile.model_copy(update={"trace": None})
+    return f"```\n{summary(found[0].with_(profile=profile))}\n```" + (f"\n\n{shown}" if shown else "")
 
 
 def _kernels(figures: Figures, beside: Path) -> str:

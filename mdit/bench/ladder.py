@@ -24,15 +24,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from mdit.bench.as_published import as_published, blocks_of, compiling
 from mdit.bench.clock import largest
 from mdit.bench.contenders import in_one_line
-from mdit.bench.rows import measured_row, problem_row
-from mdit.bench.trial import MADE_UP, Trial
+from mdit.bench.row import MADE_UP, NO_TIME, BenchmarkRow, Measured, Parity, describe
+from mdit.bench.trial import Trial
 from mdit.config import ModelConfig, TrainConfig, UserError
 from mdit.dist import World
 from mdit.kernels import dispatch
@@ -42,13 +41,10 @@ from mdit.models import MicroDiT
 from mdit.parallel.fp8 import check_fp8, use_fp8
 from mdit.parallel.settings import RunSettings, computing_dtype
 
-Row = dict[str, Any]
-
 ORDER = ("patch_mixing", "swiglu", "expert_choice", "masked_attention")  # in which ops are switched to Triton
 WARM_UP = 2  # steps before those measured, beside the steps of the parity
 BUILD_S = 5.0  # torch.compile of one block, forward and backward, until a rung has shown how long it takes; assumed
 NEEDS_A_GPU = "needs a GPU"
-NO_TIME = "not measured: no time was left of {budget:g} s"
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,9 @@ def climb(
     long_parity_steps: int = 0,
     budget_s: float = float("inf"),
     backend: str | Callable = "inductor",
-    save: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:
-    """-> the rows of kind "ladder" (mdit.bench.rows), in RUNGS' order. `settings` give activation checkpointing, which
+    save: Callable[[list[BenchmarkRow]], None] = lambda rows: None,
+) -> list[BenchmarkRow]:
+    """-> the rows of kind "ladder" (mdit.bench.row), in RUNGS' order. `settings` give activation checkpointing, which
     the published form is measured without; kernels, compile and fp8 are the ladder's. A collective of all ranks.
 
     A rung is measured over `steps` steps, more where `seconds` have room for them, after its `parity_steps`; with
@@ -117,7 +113,7 @@ def climb(
     if long_parity_steps:
         parity |= {rung: long_parity_steps for rung in RUNGS if rung is FIRST or set(ORDER) <= set(rung.kernels)}
     ladder = _Ladder(config, settings, ds_config, world, parity, backend)
-    rows = {rung: ladder.row(rung, None, None, NO_TIME.format(budget=budget_s)) for rung in RUNGS}
+    rows = {rung: ladder.row(rung).with_(problem=f"{NO_TIME}: no time was left of {budget_s:g} s") for rung in RUNGS}
     started, longest = time.perf_counter(), {}
     try:
         for rung in in_measuring_order():
@@ -192,13 +188,14 @@ class _Ladder:
             self.trial.close()
         self.trial = None
 
-    def measure(self, rung: Rung, steps: int, seconds: float) -> Row:
+    def measure(self, rung: Rung, steps: int, seconds: float) -> BenchmarkRow:
         """The row of a rung. Whatever goes wrong in it is told there, and the next one gets a new trial."""
         reduced = rung.without(self.lost)
         problem = self.hindrance(rung)
         if problem is None:
             try:
-                return self.row(reduced, *self.run(reduced, self.parity_steps[rung], steps, seconds))
+                measured = self.run(reduced, self.parity_steps[rung], steps, seconds)
+                return self.row(reduced).with_(measured=measured)
             except torch.OutOfMemoryError:
                 micro_batch = self.ds_config["train_micro_batch_size_per_gpu"] * reduced.times
                 problem = f"out of memory at micro-batch {micro_batch}"
@@ -206,7 +203,7 @@ class _Ladder:
                 problem = in_one_line(error)
             self.close()
         self.lost |= {rung.adds} - {""}
-        return self.row(reduced, None, None, problem)
+        return self.row(reduced).with_(problem=problem)
 
     def hindrance(self, rung: Rung) -> str | None:
         """Why a rung cannot be measured on this machine, if so."""
@@ -235,8 +232,8 @@ class _Ladder:
         config, ds_config = larger(self.config, self.ds_config, times)
         self.trial, self.times = Trial(config, self.settings, ds_config, self.world, data=MADE_UP), times
 
-    def run(self, rung: Rung, parity_steps: int, steps: int, seconds: float) -> tuple[dict, dict | None]:
-        """-> what Trial.measure gives, and the parity. A larger global batch is another training: there float8, which
+    def run(self, rung: Rung, parity_steps: int, steps: int, seconds: float) -> Measured:
+        """Its figures, with the parity. A larger global batch is another training: there float8, which
         changes what is computed, is compared at the first micro-batch, uncompiled, and the micro-batch not at all."""
         config, _ = larger(self.config, self.ds_config, rung.times)
         comparable = config.training.global_batch_size == self.config.training.global_batch_size
@@ -254,7 +251,7 @@ class _Ladder:
         if rung.published and not rung.compile:
             self.first_losses = losses
         found = parity(losses, self.first_losses) if losses and self.first_losses else None
-        return measured | {"losses": losses}, found
+        return measured.model_copy(update={"losses": tuple(losses), "parity": found})
 
     def losses(self, rung: Rung, steps: int) -> list[float]:
         self.open(rung.times)
@@ -262,24 +259,20 @@ class _Ladder:
         with switched(self.trial.model, rung, self.backend):
             return self.trial.losses(steps)
 
-    def row(self, rung: Rung, measured: dict | None, parity: dict | None, problem: str | None = None) -> Row:
+    def row(self, rung: Rung) -> BenchmarkRow:
         config, ds_config = larger(self.config, self.ds_config, rung.times)
         changes = {"fp8": rung.fp8, "compile": rung.compile}
         if rung.published:
             changes["activation_checkpointing"] = "none"
-        facts = dict(
+        return describe(
             kind="ladder",
             name=rung.name,
             config=config,
             settings=self.settings.model_copy(update=changes),
             ds_config=ds_config,
             world=self.world,
-            kernels=sorted(rung.kernels),
-            data=MADE_UP,
+            kernels=rung.kernels,
         )
-        if measured is None:
-            return problem_row(**facts, problem=problem)
-        return measured_row(**facts, measured=measured, parity=parity)
 
 
 @contextmanager
@@ -312,7 +305,7 @@ def larger(config: TrainConfig, ds_config: dict, times: int) -> tuple[TrainConfi
     return config.model_copy(update={"training": training}), ds_config | sizes
 
 
-def parity(losses: list[float], reference: list[float]) -> dict[str, float]:
+def parity(losses: list[float], reference: list[float]) -> Parity:
     """Over as many steps as both have: the head of this module says what is what."""
     steps = min(len(losses), len(reference))
     pairs = list(zip(losses[:steps], reference[:steps]))
@@ -321,9 +314,9 @@ def parity(losses: list[float], reference: list[float]) -> dict[str, float]:
         ours, theirs = map(sum, zip(*part))
         return abs(ours - theirs) / abs(theirs)
 
-    return {
-        "steps": steps,
-        "largest": max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs),
-        "mean_first": of_means(pairs[: max(1, steps // 10)]),
-        "mean_last": of_means(pairs[-max(1, steps // 4) :]),
-    }
+    return Parity(
+        steps=steps,
+        largest=max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs),
+        mean_first=of_means(pairs[: max(1, steps // 10)]),
+        mean_last=of_means(pairs[-max(1, steps // 4) :]),
+    )

@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from mdit.bench.clock import length_of_union
+from mdit.bench.row import BenchmarkRow, HostTime, KernelTime, Profile
 
 TRACE = "step.pt.trace.json.gz"  # TensorBoard's plugin asks for the end, Perfetto opens it as it is
 KERNELS, NAME_LENGTH, BAR = 15, 120, 28
@@ -54,15 +55,8 @@ class Event(NamedTuple):
     own: float
 
 
-def profile_step(
-    step: Callable[[], Any], *, device: torch.device, directory: Path | None, steps: int = 2
-) -> dict[str, Any]:
-    """What a profile row holds, of `steps` calls of `step`, after one that starts the profiler.
-
-    categories {name: ms a step of device time}, step_ms and idle_ms (of the step, in which the device did nothing; all
-    while profiled), kernels (the dearest: name, category, calls and ms a step), host (of a GPU: ms in operators and
-    launches, launches, ms of waiting for the GPU; else None), trace: the name of a file in `directory`, or None.
-    """
+def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Path | None, steps: int = 2) -> Profile:
+    """The profile of `steps` calls of `step`, after one that starts the profiler; the trace lies in `directory`."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     once = schedule(wait=0, warmup=1, active=steps, repeat=1)
@@ -85,14 +79,14 @@ def profile_step(
     found = list(_events(events, DeviceType.CUDA if on_gpu else DeviceType.CPU))
     # Streams run side by side; operators contain each other.
     busy = length_of_union((one.start, one.end) for one in found) if on_gpu else sum(one.own for one in found)
-    return {
-        "categories": by_category(found, steps),
-        "step_ms": step_ms,
-        "idle_ms": max(0.0, step_ms - busy / 1e3 / steps),
-        "kernels": dearest(found, steps),
-        "host": _host(list(_events(events, DeviceType.CPU)), steps) if on_gpu else None,
-        "trace": None if directory is None else TRACE,
-    }
+    return Profile(
+        categories=by_category(found, steps),
+        step_ms=step_ms,
+        idle_ms=max(0.0, step_ms - busy / 1e3 / steps),
+        kernels=dearest(found, steps),
+        host=_host(list(_events(events, DeviceType.CPU)), steps) if on_gpu else None,
+        trace=None if directory is None else TRACE,
+    )
 
 
 def _whole(step: Callable[[], Any], device: torch.device) -> None:
@@ -124,47 +118,48 @@ def by_category(events: Iterable[Event], steps: int) -> dict[str, float]:
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def dearest(events: Iterable[Event], steps: int) -> list[dict[str, Any]]:
+def dearest(events: Iterable[Event], steps: int) -> tuple[KernelTime, ...]:
     """The KERNELS with the most time, equal names as one; C++ names end where they get long."""
     sums: dict[str, list[float]] = {}
     for event in events:
         found = sums.setdefault(event.name, [0, 0.0])
         found[0], found[1] = found[0] + 1, found[1] + event.own / 1e3
     first = sorted(sums.items(), key=lambda item: -item[1][1])[:KERNELS]
-    return [
-        {"name": name[:NAME_LENGTH], "category": category(name), "calls": calls / steps, "ms": ms / steps}
+    return tuple(
+        KernelTime(name=name[:NAME_LENGTH], category=category(name), calls=calls / steps, ms=ms / steps)
         for name, (calls, ms) in first
-    ]
+    )
 
 
-def _host(events: list[Event], steps: int) -> dict[str, float]:
+def _host(events: list[Event], steps: int) -> HostTime:
     """Autograd's thread and the one that waits for it are added up."""
     waiting = sum(event.own for event in events if WAITS.search(event.name))
-    return {
-        "busy_ms": (sum(event.own for event in events) - waiting) / 1e3 / steps,
-        "launches": sum(1 for event in events if LAUNCHES.search(event.name)) / steps,
-        "waiting_ms": waiting / 1e3 / steps,
-    }
+    return HostTime(
+        busy_ms=(sum(event.own for event in events) - waiting) / 1e3 / steps,
+        launches=sum(1 for event in events if LAUNCHES.search(event.name)) / steps,
+        waiting_ms=waiting / 1e3 / steps,
+    )
 
 
-def summary(row: dict[str, Any]) -> str:
+def summary(row: BenchmarkRow) -> str:
     """One screen, at most 40 lines of 120 characters: categories, idle time, the dearest kernels, the host."""
-    if row.get("problem"):
-        return f"{row.get('name', 'profile')}: {row['problem']}"
-    busy, step_ms = sum(row["categories"].values()), row["step_ms"]
-    lines = [f"Where a step of {step_ms:,.1f} ms goes (profiled): {row.get('name', '')}".rstrip(": ")]
-    for name, ms in row["categories"].items():
+    found = row.profile
+    if found is None:
+        return f"{row.name}: {row.problem}"
+    busy, step_ms = sum(found.categories.values()), found.step_ms
+    lines = [f"Where a step of {step_ms:,.1f} ms goes (profiled): {row.name}"]
+    for name, ms in found.categories.items():
         lines.append(_bar(name, ms, step_ms))
-    lines += [_bar("idle", row["idle_ms"], step_ms), ""]
-    side_by_side = busy + row["idle_ms"] - step_ms
+    lines += [_bar("idle", found.idle_ms, step_ms), ""]
+    side_by_side = busy + found.idle_ms - step_ms
     if side_by_side > 0.005 * step_ms:
         lines.append(f"{side_by_side:,.1f} ms of it ran beside something else.")
     lines.append(f"{'ms':>9} {'calls':>8}  dearest, of a step")
-    for kernel in row["kernels"]:
-        lines.append(f"{kernel['ms']:9.2f} {kernel['calls']:8,.0f}  {_short(kernel['name'])} ({kernel['category']})")
-    lines += ["", _host_line(row)]
-    if row["trace"]:
-        lines.append(f"{row['trace']}: open it in ui.perfetto.dev, or in TensorBoard with torch-tb-profiler")
+    for kernel in found.kernels:
+        lines.append(f"{kernel.ms:9.2f} {kernel.calls:8,.0f}  {_short(kernel.name)} ({kernel.category})")
+    lines += ["", _host_line(found)]
+    if found.trace:
+        lines.append(f"{found.trace}: open it in ui.perfetto.dev, or in TensorBoard with torch-tb-profiler")
     return "\n".join(lines)
 
 
@@ -173,13 +168,13 @@ def _bar(name: str, ms: float, step_ms: float) -> str:
     return f"{name:<22}{ms:9.2f} ms {100 * share:5.1f} %  {'#' * min(BAR, round(BAR * share))}".rstrip()
 
 
-def _host_line(row: dict[str, Any]) -> str:
-    share = 100 * row["idle_ms"] / row["step_ms"] if row["step_ms"] else 0.0
-    if (host := row["host"]) is None:
-        return f"Host: Python and all between operators, {row['idle_ms']:,.1f} ms, {share:.0f} % of the step."
+def _host_line(found: Profile) -> str:
+    share = 100 * found.idle_ms / found.step_ms if found.step_ms else 0.0
+    if (host := found.host) is None:
+        return f"Host: Python and all between operators, {found.idle_ms:,.1f} ms, {share:.0f} % of the step."
     return (
-        f"Host: {host['launches']:,.0f} launches; {host['busy_ms']:,.1f} ms in operators and launches, "
-        f"{host['waiting_ms']:,.1f} ms waiting for the GPU, which waited {share:.0f} % of the step."
+        f"Host: {host.launches:,.0f} launches; {host.busy_ms:,.1f} ms in operators and launches, "
+        f"{host.waiting_ms:,.1f} ms waiting for the GPU, which waited {share:.0f} % of the step."
     )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mdit.bench.report import Environment, Report
+from mdit.bench.row import BenchmarkRow
 from mdit.config import TrainConfig, UserError
 from mdit.costs.estimate import predict
 from mdit.costs.layouts import Layout
@@ -17,7 +19,6 @@ from mdit.data.manifest import read_manifest
 from mdit.models import meta_model
 from mdit.prepare.report import read_report
 
-Row = dict[str, Any]
 HOUR = 3600
 
 
@@ -25,27 +26,27 @@ HOUR = 3600
 class Measured:
     """A row with where it comes from: the report's file and its environment."""
 
-    row: Row
+    row: BenchmarkRow
     path: str
-    environment: dict[str, Any]
+    environment: Environment
 
     @property
     def device(self) -> str:
-        return self.environment["gpu"]
+        return self.environment.gpu
 
     @property
     def rate(self) -> float:
         """Images per second and GPU."""
-        return self.row["images_per_second"] / self.row["setting"]["gpus"]
+        return self.row.figures.images_per_second / self.row.setting.gpus
 
     @property
     def source(self) -> str:
         """256 px, mask 0.75 (bf16, micro-batch 256, made up data; 2026-11-23, commit 1234567, DIR/throughput.json)"""
-        setting, environment = self.row["setting"], self.environment
-        how = [f"{setting['precision']}", f"micro-batch {setting['micro_batch']}", f"{self.row['data']} data"]
-        how += ["compiled"] if setting["compile"] else []
-        where = f"{environment['date']}, commit {environment['commit']}, {self.path}"
-        return f"{self.row['name']} ({', '.join(how)}; {where})"
+        setting, environment = self.row.setting, self.environment
+        how = [setting.precision, f"micro-batch {setting.micro_batch}", f"{self.row.data} data"]
+        how += ["compiled"] if setting.compile else []
+        where = f"{environment.date}, commit {environment.commit}, {self.path}"
+        return f"{self.row.name} ({', '.join(how)}; {where})"
 
 
 @dataclass(frozen=True)
@@ -69,29 +70,22 @@ def parameters(config: TrainConfig) -> int:
 
 
 def choose_rows(
-    reports: Iterable[tuple[str, dict[str, Any]]], configs: Sequence[TrainConfig], gpu: str | None = None
+    reports: Iterable[tuple[str, Report]], configs: Sequence[TrainConfig], gpu: str | None = None
 ) -> tuple[list[Stage], list[str]]:
     """-> the stages with the rows that count, and a line for each stage row that does not.
 
     `reports` are (file, report); `gpu` is a part of the name of the device whose rows count. Raises UserError where
-    rows of several devices would count, and for a row that lacks something.
+    rows of several devices would count.
     """
     counted: list[tuple[int, Measured]] = []
     left_out = []
     for path, report in reports:
-        for row in report["rows"]:
-            found = Measured(row, path, report["environment"])
-            try:
-                if row["kind"] != "stage":
-                    continue
-                if why := _does_not_count(found, configs, gpu):
-                    left_out.append(f"{row['name']} ({path}): {why}")
-                    continue
-                counted += [(number, found) for number, config in enumerate(configs) if _fits(row, config)]
-                if not (found.source and found.rate > 0):
-                    raise UserError(f"{path}: {found.source}: {found.rate} images/s: expected more than 0")
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{path}: a row without what a stage row has: {error}") from None
+        for row in report.of_kind("stage"):
+            found = Measured(row, path, report.environment)
+            if why := _does_not_count(found, configs, gpu):
+                left_out.append(f"{row.name} ({path}): {why}")
+                continue
+            counted += [(number, found) for number, config in enumerate(configs) if _fits(row, config)]
     devices = sorted({found.device for _, found in counted})
     if len(devices) > 1:
         raise UserError(f"the reports have rows of {' and '.join(devices)}: choose one of them with --gpu")
@@ -102,25 +96,25 @@ def choose_rows(
     return stages, left_out
 
 
-def _fits(row: Row, config: TrainConfig) -> bool:
+def _fits(row: BenchmarkRow, config: TrainConfig) -> bool:
     wanted = (parameters(config), config.model.latent_size, config.training.mask_ratio)
-    return (row["parameters"], row["latent_size"], row["mask_ratio"]) == wanted
+    return (row.parameters, row.latent_size, row.mask_ratio) == wanted
 
 
 def _does_not_count(found: Measured, configs: Sequence[TrainConfig], gpu: str | None) -> str | None:
-    row, setting = found.row, found.row["setting"]
+    row, setting = found.row, found.row.setting
     sizes = {parameters(config) for config in configs}
-    if row["problem"]:
-        return row["problem"]
+    if row.problem:
+        return row.problem
     if found.device == "none":
         return "measured on a CPU"
     if gpu is not None and gpu.lower() not in found.device.lower():
         return f"measured on {found.device}"
-    if row["parameters"] not in sizes:
+    if row.parameters not in sizes:
         have = " and ".join(f"{size:,}" for size in sorted(sizes))
-        return f"a model of {row['parameters']:,} parameters; the recipe's has {have}"
-    if setting["precision"] != "bf16" or setting["fp8"]:
-        return f"in {'fp8' if setting['fp8'] else setting['precision']}, not bf16"
+        return f"a model of {row.parameters:,} parameters; the recipe's has {have}"
+    if setting.precision != "bf16" or setting.fp8:
+        return f"in {'fp8' if setting.fp8 else setting.precision}, not bf16"
     if not any(_fits(row, config) for config in configs):
         return "no stage of the recipe"
     return None
@@ -139,18 +133,18 @@ def efficiency(stage: Stage, gpus: int, machine: Machine) -> float | None:
 
 def _predicted_rate(stage: Stage, gpus: int, machine: Machine) -> float | None:
     """Images per second and GPU; with fewer images at once where a GPU's share of the batch is smaller."""
-    setting, batch = stage.measured.row["setting"], stage.config.training.global_batch_size
+    setting, batch = stage.measured.row.setting, stage.config.training.global_batch_size
     share, rest = divmod(batch, gpus)
     if rest:
         return None
-    micro_batch = max(size for size in range(1, min(share, setting["micro_batch"]) + 1) if share % size == 0)
+    micro_batch = max(size for size in range(1, min(share, setting.micro_batch) + 1) if share % size == 0)
     layout = Layout(
         gpus,
-        setting["zero_stage"],
+        setting.zero_stage,
         micro_batch,
         share // micro_batch,
-        checkpointing=setting["activation_checkpointing"],
-        triton=bool(setting["kernels"]),
+        checkpointing=setting.activation_checkpointing,
+        triton=bool(setting.kernels),
     )
     return predict(stage.config, layout, machine).images_per_second / gpus
 

@@ -1,118 +1,178 @@
-"""A report on disk, DIR/throughput.json and DIR/throughput.md: written after every row, so that no row is lost."""
+"""Reports of measured rows: the environment that they were measured in, tables, and the JSON file that holds them."""
 
+import platform
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
+import torch
 
-from mdit.bench.rows import FORMULA, SCHEMA, Row, environment, load, same_measurement, save, table
-from mdit.bench.stages import TINY
-from mdit.config import UserError
-from mdit.dist import World
-from mdit.files import write_text
+from mdit.bench.row import COLUMNS, FORMULA, BenchmarkRow, device_name, machine_of
+from mdit.config import Section, UserError, parse_section
+from mdit.dist import cores
+from mdit.documents import read_json
+from mdit.files import write_json
+from mdit.provenance import commit, package_versions
 
-JSON, MARKDOWN = "throughput.json", "throughput.md"
-NO_TIME = "not measured"  # begins the problem of a row that another run may still measure
+SCHEMA = "mdit-throughput/2"
+TINY = "_tiny"  # ends the names of recipes with shapes for a CPU
 
 
-class Report:
-    """Rows, and the files that hold them where a `directory` is given; rank 0 reads and writes those.
+class Environment(Section):
+    """Hardware, versions, commit and day. `peak_tflops`: of the GPU, in dense bfloat16."""
 
-    With `resume` the rows of an earlier run are kept. Raises UserError where that was on another machine, with other
-    versions or at another commit: one report has one environment. A collective of all ranks.
-    """
+    gpu: str = "none"
+    cpu: str
+    gpus: int = 1
+    peak_tflops: float | None = None
+    bandwidth_gbs: float | None = None
+    torch: str
+    cuda: str
+    triton: str
+    deepspeed: str
+    commit: str
+    date: str
 
-    def __init__(
-        self, directory: Path | None, world: World, *, command: str, prices: Sequence[float], resume: bool = False
-    ) -> None:
-        self.directory, self.world, self.prices = directory, world, prices
-        here = environment(world)
-        self.content: dict[str, Any] = {"schema": SCHEMA, "environment": here, "command": command, "formula": FORMULA}
-        self.content["rows"] = self._earlier(here) if resume else []
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.model_dump(exclude_none=True).items())
+
+    def difference(self, other: "Environment") -> str | None:
+        """One field, but the date, in which another environment differs, with both values; None if there is none."""
+        for name, there in other.model_dump(exclude={"date"}).items():
+            if (here := getattr(self, name)) != there:
+                return f"{name} {there!r}, here it is {here!r}"
+        return None
+
+
+def environment(device: torch.device, gpus: int = 1) -> Environment:
+    """The environment of this process; `gpus` share the work."""
+    machine, versions = machine_of(device), package_versions()
+    return Environment(
+        gpu=device_name(device),
+        cpu=f"{platform.machine()}, {cores()} cores",
+        gpus=gpus,
+        peak_tflops=machine.peak / 1e12 if machine else None,
+        bandwidth_gbs=machine.memory / 1e9 if machine else None,
+        torch=torch.__version__,
+        cuda=torch.version.cuda or "none",
+        triton=versions.get("triton", "not installed"),
+        deepspeed=versions.get("deepspeed", "not installed"),
+        commit=commit() or "unknown",
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+class Report(Section):
+    """Rows of one environment, as bench_train's throughput.json and compare_baseline's baseline.json hold them."""
+
+    environment: Environment
+    command: str
+    rows: list[BenchmarkRow] = []
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Raises UserError, naming the file and the key, for what is missing or no report."""
+        content = read_json(path, "the report")
+        schema = content.pop("schema", None) if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise UserError(f"{path}: schema = {schema!r}: expected {SCHEMA!r}, as tools/bench_train.py writes it")
+        content.pop("formula", None)
+        return parse_section(cls, content, path)
+
+    def save(self, path: Path) -> None:
+        """Write the whole report; interrupted, the file stays as it was."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"schema": SCHEMA, "formula": FORMULA, **self.model_dump(mode="json", exclude_defaults=True)})
+
+    def of_kind(self, *kinds: str) -> list[BenchmarkRow]:
+        return [row for row in self.rows if row.kind in kinds]
 
     @property
-    def rows(self) -> list[Row]:
-        return self.content["rows"]
+    def tiny(self) -> bool:
+        return any(row.recipe.endswith(TINY) for row in self.rows)
 
-    def add(self, *rows: Row) -> None:
-        """Rows that say the same of themselves as earlier ones take their places, unless they have less to tell."""
+    def add(self, *rows: BenchmarkRow) -> None:
+        """Append rows. One of the same measurement as an earlier row takes its place, unless it has less to tell."""
         for row in rows:
-            places = [place for place, other in enumerate(self.rows) if _same(row, other)]
-            if not places:
+            place = next((i for i, other in enumerate(self.rows) if other.key == row.key), None)
+            if place is None:
                 self.rows.append(row)
-            elif not is_open(row) or is_open(self.rows[places[0]]):
-                self.rows[places[0]] = row
-        self.write()
+            elif not row.is_open or self.rows[place].is_open:
+                self.rows[place] = row
 
-    def find(self, row: Row) -> Row | None:
+    def find(self, row: BenchmarkRow) -> BenchmarkRow | None:
         """An earlier row of the same measurement that is settled: measured, or found to be impossible."""
-        return next((other for other in self.rows if _same(row, other) and not is_open(other)), None)
+        return next((other for other in self.rows if other.key == row.key and not other.is_open), None)
 
-    def write(self) -> None:
-        if self.directory is None or not self.world.is_first:
-            return
-        save(self.directory / JSON, self.content)
-        write_text(self.directory / MARKDOWN, self.markdown())
-
-    def markdown(self) -> str:
-        facts = {**self.content["environment"], "command": f"`{self.content['command']}`"}
+    def markdown(self, prices: Sequence[float]) -> str:
+        facts = {**self.environment.model_dump(), "command": f"`{self.command}`"}
         told = "\n".join(f"- {name}: {'unknown' if value is None else value}" for name, value in facts.items())
-        return "\n\n".join(["# Training throughput", told, self.tables()]) + "\n"
+        return "\n\n".join(["# Training throughput", told, self.tables(prices)]) + "\n"
 
-    def tables(self) -> str:
-        tiny = any(row["recipe"].endswith(TINY) for row in self.rows)
-        parts = ["Tiny shapes: these figures say nothing of the recipes whose names they bear." if tiny else ""]
-        parts += [table(self.rows, self.prices), memory_lines(self.rows), FORMULA]
-        return "\n\n".join(part for part in parts if part)
-
-    def _earlier(self, here: dict[str, Any]) -> list[Row]:
-        """Rank 0's, told to all: others may not see its disk."""
-        if self.world.size == 1:
-            return self._read(here)
-        found: list[Any] = [None]
-        if self.world.is_first:
-            try:
-                found = [self._read(here)]
-            except UserError as error:
-                found = [error]
-        torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-        if isinstance(found[0], UserError):
-            raise found[0]
-        return found[0]
-
-    def _read(self, here: dict[str, Any]) -> list[Row]:
-        path = self.directory / JSON
-        if not path.exists():
-            return []
-        before = load(path)
-        for name, value in here.items():
-            if name != "date" and (found := before["environment"].get(name)) != value:
-                raise UserError(
-                    f"--resume: {path} has {name} {found!r}, here it is {value!r}; choose another directory"
-                )
-        return before["rows"]
+    def tables(self, prices: Sequence[float]) -> str:
+        """Markdown that a terminal of 160 columns shows well; dollars at each of `prices` for a GPU-hour."""
+        parts = ["Tiny shapes: these figures say nothing of the recipes whose names they bear." if self.tiny else ""]
+        for heading, group in groupby((row for row in self.rows if row.kind != "profile"), _heading):
+            parts += _group(heading, list(group), prices)
+        return "\n\n".join(filter(None, [*parts, _memory(self.rows), FORMULA]))
 
 
-def _same(one: Row, other: Row) -> bool:
-    """Rungs and profiles are known by their names: what runs in Triton may differ where something failed."""
-    if one["kind"] == other["kind"] != "stage":
-        batch = "global_batch"
-        keys = ("name", "recipe", "data", "parameters")
-        return all(one[key] == other[key] for key in keys) and one["setting"][batch] == other["setting"][batch]
-    return same_measurement(one, other)
+def earlier_rows(path: Path, here: Environment) -> list[BenchmarkRow]:
+    """Rows of an earlier run's report, if there is one. Raises UserError where that was in another environment."""
+    if not path.exists():
+        return []
+    before = Report.load(path)
+    if difference := here.difference(before.environment):
+        raise UserError(f"--resume: {path} has {difference}; choose another directory")
+    return before.rows
 
 
-def is_open(row: Row) -> bool:
-    return (row["problem"] or "").startswith(NO_TIME)
+def _heading(row: BenchmarkRow) -> str:
+    """What rows have in common; those of a ladder and of contenders tell the rest by their names."""
+    setting = row.setting
+    processes = f"{setting.gpus} process{'es' * (setting.gpus > 1)}"
+    words = [processes, setting.precision, f"ZeRO-{setting.zero_stage}"]
+    if setting.activation_checkpointing != "none":
+        words.append(f"activation checkpointing {setting.activation_checkpointing}")
+    if row.kind == "stage":
+        words += ["float8 matmuls"] if setting.fp8 else []
+        words += ["compiled"] if setting.compile else ["not compiled"]
+        words += [f"in Triton {', '.join(setting.kernels) or 'nothing'}"]
+    return f"{row.recipe}, " * (row.kind != "stage") + "; ".join([*words, f"data {row.data}"])
 
 
-def memory_lines(rows: Sequence[Row]) -> str:
-    """Where a GPU's memory goes, for every stage that was measured."""
+def _group(heading: str, rows: Sequence[BenchmarkRow], prices: Sequence[float]) -> list[str]:
+    """The table of rows under one heading, and lines for those without figures."""
+    measured = [row for row in rows if not row.problem]
+    parts = []
+    if measured:
+        columns = [[title, *(cell(row, prices) for row in measured)] for title, cell in COLUMNS.items()]
+        if measured[0].kind != "stage":
+            first = measured[0].figures.images_per_second
+            columns.insert(3, ["times", *(f"{row.figures.images_per_second / first:.2f}" for row in measured)])
+        parts = [f"{heading}:", table(list(zip(*(column for column in columns if any(column[1:])))))]
+    return [*parts, "\n".join(f"- {row.name}, {row.batch}: {row.problem}" for row in rows if row.problem)]
+
+
+def _memory(rows: Sequence[BenchmarkRow]) -> str:
     lines = [
-        f"- {row['name']}, micro-batch {row['setting']['micro_batch']}: "
-        + ", ".join(f"{part} {gib:.2f}" for part, gib in row["memory_gib"].items())
+        f"- {row.name}, micro-batch {row.setting.micro_batch}: "
+        + ", ".join(f"{part} {gib:.2f}" for part, gib in row.measured.memory_gib.items())
         for row in rows
-        if row.get("memory_gib")
+        if row.measured and row.measured.memory_gib
     ]
     return "\n".join(["GiB by part, and the peak:", *lines]) if lines else ""
+
+
+def table(lines: Sequence[Sequence[Any]], *, markdown: bool = True) -> str:
+    """A table of aligned columns whose first line is its head. Plain: numbers' columns, all but the first, to the
+    right, and lines may end early."""
+    cells = [[str(cell) for cell in line] for line in lines]
+    widths = [max((len(line[i]) for line in cells if i < len(line)), default=0) for i in range(len(cells[0]))]
+    if markdown:
+        cells.insert(1, ["-" * width for width in widths])
+        return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |" for line in cells)
+    aligned = ([(str.rjust if i else str.ljust)(line[i], widths[i]) for i in range(len(line))] for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in aligned)

@@ -8,64 +8,77 @@ from mdit.bench.clock import largest
 from mdit.bench.ladder import climb
 from mdit.bench.plots import draw
 from mdit.bench.profile import profile_step, summary
-from mdit.bench.report import Report, is_open
+from mdit.bench.report import Report
 from mdit.bench.roofline import category_work
-from mdit.bench.rows import Row, facts_of, problem_row
-from mdit.bench.stages import OUT_OF_MEMORY, Job, attempt, ran_out_of_memory
+from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Work, one_line
+from mdit.bench.stages import Job, attempt
 from mdit.config import UserError
 from mdit.dist import World
+from mdit.files import write_text
+
+JSON, MARKDOWN = "throughput.json", "throughput.md"
 
 PROFILED_STEPS = 1  # beside one that starts the profiler: a step has thousands of kernels
 
 
 class Session:
-    """Puts rows into `report` until `deadline` (of time.monotonic); what was left out for want of time is in `missing`.
+    """Adds rows to `report` until `deadline` (of time.monotonic); what was left out for want of time is in `missing`.
 
-    All of it is a collective of all ranks; rank 0 prints.
+    All of it is a collective of all ranks; rank 0 prints, and writes `directory`, if any, after every row.
     """
 
-    def __init__(self, report: Report, world: World, deadline: float) -> None:
-        self.report, self.world, self.deadline = report, world, deadline
+    def __init__(
+        self, report: Report, world: World, deadline: float, *, directory: Path | None, prices: Sequence[float]
+    ) -> None:
+        self.report, self.world, self.deadline, self.directory, self.prices = report, world, deadline, directory, prices
         self.missing: list[str] = []
+
+    def add(self, *rows: BenchmarkRow) -> None:
+        self.report.add(*rows)
+        self.write()
+
+    def write(self) -> None:
+        if self.directory is not None and self.world.is_first:
+            self.report.save(self.directory / JSON)
+            write_text(self.directory / MARKDOWN, self.report.markdown(self.prices))
 
     def stages(self, jobs: Sequence[Job], *, warm_up: int | None, steps: int, seconds: float) -> None:
         """A row for each job, and for half its micro-batch where there was no memory, and so on."""
         longest, waiting = 0.0, list(jobs)
         while waiting:
             job = waiting.pop(0)
-            facts = job.facts(self.world)
-            row = self.report.find(problem_row(problem="", **facts))
+            row = self.report.find(job.row(self.world))
             if row is None:
                 left = self.left()
                 if longest > left:
-                    self.missing.append(f"{facts['name']}, micro-batch {job.micro_batch}")
+                    self.missing.append(f"{job.row(self.world).name}, micro-batch {job.micro_batch}")
                     continue
                 row = attempt(job, self.world, warm_up=warm_up, steps=steps, seconds=seconds)
-                self.report.add(row)
+                self.add(row)
                 longest = max(longest, left - self.left())
-                self.tell(_told(row))
-            if ran_out_of_memory(row) and (smaller := job.halved()):
+                self.tell(one_line(row))
+            if row.ran_out_of_memory and (smaller := job.halved()):
                 waiting.insert(0, smaller)
 
     def ladder(self, job: Job, *, parity_steps: int, steps: int, seconds: float) -> None:
         """From the paper's model to ours at a job's shapes, in the time that is left. Where the paper's model finds no
         memory, all of it is done with a smaller micro-batch: the others are compared with it."""
-        earlier = [row for row in self.report.rows if row["kind"] == "ladder" and row["recipe"] == job.config.name]
-        if earlier and not any(map(is_open, earlier)):
+        earlier = [row for row in self.report.of_kind("ladder") if row.recipe == job.config.name]
+        if earlier and not any(row.is_open for row in earlier):
             return
         warm_up, on_gpu = max(1, parity_steps // 5), self.world.device.type == "cuda"
         traced = "" if on_gpu else "; what is compiled is traced only, since a CPU's compiler takes minutes"
         self.tell(f"\nladder: the learning rate warms up over {warm_up} steps, so that losses move{traced}")
         told: set[str] = set()
 
-        def save(rows: list[Row]) -> None:
-            if ran_out_of_memory(rows[0]) and job.halved():
+        def save(rows: list[BenchmarkRow]) -> None:
+            if rows[0].ran_out_of_memory and job.halved():
                 raise _TooLarge
-            self.report.add(*rows)
+            self.add(*rows)
             for row in rows:
-                if row["name"] not in told and not is_open(row):
-                    told.add(row["name"])
-                    self.tell(_told(row))
+                if row.name not in told and not row.is_open:
+                    told.add(row.name)
+                    self.tell(one_line(row))
 
         while True:
             try:
@@ -86,32 +99,32 @@ class Session:
             except _TooLarge:
                 self.tell(f"the paper's model: {OUT_OF_MEMORY} at micro-batch {job.micro_batch}")
                 job = job.halved()
-        self.missing += [f"{row['name']} (ladder)" for row in rows if is_open(row)]
+        self.missing += [f"{row.name} (ladder)" for row in rows if row.is_open]
 
     def profile(self, job: Job) -> None:
         """Where a step goes; the trace lies in the report's directory."""
-        facts = facts_of(**job.facts(self.world, kind="profile"))
-        earlier = self.report.find(facts | {"problem": None})
+        row = job.row(self.world, kind="profile")
+        earlier = self.report.find(row)
         if earlier is not None:
             self.tell(summary(earlier))
             return
         if self.left() <= 0:
-            self.missing.append(f"{facts['name']} (profile)")
+            self.missing.append(f"{row.name} (profile)")
             return
-        directory = self.report.directory if self.world.is_first else None
+        directory = self.directory if self.world.is_first else None
         with job.trial(self.world) as trial:
             trial.losses(1)
             found = profile_step(trial.step, device=self.world.device, directory=directory, steps=PROFILED_STEPS)
-        work = category_work(job.config, facts["setting"])
-        row = facts | {"problem": None, "parity": None, "losses": [], "work": work} | found
-        self.report.add(row)
+        work = {name: Work(**one) for name, one in category_work(job.config, row.setting.model_dump()).items()}
+        row = row.with_(profile=found.model_copy(update={"work": work}))
+        self.add(row)
         self.tell("\n" + summary(row))
 
     def plots(self, directory: Path) -> None:
         if not self.world.is_first:
             return
         try:
-            for path in draw(self.report.content, directory):
+            for path in draw(self.report, directory):
                 self.tell(f"drawn: {path}")
         except UserError as error:
             self.tell(f"not drawn: {error}")
@@ -127,13 +140,3 @@ class Session:
 
 class _TooLarge(Exception):
     """The ladder's first rung found no memory."""
-
-
-def _told(row: Row) -> str:
-    """A row as soon as it is there."""
-    setting = row["setting"]
-    which = f"{row['name']}, micro-batch {setting['micro_batch']} of {setting['global_batch']}"
-    if row["problem"]:
-        return f"{which}: {row['problem']}"
-    mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}"
-    return f"{which}: {row['images_per_second']:,.0f} images/s, {row['milliseconds']['step']:,.1f} ms a step{mfu}"

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from mdit.bench.rows import Row, measured_row, problem_row, stage_name
-from mdit.bench.trial import MADE_UP, Trial, give_back_memory
+from mdit.bench.report import TINY
+from mdit.bench.row import MADE_UP, OUT_OF_MEMORY, BenchmarkRow, Kind, describe, stage_name
+from mdit.bench.trial import Trial, give_back_memory
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, logger
 from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings
@@ -21,9 +22,7 @@ STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_f
 TINY_MODEL = dict(dim=32, depth=4, head_dim=16, mixer_depth=2, mixer_dim=32, multiple_of=16, num_experts=4)
 TINY_MODEL |= dict(caption_length=5, caption_channels=12)
 TINY_BATCH = 8
-TINY = "_tiny"  # ends the names of recipes that were made so
 LATENTS_OF_TINY = 4  # times fewer on a side
-OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,16 @@ class Job:
         """Samples of a step for each process."""
         return self.micro_batch * self.ds_config["gradient_accumulation_steps"]
 
-    def facts(self, world: World, kind: str = "stage", name: str | None = None) -> dict[str, Any]:
-        """What its row says of itself (mdit.bench.rows.facts_of)."""
-        return dict(
+    def row(self, world: World, kind: Kind = "stage") -> BenchmarkRow:
+        """Its row, without figures."""
+        return describe(
             kind=kind,
-            name=name or stage_name(self.config),
+            name=stage_name(self.config),
             config=self.config,
             settings=self.settings,
             ds_config=self.ds_config,
             world=world,
-            kernels=list(self.kernels),
+            kernels=self.kernels,
             data=MADE_UP if self.data == MADE_UP else ", ".join(self.config.data.train),
             images=self.images,
         )
@@ -131,17 +130,18 @@ def with_batch(config: TrainConfig, global_batch: int) -> TrainConfig:
     )
 
 
-def attempt(job: Job, world: World, *, warm_up: int | None, steps: int, seconds: float) -> Row:
+def attempt(job: Job, world: World, *, warm_up: int | None, steps: int, seconds: float) -> BenchmarkRow:
     """The row of a job: what Trial.measure finds, or why it finds nothing.
 
     With one process, whatever goes wrong is a row. Several cannot go on when one of them fails: then it raises.
     """
     if warm_up is None:  # a step of several micro-batches has seen all shapes
         warm_up = 2 if job.share == job.micro_batch else 1
+    row = job.row(world)
     try:
         with job.trial(world) as trial:
             measured = trial.measure(warm_up=warm_up, steps=steps, seconds=seconds)
-            return measured_row(measured=measured | {"memory_gib": trial.memory()}, **job.facts(world))
+            return row.with_(measured=measured.model_copy(update={"memory_gib": trial.memory()}))
     except UserError:
         raise
     except torch.OutOfMemoryError:
@@ -154,11 +154,7 @@ def attempt(job: Job, world: World, *, warm_up: int | None, steps: int, seconds:
         logger.warning("traceback of a row that failed", exc_info=error)
         problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     give_back_memory()  # behind the except clauses, which hold what the failed step held
-    return problem_row(problem=problem, **job.facts(world))
-
-
-def ran_out_of_memory(row: Row) -> bool:
-    return (row["problem"] or "").startswith(OUT_OF_MEMORY)
+    return row.with_(problem=problem)
 
 
 def prepare_data(job: Job, world: World) -> None:

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mdit.bench.batches import Loaded, MadeUp
 from mdit.bench.clock import MarkedEngine, Marks, held_bytes, largest, length_of_union, median_step, slowest
+from mdit.bench.row import MADE_UP, Measured, StepTime
 from mdit.config import TrainConfig
 from mdit.dist import World
 from mdit.kernels.choice import choose_kernels
@@ -33,7 +34,6 @@ from mdit.train.engine import Engine
 from mdit.train.loop import optimizer_step
 from mdit.train.metrics import memory_gib
 
-MADE_UP = "made up"
 PROFILED_STEPS = 2
 GIB = 2**30
 COLLECTIVES = ("ncclDevKernel", "ncclKernel", "gloo:")  # begin the names of what moves bytes between processes
@@ -106,12 +106,10 @@ class Trial:
         """Train so many steps -> their mean losses, of all ranks."""
         return self._read_losses([self.step() for _ in range(steps)])
 
-    def measure(self, *, warm_up: int, steps: int, seconds: float) -> dict:
+    def measure(self, *, warm_up: int, steps: int, seconds: float) -> Measured:
         """Train `warm_up` steps, then as many as `seconds` have room for, but at least `steps`; figures of the latter.
 
-        -> steps, images_per_second (of all ranks), milliseconds (of the slowest rank; docs in mdit.bench.rows),
-        peak_gib (the most of a rank), losses (of all steps, mean over the ranks). Several ranks take PROFILED_STEPS
-        steps more, in which the collectives' time is taken.
+        Several ranks take PROFILED_STEPS steps more, in which the collectives' time is taken.
         """
         assert steps >= 1, steps
         losses = [self.step() for _ in range(warm_up)]
@@ -123,13 +121,14 @@ class Trial:
             done += 1
         durations = self._marks.end(self.wait)
         milliseconds = slowest(median_step(durations), self.world)
-        return {
-            "steps": done,
-            "images_per_second": 1e3 * self.config.training.global_batch_size / milliseconds["step"],
-            "milliseconds": milliseconds | {"communication": self._communication()},
-            "peak_gib": largest(memory_gib(self.world.device), self.world),
-            "losses": self._read_losses(losses),
-        }
+        return Measured(
+            steps=done,
+            images_per_second=1e3 * self.config.training.global_batch_size / milliseconds["step"],
+            milliseconds=StepTime(**milliseconds, communication=self._communication()),
+            fastest_ms=largest(min(sum(step.values()) for step in durations), self.world),
+            peak_gib=largest(memory_gib(self.world.device), self.world),
+            losses=tuple(self._read_losses(losses)),
+        )
 
     def memory(self) -> dict[str, float]:
         """GiB of this rank's device (on a CPU: of the process) by part. `buffers` is what building the run took beside

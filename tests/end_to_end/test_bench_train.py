@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mdit import cli
-from mdit.bench import rows
 from mdit.bench.report import Report
+from mdit.bench.row import FORMULA, BenchmarkRow
+from mdit.bench.session import Session
 from tests.processes import run_forked
 from tests.training import write_recipe
 
@@ -25,13 +26,13 @@ def bench(arguments: list[str]) -> None:
 
 def bench_until_the_first_row(arguments: list[str]) -> None:
     """Somebody types Ctrl-C when the first row is there."""
-    add = Report.add
+    add = Session.add
 
     def add_and_interrupt(self, *found):
         add(self, *found)
         os.kill(os.getpid(), signal.SIGINT)
 
-    Report.add = add_and_interrupt
+    Session.add = add_and_interrupt
     bench(arguments)
 
 
@@ -40,8 +41,8 @@ def run(*arguments: str, processes: int = 1, function=bench) -> tuple[int, str]:
     return ended.returncode, ended.output
 
 
-def read(directory: Path) -> list[dict]:
-    return rows.load(directory / "throughput.json")["rows"]
+def read(directory: Path) -> list[BenchmarkRow]:
+    return Report.load(directory / "throughput.json").rows
 
 
 def test_four_stages_interrupted_and_resumed(tmp_path):
@@ -52,15 +53,14 @@ def test_four_stages_interrupted_and_resumed(tmp_path):
     assert code == 0, output
     found = read(tmp_path)
     assert found[0] == first
-    assert [row["name"] for row in found] == [f"{px} px, mask {mask}" for px in (64, 128) for mask in (0.75, 0)]
-    assert [row["images"] for row in found] == [8 * steps for steps in (250_000, 30_000, 50_000, 5_000)]
+    assert [row.name for row in found] == [f"{px} px, mask {mask}" for px in (64, 128) for mask in (0.75, 0)]
+    assert [row.images for row in found] == [8 * steps for steps in (250_000, 30_000, 50_000, 5_000)]
     for row in found:
-        ms = row["milliseconds"]
-        parts = ms["data"] + ms["forward"] + ms["backward"] + ms["optimizer"]
-        assert row["kind"] == "stage" and parts == pytest.approx(ms["step"]) and row["mfu"] is None
-        assert row["tflops"] == pytest.approx(row["images_per_second"] * row["flops_per_image"] / 1e12)
+        ms = row.figures.milliseconds
+        assert ms.data + ms.forward + ms.backward + ms.optimizer == pytest.approx(ms.step)
+        assert row.kind == "stage" and row.mfu is None
     assert "no GPU here: tiny shapes on the CPU" in output and "Tiny shapes" in output
-    assert rows.FORMULA in output and "GiB by part" in output
+    assert FORMULA in output and "GiB by part" in output
     assert (tmp_path / "throughput.md").read_text().count("| 64 px, mask 0") == 2
     assert sum("images/s, " in line and "ms a step" in line for line in output.splitlines()) == 3  # the missing ones
 
@@ -71,12 +71,12 @@ def test_two_processes_with_a_recipes_own_data(tmp_path):
     code, output = run(*asked, *QUICK, processes=2)
     assert code == 0, output
     found = read(tmp_path)
-    assert [row["setting"]["micro_batch"] for row in found] == [2, 4]
+    assert [row.setting.micro_batch for row in found] == [2, 4]
     for row in found:
-        assert row["recipe"] == "tiny" and row["data"] == str(tmp_path / "train")
-        assert row["setting"]["gpus"] == 2 and row["setting"]["global_batch"] == 8
-        assert row["milliseconds"]["communication"] > 0
-    assert found[0]["losses"][0] == pytest.approx(found[1]["losses"][0], rel=1e-5)  # the same samples
+        assert row.recipe == "tiny" and row.data == str(tmp_path / "train")
+        assert row.setting.gpus == 2 and row.setting.global_batch == 8
+        assert row.figures.milliseconds.communication > 0
+    assert found[0].figures.losses[0] == pytest.approx(found[1].figures.losses[0], rel=1e-5)  # the same samples
     assert output.count("images/s, ") == 2  # of one rank
     assert "64 px, mask 0.75, micro-batch 2 of 8" in output
 
@@ -85,16 +85,15 @@ def test_the_whole_report(tmp_path):
     recipe, out = write_recipe(tmp_path), tmp_path / "report"
     code, output = run("--recipe", recipe, *QUICK, "--parity_steps", "2", "--budget_s", "150", "--report", out)
     assert code == 0, output
-    by_kind: dict[str, list[dict]] = {}
-    for row in read(out):
-        by_kind.setdefault(row["kind"], []).append(row)
-    assert by_kind.keys() == {"stage", "profile", "ladder"}
-    [profile] = by_kind["profile"]
-    assert (out / profile["trace"]).exists() and sum(profile["categories"].values()) > 0
-    measured = {row["name"]: row for row in by_kind["ladder"] if not row["problem"]}
+    report = Report.load(out / "throughput.json")
+    assert {row.kind for row in report.rows} == {"stage", "profile", "ladder"}
+    [profile] = [row.profile for row in report.of_kind("profile")]
+    assert (out / profile.trace).exists() and sum(profile.categories.values()) > 0
+    ladder = report.of_kind("ladder")
+    measured = {row.name: row.figures for row in ladder if not row.problem}
     assert {"as published", "experts by index", "experts by index, compiled"} <= measured.keys()
-    assert all(row["parity"]["largest"] < 1e-3 for row in measured.values() if row["parity"])
-    assert all(row["problem"] == "needs a GPU" for row in by_kind["ladder"] if row["name"] not in measured)
+    assert all(found.parity.largest < 1e-3 for found in measured.values() if found.parity)
+    assert all(row.problem == "needs a GPU" for row in ladder if row.name not in measured)
     assert "Where a step of" in output and "as published" in (out / "throughput.md").read_text()
     drawn = [line for line in output.splitlines() if line.startswith(("drawn: ", "not drawn: the plots need"))]
     assert drawn and all(Path(line.split(": ")[1]).exists() for line in drawn if line.startswith("drawn"))
@@ -114,15 +113,15 @@ def test_a_budget_that_ends_early(tmp_path):
     assert code == 0, output
     assert "not measured, for want of time: " in output and "64 px, mask 0.75 (profile)" in output
     assert "+ torch.compile (ladder)" in output and "--resume goes on" in output
-    assert all(row["problem"].startswith("not measured: no time was left") for row in read(tmp_path))
+    assert all(row.problem.startswith("not measured: no time was left") for row in read(tmp_path))
 
 
 def test_no_memory_for_a_micro_batch(tmp_path):
     code, output = run(*QUICK, "--recipe", write_recipe(tmp_path), "--out", tmp_path, function=bench_without_memory)
     assert code == 0, output
     found = read(tmp_path)
-    assert [row["setting"]["micro_batch"] for row in found] == [8, 4, 2]
-    assert [row["problem"] for row in found] == [
+    assert [row.setting.micro_batch for row in found] == [8, 4, 2]
+    assert [row.problem for row in found] == [
         "out of memory at micro-batch 8",
         "out of memory at micro-batch 4",
         None,
@@ -166,7 +165,7 @@ def test_a_row_that_fails_leaves_the_others(tmp_path):
     asked = ["--recipe", write_recipe(tmp_path), "--micro_batch", "2", "4", "--out", tmp_path]
     code, output = run(*QUICK, *asked, function=bench_with_a_broken_kernel)
     assert code == 1 and "Traceback" in output
-    assert [row["problem"] for row in read(tmp_path)] == ["RuntimeError: no kernel image is available", None]
+    assert [row.problem for row in read(tmp_path)] == ["RuntimeError: no kernel image is available", None]
 
 
 @pytest.mark.parametrize(

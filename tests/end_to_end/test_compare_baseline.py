@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from mdit import cli
-from mdit.bench import rows
 from mdit.bench.contenders import Baseline, Contender
 from mdit.bench.contest import Figures, Pace, alternate, best_micro_batch, ratios
+from mdit.bench.report import Report
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.masking import Mask
 from mdit.models import MicroDiT
+from tests import bench_rows
 from tests.recipes import tiny_config
 from tools import compare_baseline
 
@@ -76,21 +77,21 @@ def test_both_are_measured_and_their_ratio_is_printed(toy, recipe, tmp_path, cap
     asked = ["--baseline", f"{toy}:toy", "--recipe", str(recipe), "--out", str(tmp_path / "out"), "--modes", "eager"]
     compare_baseline.main([*asked, "--micro_batch", "2", "--max_micro_batch", "4", "--rounds", "2"])
     printed = capsys.readouterr().out
-    report = rows.load(tmp_path / "out" / "baseline.json")
-    assert {row["setting"]["micro_batch"] for row in report["rows"]} == {2, 4}
-    assert [row["contender"] for row in report["rows"][:2]] == ["ours", "baseline"]
-    for row in report["rows"]:
-        assert row["kind"] == "baseline" and row["problem"] is None and row["mfu"] is None
-        assert row["setting"]["precision"] == "fp32" and row["setting"]["weights"] == "float32"
-        parts = row["milliseconds"]
-        assert sum(parts[name] for name in ("data", "forward", "backward", "optimizer")) == pytest.approx(parts["step"])
-        assert row["images_per_second"] == pytest.approx(1e3 * row["setting"]["micro_batch"] / parts["step"])
-        assert 0 < row["fastest_ms"] <= parts["step"] * (1 + 1e-9)
-        assert row["tflops"] == pytest.approx(row["images_per_second"] * row["flops_per_image"] / 1e12)
-    assert all(line in printed for line in ratios(report["rows"])) and "same, eager: " in printed
-    ours, theirs = report["rows"][:2]
-    assert ours["parameters"] == theirs["parameters"]
-    assert 0.5 < ours["losses"][0] < 2 and ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=0.5)
+    rows = Report.load(tmp_path / "out" / "baseline.json").rows
+    assert {row.setting.micro_batch for row in rows} == {2, 4}
+    assert [row.contender for row in rows[:2]] == ["ours", "baseline"]
+    for row in rows:
+        assert row.kind == "baseline" and row.problem is None and row.mfu is None
+        assert row.setting.precision == "fp32" and row.setting.weights == "float32"
+        ms = row.figures.milliseconds
+        assert ms.data + ms.forward + ms.backward + ms.optimizer == pytest.approx(ms.step)
+        assert row.figures.images_per_second == pytest.approx(1e3 * row.setting.micro_batch / ms.step)
+        assert 0 < row.figures.fastest_ms <= ms.step * (1 + 1e-9)
+    assert all(line in printed for line in ratios(rows)) and "same, eager: " in printed
+    ours, theirs = rows[:2]
+    assert ours.parameters == theirs.parameters
+    assert 0.5 < ours.figures.losses[0] < 2
+    assert ours.figures.losses[0] == pytest.approx(theirs.figures.losses[0], rel=0.5)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +157,9 @@ def test_expert_layers_against_the_one_hot_form(recipe, capsys):
 
 
 def row(who, mode, pairing, micro_batch, rate, fastest_ms=None, problem=None):
-    found = dict(contender=who, name=f"{who}, {mode}", pairing=pairing, setting={"micro_batch": micro_batch})
-    return found | dict(images_per_second=rate, fastest_ms=fastest_ms, problem=problem)
+    found = bench_rows.row(rate=rate, kind="baseline", setting={"micro_batch": micro_batch}, problem=problem)
+    measured = rate and found.figures.model_copy(update={"fastest_ms": fastest_ms})
+    return found.with_(name=f"{who}, {mode}", contender=who, pairing=pairing, measured=measured)
 
 
 def test_ratios_of_rows():

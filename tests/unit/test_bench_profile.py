@@ -10,11 +10,13 @@ import torch
 
 from mdit.bench.profile import TRACE, Event, by_category, category, dearest, profile_step, summary
 from mdit.bench.roofline import CATEGORY_OF_OP, category_work, products
+from mdit.bench.row import HostTime, KernelTime
 from mdit.config import load_config
 from mdit.costs.flops import training_flops
 from mdit.costs.time import bytes_of_ops, forward_parts
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.models import MicroDiT
+from tests.bench_rows import row
 from tests.recipes import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,55 +114,49 @@ def profiled(tmp_path_factory):
         optimizer.step()
 
     step()
-    row = {"name": "tiny, mask 0.75", **profile_step(step, device=cpu, directory=folder / "new", steps=3)}
-    return row, folder / "new", len(calls)
+    return profile_step(step, device=cpu, directory=folder / "new", steps=3), folder / "new", len(calls)
 
 
 def test_a_step_is_all_of_its_categories_and_what_is_between(profiled):
-    row, _, calls = profiled
+    found, _, calls = profiled
     assert calls == 1 + 1 + 3  # the caller's warm-up, the profiler's, and those that count
-    assert {"matmuls", "attention", "optimizer", "experts", "norm and modulation"} <= row["categories"].keys()
-    assert list(row["categories"].values()) == sorted(row["categories"].values(), reverse=True)
-    assert sum(row["categories"].values()) + row["idle_ms"] == pytest.approx(row["step_ms"])
-    assert 0 < row["idle_ms"] < row["step_ms"] and row["host"] is None
-    steps = {kernel["name"]: kernel["calls"] for kernel in row["kernels"]}
-    assert steps["aten::native_layer_norm"] == pytest.approx(round(steps["aten::native_layer_norm"]))
+    assert {"matmuls", "attention", "optimizer", "experts", "norm and modulation"} <= found.categories.keys()
+    assert list(found.categories.values()) == sorted(found.categories.values(), reverse=True)
+    assert sum(found.categories.values()) + found.idle_ms == pytest.approx(found.step_ms)
+    assert 0 < found.idle_ms < found.step_ms and found.host is None
+    calls = {kernel.name: kernel.calls for kernel in found.kernels}["aten::native_layer_norm"]
+    assert calls == pytest.approx(round(calls))
 
 
 def test_the_trace_is_what_perfetto_and_tensorboard_read(profiled):
-    row, folder, _ = profiled
-    assert row["trace"] == TRACE and TRACE.endswith(".pt.trace.json.gz") and [folder / TRACE] == [*folder.iterdir()]
+    found, folder, _ = profiled
+    assert found.trace == TRACE and TRACE.endswith(".pt.trace.json.gz") and [folder / TRACE] == [*folder.iterdir()]
     events = json.loads(gzip.decompress((folder / TRACE).read_bytes()))["traceEvents"]
     assert {"aten::addmm", "ProfilerStep#1", "ProfilerStep#2", "ProfilerStep#3"} & {event["name"] for event in events}
     times = [event["dur"] for event in events if event["name"] == "aten::mm"]
-    (found,) = [kernel for kernel in row["kernels"] if kernel["name"] == "aten::mm"]
-    assert len(times) == 3 * found["calls"] and sum(times) / 3e3 == pytest.approx(found["ms"], rel=0.05)
+    (kernel,) = [kernel for kernel in found.kernels if kernel.name == "aten::mm"]
+    assert len(times) == 3 * kernel.calls and sum(times) / 3e3 == pytest.approx(kernel.ms, rel=0.05)
 
 
 def test_a_screen_says_where_it_goes(profiled):
-    row, _, _ = profiled
-    lines = summary(row).splitlines()
-    assert len(lines) <= 40 and max(map(len, lines)) <= 120 and "tiny, mask 0.75" in lines[0]
+    found, _, _ = profiled
+    lines = summary(row(kind="profile", profile=found)).splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120 and "256 px, mask 0.75" in lines[0]
     (line,) = [line for line in lines if line.startswith("matmuls")]
-    assert f"{row['categories']['matmuls']:.2f} ms" in line
-    assert f"{100 * row['categories']['matmuls'] / row['step_ms']:.1f} %" in line
-    on_gpu = row | {"host": {"busy_ms": 90.0, "launches": 3210.0, "waiting_ms": 4.0}, "trace": None}
-    on_gpu |= {
-        "step_ms": row["step_ms"] - row["idle_ms"],
-        "idle_ms": 0.0,
-        "categories": {**row["categories"], "x": 9.0},
-    }
-    printed = summary(on_gpu)
-    assert "3,210 launches; 90.0 ms in operators and launches" in printed and "9.0 ms of it ran beside" in printed
-    assert summary({"name": "512 px", "problem": "out of memory"}) == "512 px: out of memory"
+    assert f"{found.categories['matmuls']:.2f} ms" in line
+    assert f"{100 * found.categories['matmuls'] / found.step_ms:.1f} %" in line
+    host = HostTime(busy_ms=90.0, launches=3210.0, waiting_ms=4.0)
+    printed = summary(row(kind="profile", profile=found.model_copy(update={"host": host})))
+    assert "3,210 launches; 90.0 ms in operators and launches" in printed
+    assert summary(row(kind="profile", problem="out of memory")) == "256 px, mask 0.75: out of memory"
 
 
 def test_time_is_added_up_by_category_and_by_kernel():
     events = [Event("_mix", 0, 3000, 3000), Event("_mix", 5000, 6000, 1000), Event("aten::mm", 0, 9000, 500)]
     assert by_category(events, steps=2) == {"norm and modulation": 2.0, "matmuls": 0.25}
     first, second = dearest(events, steps=2)
-    assert first == {"name": "_mix", "category": "norm and modulation", "calls": 1.0, "ms": 2.0}
-    assert second["ms"] == 0.25
+    assert first == KernelTime(name="_mix", category="norm and modulation", calls=1.0, ms=2.0)
+    assert second.ms == 0.25
 
 
 # --- work by formula

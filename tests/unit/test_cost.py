@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 from mdit import cli
-from mdit.bench import rows
-from mdit.bench.recipe_cost import Stage, choose_rows, parameters, scaled
+from mdit.bench.recipe_cost import Stage, choose_rows, scaled
+from mdit.bench.report import Report
 from mdit.config import load_config
 from mdit.costs.estimate import predict
 from mdit.costs.layouts import Layout
 from mdit.costs.machines import MACHINES
 from mdit.data.writer import ShardWriter
 from mdit.prepare.report import REPORT
+from tests import bench_rows
 from tests.latent_sets import ENCODERS, made_up
 from tests.recipes import tiny_config
 from tools import cost
@@ -22,25 +23,22 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = [load_config(CONFIGS / f"{name}.toml") for name in cost.STAGES]
 RATES = {(32, 0.75): 1250.0, (32, 0.0): 500.0, (64, 0.75): 400.0, (64, 0.0): 125.0}
 HOURS = [512e6 / 1250 / 3600, 61.44e6 / 500 / 3600, 102.4e6 / 400 / 3600, 10.24e6 / 125 / 3600]
-H100, PAPER = "NVIDIA H100 80GB HBM3", "$1,890"
+H100, PAPER = bench_rows.H100.gpu, "$1,890"
 
 
 def row(latent_size=32, mask_ratio=0.75, rate=None, setting=None, **changes):
-    plain = dict(gpus=1, micro_batch=64, global_batch=2048, precision="bf16", fp8=False, kernels=["swiglu"])
-    plain |= dict(compile=True, activation_checkpointing="none", zero_stage=2)
-    name = f"{8 * latent_size} px, mask {mask_ratio:g}"
-    found = dict(kind="stage", name=name, parameters=parameters(RECIPES[0]), latent_size=latent_size)
-    found |= dict(mask_ratio=mask_ratio, data="made up", images_per_second=rate or RATES[latent_size, mask_ratio])
-    return found | {"problem": None, "setting": plain | (setting or {})} | changes
+    recipe = next(c.name for c in RECIPES if (c.model.latent_size, c.training.mask_ratio) == (latent_size, mask_ratio))
+    setting = dict(micro_batch=64, compile=True, zero_stage=2) | (setting or {})
+    return bench_rows.row(recipe, rate or RATES[latent_size, mask_ratio], setting=setting, **changes)
 
 
 def report(*found, gpu=H100):
-    environment = {"gpu": gpu, "date": "2026-11-23", "commit": "1234567"}
-    return {"schema": rows.SCHEMA, "environment": environment, "rows": list(found)}
+    environment = bench_rows.H100.model_copy(update={"gpu": gpu})
+    return Report(environment=environment, command="bench", rows=list(found))
 
 
 def write(path, *found, **changes):
-    path.write_text(json.dumps(report(*found, **changes)))
+    report(*found, **changes).save(path)
     return str(path)
 
 
@@ -64,7 +62,7 @@ def test_a_recipe_costs_what_its_images_take_at_the_measured_rates(capsys, tmp_p
     assert cells(text, "res_256_pretrain") == ["512.0", "M", "1,250", f"{HOURS[0]:.1f}", "$427", "$228"]
     total = sum(HOURS)
     assert cells(text, "the recipe")[2:] == [f"{total:.1f}", f"${total * 3.75:,.0f}", f"${total * 2:,.0f}"]
-    assert "res_512_finetune: 512 px, mask 0 (bf16, micro-batch 64, made up data, compiled; 2026-11-23, commit" in text
+    assert "res_512_finetune: 512 px, mask 0 (bf16, micro-batch 64, made up data, compiled; 2026-12-01, commit" in text
     found = json.loads(written.read_text())
     assert found["gpu_hours"] == pytest.approx(total) and found["device"] == H100
     assert [stage["gpu_hours"] for stage in found["stages"]] == pytest.approx(HOURS)
@@ -93,13 +91,15 @@ def test_without_a_row_for_every_stage_there_is_no_total(capsys, tmp_path):
         ({"parameters": 3_100_000}, H100, "a model of 3,100,000 parameters; the recipe's has 1,165,442,320"),
         ({}, "none", "measured on a CPU"),
         ({"problem": "out of memory at micro-batch 512"}, H100, "out of memory at micro-batch 512"),
-        ({"setting": {**row()["setting"], "precision": "fp32"}}, H100, "in fp32, not bf16"),
-        ({"setting": {**row()["setting"], "fp8": True}}, H100, "in fp8, not bf16"),
+        ({"setting": {"precision": "fp32"}}, H100, "in fp32, not bf16"),
+        ({"setting": {"fp8": True}}, H100, "in fp8, not bf16"),
         ({"mask_ratio": 0.5}, H100, "no stage of the recipe"),
     ],
 )
 def test_rows_that_do_not_count_are_told(capsys, tmp_path, changes, gpu, why):
-    text = printed(capsys, write(tmp_path / "a.json", row() | changes, row(kind="ladder"), gpu=gpu))
+    found = row(setting=changes.get("setting"))
+    found = found.with_(**{key: value for key, value in changes.items() if key != "setting"})
+    text = printed(capsys, write(tmp_path / "a.json", found, row(kind="ladder"), gpu=gpu))
     assert text.startswith("No GPU: measured rows only") and "$4" not in text
     assert cells(text, "res_256_pretrain")[2:] == ["not", "measured"] * 4
     assert f"Rows that do not count:\n256 px, mask 0.75 ({tmp_path / 'a.json'}): {why}\n" in text
@@ -201,15 +201,18 @@ def error(capsys, *arguments):
         (["r.json", "--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),
         (["r.json", "--precompute", "nowhere"], "nowhere"),
         (["r.json", "--json", "nowhere/cost.json"], "nowhere/cost.json"),
-        (["broken.json"], "broken.json: a row without what a stage row has: 'setting'"),
-        (["still.json"], "0.0 images/s: expected more than 0"),
+        (["broken.json"], "broken.json: missing key rows.0.setting"),
+        (["still.json"], "rows.0.measured.images_per_second = 0.0: Input should be greater than 0"),
     ],
 )
 def test_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "r.json", *FOUR)
-    write(tmp_path / "still.json", row() | {"images_per_second": 0.0})
-    write(tmp_path / "broken.json", {key: value for key, value in row().items() if key != "setting"})
+    still, broken = (json.loads((tmp_path / "r.json").read_text()) for _ in range(2))
+    still["rows"][0]["measured"]["images_per_second"] = 0.0
+    del broken["rows"][0]["setting"]
+    (tmp_path / "still.json").write_text(json.dumps(still))
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
     assert message in error(capsys, *arguments)
 
 

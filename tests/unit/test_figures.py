@@ -2,54 +2,31 @@
 
 import json
 import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mdit.bench import figures, recipe_cost, rows
+from mdit.bench import figures, recipe_cost
 from mdit.bench.figures import REGION, REGIONS, Figures
-from mdit.config import UserError, load_config
-from mdit.costs.flops import training_flops
+from mdit.bench.row import Profile
+from mdit.config import UserError
 from mdit.kernels import comparison
+from tests import bench_rows
 from tools import fill_benchmarks
 from tools.fill_benchmarks import DOCUMENTS, KEPT
 
 ROOT = Path(__file__).resolve().parents[2]
-H100 = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130", "triton": "3.6.0", "cuda": "13.0", "commit": "abc1234"}
-H100 |= {"date": "2026-12-01"}
+H100 = bench_rows.H100.model_dump()
 RATES = {"res_256_pretrain": 1210.0, "res_256_finetune": 460.0, "res_512_pretrain": 310.0, "res_512_finetune": 105.0}
 
 
-@cache
-def recipe(name):
-    config = load_config(ROOT / "configs" / f"{name}.toml")
-    return config, training_flops(config.model, config.training.mask_ratio), recipe_cost.parameters(config)
-
-
 def row(name="res_256_pretrain", rate=None, problem=None, **setting):
-    (config, flops, parameters), rate = recipe(name), rate or RATES[name]
-    plain = dict(gpus=1, micro_batch=256, global_batch=2048, precision="bf16", fp8=False, kernels=["swiglu"])
-    plain |= dict(compile=False, activation_checkpointing="none", zero_stage=1)
-    step = 2048e3 / rate
-    found = dict(kind="stage", name=rows.stage_name(config), recipe=config.name, data="made up", problem=problem)
-    found |= dict(images=config.training.num_steps * config.training.global_batch_size, flops_per_image=flops)
-    found |= dict(parameters=parameters, latent_size=config.model.latent_size, mask_ratio=config.training.mask_ratio)
-    found |= dict(images_per_second=rate, tflops=rate * flops / 1e12, mfu=rate * flops / 989e12, peak_gib=61.5)
-    parts = {part: step * share for part, share in zip(rows.PHASES, (0, 0.3, 0.65, 0.05))}
-    return found | {"setting": plain | setting, "milliseconds": {"step": step, "communication": None, **parts}}
+    rate = None if problem else rate or RATES[name]
+    return bench_rows.row(name, rate, setting=setting, problem=problem)
 
 
-PROFILE = {"kind": "profile", "name": "256 px, mask 0.75", "recipe": "res_256_pretrain", "problem": None, "host": None}
-PROFILE |= {
-    "step_ms": 423.0,
-    "categories": {"matmuls": 240.0},
-    "idle_ms": 12.0,
-    "kernels": [],
-    "trace": "t",
-    "work": {},
-}
+PROFILE = Profile(categories={"matmuls": 240.0}, step_ms=423.0, idle_ms=12.0, kernels=(), trace="t")
 
 
 def write(folder, name, environment=H100, **content):
@@ -64,18 +41,17 @@ def write(folder, name, environment=H100, **content):
 @pytest.fixture
 def folder(tmp_path):
     """What a GPU's minutes have left, all made up."""
-    measured = [row(name) for name in RATES] + [PROFILE, row(rate=640.0, micro_batch=128, kernels=[])]
+    measured = [row(name) for name in RATES] + [
+        bench_rows.row(kind="profile", profile=PROFILE),
+        row(rate=640.0, micro_batch=128, kernels=()),
+    ]
     measured += [
         row(rate=1150.0, zero_stage=2),
         row(rate=1300.0, fp8=True),
         row(problem="out of memory", micro_batch=512),
     ]
-    write(
-        tmp_path,
-        "throughput",
-        {**H100, "deepspeed": "0.19.8", "peak_tflops": 989, "bandwidth_gbs": 3350},
-        rows=measured,
-    )
+    rows = [one.model_dump(mode="json") for one in measured]
+    write(tmp_path, "throughput", command="bench", rows=rows)
     op = {"op": "swiglu.swiglu_linear", "shape": {"N": 256}, "label": "N256", "stages": {"256 px": 19}}
     op |= {"forward": {"bytes": 1e9, "flops": 1}, "both": {"bytes": 3e9, "flops": 3}, "bound_ms": 1.1, "share": 0.2}
     times = {way: {"forward_ms": ms, "both_ms": 3 * ms, "peak_mib": 9.0} for way, ms in zip(comparison.MAIN, (3, 2, 1))}
@@ -124,7 +100,7 @@ def test_one_command_fills_them(folder, root, capsys):
     versions = "torch 2.11.0+cu130, CUDA 13.0, Triton 3.6.0, DeepSpeed 0.19.8"
     assert all(f"{H100['gpu']}, {versions}, 2026-12-01, commit `abc1234`" in text for text in found.values())
     assert "| 256 px, mask 0.75 | 1,210 | 34.5% | 0.86 / 0.46 |" in found["README.md"]
-    hours = sum(recipe_cost.Stage(recipe(name)[0], None).images / rate / 3600 for name, rate in RATES.items())
+    hours = sum(recipe_cost.Stage(bench_rows.recipe(name), None).images / rate / 3600 for name, rate in RATES.items())
     assert f"| {hours * 3.75:,.0f} / {hours * 2:,.0f} |" in found["README.md"]
     benchmarks = found["docs/benchmarks/README.md"]
     assert "| 512 px, mask 0 | 256 | 105 |" in benchmarks and "| plain PyTorch | 128 | 640 |" in benchmarks

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from mdit.bench import ladder
 from mdit.bench.ladder import FIRST, RUNGS, climb, in_measuring_order, larger, parity
+from mdit.bench.row import Parity
 from mdit.config import UserError
 from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.models import MicroDiT
 from mdit.parallel.settings import RunSettings, resolve_ds_config
+from tests import bench_rows
 from tests.recipes import tiny_config
 from tests.training import run_in_processes
 
@@ -52,7 +54,7 @@ def climb_on_cpu(world) -> tuple[list, list, int, bool]:
         seconds=0.0,
         long_parity_steps=20,
         backend=backend,
-        save=lambda rows: saved.append(sum(row["problem"] is None for row in rows)),
+        save=lambda rows: saved.append(sum(row.problem is None for row in rows)),
     )
     return rows, saved, backend.graphs
 
@@ -65,8 +67,8 @@ def climbed():
 
 def test_all_rungs_in_order_and_why_some_have_no_figures(climbed):
     rows, saved, graphs = climbed
-    assert [row["name"] for row in rows] == [rung.name for rung in RUNGS]
-    problems = {row["name"]: row["problem"] for row in rows}
+    assert [row.name for row in rows] == [rung.name for rung in RUNGS]
+    problems = {row.name: row.problem for row in rows}
     measured = {name for name, problem in problems.items() if problem is None}
     assert measured == {"as published", "experts by index", "experts by index, compiled", "+ micro-batch x 2"}
     assert "no compiler here" in problems.pop("as published, compiled")
@@ -74,19 +76,19 @@ def test_all_rungs_in_order_and_why_some_have_no_figures(climbed):
     assert graphs == 1 + 4  # the one that failed, then four blocks
     assert saved == sorted(saved) and saved[-1] == 4
     for row in rows:
-        assert row["kind"] == "ladder" and (row["images_per_second"] is None) == (row["problem"] is not None)
-        assert row["setting"]["compile"] == (row["name"].endswith("compiled") or row["name"] == "+ torch.compile")
+        assert row.kind == "ladder" and (row.measured is None) == (row.problem is not None)
+        assert row.setting.compile == (row.name.endswith("compiled") or row.name == "+ torch.compile")
 
 
 def test_every_rung_trains_the_same_model(climbed):
-    found = {row["name"]: row for row in climbed[0] if row["problem"] is None}
+    found = {row.name: row.figures for row in climbed[0] if row.problem is None}
     first = found.pop("as published")
-    assert first["parity"] == {"steps": 20, "largest": 0.0, "mean_first": 0.0, "mean_last": 0.0}
+    assert first.parity == Parity(steps=20, largest=0.0, mean_first=0.0, mean_last=0.0)
     for name in ("experts by index", "experts by index, compiled"):
-        assert found[name]["parity"]["steps"] == 10 and 0 < found[name]["parity"]["largest"] < BOUND, name
-        assert found[name]["losses"] == pytest.approx(first["losses"][:10], rel=BOUND)
-    wider = found["+ micro-batch x 2"]
-    assert wider["parity"] is None and wider["setting"]["global_batch"] == wider["setting"]["micro_batch"] == 16
+        assert found[name].parity.steps == 10 and 0 < found[name].parity.largest < BOUND, name
+        assert found[name].losses == pytest.approx(first.losses[:10], rel=BOUND)
+    wider = next(row for row in climbed[0] if row.name == "+ micro-batch x 2")
+    assert wider.figures.parity is None and wider.setting.global_batch == wider.setting.micro_batch == 16
 
 
 def test_what_has_to_be_compiled_comes_last():
@@ -117,24 +119,22 @@ def test_parity_of_losses():
     reference = [2.0] * 20
     losses = [2.2, 2.0] + [2.0] * 12 + [2.0, 1.8, 2.0, 2.0, 1.8, 2.0]
     found = parity(losses, reference)
-    assert found == {"steps": 20} | {
-        "largest": pytest.approx(0.1),
-        "mean_first": pytest.approx(0.05),  # of two steps
-        "mean_last": pytest.approx(0.04),  # of five
-    }
-    assert parity([1.0, 5.0], [1.0])["steps"] == 1
+    assert found.steps == 20 and found.largest == pytest.approx(0.1)
+    assert found.mean_first == pytest.approx(0.05)  # of two steps
+    assert found.mean_last == pytest.approx(0.04)  # of five
+    assert parity([1.0, 5.0], [1.0]).steps == 1
 
 
 def test_no_time_and_no_parallel_experts():
     config = tiny_config()
     rows = climb(config, RunSettings(), resolved(config, 8), HERE, budget_s=0.0)
-    assert {row["problem"] for row in rows} == {"not measured: no time was left of 0 s"} and len(rows) == len(RUNGS)
+    assert {row.problem for row in rows} == {"not measured: no time was left of 0 s"} and len(rows) == len(RUNGS)
     with pytest.raises(UserError, match="expected expert_parallel = 1"):
         climb(config, RunSettings(expert_parallel=2), resolved(config, 8), HERE)
 
 
-def short_row(climber, rung, measured, parity, problem=None):
-    return {"name": rung.name, "problem": problem}
+def short_row(climber, rung):
+    return bench_rows.row(kind="ladder", name=rung.name)
 
 
 def climb_by_the_clock(budget_s, measure):
@@ -143,11 +143,11 @@ def climb_by_the_clock(budget_s, measure):
 
     def measured(climber, rung, steps, seconds):
         begun.append(rung)
-        return short_row(climber, rung, None, None, measure(rung))
+        return short_row(climber, rung).with_(problem=measure(rung))
 
     with mock.patch.multiple(ladder._Ladder, row=short_row, measure=measured):
         rows = climb(config, RunSettings(), resolved(config, 8), HERE, budget_s=budget_s, save=saved.append)
-    assert saved[-1] == rows and [row["name"] for row in rows] == [rung.name for rung in RUNGS]
+    assert saved[-1] == rows and [row.name for row in rows] == [rung.name for rung in RUNGS]
     return begun, rows
 
 
@@ -177,7 +177,7 @@ def test_a_ladder_ends_in_its_time(budget_s, run_s, first_build, later):
         begun, rows = climb_by_the_clock(budget_s, measure)
     assert now[0] <= max(budget_s, run_s)  # of the very first rung nothing is known
     assert begun == in_measuring_order()[: len(begun)]
-    assert [row["problem"] is None for row in rows] == [rung in begun for rung in RUNGS]
+    assert [row.problem is None for row in rows] == [rung in begun for rung in RUNGS]
     if budget_s > (len(PLAIN) + 1) * run_s + BLOCKS * ladder.BUILD_S:
         assert builds
 
@@ -194,7 +194,7 @@ def test_what_is_not_done_in_time_is_broken_off():
         done.append(rung)
 
     begun, rows = climb_by_the_clock(0.3, measure)
-    problems = {row["name"]: row["problem"] for row in rows}
+    problems = {row.name: row.problem for row in rows}
     assert problems.pop(begun[0].name) is None and len(begun) == 2
     assert set(problems.values()) == {"not measured: no time was left of 0.3 s"}
     assert signal.getsignal(signal.SIGALRM) is handler
