@@ -6,7 +6,7 @@
 
 The rows are those that tools/bench_train.py writes. A stage takes as long as its images need at the fastest measured
 rate of its model, latent size and mask ratio, in bfloat16; without such a row it is "not measured", as is the total.
-On several nodes the measured rate is multiplied with the efficiency that the paper plan predicts (docs/parallelism.md).
+On several nodes the measured rate is multiplied with the efficiency that the paper plan predicts (docs/planning.md).
 Precompute is a line of its own: the GPU-seconds a written picture that finished sets took (their report.json; one
 process a GPU; sets of one image size are added up), for --pictures pictures.
 """

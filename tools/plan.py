@@ -8,7 +8,7 @@
 First every layout of so many GPUs, fastest first: ZeRO 1 and 2 with expert parallelism (ep) or tensor parallelism (tp),
 ZeRO 3. Then the fastest one at 8 to 1,024 GPUs, with the same global batch. Last, where a micro-batch's time goes on
 one GPU. Everything is predicted, from the kernels that the model's own code would launch, and nothing is measured:
-docs/parallelism.md has the formulas and what they assume.
+docs/planning.md has the formulas and what they assume.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The paper plan of one layout: memory, traffic and time of an optimizer step, predicted by formula.
 
-docs/parallelism.md has the formulas with their sources. Numbers are counted in parameters, `b` is the bytes of one in
+docs/planning.md has the formulas with their sources. Numbers are counted in parameters, `b` is the bytes of one in
 the computing dtype. Everything is for one GPU, from the second step on.
 """
 
