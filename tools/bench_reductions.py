@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mdit import cli
-from mdit.bench.report import environment
+from mdit.bench.report import environment, table
 from mdit.bench.roofline import Product, products
 from mdit.bench.stages import tiny_form
 from mdit.config import CONFIGS, load_config
@@ -26,7 +26,7 @@ from mdit.files import try_to_write, write_json
 from tools.bench_kernels import Bench, milliseconds, relative_error
 
 SCHEMA = "mdit-reductions/1"
-FORM = "{:>5} x {:>8} {:>8} {:>7} {:>7} {:>9} {:>9} {:>9} {:>9}"
+SHAPE = ("matrices", "outputs", "inputs", "rows")
 WAYS = ("reduced", "exact")  # sums
 
 
@@ -40,29 +40,24 @@ def main(arguments: list[str] | None = None) -> None:
     bench = Bench("cuda" if gpu else "cpu", torch.bfloat16, args.repeats, False)
     ratio = config.training.mask_ratio
     settings = {"recipe": config.name, "micro_batch": args.micro_batch, "mask_ratio": ratio, "tiny": args.tiny}
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "environment": environment(torch.device(bench.device)).model_dump(),
-        "settings": settings,
-        "rows": [],
-    }
+    here = environment(torch.device(bench.device))
+    report: dict[str, Any] = {"schema": SCHEMA, "environment": here.model_dump(), "settings": settings, "rows": []}
     path = args.out and args.out / "reductions.json"
     if path:
         args.out.mkdir(parents=True, exist_ok=True)
         try_to_write(path)
-    print(", ".join(f"{name} {value}" for name, value in {**report["environment"], **settings}.items()))
-    print(FORM.format("calls", "matrices", "outputs", "inputs", "rows", "bf16 ms", "error", "fp32 ms", "error"))
+    print(f"{here}, {', '.join(f'{name} {value}' for name, value in settings.items())}", flush=True)
+    lines: list[list[Any]] = [["calls", *SHAPE, "bf16 ms", "error", "fp32 ms", "error"]]
     calls = Counter(products(config.model, ratio))
     for product, count in sorted(calls.items(), key=lambda item: -item[0].flops * item[1]):
-        row = measure(product, count, args.micro_batch, bench)
+        row = {"calls": count} | measure(product, args.micro_batch, bench)
         report["rows"].append(row)
-        shape = [row[name] for name in ("calls", "matrices", "outputs", "inputs", "rows")]
-        figures = [
-            form.format(row[way][name]) for way in WAYS for name, form in (("ms", "{:.4f}"), ("error", "{:.1e}"))
-        ]
-        print(FORM.format(*shape, *figures), flush=True)
+        lines.append([count, *(row[name] for name in SHAPE)])
+        for way in WAYS:
+            lines[-1] += [f"{row[way]['ms']:.4f}", f"{row[way]['error']:.1e}"]
         if path:
             write_json(path, report)
+    print(table(lines, markdown=False))
     totals = [sum(row["calls"] * row[way]["ms"] for row in report["rows"]) for way in WAYS]
     print(f"a micro-batch: {totals[0]:.2f} ms reduced in bfloat16, {totals[1]:.2f} ms in float32")
 
@@ -78,7 +73,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(product: Product, count: int, micro_batch: int, bench: Bench) -> dict[str, Any]:
+def measure(product: Product, micro_batch: int, bench: Bench) -> dict[str, Any]:
     """The row of a weight's gradient, y^T x over all rows of a micro-batch, of each expert for itself."""
     rows = micro_batch * product.rows // product.matrices
     torch.manual_seed(0)
@@ -89,8 +84,7 @@ def measure(product: Product, count: int, micro_batch: int, bench: Bench) -> dic
         return x.mT @ y if product.matrices > 1 else (x[0].mT @ y[0])[None]
 
     exact = gradient(x.float(), y.float())
-    found = {"calls": count, "matrices": product.matrices, "outputs": product.outputs, "inputs": product.inputs}
-    found["rows"] = rows
+    found: dict[str, Any] = dict(zip(SHAPE, (product.matrices, product.outputs, product.inputs, rows)))
     settings = torch.backends.cuda.matmul
     before = settings.allow_bf16_reduced_precision_reduction
     for way in WAYS:

@@ -8,28 +8,25 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mdit.bench.plots import draw, draw_losses
 from mdit.bench.profile import summary
 from mdit.bench.recipe_cost import Stage, choose_rows
-from mdit.bench.report import SCHEMA, TINY, Report
+from mdit.bench.report import SCHEMA, TINY, Environment, Report, table
 from mdit.bench.row import COLUMNS, BenchmarkRow, Setting, stage_name
 from mdit.bench.stages import STAGES
-from mdit.config import CONFIGS, UserError, load_config
+from mdit.config import CONFIGS, UserError, load_config, parse_section
 from mdit.documents import parse_json, read_json
 from mdit.files import write_json
 from mdit.kernels import comparison
-
-Row = dict[str, Any]
 
 PRICES = (3.75, 2.0)
 NOT_MEASURED = "not measured"
 REPORTS = {"throughput": SCHEMA, "kernels": comparison.SCHEMA, "reductions": "mdit-reductions/1"}
 STATE, METRICS, SAMPLES = "first_contact.json", "metrics.jsonl", "samples.png"
-SAME = ("gpu", "torch", "triton", "cuda", "commit")  # of all reports of a folder
-VERSIONS = {"torch": "torch", "cuda": "CUDA", "triton": "Triton", "deepspeed": "DeepSpeed"}
 REGION = re.compile(r"(<!-- measured: (\w+) -->)(.*?)(<!-- /measured -->)", re.S)
 
 
@@ -37,24 +34,31 @@ REGION = re.compile(r"(<!-- measured: (\w+) -->)(.*?)(<!-- /measured -->)", re.S
 class Figures:
     """The reports that were found, by name, and the lines of the training run's metrics."""
 
+    environment: Environment | None = None
     throughput: Report | None = None
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # all of them as JSON
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def environment(self) -> dict[str, Any]:
-        return next((report["environment"] for report in self.reports.values()), {})
+    def source(self) -> str:
+        """Hardware, versions, date and commit."""
+        if (here := self.environment) is None:
+            return NOT_MEASURED
+        versions = f"torch {here.torch}, CUDA {here.cuda}, Triton {here.triton}, DeepSpeed {here.deepspeed}"
+        return f"{here.gpu}, {versions}, {here.date}, commit `{here.commit}`"
 
-    def rows(self, report: str) -> list[Row]:
-        return self.reports.get(report, {"rows": []})["rows"]
+    def stages(self) -> list[Stage]:
+        """The paper's four stages, each with its fastest row in bfloat16."""
+        configs = [load_config(CONFIGS / f"{name}.toml") for name in STAGES]
+        return choose_rows([("throughput.json", self.throughput)] if self.throughput else [], configs)[0]
 
-    def measured(self, kind: str) -> list[BenchmarkRow]:
+    def of_kind(self, kind: str) -> list[BenchmarkRow]:
         return self.throughput.of_kind(kind) if self.throughput else []
 
 
 def load(directory: Path) -> Figures:
     """Raises UserError for what is no figure of a GPU: of a CPU, of tiny shapes, of a rehearsal, of no known commit."""
-    reports, throughput = {}, None
+    reports, throughput, environment = {}, None, None
     for name, schema in REPORTS.items():
         path = next((p for p in (directory / name / f"{name}.json", directory / f"{name}.json") if p.exists()), None)
         if path is None:
@@ -62,33 +66,31 @@ def load(directory: Path) -> Figures:
         report = read_json(path, "the report")
         if not isinstance(report, dict) or report.get("schema") != schema:
             raise UserError(f"{path}: no report of schema {schema!r}")
-        if why := _no_figures(report):
+        here = parse_section(Environment, report.get("environment"), path)
+        if why := _no_figures(report, here):
             raise UserError(f"{path}: {why}")
-        reports[name] = report
+        if environment and (difference := here.difference(environment)):
+            raise UserError(f"{path}: another report of {directory} has {difference}")
+        reports[name], environment = report, environment or here
         if name == "throughput":
             throughput = Report.load(path)
     state = directory / STATE
     if state.exists() and read_json(state, "the state")["environment"].get("rehearsal"):
         raise UserError(f"{state}: of a rehearsal, whose figures are of no GPU")
-    for key in SAME:
-        found = {name: report["environment"].get(key) for name, report in reports.items()}
-        if len({*found.values()}) > 1:
-            raise UserError(
-                f"{directory}: {key} differs: " + ", ".join(f"{name} has {v!r}" for name, v in found.items())
-            )
     lines = next((p for p in (directory / "training" / METRICS, directory / METRICS) if p.exists()), None)
     told = lines.read_text(encoding="utf-8").splitlines() if lines and reports else []
-    return Figures(throughput, reports, [parse_json(line, lines) for line in told])
+    return Figures(environment, throughput, reports, [parse_json(line, lines) for line in told])
 
 
-def _no_figures(report: dict[str, Any]) -> str | None:
-    environment, settings = report["environment"], report.get("settings", {})
-    if environment.get("gpu", "none") == "none":
+def _no_figures(report: dict[str, Any], environment: Environment) -> str | None:
+    """The reason why a report's figures are none for the documents, if there is one."""
+    settings = report.get("settings", {})
+    if environment.gpu == "none":
         return "measured on a CPU; the documents' tables are of a GPU"
     tiny = any(str(row.get("recipe", "")).endswith(TINY) for row in report["rows"])
     if tiny or settings.get("tiny") or settings.get("preset") == "tiny":
         return "of tiny shapes, which say nothing of the recipes"
-    if environment.get("commit", "unknown") == "unknown":
+    if environment.commit == "unknown":
         return "of no known commit; measure with MDIT_COMMIT set where there is no git"
     return None
 
@@ -101,14 +103,11 @@ def keep(figures: Figures, source: Path, directory: Path) -> None:
     if figures.throughput:
         draw(figures.throughput, directory)
     if figures.metrics:
-        (directory / METRICS).write_text("".join(map(_line, figures.metrics)), encoding="utf-8")
-        draw_losses(figures.metrics, directory, _where(figures))
+        lines = "".join(f"{json.dumps(line)}\n" for line in figures.metrics)
+        (directory / METRICS).write_text(lines, encoding="utf-8")
+        draw_losses(figures.metrics, directory, figures.source)
     if grids := sorted((source / "training" / "samples").glob("*.png")):
         (directory / SAMPLES).write_bytes(grids[-1].read_bytes())
-
-
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values) + "\n"
 
 
 def fill(text: str, figures: Figures, beside: Path) -> str:
@@ -126,95 +125,8 @@ def fill(text: str, figures: Figures, beside: Path) -> str:
 
 # Regions.
 
-
-def _status(figures: Figures, beside: Path) -> str:
-    if not figures.reports:
-        return "not yet run on one: no figure for a GPU is measured"
-    return f"run on one: {_where(figures)}"
-
-
-def _where(figures: Figures) -> str:
-    """Hardware, versions, date and commit."""
-    facts: dict[str, Any] = {}
-    for report in figures.reports.values():
-        facts = report["environment"] | facts
-    versions = (f", {title} {facts[name]}" for name, title in VERSIONS.items() if name in facts)
-    return f"{facts['gpu']}{''.join(versions)}, {facts['date']}, commit `{facts['commit']}`"
-
-
-def _stages(figures: Figures) -> list[Stage]:
-    """The four stages, each with its fastest row in bfloat16."""
-    configs = [load_config(CONFIGS / f"{name}.toml") for name in STAGES]
-    reports = [("throughput.json", figures.throughput)] if figures.throughput else []
-    return choose_rows(reports, configs)[0]
-
-
-def _recipe_dollars(stages: Sequence[Stage]) -> str:
-    if not all(stage.measured for stage in stages):
-        return NOT_MEASURED
-    hours = sum(stage.gpu_hours for stage in stages)
-    return " / ".join(f"{hours * price:,.0f}" for price in PRICES)
-
-
-def _cells(row: BenchmarkRow, *columns: str) -> list[str]:
-    return [COLUMNS[column](row, PRICES) for column in columns]
-
-
-def _table(*lines: Sequence[str]) -> str:
-    head, *others = lines
-    return "\n".join(
-        "".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in (head, ["---"] * len(head), *others)
-    )
-
-
-def _headline(figures: Figures, beside: Path) -> str:
-    stages = _stages(figures)
-    best = stages[0].measured
-    cells = _cells(best.row, "images/s", "MFU", "$ a million") if best else [NOT_MEASURED] * 3
-    device = figures.environment.get("gpu", "one H100")
-    return _table(
-        [f"{device}, bfloat16, xl_2", "images/s", "MFU", "$ a million images at 3.75 / 2", "command"],
-        ["256 px, mask 0.75", *cells, "`python tools/bench_train.py --report bench`"],
-        [
-            "the whole recipe, four stages: $",
-            "",
-            "",
-            _recipe_dollars(stages),
-            "`python tools/cost.py bench/throughput.json`",
-        ],
-        [
-            "times the released code, compiled",
-            NOT_MEASURED,
-            "",
-            "",
-            "`python tools/compare_baseline.py --baseline ...`",
-        ],
-    )
-
-
 STEP = "ms a step = data + forw. + backw. + optim."
-
-
-def _throughput(figures: Figures, beside: Path) -> str:
-    stages = _stages(figures)
-    columns = ("images/s", STEP, "TFLOP/s", "MFU", "GiB", "$ a million", "$ the stage")
-    device = figures.environment.get("gpu", "one H100")
-    head = [f"{device}, bfloat16, xl_2, made-up data", "images at once", *columns]
-    lines = []
-    for stage in stages:
-        name = stage_name(stage.config)
-        if stage.measured is None:
-            lines.append([name, "", NOT_MEASURED, *[""] * (len(columns) - 1)])
-            continue
-        row = stage.measured.row
-        lines.append([name, f"{row.setting.micro_batch}", *_cells(row, *columns)])
-    images = ", ".join(f"{stage.images / 1e6:,.0f} M" for stage in stages)
-    lines.append([f"the recipe: {images} images", *[""] * len(columns), _recipe_dollars(stages)])
-    found = _table(head, *lines)
-    return f"{_where(figures)}.\n\n{found}" if figures.throughput else found
-
-
-# Ways to run stage 1: what a row's setting has to be.
+# Ways to run stage 1, by what a row's setting has to be.
 WAYS: dict[str, Callable[[Setting], bool]] = {
     "ZeRO-1, kernels": lambda s: s.zero_stage == 1 and bool(s.kernels) and not s.fp8 and not s.compile,
     "the same, compiled": lambda s: s.zero_stage == 1 and bool(s.kernels) and not s.fp8 and s.compile,
@@ -224,61 +136,103 @@ WAYS: dict[str, Callable[[Setting], bool]] = {
 }
 
 
+def _status(figures: Figures, beside: Path) -> str:
+    return f"run on one: {figures.source}" if figures.reports else "not yet run on one: no figure for a GPU is measured"
+
+
+def _headline(figures: Figures, beside: Path) -> str:
+    stages = figures.stages()
+    best = stages[0].measured
+    cells = _cells(best.row, "images/s", "MFU", "$ a million") if best else [NOT_MEASURED] * 3
+    device = figures.environment.gpu if figures.environment else "one H100"
+    lines = [[f"{device}, bfloat16, xl_2", "images/s", "MFU", "$ a million images at 3.75 / 2", "command"]]
+    lines += [["256 px, mask 0.75", *cells, "`python tools/bench_train.py --report bench`"]]
+    costs = ("the whole recipe, four stages: $", "", "", _recipe_dollars(stages))
+    lines += [[*costs, "`python tools/cost.py bench/throughput.json`"]]
+    released = ("times the released code, compiled", NOT_MEASURED, "", "")
+    return table([*lines, [*released, "`python tools/compare_baseline.py --baseline ...`"]])
+
+
+def _throughput(figures: Figures, beside: Path) -> str:
+    if not figures.throughput:
+        return f"Images/s, milliseconds a step, TFLOP/s, MFU, GiB and dollars of the four stages: {NOT_MEASURED}."
+    stages, columns = figures.stages(), ("images/s", STEP, "TFLOP/s", "MFU", "GiB", "$ a million", "$ the stage")
+    lines = [["bfloat16, xl_2, made-up data", "images at once", *columns]]
+    for stage in stages:
+        lines.append(_line(stage_name(stage.config), stage.measured and stage.measured.row, columns))
+    images = ", ".join(f"{stage.images / 1e6:,.0f} M" for stage in stages)
+    lines.append([f"the recipe: {images} images", *[""] * len(columns), _recipe_dollars(stages)])
+    return f"{figures.source}.\n\n{table(lines)}"
+
+
 def _settings(figures: Figures, beside: Path) -> str:
-    first = stage_name(load_config(CONFIGS / f"{STAGES[0]}.toml"))
-    found = [row for row in figures.measured("stage") if row.name == first]
-    columns = ("images/s", STEP, "TFLOP/s", "GiB")
-    lines = []
+    if not figures.throughput:
+        return f"Stage 1 under ZeRO-1 and ZeRO-2, compiled, in plain PyTorch, in float8: {NOT_MEASURED}."
+    first, columns = stage_name(load_config(CONFIGS / f"{STAGES[0]}.toml")), ("images/s", STEP, "TFLOP/s", "GiB")
+    lines = [[f"{first}, bfloat16", "images at once", *columns]]
     for way, fits in WAYS.items():
-        of_way = [row for row in found if fits(row.setting)]
-        if not of_way:
-            lines.append([way, "", NOT_MEASURED, *[""] * (len(columns) - 1)])
-        for row in of_way:
-            size = f"{row.setting.micro_batch}"
-            told = [row.problem, "", "", ""] if row.problem else _cells(row, *columns)
-            lines.append([way, size, *told])
-    return _table([f"{first}, bfloat16", "images at once", *columns], *lines)
+        found = [row for row in figures.of_kind("stage") if row.name == first and fits(row.setting)]
+        lines += [_line(way, row, columns) for row in found or [None]]
+    return table(lines)
+
+
+def _line(name: str, row: BenchmarkRow | None, columns: Sequence[str]) -> list[str]:
+    """A table's line: a row's micro-batch and cells, or why there are none."""
+    size = f"{row.setting.micro_batch}" if row else ""
+    if row is None or row.problem:
+        return [name, size, (row and row.problem) or NOT_MEASURED, *[""] * (len(columns) - 1)]
+    return [name, size, *_cells(row, *columns)]
+
+
+def _cells(row: BenchmarkRow, *columns: str) -> list[str]:
+    return [COLUMNS[column](row, PRICES) for column in columns]
+
+
+def _recipe_dollars(stages: Sequence[Stage]) -> str:
+    if not all(stage.measured for stage in stages):
+        return NOT_MEASURED
+    hours = sum(stage.gpu_hours for stage in stages)
+    return " / ".join(f"{hours * price:,.0f}" for price in PRICES)
 
 
 def _profile(figures: Figures, beside: Path) -> str:
-    found = [row for row in figures.measured("profile") if row.profile]
-    if not found:
+    found = next((row for row in figures.of_kind("profile") if row.profile), None)
+    if found is None:
         return f"Where a step goes: {NOT_MEASURED}."
-    pictures = [name for name in ("step_time.png", "roofline.png") if (beside / name).exists()]
-    shown = "\n".join(f"![{name.removesuffix('.png').replace('_', ' ')}]({beside.name}/{name})" for name in pictures)
-    profile = found[0].profile.model_copy(update={"trace": None})
-    return f"```\n{summary(found[0].with_(profile=profile))}\n```" + (f"\n\n{shown}" if shown else "")
+    without_trace = found.with_(profile=found.profile.model_copy(update={"trace": None}))
+    return f"```\n{summary(without_trace)}\n```" + _pictures(beside, "step_time.png", "roofline.png")
+
+
+def _pictures(beside: Path, *names: str) -> str:
+    """Links to those of the pictures that are there."""
+    there = [name for name in names if (beside / name).exists()]
+    links = "\n".join(f"![{name.removesuffix('.png').replace('_', ' ')}]({beside.name}/{name})" for name in there)
+    return f"\n\n{links}" if links else ""
 
 
 def _kernels(figures: Figures, beside: Path) -> str:
-    measured = [row for row in figures.rows("kernels") if row["measured"]]
-    if not measured:
+    report = figures.reports.get("kernels", {"rows": []})
+    largest: dict[str, comparison.Row] = {}
+    for row in sorted(report["rows"], key=lambda row: -row["share"]):
+        if row["measured"]:
+            largest.setdefault(row["op"], row)
+    if not largest:
         return (
             "On a GPU: not measured. No kernel has run on one yet; `auto`, with its check, is what keeps a surprise "
             "away from a run."
         )
-    largest: dict[str, Row] = {}
-    for row in sorted(measured, key=lambda row: -row["share"]):
-        largest.setdefault(row["op"], row)
-    report = figures.reports["kernels"]
     ceilings = ", ".join(f"{value:,.0f} {name}" for name, value in report["ceilings"].items())
-    return "\n\n".join(
-        [
-            f"{_where(figures)}, {report['settings']['dtype']}; the largest copy and matmul reach {ceilings}.",
-            comparison.summary(report["rows"]),
-            "The largest row of each op:",
-            "\n".join([comparison.HEADER, *map(comparison.line, largest.values())]),
-        ]
-    )
+    parts = [f"{figures.source}, {report['settings']['dtype']}; the largest copy and matmul reach {ceilings}."]
+    parts += [comparison.summary(report["rows"]), "The largest row of each op:"]
+    return "\n\n".join([*parts, "\n".join([comparison.HEADER, *map(comparison.line, largest.values())])])
 
 
 def _reductions(figures: Figures, beside: Path) -> str:
-    found = figures.rows("reductions")
-    if not found:
+    if (report := figures.reports.get("reductions")) is None:
         return "Sums of weight gradients in float32 instead of bfloat16: not measured."
-    reduced, exact = (sum(row["calls"] * row[way]["ms"] for row in found) for way in ("reduced", "exact"))
-    errors = [max(row[way]["error"] for row in found) for way in ("reduced", "exact")]
-    settings = figures.reports["reductions"]["settings"]
+    reduced, exact = (sum(row["calls"] * row[way]["ms"] for row in report["rows"]) for way in ("reduced", "exact"))
+    errors = [max(row[way]["error"] for row in report["rows"]) for way in ("reduced", "exact")]
+    settings = report["settings"]
     return (
         f"Sums of weight gradients in float32 instead of bfloat16, {settings['micro_batch']} images of "
         f"`{settings['recipe']}`: {exact:.2f} ms a micro-batch instead of {reduced:.2f}; the largest error is "
@@ -290,22 +244,15 @@ def _training(figures: Figures, beside: Path) -> str:
     losses = [line for line in figures.metrics if "loss" in line]
     if not losses:
         return "Training on emoji scenes: not measured."
-    seconds = sum(line["step_seconds"] * steps for line, steps in zip(losses, _steps(losses)))
+    steps = [after - before for before, after in pairwise([0, *(line["step"] for line in losses)])]
+    seconds = sum(line["step_seconds"] * count for line, count in zip(losses, steps))
     validation = [line["validation_loss"] for line in figures.metrics if "validation_loss" in line]
     told = f", validation loss {validation[0]:.4f} to {validation[-1]:.4f}" if validation else ""
-    pictures = [name for name in (SAMPLES, "losses.png") if (beside / name).exists()]
-    shown = "\n".join(f"![training on emoji scenes]({beside.name}/{name})" for name in pictures)
-    rate, steps = max(line["images_per_second"] for line in losses), losses[-1]["step"]
+    rate = max(line["images_per_second"] for line in losses)
     return (
-        f"Training on emoji scenes (the model of `emoji_64`, 4,000 scenes of 200 objects): {steps:,} steps in "
-        f"{seconds:,.0f} s of training, {rate:,.0f} images/s at best{told}." + (f"\n\n{shown}" if shown else "")
-    )
-
-
-def _steps(losses: Sequence[dict[str, Any]]) -> list[int]:
-    """Steps that each line is the report of."""
-    numbers = [line["step"] for line in losses]
-    return [number - before for number, before in zip(numbers, [0, *numbers])]
+        f"Training on emoji scenes (the model of `emoji_64`, 3,500 scenes of 200 objects): {sum(steps):,} steps in "
+        f"{seconds:,.0f} s of training, {rate:,.0f} images/s at best{told}."
+    ) + _pictures(beside, SAMPLES, "losses.png")
 
 
 REGIONS: dict[str, Callable[[Figures, Path], str]] = {
