@@ -6,12 +6,15 @@ never from above and never from a neighbour; imports inside functions count like
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+
+import mdit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -336,6 +339,13 @@ def test_no_file_is_called_after_nothing():
     nothing = {"utils", "util", "misc", "helpers", "helper", "common"}
     named = [path for path in python_files() if nothing & set(path.removesuffix(".py").split("/"))]
     assert not named
+
+
+def test_what_is_said_twice_agrees():
+    """The drawing and its script, the version and the one to cite."""
+    drawing = ROOT / "docs/pictures/architecture.svg"
+    assert runpy.run_path(str(drawing.with_suffix(".py")))["draw"]() == drawing.read_text(encoding="utf-8")
+    assert f"\nversion: {mdit.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_readme_is_read_in_one_sitting():
