@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,10 +14,10 @@ PACKAGES = ("torch", "deepspeed", "triton", "transformers", "numpy")
 COMMIT = "MDIT_COMMIT"  # environment variable: the commit, where git cannot say it (a container, a wheel)
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Versions of mdit, Python and the packages that results depend on, as far as they are installed."""
     found = {"mdit": mdit.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

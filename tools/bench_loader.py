@@ -18,7 +18,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,9 +27,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +39,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from mdit import cli
+from mdit.bench.report import environment, table
 from mdit.config import UserError
 from mdit.data.loader import build_loader, choose_engine
 from mdit.data.manifest import MANIFEST, Layout
@@ -49,13 +47,13 @@ from mdit.data.order import GlobalOrder
 from mdit.data.quantise import dequantise
 from mdit.data.shards import open_dataset
 from mdit.data.writer import ShardWriter
-from mdit.dist import cores
 from mdit.files import try_to_write, write_json
-from mdit.provenance import commit
+from mdit.provenance import package_versions
 
 SHARD_BYTES = 64 * 10**6
 WORKERS, SHUFFLE = 2, 1000
 WARM_UP = 4  # batches
+READERS = ("numpy", "xxhash", "webdataset", "nvidia-dali-cuda130")
 LARGE_SET = [6000] * 6167  # samples of its shards: 37 million
 
 
@@ -84,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         read_back(directory)
         bench = Bench(str(directory), args.batch_size, args.seconds, args.device)
         report = {
-            "machine": describe_machine(args.device),
+            "environment": environment(torch.device(args.device)).model_dump() | package_versions(READERS),
             "settings": {name: str(value) for name, value in vars(args).items()},
             "contenders": compare(args.contenders, bench, args.repeats),
             "checksum": checksum_cost(directory),
@@ -269,34 +267,14 @@ def order_cost(batch_size: int) -> dict[str, float]:
     return {"samples": order.samples, "seek_ms": 1e3 * seek, "batch_us": 1e6 * seconds / len(following)}
 
 
-def describe_machine(device: str) -> dict[str, str]:
-    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line for line in cpus if line.startswith("model name")), ": ?")
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "xxhash", "webdataset", "nvidia-dali-cuda130"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "cpu": f"{cpu.split(': ')[1]}, {cores()} cores",
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
-        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit() or "unknown",
-    }
-
-
 def print_report(report: dict) -> None:
-    for name, value in report["machine"].items():
-        print(f"{name}: {value}")
-    print("\n| | samples/s | CPU us/sample | x bound | first batch ms | peak MiB |\n|---|---|---|---|---|---|")
+    print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()) + "\n")
     bound = report["contenders"].get("memmap", {"cpu_us": math.nan})["cpu_us"]
+    lines = [["", "samples/s", "CPU us/sample", "x bound", "first batch ms", "peak MiB"]]
     for name, found in report["contenders"].items():
-        print(
-            f"| {name} | {found['samples_per_second']:,.0f} | {found['cpu_us']:.1f} | {found['cpu_us'] / bound:.2f} "
-            f"| {found['first_batch_ms']:.0f} | {found['peak_mib']:.0f} |"
-        )
+        lines += [[name, f"{found['samples_per_second']:,.0f}", f"{found['cpu_us']:.1f}"]]
+        lines[-1] += [f"{found['cpu_us'] / bound:.2f}", f"{found['first_batch_ms']:.0f}", f"{found['peak_mib']:.0f}"]
+    print(table(lines))
     checksum, order = report["checksum"], report["order"]
     share = 100 * checksum["xxh3_us"] / checksum["read_us"]
     print(f"\nchecksums: {checksum['xxh3_us']:.1f} of {checksum['read_us']:.1f} us a sample and thread ({share:.0f} %)")

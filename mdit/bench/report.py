@@ -51,7 +51,7 @@ def environment(device: torch.device, gpus: int = 1) -> Environment:
     machine, versions = machine_of(device), package_versions()
     return Environment(
         gpu=device_name(device),
-        cpu=f"{platform.machine()}, {cores()} cores",
+        cpu=f"{cpu_model()}, {cores()} cores",
         gpus=gpus,
         peak_tflops=machine.peak / 1e12 if machine else None,
         bandwidth_gbs=machine.memory / 1e9 if machine else None,
@@ -62,6 +62,13 @@ def environment(device: torch.device, gpus: int = 1) -> Environment:
         commit=commit() or "unknown",
         date=datetime.now(UTC).date().isoformat(),
     )
+
+
+def cpu_model() -> str:
+    """The CPU's name, on Linux; elsewhere its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Report(Section):

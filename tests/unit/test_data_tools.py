@@ -85,7 +85,7 @@ def test_the_report(tmp_path, capsys):
     report, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
     assert report["contenders"]["memmap"]["samples_per_second"] > 0
     assert "| memmap |" in printed and "checksums: " in printed and "37,002,000 samples" in printed
-    assert report["machine"]["commit"] in printed
+    assert report["environment"]["commit"] in printed
 
 
 def test_a_killed_reader_is_one_line(directory, monkeypatch, capfd):
