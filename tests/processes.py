@@ -69,28 +69,33 @@ def run_forked(
 
     Raises AssertionError, with the output so far, when they have not ended after `timeout` seconds.
     """
-    payload = pickle.dumps((function, args))  # by value: torch would send tensors to processes as shared memory
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes > 1 else None
     with TemporaryDirectory() as folder:
         logs = [Path(folder, str(rank)) for rank in range(processes)]
-        children = [
-            fork_server().Process(
-                target=_child, args=(log, _environment(rank, processes, store, env), timeout, payload)
-            )
-            for rank, log in enumerate(logs)
-        ]
+        children = []
         try:
-            for child in children:
-                child.start()
+            for rank, log in enumerate(logs):
+                environment = _environment(rank, processes, store, env)
+                children.append(start_forked(function, *args, environment=environment, log=log, timeout=timeout))
             returncode = _wait(children, timeout)
         finally:
             for child in children:
-                if child.pid is not None:
-                    child.kill()
-                    child.join()
+                child.kill()
+                child.join()
         output = "".join(log.read_text(errors="replace") for log in logs if log.exists())
     assert returncode is not None, f"{output}\nnot done after {timeout} seconds"
     return Ended(returncode, output)
+
+
+def start_forked(
+    function: Callable, *args, environment: Mapping[str, str] | None = None, log: Path, timeout: float = 280
+) -> BaseProcess:
+    """Call a top-level function in a new process, which writes to `log`; without `environment`, alone in this one's."""
+    payload = pickle.dumps((function, args))  # by value: torch would send tensors to processes as shared memory
+    environment = _environment(0, 1, None, None) if environment is None else environment
+    child = fork_server().Process(target=_child, args=(log, environment, timeout, payload))
+    child.start()
+    return child
 
 
 def _environment(rank: int, processes: int, store: TCPStore | None, env: Mapping[str, str] | None) -> dict[str, str]:
@@ -103,7 +108,7 @@ def _environment(rank: int, processes: int, store: TCPStore | None, env: Mapping
     return {**os.environ, **EACH, **meeting, **(env or {})}
 
 
-def _child(log: Path, environment: dict[str, str], timeout: float, payload: bytes) -> None:
+def _child(log: Path, environment: Mapping[str, str], timeout: float, payload: bytes) -> None:
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)

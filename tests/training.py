@@ -6,16 +6,17 @@ import pickle
 import runpy
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch.distributed
 
+from mdit import meeting
 from mdit.data.writer import ShardWriter
 from mdit.dist import identify
-from mdit.meeting import start
-from tests.processes import run_forked
+from tests.processes import run_forked, start_forked
 from tests.recipes import tiny_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -97,6 +98,12 @@ def attempt(
     return ended.returncode, ended.output
 
 
+def start(recipe: Path, ds_json: Path, run_dir: Path) -> BaseProcess:
+    """The launcher in a forked process of its own, which is not waited for."""
+    _, script, *arguments = command(recipe, ds_json, run_dir)
+    return start_forked(_launch, script, arguments, log=run_dir.with_suffix(".log"))
+
+
 def _launch(script: str, arguments: list[str]) -> None:
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
@@ -125,7 +132,7 @@ def run_in_processes(function: Callable, processes: int, *args, timeout: float =
 
 def _in_group(function: Callable, args: tuple, folder: str) -> None:
     world = identify()
-    start(world)
+    meeting.start(world)
     answer = function(world, *args)
     Path(folder, str(world.rank)).write_bytes(pickle.dumps(answer))
     torch.distributed.destroy_process_group()

@@ -1,10 +1,10 @@
 """The same command again goes on where the run stopped, whatever stopped it."""
 
 import json
+import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mdit.checkpoint.training_state import complete_checkpoints
-from tests.training import attempt, command, environment, read_metrics, train, write_ds_json, write_recipe
+from tests.training import attempt, read_metrics, start, train, write_ds_json, write_recipe
 
 STEPS, EVERY = 60, 4
 
@@ -57,15 +57,15 @@ def test_killed_at_random_moments(undisturbed, tmp_path):
     recipe, ds_json, expected = undisturbed
     run, rng, kills = tmp_path / "run", random.Random(0), 0
     while kills < 3:
-        process = subprocess.Popen(command(recipe, ds_json, run), env=environment(), stderr=subprocess.DEVNULL)
+        process = start(recipe, ds_json, run)
         lines = steps_done(run)
-        while steps_done(run) <= lines and process.poll() is None:  # until it has gone on a little further
+        while steps_done(run) <= lines and process.exitcode is None:  # until it has gone on a little further
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is not None:
+        if process.exitcode is not None:
             break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         kills += 1
     assert kills > 0
     train(recipe, ds_json, run)
@@ -75,11 +75,12 @@ def test_killed_at_random_moments(undisturbed, tmp_path):
 def test_stop_signal_leaves_a_checkpoint(undisturbed, tmp_path):
     recipe, ds_json, expected = undisturbed
     run = tmp_path / "run"
-    process = subprocess.Popen(command(recipe, ds_json, run), env=environment(), stderr=subprocess.DEVNULL)
-    while steps_done(run) < 2 and process.poll() is None:
+    process = start(recipe, ds_json, run)
+    while steps_done(run) < 2 and process.exitcode is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=60) == 0
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(60)
+    assert process.exitcode == 0
     stopped_at = json.loads((complete_checkpoints(run / "checkpoints")[0] / "state.json").read_text())["step"]
     assert 0 < stopped_at < STEPS
     assert f"resuming at step {stopped_at}" in train(recipe, ds_json, run)
