@@ -25,96 +25,95 @@ as it comes. With --expert_layer: our layers of experts against the one-hot form
 """
 
 import argparse
+import copy
 import importlib.util
 import inspect
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mdit import cli
-from mdit.bench import one_hot
+from mdit.bench.baseline import BASELINE, OURS, PACES, BaselineComparison
 from mdit.bench.contenders import PRECISIONS, Baseline, Contender, in_one_line
-from mdit.bench.contest import BASELINE, OURS, PACES, Contest
-from mdit.config import ModelConfig, TrainConfig, UserError, kept_tokens, load_config
+from mdit.bench.report import table
+from mdit.config import CONFIGS, ModelConfig, TrainConfig, UserError, kept_tokens, load_config
 from mdit.dist import identify
 from mdit.files import try_to_write
 from mdit.kernels.choice import choose_kernels
-from mdit.models import MicroDiT, presets
+from mdit.kernels.expert_choice.reference import one_hot_expert_choice
+from mdit.models import MicroDiT, meta_model, presets
+from mdit.models.moe import ExpertChoice
 from mdit.parallel.settings import AUTO_TOKENS
 
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "res_256_pretrain.toml"
 MODES = ("eager", "compiled")
 CPU_MICRO_BATCH = 8
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(parse_arguments(arguments))
+    args = parse_arguments(arguments)
+    config, world = resolve(args), identify()
+    precision = args.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rounds = args.rounds or PACES[world.device.type].rounds
+    kernels, why = choose_kernels(args.kernels, world.device, dtype, config.model.head_dim, "--kernels")
+    if args.expert_layer is not None:
+        model = with_tokens(config.model, args.expert_layer)
+        return compare_expert_layers(model, args.micro_batch or 1, world.device, dtype, rounds)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        try_to_write(args.out / "baseline.json")
+    theirs = precision if precision == "fp32" else {"amp": "amp", "pure": "bf16"}[args.baseline_precision]
+    model = load_baseline(args.baseline, config.model)
+    baseline = Baseline(f"--baseline {args.baseline}", model, config, world.device, theirs)
+    baseline.check()
+    torch.manual_seed(config.seed)
+    ours = Contender(OURS, MicroDiT(config.model), config, world.device, precision)
+    print(f"ours: {PRECISIONS[ours.precision]}; in Triton: {', '.join(sorted(kernels)) or 'nothing'} ({why})")
+    print(f"baseline: {args.baseline}, {PRECISIONS[baseline.precision]}")
+    options = {name: getattr(args, name) for name in ("micro_batch", "max_micro_batch", "modes", "budget_s", "out")}
+    BaselineComparison({OURS: ours, BASELINE: baseline}, world, sorted(kernels), rounds=rounds, **options).run()
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--baseline", metavar="FILE.py:FACTORY", help="what gives the other model")
-    add("--recipe", type=Path, default=RECIPE, help="default: configs/res_256_pretrain.toml")
+    add("--recipe", type=Path, default=CONFIGS / "res_256_pretrain.toml", help="default: configs/res_256_pretrain.toml")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
     add("--preset", choices=("xl_2", "tiny_2"), help="this model instead of the recipe's")
     add("--mask_ratio", type=float, help="instead of the recipe's")
-    add("--micro_batch", type=int, help=f"of the first pairings; default: {AUTO_TOKENS} kept tokens, on a CPU 8 images")
-    add("--max_micro_batch", type=int, help="where the search ends; default: 2048, on a CPU --micro_batch")
+    add(
+        "--micro_batch",
+        type=cli.whole(1),
+        help=f"of the first pairings; default: {AUTO_TOKENS} kept tokens, on a CPU 8 images",
+    )
+    add("--max_micro_batch", type=cli.whole(1), help="where the search ends; default: 2048, on a CPU --micro_batch")
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--precision", choices=("bf16", "fp32"), help="default: bf16, on a CPU fp32")
     add("--baseline_precision", choices=("amp", "pure"), default="amp", help="of the baseline in bf16; default: amp")
     add("--kernels", choices=("auto", "reference", "triton"), default="auto", help="of our model; default: auto")
-    add("--rounds", type=int, help="turns of each; default: 3, on a CPU 5")
+    add("--rounds", type=cli.whole(1), help="turns of each; default: 3, on a CPU 5")
     add("--out", type=Path, metavar="DIR", help="for baseline.json")
-    add("--budget_s", type=float, default=480, help="nothing is begun that would not end in time; default: 480")
+    add("--budget_s", type=cli.positive, default=480.0, help="nothing begins that would not end in time; default: 480")
     add(
-        "--expert_layer", type=int, metavar="TOKENS", help="our expert layers against the one-hot form, and no baseline"
+        "--expert_layer",
+        type=cli.whole(1),
+        metavar="TOKENS",
+        help="expert layers against their one-hot form, no baseline",
     )
     args = parser.parse_args(arguments)
     if (args.baseline is None) == (args.expert_layer is None):
         parser.error("expected --baseline FILE.py:FACTORY, or --expert_layer TOKENS")
-    for name in ("micro_batch", "max_micro_batch", "rounds", "budget_s", "expert_layer"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            parser.error(f"--{name} {value}: expected more than 0")
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    config, world = settle(args), identify()
-    on_gpu = world.device.type == "cuda"
-    precision = args.precision or ("bf16" if on_gpu else "fp32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    rounds = args.rounds or PACES[world.device.type].rounds
-    kernels, why = choose_kernels(args.kernels, world.device, dtype, config.model.head_dim, "--kernels")
-    if args.expert_layer is not None:
-        print(one_hot.HEADER)
-        model, images = with_tokens(config.model, args.expert_layer), args.micro_batch or 1
-        for line in one_hot.lines(model, images, world.device, dtype, rounds):
-            print(line, flush=True)
-        return
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        try_to_write(args.out / "baseline.json")
-    theirs = precision if precision == "fp32" else {"amp": "amp", "pure": "bf16"}[args.baseline_precision]
-    baseline = Baseline(
-        f"--baseline {args.baseline}", load_baseline(args.baseline, config.model), config, world.device, theirs
-    )
-    baseline.check()
-    baseline.leave()
-    torch.manual_seed(config.seed)
-    ours = Contender(OURS, MicroDiT(config.model), config, world.device, precision)
-    print(f"ours: {PRECISIONS[ours.precision]}; in Triton: {', '.join(sorted(kernels)) or 'nothing'} ({why})")
-    print(f"baseline: {args.baseline}, {PRECISIONS[baseline.precision]}")
-    options = {name: getattr(args, name) for name in ("micro_batch", "max_micro_batch", "modes", "budget_s", "out")}
-    Contest({OURS: ours, BASELINE: baseline}, world, sorted(kernels), rounds=rounds, **options).run()
-
-
-def settle(args: argparse.Namespace) -> TrainConfig:
+def resolve(args: argparse.Namespace) -> TrainConfig:
     """The recipe as the options change it; `--micro_batch` and `--max_micro_batch` too."""
     overrides = [*args.set] + ([] if args.mask_ratio is None else [f"training.mask_ratio={args.mask_ratio}"])
     config = load_config(args.recipe, overrides)
@@ -135,8 +134,54 @@ def with_tokens(model: ModelConfig, tokens: int) -> ModelConfig:
     return model.model_copy(update={"latent_size": isqrt(tokens) * model.patch_size})
 
 
+def compare_expert_layers(
+    config: ModelConfig, images: int, device: torch.device, dtype: torch.dtype, repeats: int
+) -> None:
+    """Print, for every width of the model's expert layers, what moving tokens by index spares: medians of `repeats`.
+
+    Both forms multiply the chosen tokens by the experts' matrices. One-hot adds 8 T / 12 F of their FLOPs to move the
+    tokens (T tokens of an image, F the experts' width), so narrow layers and large images gain the most.
+    """
+    experts = [(name, part) for name, part in meta_model(config).named_modules() if isinstance(part, ExpertChoice)]
+    lines = [["layer of experts", "forward, by index ms", "one-hot ms", "ratio"]]
+    lines[0] += ["forward and backward, by index ms", "one-hot ms", "ratio"]
+    for (place, shape), part in {(name.split(".")[0], part.w1.shape): part for name, part in experts}.items():
+        layer = copy.deepcopy(part).to_empty(device=device).to(dtype)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        x_NTD = torch.randn(images, config.num_patches, shape[1], device=device, dtype=dtype, requires_grad=True)
+        turns = [[milliseconds(form, layer, x_NTD) for form in (by_index, one_hot)] for _ in range(1 + repeats)]
+        lines.append([f"{place}, T = {config.num_patches}, F = {shape[2]}"])
+        for times in zip(*(zip(*form) for form in zip(*turns[1:]))):  # the first turn warms up
+            ours, theirs = map(statistics.median, times)
+            lines[-1] += [f"{ours:.3g}", f"{theirs:.3g}", f"{theirs / ours:.2f}"]
+    print(table(lines))
+
+
+def by_index(layer: ExpertChoice, x_NTD: Tensor) -> Tensor:
+    return layer(x_NTD)
+
+
+def one_hot(layer: ExpertChoice, x_NTD: Tensor) -> Tensor:
+    count = layer.tokens_per_expert(x_NTD.shape[1])
+    return one_hot_expert_choice(x_NTD, layer.gate.weight, layer.w1, layer.w2, count)
+
+
+def milliseconds(form: Callable, layer: ExpertChoice, x_NTD: Tensor) -> tuple[float, float]:
+    """Milliseconds of forward, and of forward and backward."""
+    wait = torch.cuda.synchronize if x_NTD.is_cuda else lambda: None
+    wait()
+    started = time.perf_counter()
+    output = form(layer, x_NTD)
+    wait()
+    forward = time.perf_counter() - started
+    torch.autograd.grad(output, (x_NTD, *layer.parameters()), torch.ones_like(output))
+    wait()
+    return 1e3 * forward, 1e3 * (time.perf_counter() - started)
+
+
 def load_baseline(spec: str, model: ModelConfig) -> nn.Module:
-    """What FACTORY of FILE.py gives. Raises UserError, naming both, for whatever is wrong with them."""
+    """The model that FACTORY of FILE.py makes. Raises UserError, naming both, for whatever is wrong with them."""
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not file or not path.is_file():

@@ -8,14 +8,13 @@
 No ZeRO and one micro-batch: an optimizer step is the same work for all. What waits for its turn leaves the device.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mdit.bench.as_published import blocks_of, compiling
+from mdit.bench.as_published import blocks_of
 from mdit.bench.batches import MadeUp
 from mdit.bench.clock import Marks
 from mdit.bench.trial import give_back_memory
@@ -24,6 +23,7 @@ from mdit.diffusion.edm import Draw, denoise, draw, edm_loss
 from mdit.dist import World
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings
+from mdit.train.metrics import memory_gib
 
 Precision = Literal["fp32", "bf16", "amp"]
 PRECISIONS = {
@@ -31,11 +31,10 @@ PRECISIONS = {
     "bf16": "bfloat16 weights, float32 masters",
     "amp": "float32 weights, autocast to bfloat16",
 }
-LOSSES = 10  # of the first steps that a report keeps
 
 
 class Contender:
-    """`losses` are those of all its steps so far, not waited for."""
+    """A model that trains. `losses` are those of all its steps so far, not waited for."""
 
     def __init__(
         self, name: str, model: nn.Module, config: TrainConfig, device: torch.device, precision: Precision
@@ -43,20 +42,20 @@ class Contender:
         self.name, self.config, self.device, self.precision = name, config, device, precision
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model = model.to(self.dtype)
-        self.parameters = sum(p.numel() for p in model.parameters())
         self.losses: list[Tensor] = []
         self.optimizer: torch.optim.AdamW | None = None
         self._data: dict[int, tuple[TrainConfig, MadeUp]] = {}
 
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The modules that are compiled one by one: blocks, as a run with "compile": true does it."""
+        return blocks_of(self.model)
+
     def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, drawn: Draw) -> Tensor:
         return edm_loss(self.model, latents_NCHW, captions_NLC, drawn, self.config.noise.sigma_data)
 
-    def compiling(self, backend: str | Callable) -> AbstractContextManager[None]:
-        """As a run with "compile": true does it: block by block."""
-        return compiling(blocks_of(self.model), backend)
-
-    def arrive(self) -> None:
-        """On the device, with a new optimizer."""
+    def to_device(self) -> None:
+        """Move to the device, with a new optimizer."""
         self.model.to(self.device)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.masters = self.weights
@@ -66,12 +65,28 @@ class Contender:
         options = dict(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
         self.optimizer = torch.optim.AdamW(self.masters, **options, fused=True)
 
-    def leave(self) -> None:
-        """To host memory, so that the device is the other's."""
+    def to_host(self) -> None:
+        """Move to host memory, so that the device is the other's."""
         self.optimizer, self.weights, self.masters = None, [], []
         self.model.zero_grad(set_to_none=True)
         self.model.to("cpu")
         give_back_memory()
+
+    def measure(self, micro_batch: int, warm_up: int, steps: int) -> tuple[list[dict[str, float]], float]:
+        """Train -> the milliseconds of every step behind the first `warm_up`, and the peak in GiB."""
+        on_gpu, marks = self.device.type == "cuda", Marks(self.device)
+        if self.optimizer is None:
+            self.to_device()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for _ in range(warm_up):
+            self.step(micro_batch, marks)
+        wait = torch.cuda.synchronize if on_gpu else lambda: None
+        wait()
+        marks.begin()
+        for _ in range(steps):
+            self.step(micro_batch, marks)
+        return marks.end(wait), memory_gib(self.device)
 
     def step(self, micro_batch: int, marks: Marks) -> None:
         config, batches = self.data(micro_batch)
@@ -94,10 +109,6 @@ class Contender:
             here = ParallelPlan(World(rank=0, size=1, local_rank=0, device=self.device))
             self._data = {micro_batch: (config, MadeUp(config, RunSettings(), here))}
         return self._data[micro_batch]
-
-    def first_losses(self) -> list[float]:
-        """Waits for the device."""
-        return torch.stack(self.losses[:LOSSES]).tolist() if self.losses else []
 
     @torch.no_grad()
     def update(self) -> None:
@@ -126,6 +137,10 @@ class Baseline(Contender):
         # It draws its own mask: none is drawn for it.
         self.config = config.model_copy(update={"training": config.training.model_copy(update={"mask_ratio": 0.0})})
 
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.model]
+
     def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, drawn: Draw) -> Tensor:
         """As `edm_loss`, with the patches that the model has kept."""
         sigma_data, latents = self.config.noise.sigma_data, latents_NCHW.float()
@@ -153,19 +168,9 @@ class Baseline(Contender):
             answer = self.model(x_NCHW.to(self.dtype), sigma_N, captions_NLC.to(self.dtype), self.mask_ratio)
         return answer if isinstance(answer, tuple) else (answer, None)
 
-    @contextmanager
-    def compiling(self, backend: str | Callable) -> Iterator[None]:
-        """As a whole."""
-        try:
-            self.model.compile(backend=backend, dynamic=False)
-            yield
-        finally:
-            self.model._compiled_call_impl = None
-            torch.compiler.reset()
-
     def check(self) -> None:
         """Raise UserError, naming the model, unless it trains on two images and answers in the documented shapes."""
-        self.arrive()
+        self.to_device()
         batch = next(self.data(2)[1])
         sigma_N, tokens = torch.ones(2, device=self.device), (2, self.config.model.num_patches)
         try:
@@ -173,13 +178,12 @@ class Baseline(Contender):
         except Exception as error:  # of code that is not ours
             raise UserError(f"{self.name}: raised {in_one_line(error)}") from None
         for what, found, expected in (("output", output, tuple(batch.latents_NCHW.shape)), ("mask", dropped, tokens)):
-            if what == "mask" and found is None:
-                continue
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            if shape != expected:
+            if shape != expected and not (what == "mask" and found is None):
                 raise UserError(f"{self.name}: its {what} is {shape}, expected {expected}")
         if not output.requires_grad:
             raise UserError(f"{self.name}: its output has no gradient, so there is nothing to train")
+        self.to_host()
 
 
 def in_one_line(error: Exception) -> str:

@@ -266,15 +266,19 @@ def one_line(row: BenchmarkRow) -> str:
         return f"{which}: {row.problem}"
     mfu = "" if row.mfu is None else f", MFU {row.mfu:.1%}"
     rate, ms = row.figures.images_per_second, row.figures.milliseconds.step
-    return f"{which}: {rate:,.0f} images/s, {ms:,.1f} ms a step{mfu}"
+    return f"{which}: {_number(rate)} images/s, {ms:,.1f} ms a step{mfu}"
 
 
 # Cells of tables: column -> text of a row with figures, dollars at each of some prices of a GPU-hour.
 
 
+def _number(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
 def _rate(row: BenchmarkRow, prices: Sequence[float]) -> str:
     rate, gpus = row.figures.images_per_second, row.setting.gpus
-    return f"{rate:,.0f}" + (f", {rate / gpus:,.0f} a GPU" if gpus > 1 else "")
+    return _number(rate) + (f", {_number(rate / gpus)} a GPU" if gpus > 1 else "")
 
 
 def _step(row: BenchmarkRow, prices: Sequence[float]) -> str:
@@ -296,7 +300,7 @@ def _or_nothing(value: float | None, form: str) -> str:
 
 
 COLUMNS: dict[str, Callable[[BenchmarkRow, Sequence[float]], str]] = {
-    "": lambda row, prices: row.name,
+    "": lambda row, prices: f"{row.pairing}: {row.name}" if row.pairing else row.name,
     "batch": lambda row, prices: row.batch,
     "images/s": _rate,
     "ms a step = data + forw. + backw. + optim.": _step,

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from mdit import cli
+from mdit.bench.baseline import OURS, BaselineComparison, Entry, Pace, ratios, take_turns
 from mdit.bench.contenders import Baseline, Contender
-from mdit.bench.contest import Figures, Pace, alternate, best_micro_batch, ratios
 from mdit.bench.report import Report
 from mdit.diffusion.edm import draw, edm_loss
+from mdit.dist import World
 from mdit.masking import Mask
 from mdit.models import MicroDiT
 from tests import bench_rows
@@ -75,7 +76,7 @@ def recipe(tmp_path):
 
 def test_both_are_measured_and_their_ratio_is_printed(toy, recipe, tmp_path, capsys):
     asked = ["--baseline", f"{toy}:toy", "--recipe", str(recipe), "--out", str(tmp_path / "out"), "--modes", "eager"]
-    compare_baseline.main([*asked, "--micro_batch", "2", "--max_micro_batch", "4", "--rounds", "2"])
+    compare_baseline.main([*asked, "--micro_batch", "2", "--max_micro_batch", "4", "--rounds", "1"])
     printed = capsys.readouterr().out
     rows = Report.load(tmp_path / "out" / "baseline.json").rows
     assert {row.setting.micro_batch for row in rows} == {2, 4}
@@ -122,7 +123,7 @@ def test_a_baseline_that_does_not_fit_is_told_in_one_line(toy, recipe, capsys, f
         ([], "expected --baseline FILE.py:FACTORY, or --expert_layer TOKENS"),
         (["--baseline", "nowhere.py:toy"], "no such file: nowhere.py"),
         (["--baseline", "toy"], "expected FILE.py:FACTORY"),
-        (["--baseline", "a.py:b", "--micro_batch", "0"], "--micro_batch 0: expected more than 0"),
+        (["--baseline", "a.py:b", "--micro_batch", "0"], "--micro_batch: 0 is not between 1"),
         (["--baseline", "a.py:b", "--mask_ratio", "2"], "training.mask_ratio"),
         (["--baseline", "a.py:b", "--modes", "fast"], "--modes"),
         (["--expert_layer", "1000"], "--expert_layer 1000: expected the tokens of a square image"),
@@ -148,12 +149,11 @@ def test_a_broken_file_and_a_recipe_that_is_not_there(tmp_path, capsys):
 
 def test_expert_layers_against_the_one_hot_form(recipe, capsys):
     compare_baseline.main(["--expert_layer", "64", "--recipe", str(recipe)])
-    header, _, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].split()[:3] for line in lines] == [["mixer", "N1", "T64"], ["backbone", "N1", "T64"]]
-    for line in lines:
-        cells = line.split("|")[2:-1]
-        assert len(cells) == header.count("|") - 2
-        assert float(cells[2]) == pytest.approx(float(cells[1]) / float(cells[0]), rel=0.02)
+    header, _, *lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert [cells[0].split(",")[0].strip() for cells in lines] == ["patch_mixer", "blocks"]
+    for cells in lines:
+        ours, theirs, ratio, *_ = map(float, cells[1:])
+        assert len(cells) == len(header) and ratio == pytest.approx(theirs / ours, rel=0.02)
 
 
 def row(who, mode, pairing, micro_batch, rate, fastest_ms=None, problem=None):
@@ -179,27 +179,29 @@ def test_ratios_of_rows():
     assert "(ours, compiled, 512 images against baseline, compiled, 128 images)" in best
 
 
-def test_the_best_micro_batch():
-    def machine(limit, rate):
-        asked = []
+@pytest.mark.parametrize(
+    "limit, rate, largest, asked",
+    [
+        (64, lambda size: min(size, 32), 256, [8, 16, 32, 64]),  # 64 bring nothing more
+        (64, lambda size: size, 256, [8, 16, 32, 64, 128]),
+        (64, lambda size: size, 16, [8, 16]),
+        (3, lambda size: size, 256, [8, 4, 2]),  # the first that fits
+        (0, lambda size: size, 256, [8, 4, 2, 1]),
+    ],
+)
+def test_the_search_for_a_micro_batch(limit, rate, largest, asked):
+    found = []
 
-        def measure(size):
-            asked.append(size)
-            if size > limit:
-                return f"out of memory at micro-batch {size}"
-            return Figures(size, 1, {"step": 1e3 * size / rate(size)}, 1.0, None)
+    class Machine(BaselineComparison):
+        def measure(self, pairing, turns, pace):
+            ((size, mode),) = turns.values()
+            found.append(size)
+            problem = f"out of memory at micro-batch {size}" if size > limit else None
+            return [row(OURS, mode, pairing, size, None if problem else float(rate(size)), problem=problem)]
 
-        return measure, asked
-
-    measure, asked = machine(64, lambda size: min(size, 32))
-    assert best_micro_batch(measure, 8, 256).micro_batch == 32 and asked == [8, 16, 32, 64]
-    measure, asked = machine(64, lambda size: size)
-    assert best_micro_batch(measure, 8, 256).micro_batch == 64 and asked == [8, 16, 32, 64, 128]
-    assert best_micro_batch(machine(64, lambda size: size)[0], 8, 16).micro_batch == 16
-    measure, asked = machine(3, lambda size: size)
-    assert best_micro_batch(measure, 8, 256).micro_batch == 2 and asked == [8, 4, 2]
-    assert best_micro_batch(machine(0, lambda size: size)[0], 8, 256) is None
-    assert best_micro_batch(lambda size: "ValueError: no", 8, 256) is None
+    options = dict(kernels=[], rounds=1, modes=["eager"], budget_s=60.0)
+    Machine({}, World(0, 1, 0, CPU), micro_batch=8, max_micro_batch=largest, **options).search(OURS, "eager")
+    assert found == asked
 
 
 class Fixed(torch.nn.Module):
@@ -251,7 +253,7 @@ def test_a_plain_step_in_every_precision(precision, weights):
     optim = config.optim
     options = dict(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     optimizer = torch.optim.AdamW(expected.parameters(), **options)
-    figures = alternate([(found, 4)], Pace(rounds=1, warm_up=0, steps=1), compiled=[False])[0]
+    figures = take_turns([Entry(found, 4, False)], Pace(rounds=1, warm_up=0, steps=1))[0]
     config, batches = found.data(4)
     batches.step = 0
     for number in range(2):
@@ -271,33 +273,28 @@ def test_a_plain_step_in_every_precision(precision, weights):
 class Stub:
     """A contender that only counts, and has memory for three images."""
 
-    device = CPU
+    device, losses = CPU, ()
 
     def __init__(self, name, turns):
-        self.name, self.turns, self.optimizer = name, turns, None
+        self.name, self.turns = name, turns
 
-    def arrive(self):
-        self.optimizer = object()
-
-    def leave(self):
-        self.optimizer = None
+    def to_host(self):
         self.turns.append(f"{self.name} leaves")
 
-    def step(self, micro_batch, marks):
+    def measure(self, micro_batch, warm_up, steps):
         if micro_batch > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        self.turns.append(self.name)
-        for phase in ("data", "forward", "backward", "optimizer"):
-            marks.put(phase)
+        self.turns += [self.name] * (warm_up + steps)
+        return [{"data": 0.0, "forward": 1.0, "backward": 2.0, "optimizer": 1.0}] * steps, 0.5
 
 
 def test_they_take_turns_and_go_on_without_one_that_fails():
     turns: list[str] = []
     ours, theirs = Stub("a", turns), Stub("b", turns)
-    found = alternate([(ours, 1), (theirs, 2)], Pace(rounds=3, warm_up=0, steps=1), compiled=[False, False])
+    found = take_turns([Entry(ours, 1, False), Entry(theirs, 2, False)], Pace(rounds=3, warm_up=0, steps=1))
     assert turns == ["a", "a", "b", "b", "b", "a", "a", "b"]  # the first of each is not measured
     assert [figures.steps for figures in found] == [3, 3]
     turns.clear()
-    first, second = alternate([(ours, 4), (theirs, 2)], Pace(rounds=2, warm_up=0, steps=1), compiled=[False, False])
-    assert first == "out of memory at micro-batch 4" and second.micro_batch == 2
+    first, second = take_turns([Entry(ours, 4, False), Entry(theirs, 2, False)], Pace(rounds=2, warm_up=0, steps=1))
+    assert first == "out of memory at micro-batch 4" and second.images_per_second == 500
     assert turns == ["a leaves", "b", "b", "b"]

@@ -1,0 +1,212 @@
+"""Our model against another one, in one process: they train in turn, on the same batches and the same machine.
+
+On a GPU contenders take turns of several steps, and the one that waits leaves the device: its weights wait in host
+memory, masters and moments start anew with its next turn, so that each has all memory when it runs. On a CPU they take
+turns step by step.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mdit.bench.as_published import compiling
+from mdit.bench.clock import median_step
+from mdit.bench.contenders import PRECISIONS, Contender, in_one_line
+from mdit.bench.report import Report, environment
+from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, StepTime, describe, one_line
+from mdit.dist import World
+from mdit.parallel.settings import RunSettings
+
+LOSSES = 10  # of the first steps that a report keeps
+OURS, BASELINE = "ours", "baseline"
+FASTER = 1.02  # twice the micro-batch has to bring so much for the search to go on
+SEARCHED = "search"  # the pairing of rows that stand alone
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Turns of each contender, in each so many steps that are not measured, and that are."""
+
+    rounds: int
+    warm_up: int
+    steps: int
+
+
+PACES = {"cuda": Pace(rounds=3, warm_up=2, steps=5), "cpu": Pace(rounds=5, warm_up=0, steps=1)}
+SEARCH = Pace(rounds=1, warm_up=1, steps=3)
+
+
+class Entry(NamedTuple):
+    """A contender of a pairing, and how it runs there."""
+
+    contender: Contender
+    micro_batch: int
+    compile: bool
+
+
+def take_turns(entries: list[Entry], pace: Pace, backend: str | Callable = "inductor") -> list[Measured | str]:
+    """Figures of each entry, or the problem why there are none: the others go on without it. What is compiled is
+    compiled in the first turn, whose steps may be far from the median, so one more is not measured."""
+    steps: list[list[dict[str, float]]] = [[] for _ in entries]
+    peaks, problems = [0.0] * len(entries), [""] * len(entries)
+    with ExitStack() as stack:
+        for entry in entries:
+            if entry.compile:
+                stack.enter_context(compiling(entry.contender.compiled_parts, backend))
+        for number in range(pace.rounds):
+            for i in range(len(entries))[:: -1 if number % 2 else 1]:
+                contender, micro_batch, _ = entries[i]
+                if problems[i]:
+                    continue
+                try:
+                    found, peak = contender.measure(micro_batch, pace.warm_up + (number == 0), pace.steps)
+                    steps[i], peaks[i] = steps[i] + found, max(peaks[i], peak)
+                except torch.OutOfMemoryError:
+                    problems[i] = f"{OUT_OF_MEMORY} at micro-batch {micro_batch}"
+                except Exception as error:  # whatever a compiler or a driver may say: the others still count
+                    problems[i] = in_one_line(error)
+                if problems[i] or contender.device.type == "cuda":
+                    contender.to_host()
+    return [problem or summed_up(*each) for problem, *each in zip(problems, entries, steps, peaks)]
+
+
+def summed_up(entry: Entry, steps: list[dict[str, float]], peak_gib: float) -> Measured:
+    median, losses = median_step(steps), entry.contender.losses[:LOSSES]
+    return Measured(
+        steps=len(steps),
+        images_per_second=1e3 * entry.micro_batch / median["step"],
+        milliseconds=StepTime(**median),
+        fastest_ms=min(sum(step.values()) for step in steps),
+        peak_gib=peak_gib,
+        losses=tuple(torch.stack(losses).tolist() if losses else ()),
+    )
+
+
+@dataclass
+class BaselineComparison:
+    """Pairings, searches, and a row for everything measured, which goes to `out`/baseline.json and to the screen.
+
+    `kernels`: the ops of our model that run in Triton. In every mode of `modes` ("eager", "compiled") both are measured
+    in turn at `micro_batch`, then each at its doubles up to `max_micro_batch` as long as that brings something; at last
+    both in turn as each was fastest. Nothing is begun that would not end within `budget_s` seconds, as far as what was
+    measured tells.
+    """
+
+    contenders: dict[str, Contender]
+    world: World
+    kernels: list[str]
+    micro_batch: int
+    max_micro_batch: int
+    rounds: int
+    modes: list[str]
+    budget_s: float
+    out: Path | None = None
+    backend: str | Callable = "inductor"
+    started: float = field(default_factory=time.perf_counter)
+    longest: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+
+    def __post_init__(self) -> None:
+        self.report = Report(environment=environment(self.world.device), command=" ".join(sys.argv))
+
+    def run(self) -> None:
+        pace = PACES[self.world.device.type]
+        pace = Pace(self.rounds, pace.warm_up, pace.steps)
+        for mode in self.modes:
+            self.measure(f"same, {mode}", {who: (self.micro_batch, mode) for who in self.contenders}, pace)
+            for who in (BASELINE, OURS):
+                self.search(who, mode)
+        best = {who: found for who in self.contenders if (found := self.best(who))}
+        same = [f"same, {mode}" for mode in self.modes if set(best.values()) == {(self.micro_batch, mode)}]
+        if len(best) == len(self.contenders) and not same:
+            self.measure("best", best, pace)
+        print(self.report.tables(()))
+        print("\n".join([*ratios(self.report.rows), *(f"best: as {name}" for name in same)]))
+
+    def search(self, who: str, mode: str) -> None:
+        """Measure doubles of the micro-batch as long as each is faster than the one before; where the first does not
+        fit into memory, its halves until one does."""
+        rate, size = 0.0, self.micro_batch
+        while 1 <= size <= max(self.micro_batch, self.max_micro_batch):
+            earlier = (row for row in self.report.rows if _which(row) == (who, size, mode))
+            row = next(earlier, None) or self.measure(SEARCHED, {who: (size, mode)}, SEARCH)[0]
+            if row.ran_out_of_memory and not rate:
+                size //= 2
+            elif row.problem or row.figures.images_per_second < FASTER * rate or size < self.micro_batch:
+                return
+            else:
+                rate, size = row.figures.images_per_second, 2 * size
+
+    def best(self, who: str) -> tuple[int, str] | None:
+        """(micro-batch, mode) that was the fastest so far."""
+        measured = [row for row in self.report.rows if row.contender == who and not row.problem]
+        row = max(measured, key=lambda row: row.figures.images_per_second, default=None)
+        return row and _which(row)[1:]
+
+    def measure(self, pairing: str, turns: dict[str, tuple[int, str]], pace: Pace) -> list[BenchmarkRow]:
+        """Measure contenders in turn, each at a micro-batch and in a mode."""
+        before = time.perf_counter()
+        entries = [Entry(self.contenders[who], size, mode == "compiled") for who, (size, mode) in turns.items()]
+        compiled = any(entry.compile for entry in entries)
+        if before - self.started + self.longest[compiled] > self.budget_s:
+            found = [f"no time was left of {self.budget_s:g} s"] * len(entries)
+        else:
+            found = take_turns(entries, pace, self.backend)
+            self.longest[compiled] = max(self.longest[compiled], time.perf_counter() - before)
+        rows = [self.row(pairing, who, *each) for who, *each in zip(turns, entries, found)]
+        for row in rows:
+            print(f"{pairing}: {one_line(row)}", flush=True)
+        self.report.rows.extend(rows)
+        if self.out is not None:
+            self.report.save(self.out / "baseline.json")
+        return rows
+
+    def row(self, pairing: str, who: str, entry: Entry, found: Measured | str) -> BenchmarkRow:
+        contender, size = entry.contender, entry.micro_batch
+        bf16 = {"enabled": contender.precision != "fp32"}
+        row = describe(
+            kind="baseline",
+            name=f"{who}, {'compiled' if entry.compile else 'eager'}",
+            config=self.contenders[OURS].config,
+            settings=RunSettings(compile=entry.compile),
+            ds_config={"train_batch_size": size, "train_micro_batch_size_per_gpu": size, "bf16": bf16}
+            | {"zero_optimization": {"stage": 0}},
+            world=self.world,
+            kernels=self.kernels if who == OURS else [],
+        )
+        setting = row.setting.model_copy(update={"weights": PRECISIONS[contender.precision]})
+        parameters = sum(p.numel() for p in contender.model.parameters())
+        row = row.with_(setting=setting, parameters=parameters, contender=who, pairing=pairing)
+        return row.with_(problem=found) if isinstance(found, str) else row.with_(measured=found)
+
+
+def _which(row: BenchmarkRow) -> tuple[str | None, int, str]:
+    """(contender, micro-batch, mode)"""
+    return row.contender, row.setting.micro_batch, "compiled" if row.setting.compile else "eager"
+
+
+def ratios(rows: Iterable[BenchmarkRow]) -> list[str]:
+    """Our images/s over the baseline's, by the median and by the fastest steps: of every pairing that has both."""
+    pairs: dict[str, dict[str, BenchmarkRow]] = {}
+    for row in rows:
+        if row.pairing != SEARCHED:
+            pairs.setdefault(row.pairing, {})[row.contender] = row
+    lines = []
+    for pairing, pair in pairs.items():
+        ours, theirs = pair[OURS], pair[BASELINE]
+        if ours.problem or theirs.problem:
+            lines.append(f"{pairing}: no ratio, as one of them has no figures")
+            continue
+        ratio = ours.figures.images_per_second / theirs.figures.images_per_second
+        sizes = ours.setting.micro_batch, theirs.setting.micro_batch
+        fastest = sizes[0] / sizes[1] * theirs.figures.fastest_ms / ours.figures.fastest_ms
+        sides = " against ".join(f"{row.name}, {row.setting.micro_batch} images" for row in (ours, theirs))
+        lines.append(
+            f"{pairing}: {ratio:.2f} times the images/s of the baseline, {fastest:.2f} by fastest steps ({sides})"
+        )
+    return lines
