@@ -29,18 +29,20 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = read_prompts(args.prompt, args.prompts_file)
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: must be the name of a .png file")
-    from mdit.checkpoint.snapshot import load_model, load_snapshot
-    from mdit.dist import identify
-    from mdit.encoders import build_text_encoder_from
-    from mdit.eval.samples import draw_pictures, grid, sampling_options, save_png, settle_kernels
+    from mdit.checkpoint.snapshot import load_snapshot
+    from mdit.eval.samples import generate, grid, save_png
     from mdit.files import try_to_write
 
     try_to_write(args.out)
-    snapshot, device = load_snapshot(args.snapshot), identify().device
-    options = sampling_options(snapshot.config, args.guidance, args.num_steps)
-    captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(prompts)
-    model = load_model(snapshot, args.weights, device, settle_kernels(snapshot.config, device))
-    save_png(grid(draw_pictures(snapshot, model, captions_NLC, args.seed, options), prompts), args.out)
+    pictures = generate(
+        load_snapshot(args.snapshot),
+        prompts,
+        guidance=args.guidance,
+        steps=args.num_steps,
+        seed=args.seed,
+        weights=args.weights,
+    )
+    save_png(grid(pictures, prompts), args.out)
     print(args.out)
 
 

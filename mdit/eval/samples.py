@@ -1,19 +1,19 @@
 """Pictures from a network: latents by the EDM sampler, decoded, in a grid with their captions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mdit.checkpoint.snapshot import Snapshot
+from mdit.checkpoint.snapshot import Snapshot, WeightKind, load_model
 from mdit.config import ReportConfig, TrainConfig, UserError, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
 from mdit.diffusion.sampler import heun_sample
-from mdit.dist import logger, work_on
-from mdit.encoders import build_image_encoder
+from mdit.dist import identify, logger, work_on
+from mdit.encoders import build_image_encoder, build_text_encoder_from
 from mdit.eval.lettering import lettering
 from mdit.files import replacing
 from mdit.kernels.choice import choose_kernels
@@ -98,6 +98,27 @@ def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, see
     return to_images(image_encoder, latents_NCHW)
 
 
+def generate(
+    snapshot: Snapshot,
+    prompts: str | Sequence[str],
+    *,
+    guidance: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    weights: WeightKind = "ema",
+) -> list[Image.Image]:
+    """One RGB picture for each prompt, drawn by the model of a snapshot in `steps` steps of the Heun sampler.
+
+    Picture i depends on its prompt, `seed` and i alone. `guidance` (1 is none) and `steps` are the recipe's by default.
+    On this process's GPU where there is one. Raises UserError.
+    """
+    prompts, device = [prompts] if isinstance(prompts, str) else list(prompts), identify().device
+    options = sampling_options(snapshot.config, guidance, steps)
+    captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(prompts)
+    model = load_model(snapshot, weights, device, settle_kernels(snapshot.config, device))
+    return [Image.fromarray(image.numpy()) for image in draw_pictures(snapshot, model, captions_NLC, seed, options)]
+
+
 def require_shape(source: Path, what: str, found: Sequence[int], wanted: tuple[int, ...]) -> None:
     """Raise UserError unless a model, which takes `wanted`, can take what `source` gives."""
     if tuple(found) != wanted:
@@ -109,9 +130,10 @@ def to_uint8(images_NCHW: Tensor) -> Tensor:
     return (images_NCHW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def grid(images_NHWC: Tensor, captions: Sequence[str], columns: int | None = None) -> Image.Image:
-    """One picture of (N, H, W, 3) uint8 pictures, row by row, each above its caption; near a square by default."""
-    pictures = [_enlarged(Image.fromarray(image.numpy())) for image in images_NHWC.cpu()]
+def grid(pictures: Iterable[Image.Image | Tensor], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+    """One picture of many, which may be (H, W, 3) uint8 tensors: row by row, each above its caption; near a square by
+    default."""
+    pictures = [_enlarged(p if isinstance(p, Image.Image) else Image.fromarray(p.cpu().numpy())) for p in pictures]
     font, captions = lettering(list(captions), FONT_SIZE)
     width, height = pictures[0].size
     texts = ["\n".join(wrap(caption, font, width)) for caption in captions]

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from mdit.eval.samples import grid
 from tests.training import REPOSITORY, environment
 
 # The quickstart's own recipe, smaller in every number; its sets are not the checkout's, which `make train` takes.
@@ -65,19 +68,39 @@ def test_tensorboard_has_every_scalar_and_the_grid(trained):
 
 def test_sample_and_evaluate(trained):
     folder, _ = trained
-    snapshot = "runs/quickstart/snapshots/latest"
-    run(
-        sys.executable, "launchers/sample.py", "--snapshot", snapshot, "--prompt", "a red apple on a blue background",
-        "--prompt", "a banana on white", "--out", "grid.png", "--guidance", "2.5", "--num_steps", "2", "--seed", "0",
-        cwd=folder,
-    )  # fmt: skip
-    assert (folder / "grid.png").stat().st_size > 1000
+    snapshot, prompts = "runs/quickstart/snapshots/latest", ["a red apple on a blue background", "a banana on white"]
+    asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+    options = ["--guidance", "2.5", "--num_steps", "18", "--seed", "0"]
+    sample = [sys.executable, "launchers/sample.py", "--snapshot", snapshot]
+    run(*sample, *asked, "--out", "grid.png", *options, cwd=folder)
+    run(sys.executable, REPOSITORY / "examples" / "generate.py", snapshot, *prompts, cwd=folder)
+    pictures = [Image.open(folder / f"picture_{i}.png") for i in range(2)]
+    with Image.open(folder / "grid.png") as drawn:
+        assert drawn.tobytes() == grid(pictures, prompts).tobytes(), "the same from Python"
     output = run(
         sys.executable, "launchers/evaluate.py", "--snapshot", snapshot, "--out", "evaluation", "--num_pictures", "4",
         "--num_steps", "2", cwd=folder,
     )  # fmt: skip
     assert "grid.png" in output and "background" in output
     assert json.loads((folder / "evaluation" / "scores.json").read_text())
+
+
+def test_notebook(trained):
+    """Its code as it stands, but for the run's settings."""
+    folder, _ = trained
+    cells = json.loads((REPOSITORY / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code), "outputs are stripped"
+    program = "\n".join("".join(cell["source"]) for cell in code)
+    small = "\n".join(('name="notebook"', *SMALL))
+    program, count = re.subn('settings = """.*?"""', lambda _: f'settings = """{small}"""', program, flags=re.DOTALL)
+    assert count == 1
+    run(
+        sys.executable,
+        "-c",
+        f"import matplotlib\nmatplotlib.use('Agg')\n{program}\nassert len(pictures) == 2",
+        cwd=folder,
+    )
 
 
 def test_run_config_is_itself_a_recipe(trained):

@@ -116,7 +116,7 @@ def test_every_command_that_computes_on_a_gpu_settles_them():
     commands = [*REPOSITORY.glob("launchers/*.py"), *REPOSITORY.glob("tools/*.py")]
     sources = {path.name: path.read_text(encoding="utf-8") for path in commands}
     computing = {name for name, source in sources.items() if "torch.cuda." in source or "identify" in source}
-    assert computing > {"train.py", "sample.py", "evaluate.py", "precompute.py", "bench_train.py", "bench_kernels.py"}
+    assert computing > {"train.py", "evaluate.py", "precompute.py", "bench_train.py", "bench_kernels.py"}
     settled = {name for name, source in sources.items() if re.search(r"\b(identify|settle_numerics)\(\)", source)}
     assert computing - settled <= {"bench_reductions.py", "bench_loader.py", "first_contact.py"}
 
