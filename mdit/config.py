@@ -123,7 +123,7 @@ class FolderSource(Section):
     validation_share: Annotated[float, Field(gt=0, lt=1)]
 
 
-class PrepareConfig(Section):
+class PrecomputeConfig(Section):
     """How the training set is made when it is not there yet: source, frozen encoders, caption tokens."""
 
     source: EmojiSource | FolderSource = Field(discriminator="name")
@@ -141,7 +141,7 @@ class DataConfig(Section):
     weights: tuple[PositiveFloat, ...] | None = None
     validation: Location
     caption_drop: Probability
-    prepare: PrepareConfig | None = None
+    precompute: PrecomputeConfig | None = None
 
     @model_validator(mode="after")
     def _a_weight_each(self):
@@ -151,7 +151,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _a_directory_for_each_split(self):
-        if self.prepare is not None and self.validation == self.train[0]:
+        if self.precompute is not None and self.validation == self.train[0]:
             raise ValueError(
                 f"train and validation are both {self.validation!r}; give each set that is made a directory"
             )
@@ -320,7 +320,7 @@ def _change_locations(values: dict, change: Callable[[str], str]) -> None:
         return change(place) if isinstance(place, str) and place and "\0" not in place else place
 
     data = values.get("data")
-    for table, key in ((data, "train"), (data, "validation"), (_inside(data, "prepare", "source"), "path")):
+    for table, key in ((data, "train"), (data, "validation"), (_inside(data, "precompute", "source"), "path")):
         if isinstance(table, dict) and key in table:
             place = table[key]
             table[key] = [changed(each) for each in place] if isinstance(place, list) else changed(place)

@@ -25,7 +25,7 @@ from torch.distributed import TCPStore
 PRELOAD = [
     "mdit.train.run",
     "mdit.train.loop",
-    "mdit.prepare.command",
+    "mdit.precompute.mds_latents",
     "mdit.bench.session",
     "mdit.parallel.tensor",
     "deepspeed.module_inject.auto_ep_layer",

@@ -27,7 +27,7 @@ FLOORS = [  # from the ground up
     {"models", "diffusion"},
     {"parallel", "data", "sources", "encoders"},
     {"checkpoint"},
-    {"prepare", "eval", "costs"},
+    {"precompute", "eval", "costs"},
     {"train"},
     {"bench"},
     {"launchers", "tools"},
@@ -46,7 +46,7 @@ ONLY_IN = {  # package: the files that may name it; tests may name all
     "diffusers": ["mdit/encoders/*"],
     "open_clip": ["mdit/encoders/*"],
     "matplotlib": ["mdit/bench/plots.py"],
-    "nvidia.dali": ["mdit/data/dali.py", "mdit/prepare/dali.py"],
+    "nvidia.dali": ["mdit/data/dali.py", "mdit/precompute/dali.py"],
     # Predictions: no run imports them, but for the line of --dry_run that says what it would compute.
     "mdit.costs": ["mdit/costs/*", "mdit/bench/*", "tools/*", "mdit/train/run.py"],
 }
@@ -131,7 +131,7 @@ def test_modules_import_only_from_lower_floors_or_their_own_part():
         ("kernels/adaln/__init__.py", "from mdit.models.layers import modulate"),
         ("kernels/adaln/__init__.py", "from ...models.layers import modulate"),
         ("mdit/data/loader.py", "from mdit.encoders.image import encode"),
-        ("mdit/prepare/recipe.py", "from mdit.eval.frechet import frechet"),
+        ("mdit/precompute/recipe.py", "from mdit.eval.frechet import frechet"),
         ("mdit/eval/frechet.py", "from mdit.train.loop import train"),
         ("mdit/train/loop.py", "from launchers.train import main"),
         ("mdit/train/loop.py", "import tests.recipes"),
@@ -276,8 +276,8 @@ def test_text_is_utf_8_under_any_locale():
 WITHOUT_CUDA = {
     "mdit/train/lock.py": "keeps a lock's file young",
     "mdit/sources/folder.py": "reads the headers of pictures",
-    "mdit/prepare/precompute.py": "looks at files",
-    "mdit/prepare/decode.py": "decodes in Pillow",
+    "mdit/precompute/build.py": "looks at files",
+    "mdit/precompute/decode.py": "decodes in Pillow",
     "tools/bench_checkpoint.py": "writes files",
     "tools/first_contact.py": "reads what a part prints",
 }

@@ -35,10 +35,10 @@ PLATFORMS = [f"manylinux{version}_x86_64" for version in ("_2_28", "_2_27", "_2_
 
 # The scenes of configs/emoji_64.toml that a few minutes can learn, in a set small enough to travel.
 SCENES = (
-    "data.prepare.source.objects=200",
-    "data.prepare.source.scenes=3500",
-    "data.prepare.source.validation_scenes=256",
-    'data.prepare.embeddings="i8b64"',
+    "data.precompute.source.objects=200",
+    "data.precompute.source.scenes=3500",
+    "data.precompute.source.validation_scenes=256",
+    'data.precompute.embeddings="i8b64"',
     "training.num_steps=20000",  # until time is up
     'optim.schedule="constant"',
     "optim.final_lr_ratio=1.0",
@@ -86,7 +86,7 @@ def make_training_set(folder: Path, python: str) -> None:
     """The recipe and its sets, all in `folder`."""
     from mdit import files
     from mdit.config import load_config
-    from mdit.prepare import prepare as make_sets
+    from mdit.precompute import precompute as make_sets
 
     places = [f'data.train=["{folder / "train"}"]', f"data.validation={folder / 'validation'}"]
     config = load_config(ROOT / "configs" / "emoji_64.toml", [*SCENES, *places])

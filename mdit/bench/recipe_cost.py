@@ -17,7 +17,7 @@ from mdit.costs.layouts import Layout
 from mdit.costs.machines import Machine
 from mdit.data.manifest import read_manifest
 from mdit.models import meta_model
-from mdit.prepare.report import read_report
+from mdit.precompute.report import read_report
 
 HOUR = 3600
 

@@ -14,7 +14,7 @@ from mdit.bench.trial import Trial, give_back_memory
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, logger
 from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings
-from mdit.prepare import is_prepared, prepare
+from mdit.precompute import is_precomputed, precompute
 from mdit.train.run import settle_json
 
 STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
@@ -161,6 +161,6 @@ def prepare_data(job: Job, world: World) -> None:
     """The sets that a job reads, made as a run would make them where the recipe says how. Raises UserError."""
     if job.data == MADE_UP:
         return
-    while not (world.is_first or is_prepared(job.config)):
+    while not (world.is_first or is_precomputed(job.config)):
         time.sleep(0.5)
-    prepare(job.config, device=world.device)
+    precompute(job.config, device=world.device)

@@ -6,7 +6,7 @@
     shard_00012_000.idx    where they are, as DALI's webdataset reader wants it
 
 Every file is written under a temporary name, synced and renamed. Only manifest.json is ever replaced: what a set was
-before it grew stays readable to those who have opened it (`mdit.data.writer`, `mdit.prepare.in_progress`).
+before it grew stays readable to those who have opened it (`mdit.data.writer`, `mdit.precompute.coordination`).
 """
 
 import errno

@@ -33,17 +33,17 @@ def evaluate(
     snapshot: Snapshot, model: MicroDiT, *, num_pictures: int, seed: int, options: dict[str, Any]
 ) -> Evaluation:
     """By scenes of known truth where the recipe has them, else by validation loss. `options`: sampling_options."""
-    prepare = snapshot.config.data.prepare
-    if prepare is not None and isinstance(prepare.source, EmojiSource):
+    settings = snapshot.config.data.precompute
+    if settings is not None and isinstance(settings.source, EmojiSource):
         return evaluate_scenes(snapshot, model, num_pictures, seed, options)
     return evaluate_validation(snapshot, model, num_pictures, seed, options)
 
 
 def evaluate_scenes(snapshot: Snapshot, model: MicroDiT, count: int, seed: int, options: dict[str, Any]) -> Evaluation:
     """Scores of `count` pictures of pairs that training never saw (`mdit.eval.emoji_score`)."""
-    prepare, device = snapshot.config.data.prepare, next(model.parameters()).device
-    assert prepare is not None and isinstance(prepare.source, EmojiSource)
-    source = EmojiScenes(prepare.source, prepare.image_size)
+    settings, device = snapshot.config.data.precompute, next(model.parameters()).device
+    assert settings is not None and isinstance(settings.source, EmojiSource)
+    source = EmojiScenes(settings.source, settings.image_size)
     judge = SceneJudge(source, load_efficientnet(device))
     scenes = held_out_scenes(source, count)
     captions = [scene.caption for scene in scenes]

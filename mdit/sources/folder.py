@@ -143,7 +143,7 @@ class PictureFolder:
         for what, part in (("training", training), ("validation", validation)):
             if not part:
                 raise UserError(
-                    f"{folder / CAPTIONS}: data.prepare.source.validation_share = {config.validation_share} of "
+                    f"{folder / CAPTIONS}: data.precompute.source.validation_share = {config.validation_share} of "
                     f"{len(entries)} pictures leaves none for {what}"
                 )
         self.training, self.validation = Pictures(folder, training), Pictures(folder, validation)

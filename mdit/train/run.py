@@ -22,7 +22,7 @@ from mdit.models import MicroDiT
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan, data_parallel_size
 from mdit.parallel.settings import RunSettings, computing_dtype, load_ds_json, load_run_settings, resolve_ds_config
-from mdit.prepare import is_prepared, prepare
+from mdit.precompute import is_precomputed, precompute
 from mdit.provenance import commit, package_versions
 from mdit.train.agreement import require_agreement, what_is_read
 from mdit.train.engine import check_ds_config
@@ -111,19 +111,19 @@ def finished(run: Run) -> bool:
 def prepare_on_first(run: Run) -> None:
     """Rank 0 makes the data if it is missing, while the others wait for it; all check it, and that it is the same. A
     collective; raises on all ranks alike."""
-    while_others_wait(run.world, "makes the data", lambda: prepare(run.config, device=run.world.device))
+    while_others_wait(run.world, "makes the data", lambda: precompute(run.config, device=run.world.device))
     on_all_ranks(run.world, lambda: check_data(run))
     require_agreement(run.world, what_is_read(run))
 
 
 def check_data(run: Run) -> None:
     config, deadline = run.config, time.monotonic() + SEEN_WITHIN
-    while not is_prepared(config):
+    while not is_precomputed(config):
         if time.monotonic() > deadline:
             directories = ", ".join((*config.data.train, config.data.validation))
             raise UserError(f"{directories}: rank 0 sees these sets, this rank does not; the nodes have to share them")
         time.sleep(0.1)
-    prepare(config, device=run.world.device)
+    precompute(config, device=run.world.device)
     shard_sizes = [open_dataset(directory).shard_sizes for directory in config.data.train]
     # Refuses a set that is smaller than its share of a batch.
     build_order(shard_sizes, config.data.weights, config.training.global_batch_size, config.seed)
@@ -157,7 +157,7 @@ def describe(run: Run) -> str:
 
     config, ds = run.config, run.ds_config
     places = [*config.data.train, config.data.validation]
-    if there := is_prepared(config):
+    if there := is_precomputed(config):
         check_data(run)  # makes nothing then, and refuses sets that do not fit
     with torch.device("meta"):
         model = MicroDiT(config.model)

@@ -94,18 +94,18 @@ def batch_larger_than_the_set(arguments):
 
 
 def ask_for_a_folder(arguments, captions: str):
-    """Make the recipe prepare its own sets from a folder of pictures with this captions.jsonl."""
+    """Make the recipe precompute its own sets from a folder of pictures with this captions.jsonl."""
     folder = pathlib.Path(arguments["--recipe"]).parent / "pictures"
     folder.mkdir()
     (folder / "captions.jsonl").write_text(captions)
     Image.new("RGB", (9, 9), "red").save(folder / "good.png")
     (folder / "torn.png").write_bytes((folder / "good.png").read_bytes()[:40])
     source = {"name": "folder", "path": str(folder), "validation_share": 0.5}
-    prepare = {"source": source, "image_size": 8, "image_encoder": "pixels", "text_encoder": "minilm"}
+    precompute = {"source": source, "image_size": 8, "image_encoder": "pixels", "text_encoder": "minilm"}
     sets = {"train": [str(folder.parent / "made/train")], "validation": str(folder.parent / "made/validation")}
 
     def change(content):
-        content["recipe"]["data"].update(prepare=prepare, **sets)
+        content["recipe"]["data"].update(precompute=precompute, **sets)
         content["recipe"]["model"].update(latent_channels=3, caption_channels=384)
 
     edit(arguments["--recipe"], change)

@@ -152,4 +152,4 @@ def test_no_gpu_is_one_line(tmp_path, monkeypatch):
 def test_the_scenes_are_the_recipes(tmp_path):
     config = load_config(ROOT / "configs" / "emoji_64.toml", SCENES)
     assert config.model == load_config(ROOT / "configs" / "emoji_64.toml").model
-    assert config.data.prepare.source.scenes == 3500 and config.data.prepare.embeddings == "i8b64"
+    assert config.data.precompute.source.scenes == 3500 and config.data.precompute.embeddings == "i8b64"

@@ -16,7 +16,8 @@ from tests.training import REPOSITORY, environment
 # The quickstart's own recipe, smaller in every number; its sets are not the checkout's, which `make train` takes.
 SMALL = [
     'data.train=["data/train"]', 'data.validation="data/validation"',
-    "data.prepare.source.objects=4", "data.prepare.source.scenes=48", "data.prepare.source.validation_scenes=8",
+    "data.precompute.source.objects=4", "data.precompute.source.scenes=48",
+    "data.precompute.source.validation_scenes=8",
     "model.dim=32", "model.depth=2", "model.head_dim=8", "model.multiple_of=16", "model.mixer_dim=16",
     "model.mixer_depth=2", "training.num_steps=4", "training.global_batch_size=8", "report.log_every=2",
     "report.validate_every=4", "report.sample_every=4", "report.num_samples=4", "report.sampler_steps=2",

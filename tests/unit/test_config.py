@@ -84,7 +84,7 @@ def test_the_json_of_an_earlier_run_is_a_recipe(tmp_path):
 
 def test_ema_and_prepare_may_be_left_out(recipe):
     config = load_config(recipe(lambda values: values.pop("ema")))
-    assert config.ema is None and config.data.prepare is None
+    assert config.ema is None and config.data.precompute is None
 
 
 def test_prompts_are_a_list_or_those_of_the_validation_set(recipe):
@@ -94,11 +94,11 @@ def test_prompts_are_a_list_or_those_of_the_validation_set(recipe):
 
 
 def test_sources_are_told_apart_by_name(recipe):
-    emoji = load_config(recipe(lambda values: values["data"].update(prepare=EMOJI)))
-    assert (emoji.data.prepare.source.name, emoji.data.prepare.source.objects) == ("emoji", 30)
+    emoji = load_config(recipe(lambda values: values["data"].update(precompute=EMOJI)))
+    assert (emoji.data.precompute.source.name, emoji.data.precompute.source.objects) == ("emoji", 30)
     folder = {**EMOJI, "source": {"name": "folder", "path": "/pictures", "validation_share": 0.1}}
-    config = load_config(recipe(lambda values: values["data"].update(prepare=folder)))
-    assert config.data.prepare.source.path == "/pictures"
+    config = load_config(recipe(lambda values: values["data"].update(precompute=folder)))
+    assert config.data.precompute.source.path == "/pictures"
 
 
 def test_a_config_cannot_change():
@@ -132,11 +132,11 @@ def test_kept_tokens_rounds_down(num_patches, ratio, kept):
         ("ema.decay=0.5", lambda c: c.ema.decay == 0.5),
         ("ema={decay = 0.5, start_step = 3}", lambda c: c.ema.start_step == 3),
         ("data.validation=/a=b", lambda c: c.data.validation == "/a=b"),
-        ("data.prepare.source.scenes=7", lambda c: c.data.prepare.source.scenes == 7),
+        ("data.precompute.source.scenes=7", lambda c: c.data.precompute.source.scenes == 7),
     ],
 )
 def test_set_overrides_one_key(recipe, override, read):
-    path = recipe(lambda values: values["data"].update(prepare=EMOJI))
+    path = recipe(lambda values: values["data"].update(precompute=EMOJI))
     assert read(load_config(path, [override]))
 
 
@@ -192,14 +192,14 @@ MISSPELLED = [
     ("optim.learning_lr", "lr"),
     ("ema.start_steps", "start_step"),
     ("report.sample_steps", "sampler_steps"),
-    ("data.prepare.image_sizes", "image_size"),
-    ("data.prepare.source.scene", "scenes"),
+    ("data.precompute.image_sizes", "image_size"),
+    ("data.precompute.source.scene", "scenes"),
 ]
 
 
 @pytest.mark.parametrize("key, meant", MISSPELLED)
 def test_a_misspelled_key_is_named_with_its_file_its_value_and_the_nearest_key(recipe, key, meant):
-    path = recipe(lambda values: values["data"].update(prepare=copy.deepcopy(EMOJI)))
+    path = recipe(lambda values: values["data"].update(precompute=copy.deepcopy(EMOJI)))
     message = complaint(path, [f"{key}=0.123"])
     assert str(path) in message and f"unknown key {key} = 0.123" in message
     if meant != "lr":  # "lr" is too short to be near to anything
@@ -228,7 +228,7 @@ def test_two_sets_are_not_made_in_one_directory(recipe):
         values["data"].update(train=["a", "b"], validation="a")
 
     assert load_config(recipe(change)).data.validation.endswith("/a")
-    message = complaint(recipe(lambda values: change(values) or values["data"].update(prepare=EMOJI)))
+    message = complaint(recipe(lambda values: change(values) or values["data"].update(precompute=EMOJI)))
     assert "data: train and validation are both" in message
 
 
@@ -335,18 +335,18 @@ def test_the_mixers_width_is_not_checked_when_there_is_no_mixer():
     assert tiny_model(mixer_dim=20, use_patch_mixer=False).mixer_dim == 20
 
 
-@pytest.mark.parametrize("key, value", [("report.prompts", 3), ("data.prepare.source.objects", "-1")])
+@pytest.mark.parametrize("key, value", [("report.prompts", 3), ("data.precompute.source.objects", "-1")])
 def test_a_key_that_takes_two_types_is_named_as_it_is_written(recipe, key, value):
     """Not by the branches of the union, such as report.prompts.literal['validation'], and not once for each."""
-    path = recipe(lambda values: values["data"].update(prepare=copy.deepcopy(EMOJI)))
+    path = recipe(lambda values: values["data"].update(precompute=copy.deepcopy(EMOJI)))
     message = complaint(path, [f"{key}={value}"])
     assert message.startswith(f"{path}: {key} = {value}: ") and message.count(key) == 1
 
 
 def test_a_source_that_does_not_exist_is_refused(recipe):
-    prepare = {**EMOJI, "source": {**EMOJI["source"], "name": "imagenet"}}
-    message = complaint(recipe(lambda values: values["data"].update(prepare=prepare)))
-    assert "data.prepare.source" in message and "imagenet" in message
+    precompute = {**EMOJI, "source": {**EMOJI["source"], "name": "imagenet"}}
+    message = complaint(recipe(lambda values: values["data"].update(precompute=precompute)))
+    assert "data.precompute.source" in message and "imagenet" in message
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_a_byte_order_mark_is_read_over(recipe):
 
 
 def places(config: TrainConfig) -> list[str]:
-    return [*config.data.train, config.data.validation, config.data.prepare.source.path]
+    return [*config.data.train, config.data.validation, config.data.precompute.source.path]
 
 
 @pytest.fixture
@@ -418,7 +418,7 @@ def project(recipe, tmp_path):
 
     def change(values):
         values["data"].update(
-            train=["data/a", "/elsewhere/b"], validation="data/v", prepare={**EMOJI, "source": source}
+            train=["data/a", "/elsewhere/b"], validation="data/v", precompute={**EMOJI, "source": source}
         )
 
     folder = tmp_path / "project"
@@ -437,7 +437,7 @@ def test_relative_places_are_those_of_the_project_from_any_directory(project, tm
 
 def test_places_on_the_command_line_are_those_of_the_current_directory(project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    overrides = ['data.train=["x", "/y"]', "data.prepare.source.path=../z"]
+    overrides = ['data.train=["x", "/y"]', "data.precompute.source.path=../z"]
     config = load_config(project / "configs" / "tiny.toml", overrides)
     assert places(config) == [f"{tmp_path}/x", "/y", f"{project}/data/v", f"{tmp_path.parent}/z"]
 

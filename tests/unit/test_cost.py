@@ -13,7 +13,7 @@ from mdit.costs.estimate import predict
 from mdit.costs.layouts import Layout
 from mdit.costs.machines import MACHINES
 from mdit.data.writer import ShardWriter
-from mdit.prepare.report import REPORT
+from mdit.precompute.report import REPORT
 from tests import bench_rows
 from tests.latent_sets import ENCODERS, made_up
 from tests.recipes import tiny_config

@@ -81,7 +81,7 @@ KEYS = [
     "seed",
     "mdit",
     "model",
-    "prepare",
+    "precompute",
     "source",
     "weights",
     "bf16",

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
 from mdit.config import UserError
-from mdit.prepare import decode
-from mdit.prepare.decode import NOT_DECODABLE, TOO_SMALL
-from mdit.prepare.decoders import build_decoder
+from mdit.precompute import decode
+from mdit.precompute.decode import NOT_DECODABLE, TOO_SMALL
+from mdit.precompute.decoders import build_decoder
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")

@@ -24,7 +24,7 @@ CONFIG = load_config(
         "model.dim=64",
         "model.mixer_dim=64",
         "model.caption_length=8",
-        "data.prepare.source.objects=5",
+        "data.precompute.source.objects=5",
         "report.sampler_steps=2",
     ],
 )
@@ -32,7 +32,7 @@ CONFIG = load_config(
 
 @pytest.fixture(scope="module")
 def source():
-    return EmojiScenes(CONFIG.data.prepare.source, CONFIG.data.prepare.image_size)
+    return EmojiScenes(CONFIG.data.precompute.source, CONFIG.data.precompute.image_size)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_one_picture_cannot_stand_for_all(source, judge):
 
 def test_efficientnet_knows_its_classes():
     """The published weights, with this definition of the network, tell a drawn banana from a pizza."""
-    source = EmojiScenes(CONFIG.data.prepare.source.model_copy(update={"objects": ("banana", "strawberry")}), 224)
+    source = EmojiScenes(CONFIG.data.precompute.source.model_copy(update={"objects": ("banana", "strawberry")}), 224)
     scenes = [scene for scene in held_out_scenes(source, 2)]
     images = render(source, [type(s)(type(s.pair)(n, "white"), s.style, "") for s, n in zip(scenes, source.objects)])
     logits = load_efficientnet()(normalise(images))[:, [954, 949]]  # ImageNet's banana and strawberry

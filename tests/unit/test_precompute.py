@@ -20,15 +20,15 @@ import pytest
 import torch
 from PIL import Image
 
-import mdit.prepare.in_progress as in_progress
+import mdit.precompute.coordination as in_progress
 from mdit.config import UserError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter
 from mdit.encoders import build_image_encoder
-from mdit.prepare.decoders import build_decoder
-from mdit.prepare.precompute import Job, check_source, precompute
-from mdit.prepare.report import merge, new_report, reject, summary
-from mdit.prepare.towers import CaptionCache, Towers, ahead
+from mdit.precompute.build import BuildJob, build_sets, check_source
+from mdit.precompute.decoders import build_decoder
+from mdit.precompute.pipeline import CaptionCache, EncodingPipeline, ahead
+from mdit.precompute.report import merge, new_report, reject, summary
 from mdit.sources import Picture, Rejected, Slice, Source, captioned, slices
 from tests.processes import run_forked
 
@@ -80,16 +80,20 @@ def source_of(items, per_part=PER_PART):
 
 def towers(text=None, sizes=(SIZE,), min_side=1, batch_size=4, overlap=True):
     decoder = build_decoder(sizes, min_side, torch.device("cpu"), engine="pillow")
-    return Towers(build_image_encoder("pixels"), text or WordCounts(), decoder, batch_size, overlap)
+    return EncodingPipeline(build_image_encoder("pixels"), text or WordCounts(), decoder, batch_size, overlap)
 
 
 def job_of(items, folder, sizes=(SIZE,), **changes):
-    values = {"sets": {size: folder / str(size) for size in sizes}, "made_from": {"source": "test"}, "progress": False}
-    return Job(source=source_of(items), **{**values, **changes})
+    values = {
+        "sets": {size: folder / str(size) for size in sizes},
+        "build_settings": {"source": "test"},
+        "progress": False,
+    }
+    return BuildJob(source=source_of(items), **{**values, **changes})
 
 
-def make(items, folder, maker=None, **changes):
-    outcome = precompute(job_of(items, folder, **changes), maker or towers())
+def make(items, folder, producer=None, **changes):
+    outcome = build_sets(job_of(items, folder, **changes), producer or towers())
     assert not outcome.left
     return outcome.finished
 
@@ -225,7 +229,7 @@ def test_reports_join_to_that_of_all():
 
 def test_every_part_in_the_set_counts_its_own_time_once(tmp_path, monkeypatch):
     clock = SimpleNamespace(perf_counter=iter(range(99)).__next__)  # each look at it takes a second
-    monkeypatch.setattr("mdit.prepare.precompute.time", clock)
+    monkeypatch.setattr("mdit.precompute.build.time", clock)
     with monkeypatch.context() as patch:
         interrupt(patch, after=25)
         with pytest.raises(KeyboardInterrupt):
@@ -276,7 +280,7 @@ def test_a_limit_takes_the_first_pictures(tmp_path, limit):
 
 
 def test_statistics_are_measured_once_on_the_first_captions_and_kept_in_the_plan(tmp_path, monkeypatch):
-    monkeypatch.setattr("mdit.prepare.precompute.FIT_CAPTIONS", 25)
+    monkeypatch.setattr("mdit.precompute.build.FIT_CAPTIONS", 25)
     items, text = pictures(40), WordCounts(needs_fit=True)
     interrupt(monkeypatch, after=14)
     with pytest.raises(KeyboardInterrupt):
@@ -380,12 +384,12 @@ def test_one_of_two_sets_is_finished_the_other_begun(tmp_path, monkeypatch, undi
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"made_from": {"source": "other"}}, "source = 'test', but this command's is 'other'"),
-        ({"made_from": {"source": "test", "limit": 3}}, "limit = None, but this command's is 3"),
+        ({"build_settings": {"source": "other"}}, "source = 'test', but this command's is 'other'"),
+        ({"build_settings": {"source": "test", "limit": 3}}, "limit = None, but this command's is 3"),
         ({"shard_bytes": 999}, "shard_bytes = 1000000000, but this command's is 999"),
         ({"embeddings": "i8b64"}, "layout.embeddings = 'f16', but this command's is 'i8b64'"),
-        ({"maker": towers(batch_size=5)}, "batch_size = 4, but this command's is 5"),
-        ({"maker": towers(WordCounts(weights="2" * 16))}, "encoders.text.weights = '1{16}', but this .* is '2{16}'"),
+        ({"producer": towers(batch_size=5)}, "batch_size = 4, but this command's is 5"),
+        ({"producer": towers(WordCounts(weights="2" * 16))}, "encoders.text.weights = '1{16}', but this .* is '2{16}'"),
         ({"items": pictures(47)}, r"parts.0000\d = '\w{16}', but this command's is '\w{16}'"),
         ({"items": pictures(67)}, r"parts.0000\d = '\w{16}', but this command's is '\w{16}'"),
     ],
@@ -430,7 +434,7 @@ def test_a_part_that_another_process_is_at_is_left_to_it_until_it_ends(tmp_path,
         make(pictures(57), tmp_path)
     monkeypatch.undo()
     with hold(tmp_path / ".8.lock", 1 + 4, 1):
-        outcome = precompute(job_of(pictures(57), tmp_path), towers())
+        outcome = build_sets(job_of(pictures(57), tmp_path), towers())
         assert outcome.left == {tmp_path / "8": 1} and outcome.finished == {}
     make(pictures(57), tmp_path)
     assert contents(tmp_path) == undisturbed
@@ -454,7 +458,7 @@ def test_a_set_that_another_process_is_finishing_is_left_to_it(tmp_path, monkeyp
             make(pictures(57), tmp_path)
     with monkeypatch.context() as patch, hold(tmp_path / ".8.lock", 1, 0):
         patch.setattr(in_progress, "written_parts", read)
-        outcome = precompute(job_of(pictures(57), tmp_path), towers())
+        outcome = build_sets(job_of(pictures(57), tmp_path), towers())
         assert outcome.left == {tmp_path / "8": 0} and outcome.finished == {}
     make(pictures(57), tmp_path)
     assert contents(tmp_path) == undisturbed
@@ -489,9 +493,9 @@ def tars(numbers, **changed):
     return Source(parts, 10 * len(parts))
 
 
-def make_of(source, folder, maker=None, **changes):
+def make_of(source, folder, producer=None, **changes):
     job = dataclasses.replace(job_of([], folder, **changes), source=source)
-    outcome = precompute(job, maker or towers())
+    outcome = build_sets(job, producer or towers())
     assert not outcome.left
     return folder / "8"
 
@@ -553,8 +557,11 @@ def test_one_part_is_made_again(tmp_path):
     "changes, message",
     [
         ({"remake": ["00004.tar"]}, r"--remake 00004.tar: .*8 has no such part \(did you mean 0000\d.tar\?\)"),
-        ({"extend": True, "maker": towers(batch_size=5)}, "plan.json: was made with batch_size = 4, but this .* is 5"),
-        ({"extend": True, "maker": towers(WordCounts(weights="2" * 16))}, "encoders.text.weights = '1{16}', but"),
+        (
+            {"extend": True, "producer": towers(batch_size=5)},
+            "plan.json: was made with batch_size = 4, but this .* is 5",
+        ),
+        ({"extend": True, "producer": towers(WordCounts(weights="2" * 16))}, "encoders.text.weights = '1{16}', but"),
         ({"remake": ["00000.tar"], "source": tars(range(1, 5))}, "00000.tar: .* but the source has it no longer"),
         ({"remake": ["00000.tar"], "source": tars(range(5), part_1="x")}, r"else in 1 part \(00001.tar\); --extend"),
     ],
@@ -676,7 +683,7 @@ def test_a_source_that_fails_is_heard(tmp_path, error, message):
     job = job_of([], tmp_path)
     job = dataclasses.replace(job, source=Source([*slices(pictures(3), 3), Failing(error)], None))
     with pytest.raises(UserError, match=message):
-        precompute(job, towers())
+        build_sets(job, towers())
     assert not (tmp_path / "8").exists()
 
 
@@ -684,7 +691,7 @@ def test_what_fails_before_there_is_a_plan_leaves_nothing(tmp_path):
     job = job_of([], tmp_path / "new" / "folder", limit=5)
     job = dataclasses.replace(job, source=Source([Failing(OSError("gone"))], None))
     with pytest.raises(UserError, match="gone"):
-        precompute(job, towers())
+        build_sets(job, towers())
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="which do not fit 64 channels|blocks"):
         text = WordCounts()

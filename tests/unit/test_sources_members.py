@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdit.config import FolderSource, UserError
-from mdit.prepare.towers import Claim
-from mdit.prepare.towers import read as read_part
+from mdit.precompute.pipeline import WorkItem
+from mdit.precompute.pipeline import read as read_part
 from mdit.sources import Picture, Rejected, open_named_source, open_source, storage
 from mdit.sources.archives import PICTURES, Member, is_picture, read_members
 from mdit.sources.samples import Group, grouped
@@ -214,7 +214,7 @@ def test_parquet_files_of_img2dataset_and_columns_of_two_types(tmp_path):
     source = open_named_source("huggingface", tmp_path)
     (tmp_path / "00000.parquet").unlink()  # gone with the disk that it was on
     with pytest.raises(UserError, match="part 00000.parquet of the source cannot be read: .*No such file"):
-        list(read_part(Claim(0, source.parts[0])))
+        list(read_part(WorkItem(0, source.parts[0])))
 
 
 # --- bytes that are not what they should be
@@ -348,7 +348,7 @@ def test_an_error_of_the_disk_stops(tmp_path, make):
     with pytest.raises(UserError, match="cannot (be )?read.*Input/output error"):
         source = make(tmp_path)
         for number, part in enumerate(source.parts):
-            list(read_part(Claim(number, part)))
+            list(read_part(WorkItem(number, part)))
 
 
 def test_what_zipfile_makes_of_an_error_of_the_disk_is_undone(tmp_path, monkeypatch):

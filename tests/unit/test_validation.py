@@ -157,7 +157,7 @@ def test_nothing_watched_is_said():
 def test_a_snapshot_without_scenes_gets_its_validation_loss(tmp_path):
     overrides = [f"data.validation={tmp_path / 'set'}", "model.depth=2", "model.caption_length=16"]
     values = load_config(DEFAULT_RECIPE, overrides).model_dump()
-    values["data"]["prepare"] = None
+    values["data"]["precompute"] = None
     config = TrainConfig.model_validate(values)
     description = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "max_tokens": 16, "channels": 384}}
     with ShardWriter(tmp_path / "set", (3, 32, 32), (16, 384), description, {}) as writer:

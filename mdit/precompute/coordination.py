@@ -31,7 +31,7 @@ from mdit.descriptions import Encoders
 from mdit.dist import logger
 from mdit.documents import parse_json
 from mdit.files import sync, write_json, write_text
-from mdit.prepare.report import (
+from mdit.precompute.report import (
     REPORT,
     Report,
     check_report,
@@ -50,9 +50,9 @@ COMPLETE = b"1"
 
 class Plan(Section):
     """Everything that decides the bytes of a set. `parts` are the names of the source's parts with the fingerprints of
-    what the source held (`mdit.sources.fingerprint`); `settings` are the maker's."""
+    what the source held (`mdit.sources.fingerprint`); `settings` are the producer's."""
 
-    made_from: dict[str, Any]
+    build_settings: dict[str, Any]
     encoders: Encoders
     layout: Layout
     shard_bytes: PositiveInt
@@ -101,38 +101,38 @@ def plan_of_finished(directory: Path) -> Plan | None:
     return _read(Plan, directory / PLAN)
 
 
-def check_set(directory: Path, made_from: dict[str, Any], whose: str) -> None:
+def check_set(directory: Path, build_settings: dict[str, Any], owner: str) -> None:
     """Raise UserError when the set, finished or begun, is made from something else, or when other files are in its
-    place. `whose` says where `made_from` comes from: "the recipe's"."""
+    place. `owner` says where `build_settings` comes from: "the recipe's"."""
     try:
-        _check_set(directory, made_from, whose)
+        _check_set(directory, build_settings, owner)
     except OSError as error:
         raise UserError(f"{directory}: cannot look at what is there: {error}") from None
 
 
-def _check_set(directory: Path, made_from: dict[str, Any], whose: str) -> None:
+def _check_set(directory: Path, build_settings: dict[str, Any], owner: str) -> None:
     if is_finished(directory):
         _remove_leftovers(directory)
         found, what = read_manifest(directory).fingerprint, f"{directory / MANIFEST}: was made with"
-        _require_equal(found, made_from, what, whose, f"remove {directory} to make it again")
+        _require_equal(found, build_settings, what, owner, f"remove {directory} to make it again")
     elif directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"{directory}: holds files but no {MANIFEST}; remove it or choose another directory")
     elif plan := read_plan(directory):
-        require_plan(directory, plan, plan.model_copy(update={"made_from": made_from}), whose)
+        require_plan(directory, plan, plan.model_copy(update={"build_settings": build_settings}), owner)
 
 
-def require_plan(directory: Path, begun: Plan, wanted: Plan, whose: str) -> None:
+def require_plan(directory: Path, begun: Plan, wanted: Plan, owner: str) -> None:
     """Raise UserError naming the first difference between the plan of a set that was begun and the one wanted."""
     work = _work(directory)
     what, remedy = f"{work / PLAN}: was begun with", f"remove {work} to start again"
-    _require_equal(_hoisted(begun), _hoisted(wanted), what, whose, remedy)
+    _require_equal(_hoisted(begun), _hoisted(wanted), what, owner, remedy)
 
 
-def require_same_making(directory: Path, finished: Plan, wanted: Plan, whose: str) -> None:
+def require_same_making(directory: Path, finished: Plan, wanted: Plan, owner: str) -> None:
     """Raise UserError naming the first difference, but for the parts, between the plan of a finished set and the one
     wanted."""
     found, wanted = ({**_hoisted(plan), "parts": {}} for plan in (finished, wanted))
-    _require_equal(found, wanted, f"{directory / PLAN}: was made with", whose, f"remove {directory} to make it again")
+    _require_equal(found, wanted, f"{directory / PLAN}: was made with", owner, f"remove {directory} to make it again")
 
 
 class SetInProgress:
@@ -141,8 +141,8 @@ class SetInProgress:
     At most one in a process for each set, as a process's locks do not bind itself.
     """
 
-    def __init__(self, directory: Path, layout: Layout, made_from: dict[str, Any]) -> None:
-        self.directory, self.layout, self.made_from = directory, layout, made_from
+    def __init__(self, directory: Path, layout: Layout, build_settings: dict[str, Any]) -> None:
+        self.directory, self.layout, self.build_settings = directory, layout, build_settings
         self.work = _work(directory)
         self._lock_path = _lock_path(directory)
         self._lock: int | None = None
@@ -241,7 +241,7 @@ class SetInProgress:
                         return None
                     self._judge({name: reports[part] for part, name in enumerate(plan.parts)}, max_rejected)
                 index = INDEX if self._change is None else f"index_{self._change.number:04d}.npy"
-                finish_set(self.work, len(plan.parts), self.layout, plan.encoders.plain(), self.made_from, index)
+                finish_set(self.work, len(plan.parts), self.layout, plan.encoders.plain(), self.build_settings, index)
                 if self._change is None:
                     sync(self.work)
                     self.work.rename(self.directory)
@@ -362,16 +362,16 @@ def _read(kind: type[T], path: Path) -> T | None:
 def _hoisted(plan: Plan) -> dict[str, Any]:
     """Content of a plan, with the settings as if they were its own keys."""
     values = plan.plain()
-    made_from, settings = values.pop("made_from"), values.pop("settings")
-    return values | made_from | settings
+    build_settings, settings = values.pop("build_settings"), values.pop("settings")
+    return values | build_settings | settings
 
 
-def _require_equal(found: dict[str, Any], wanted: dict[str, Any], was: str, whose: str, remedy: str) -> None:
+def _require_equal(found: dict[str, Any], wanted: dict[str, Any], was: str, owner: str, remedy: str) -> None:
     found, wanted = _flat(found), _flat(wanted)
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise UserError(
-                f"{was} {key} = {found.get(key)!r}, but {whose} is {wanted.get(key)!r}; {remedy}, or choose another "
+                f"{was} {key} = {found.get(key)!r}, but {owner} is {wanted.get(key)!r}; {remedy}, or choose another "
                 "directory"
             )
 

@@ -15,25 +15,25 @@ from mdit.data.shards import LatentSet, open_dataset
 from mdit.dist import logger
 from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.files import checksum
-from mdit.prepare.decoders import build_decoder
-from mdit.prepare.in_progress import check_set, is_finished
-from mdit.prepare.precompute import MAX_REJECTED, Job, precompute
-from mdit.prepare.report import summary
-from mdit.prepare.towers import Towers
+from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets
+from mdit.precompute.coordination import check_set, is_finished
+from mdit.precompute.decoders import build_decoder
+from mdit.precompute.pipeline import EncodingPipeline
+from mdit.precompute.report import summary
 from mdit.sources import Source, open_source, slices
 from mdit.sources.folder import CAPTIONS
 
-WHOSE = "the recipe's"
+OWNER = "the recipe's"
 BATCH_SIZE = 32
 PICTURES_PER_PART = {"emoji": 20_000, "folder": 2_000}  # scenes are quick to make, and repeat their captions
 
 
-def is_prepared(config: TrainConfig) -> bool:
+def is_precomputed(config: TrainConfig) -> bool:
     """Whether every set of the recipe has its manifest."""
     return not _missing(config)
 
 
-def prepare(
+def precompute(
     config: TrainConfig,
     progress: bool = True,
     device: torch.device | str = "cpu",
@@ -49,9 +49,9 @@ def prepare(
     Raises UserError when a set cannot be made or does not fit the recipe, in shape or in what it was made from.
     """
     if missing := _missing(config):
-        if config.data.prepare is None:
+        if config.data.precompute is None:
             raise UserError(
-                f"{missing[0] / MANIFEST}: is missing, and the recipe has no [data.prepare] to make it from. Bring "
+                f"{missing[0] / MANIFEST}: is missing, and the recipe has no [data.precompute] to make it from. Bring "
                 "latent shards, or make them from your own pictures with launchers/precompute.py: see docs/data.md"
             )
         if others := [path for path in missing if path not in _makeable(config)]:
@@ -61,9 +61,9 @@ def prepare(
     for dataset in sets:
         _check_shapes(dataset, config)
         require_same_kind(sets[0], dataset)
-    if config.data.prepare is not None:
+    if config.data.precompute is not None:
         for directory, split in _makeable(config).items():
-            check_set(directory, _made_from(config, directory, split), WHOSE)
+            check_set(directory, _build_settings(config, directory, split), OWNER)
 
 
 def _directories(config: TrainConfig) -> list[Path]:
@@ -79,50 +79,52 @@ def _makeable(config: TrainConfig) -> dict[Path, str]:
     return {Path(config.data.validation): "validation", Path(config.data.train[0]): "training"}
 
 
-def _made_from(config: TrainConfig, directory: Path, split: str) -> dict[str, Any]:
+def _build_settings(config: TrainConfig, directory: Path, split: str) -> dict[str, Any]:
     """The settings of a set, and of a folder, named as it lies beside the set so that both may be moved, the xxh3 of
     its captions: of those that the set in `directory` was made from where the folder is not there, as on machines that
     only train."""
-    recipe = config.data.prepare
-    made_from = {"split": split, "caption_length": config.model.caption_length, **recipe.model_dump(mode="json")}
+    recipe = config.data.precompute
+    build_settings = {"split": split, "caption_length": config.model.caption_length, **recipe.model_dump(mode="json")}
     if not isinstance(recipe.source, FolderSource):
-        return made_from
+        return build_settings
     captions, found = Path(recipe.source.path) / CAPTIONS, None
     if captions.is_file():
         found = checksum(captions)
     elif is_finished(directory):
         found = read_manifest(directory).fingerprint.get("captions")
-    made_from["source"]["path"] = os.path.relpath(recipe.source.path, directory)
-    return {**made_from, "captions": found}
+    build_settings["source"]["path"] = os.path.relpath(recipe.source.path, directory)
+    return {**build_settings, "captions": found}
 
 
 def _make_missing(config: TrainConfig, progress: bool, device: torch.device | str, max_rejected: float) -> None:
-    recipe = config.data.prepare
+    recipe = config.data.precompute
     for directory, split in _makeable(config).items():
-        check_set(directory, _made_from(config, directory, split), WHOSE)
+        check_set(directory, _build_settings(config, directory, split), OWNER)
     image_encoder, text_encoder = _encoders(config, device)
-    _require("data.prepare.image_encoder", "latents", image_encoder.latent_shape(recipe.image_size), _latents(config))
+    _require(
+        "data.precompute.image_encoder", "latents", image_encoder.latent_shape(recipe.image_size), _latents(config)
+    )
     shape = (text_encoder.max_tokens, text_encoder.channels)
-    _require("data.prepare.text_encoder", "caption embeddings", shape, _embeddings(config))
+    _require("data.precompute.text_encoder", "caption embeddings", shape, _embeddings(config))
     device = torch.device(device)
     decoder = build_decoder([recipe.image_size], min_side=1, device=device)
-    towers = Towers(image_encoder, text_encoder, decoder, BATCH_SIZE, overlap=device.type == "cuda")
+    pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, BATCH_SIZE, overlap=device.type == "cuda")
     source = open_source(recipe.source, recipe.image_size)
     for directory, split in _makeable(config).items():
         if is_finished(directory):
             continue
         samples = getattr(source, split)
-        job = Job(
+        job = BuildJob(
             source=Source(slices(samples, PICTURES_PER_PART[recipe.source.name], seed=0), len(samples)),
             sets={recipe.image_size: directory},
-            made_from=_made_from(config, directory, split),
-            whose=WHOSE,
+            build_settings=_build_settings(config, directory, split),
+            owner=OWNER,
             embeddings=recipe.embeddings,
             captions=lambda: source.training.captions,
             progress=progress,
             max_rejected=max_rejected,
         )
-        while not (outcome := precompute(job, towers)).finished:  # whoever is at the last parts may still be killed
+        while not (outcome := build_sets(job, pipeline)).finished:  # whoever is at the last parts may still be killed
             job = replace(job, progress=False)
             time.sleep(0.5)
         if outcome.finished[directory]["rejected"]:
@@ -131,19 +133,19 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
 
 def _encoders(config: TrainConfig, device: torch.device | str) -> tuple[ImageEncoder, TextEncoder]:
     """The encoders of the recipe: if a set is there already, those that made it. Raises UserError."""
-    recipe, length = config.data.prepare, config.model.caption_length
+    recipe, length = config.data.precompute, config.model.caption_length
     for directory in filter(is_finished, _directories(config)):
         described = read_manifest(directory).encoders.plain()
         image, text = described["image"], described["text"]
         if image["id"] != recipe.image_encoder:
             raise UserError(
-                f"{directory / MANIFEST}: pictures were encoded by {image['id']!r}, but data.prepare.image_encoder = "
-                f"{recipe.image_encoder!r}"
+                f"{directory / MANIFEST}: pictures were encoded by {image['id']!r}, but "
+                f"data.precompute.image_encoder = {recipe.image_encoder!r}"
             )
         if (text["id"], text["max_tokens"]) != (recipe.text_encoder, length):
             raise UserError(
                 f"{directory / MANIFEST}: captions were embedded by {text['id']!r} in {text['max_tokens']} tokens, but "
-                f"data.prepare.text_encoder = {recipe.text_encoder!r} and model.caption_length = {length}"
+                f"data.precompute.text_encoder = {recipe.text_encoder!r} and model.caption_length = {length}"
             )
         return build_image_encoder(image, device), build_text_encoder_from(text, device)
     return (

@@ -25,7 +25,7 @@ from mdit.data.manifest import Layout
 from mdit.data.writer import SHARD_BYTES, NotFinite, PartWriter
 from mdit.descriptions import Encoders
 from mdit.dist import logger
-from mdit.prepare.in_progress import (
+from mdit.precompute.coordination import (
     Plan,
     SetInProgress,
     TooManyRejected,
@@ -33,8 +33,8 @@ from mdit.prepare.in_progress import (
     require_plan,
     require_same_making,
 )
-from mdit.prepare.report import Report, reject
-from mdit.prepare.towers import Claim, Samples, read
+from mdit.precompute.pipeline import Samples, WorkItem, read
+from mdit.precompute.report import Report, reject
 from mdit.sources import Part, Picture, Rejected, Source
 from mdit.sources.fingerprint import fingerprint
 
@@ -44,8 +44,8 @@ LOOKED_AT_ONCE = 16  # parts
 NOT_FINITE = "not finite"
 
 
-class Maker(Protocol):
-    """What turns parts into samples: `mdit.prepare.towers.Towers`."""
+class SampleProducer(Protocol):
+    """What turns parts into samples: `mdit.precompute.pipeline.EncodingPipeline`."""
 
     def layout(self, image_size: int, embeddings: str) -> Layout: ...
 
@@ -61,13 +61,13 @@ class Maker(Protocol):
     def device_name(self) -> str:
         """Of what does the work, for the report: the GPU's name, or "cpu"."""
 
-    def samples(self, claims: Iterable[Claim]) -> Generator[Samples, None, None]: ...
+    def samples(self, work: Iterable[WorkItem]) -> Generator[Samples, None, None]: ...
 
 
 @dataclass(frozen=True)
-class Job:
-    """Sets to make: `sets` maps image sizes to directories. `made_from` holds the settings that decide what is in them
-    (each manifest's fingerprint is that and the image size), `whose` says where these come from, for errors.
+class BuildJob:
+    """Sets to make: `sets` maps image sizes to directories. `build_settings` decide what is in them (each manifest's
+    fingerprint is that and the image size), `owner` says where these come from, for errors.
     `captions` are those to measure text statistics on; by default the first ones of the source. `limit` is a number of
     pictures. `max_rejected` is the share of what is read that may be left out.
 
@@ -76,8 +76,8 @@ class Job:
 
     source: Source
     sets: Mapping[int, Path]
-    made_from: dict[str, Any]
-    whose: str = "this command's"
+    build_settings: dict[str, Any]
+    owner: str = "this command's"
     embeddings: str = "f16"
     shard_bytes: int = SHARD_BYTES
     limit: int | None = None
@@ -97,7 +97,7 @@ class Outcome:
     left: dict[Path, int]
 
 
-def precompute(job: Job, maker: Maker) -> Outcome:
+def build_sets(job: BuildJob, producer: SampleProducer) -> Outcome:
     """Make all parts of the sets that are neither complete nor being made.
 
     Raises UserError when a set was begun from something else, cannot be written, would be empty, or has more left out
@@ -107,13 +107,15 @@ def precompute(job: Job, maker: Maker) -> Outcome:
         with ExitStack() as stack:
             sets, plans = {}, {}
             for size, directory in job.sets.items():
-                layout, made_from = maker.layout(size, job.embeddings), {**job.made_from, "image_size": size}
+                layout = producer.layout(size, job.embeddings)
                 layout.check()
-                sets[size] = stack.enter_context(SetInProgress(directory, layout, made_from))
+                sets[size] = stack.enter_context(
+                    SetInProgress(directory, layout, {**job.build_settings, "image_size": size})
+                )
             fingerprints = Fingerprints(job.source, job.limit)
             for size, unfinished in sets.items():
-                plans[size] = unfinished.agree(partial(_plan, job, maker, fingerprints, unfinished, plans))
-            _make_parts(job, maker, sets, plans[size])
+                plans[size] = unfinished.agree(partial(_plan, job, producer, fingerprints, unfinished, plans))
+            _make_parts(job, producer, sets, plans[size])
             finished, left, refused = {}, {}, []
             for size, unfinished in sets.items():
                 try:
@@ -153,7 +155,7 @@ class Fingerprints(dict[str, str]):
 
     def _look(self, name: str) -> str:
         try:
-            return fingerprint(self.parts[name], read(Claim(0, self.parts[name])))
+            return fingerprint(self.parts[name], read(WorkItem(0, self.parts[name])))
         except OSError as error:
             raise UserError(f"part {name} of the source cannot be read: {error}") from None
 
@@ -196,8 +198,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _plan(
-    job: Job,
-    maker: Maker,
+    job: BuildJob,
+    producer: SampleProducer,
     fingerprints: Fingerprints,
     unfinished: SetInProgress,
     others: Mapping[int, Plan],
@@ -209,7 +211,7 @@ def _plan(
     known, changing = stored or before, bool(job.extend or job.remake)
     if before is not None and (unfinished.is_joined() if stored else not changing):
         return known, ()
-    maker.settle(known and known.encoders.plain(), job.captions or partial(first_captions, job.source, job.limit))
+    producer.settle(known and known.encoders.plain(), job.captions or partial(first_captions, job.source, job.limit))
     if before is None:
         parts, of_last_part = _first_parts(job, fingerprints, next(iter(others.values()), known))
         made: Collection[str] = parts
@@ -217,22 +219,22 @@ def _plan(
         parts, made = _changes(job, fingerprints, unfinished.directory, before)
         of_last_part = None
     plan = Plan(
-        made_from=unfinished.made_from,
-        encoders=parse_section(Encoders, maker.encoders(), unfinished.directory),
+        build_settings=unfinished.build_settings,
+        encoders=parse_section(Encoders, producer.encoders(), unfinished.directory),
         layout=unfinished.layout,
         shard_bytes=job.shard_bytes,
-        settings=maker.settings(),
+        settings=producer.settings(),
         parts=parts,
         pictures_of_last_part=of_last_part,
     )
     if stored is not None:
-        require_plan(unfinished.directory, stored, plan, job.whose)
+        require_plan(unfinished.directory, stored, plan, job.owner)
     elif before is not None:
-        require_same_making(unfinished.directory, before, plan, job.whose)
+        require_same_making(unfinished.directory, before, plan, job.owner)
     return plan, made
 
 
-def _first_parts(job: Job, fingerprints: Fingerprints, known: Plan | None) -> tuple[dict[str, str], int | None]:
+def _first_parts(job: BuildJob, fingerprints: Fingerprints, known: Plan | None) -> tuple[dict[str, str], int | None]:
     """The parts up to the limit, and how many pictures of the last one that takes."""
     if known is not None and job.limit is not None:
         num_parts, of_last_part = len(known.parts), known.pictures_of_last_part
@@ -242,7 +244,7 @@ def _first_parts(job: Job, fingerprints: Fingerprints, known: Plan | None) -> tu
 
 
 def _changes(
-    job: Job, fingerprints: Fingerprints, directory: Path, before: Plan
+    job: BuildJob, fingerprints: Fingerprints, directory: Path, before: Plan
 ) -> tuple[dict[str, str], Collection[str]]:
     """The parts of a set when it is changed, old ones first and in their order, and those to make."""
     for name in job.remake:
@@ -273,17 +275,17 @@ def _limited(parts: Sequence[Part], limit: int | None) -> tuple[int, int | None]
 
 def _pictures(parts: Iterable[Part]) -> Iterator[Picture]:
     for number, part in enumerate(parts):
-        yield from (item for item in read(Claim(number, part)) if not isinstance(item, Rejected))
+        yield from (item for item in read(WorkItem(number, part)) if not isinstance(item, Rejected))
 
 
-def _make_parts(job: Job, maker: Maker, sets: Mapping[int, SetInProgress], plan: Plan) -> None:
+def _make_parts(job: BuildJob, producer: SampleProducer, sets: Mapping[int, SetInProgress], plan: Plan) -> None:
     bar, began = _Progress(job, sets, len(plan.parts)), time.perf_counter()
-    with bar, closing(maker.samples(_claims(job.source.parts, sets, plan))) as stream:
+    with bar, closing(producer.samples(_work(job.source.parts, sets, plan))) as stream:
         for first in stream:
             with ExitStack() as stack:
                 writers = {
-                    size: stack.enter_context(sets[size].writer(first.claim.number, job.shard_bytes))
-                    for size in first.claim.image_sizes
+                    size: stack.enter_context(sets[size].writer(first.item.number, job.shard_bytes))
+                    for size in first.item.image_sizes
                 }
                 for samples in chain([first], stream):
                     for size, writer in writers.items():
@@ -291,9 +293,9 @@ def _make_parts(job: Job, maker: Maker, sets: Mapping[int, SetInProgress], plan:
                     bar.update(samples.seen)
                     if samples.last:
                         break
-                began = _note_seconds(writers, maker.device_name(), began)
-            for size in first.claim.image_sizes:
-                sets[size].complete(first.claim.number)
+                began = _note_seconds(writers, producer.device_name(), began)
+            for size in first.item.image_sizes:
+                sets[size].complete(first.item.number)
             bar.look_around()
 
 
@@ -305,7 +307,7 @@ def _note_seconds(writers: Mapping[int, PartWriter], device: str, began: float) 
     return now
 
 
-def _claims(parts: Sequence[Part], sets: Mapping[int, SetInProgress], plan: Plan) -> Iterator[Claim]:
+def _work(parts: Sequence[Part], sets: Mapping[int, SetInProgress], plan: Plan) -> Iterator[WorkItem]:
     """Parts for this process to make, until there is none that is neither complete nor claimed."""
     by_name, found = {part.name: part for part in parts}, True
     while found:
@@ -314,7 +316,7 @@ def _claims(parts: Sequence[Part], sets: Mapping[int, SetInProgress], plan: Plan
             if image_sizes := tuple(size for size, unfinished in sets.items() if unfinished.claim(number)):
                 found = True
                 limit = plan.pictures_of_last_part if number == len(plan.parts) - 1 else None
-                yield Claim(number, by_name[name], limit, image_sizes)
+                yield WorkItem(number, by_name[name], limit, image_sizes)
 
 
 def _write(samples: Samples, image_size: int, writer: PartWriter) -> None:
@@ -333,7 +335,7 @@ def _write(samples: Samples, image_size: int, writer: PartWriter) -> None:
 class _Progress:
     """A bar of pictures, of this process and of others as far as their parts are complete."""
 
-    def __init__(self, job: Job, sets: Mapping[int, SetInProgress], num_parts: int) -> None:
+    def __init__(self, job: BuildJob, sets: Mapping[int, SetInProgress], num_parts: int) -> None:
         self.sets, self.num_parts = sets, num_parts
         self.total = job.source.pictures if job.limit is None else job.limit
         done, _ = self._done()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from mdit.data.manifest import Layout
-from mdit.prepare.towers import Claim, Sample, Samples, ahead, read
+from mdit.precompute.pipeline import Sample, Samples, WorkItem, ahead, read
 from mdit.sources import Rejected
 from mdit.sources.mds import ShardOfLatents
 
@@ -42,23 +42,23 @@ class ImportedLatents:
     def device_name(self) -> str:
         return "cpu"
 
-    def samples(self, claims: Iterable[Claim]) -> Generator[Samples, None, None]:
-        return ahead(self._read(claims))
+    def samples(self, work: Iterable[WorkItem]) -> Generator[Samples, None, None]:
+        return ahead(self._read(work))
 
-    def _read(self, claims: Iterable[Claim]) -> Iterator[Samples]:
-        for claim in claims:
-            together = Samples(claim)
-            for position, item in enumerate(read(claim)):
+    def _read(self, work: Iterable[WorkItem]) -> Iterator[Samples]:
+        for item in work:
+            together = Samples(item)
+            for position, found in enumerate(read(item)):
                 together.seen += 1
-                if isinstance(item, Rejected) or not item.caption:
-                    reason = item.reason if isinstance(item, Rejected) else "no caption"
-                    together.rejected.append((reason, item.origin))
+                if isinstance(found, Rejected) or not found.caption:
+                    reason = found.reason if isinstance(found, Rejected) else "no caption"
+                    together.rejected.append((reason, found.origin))
                     continue
-                latents = {size: item.latent for size in claim.image_sizes}
-                sample = Sample(claim.key(position), item.origin, item.caption, latents, item.embedding)
+                latents = {size: found.latent for size in item.image_sizes}
+                sample = Sample(item.key(position), found.origin, found.caption, latents, found.embedding)
                 together.samples.append(sample)
                 if len(together.samples) == SAMPLES_TOGETHER:
                     yield together
-                    together = Samples(claim)
+                    together = Samples(item)
             together.last = True
             yield together

@@ -15,7 +15,7 @@ from mdit.data.manifest import Layout
 from mdit.dist import work_on
 from mdit.documents import explain
 from mdit.encoders import ImageEncoder, TextEncoder
-from mdit.prepare.decoders import Decoder
+from mdit.precompute.decoders import Decoder
 from mdit.sources import Part, Picture, Rejected
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ BATCHES_TOGETHER = 8
 
 
 @dataclass(frozen=True)
-class Claim:
+class WorkItem:
     """Part `number` of a source, to be made for some image sizes; `pictures` limits how many are read of it."""
 
     number: int
@@ -54,7 +54,7 @@ class Samples:
     """Consecutive samples of a part. `seen` counts what was read for them, `rejected` are the (reason, origin) of what
     gave no sample, and `last` says that they end the part."""
 
-    claim: Claim
+    item: WorkItem
     samples: list[Sample] = field(default_factory=list)
     seen: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
@@ -62,10 +62,10 @@ class Samples:
 
 
 @dataclass
-class Batch:
+class PictureBatch:
     """Pictures on their way. `images` maps each image size to uint8 (n, size, size, 3)."""
 
-    claim: Claim
+    item: WorkItem
     keys: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     images: dict[int, Tensor] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Batch:
     last: bool = False
 
 
-class Towers:
+class EncodingPipeline:
     """Makes samples of a part a function of that part, whatever was made before it: batches do not reach over its ends
     and no caption's embedding is taken over from another part.
 
@@ -126,38 +126,38 @@ class Towers:
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
-    def samples(self, claims: Iterable[Claim]) -> Generator[Samples, None, None]:
+    def samples(self, work: Iterable[WorkItem]) -> Generator[Samples, None, None]:
         """The samples of one part after another. The next part is begun while the last samples of one are written."""
         if not self.overlap:
-            return self._embed(map(self._encode, map(self._decode, self._read(claims))))
-        batches = ahead(map(self._decode, self._read(claims)), self.device)
+            return self._embed(map(self._encode, map(self._decode, self._read(work))))
+        batches = ahead(map(self._decode, self._read(work)), self.device)
         return ahead(self._embed(map(self._encode, batches)), self.device)
 
-    def _read(self, claims: Iterable[Claim]) -> Iterator[Batch]:
-        for claim in claims:
-            batch = Batch(claim)
-            for position, item in enumerate(read(claim)):
+    def _read(self, work: Iterable[WorkItem]) -> Iterator[PictureBatch]:
+        for item in work:
+            batch = PictureBatch(item)
+            for position, found in enumerate(read(item)):
                 batch.seen += 1
-                if isinstance(item, Rejected):
-                    batch.rejected.append((item.reason, item.origin))
+                if isinstance(found, Rejected):
+                    batch.rejected.append((found.reason, found.origin))
                     continue
-                batch.keys.append(claim.key(position))
-                batch.pictures.append(item)
+                batch.keys.append(item.key(position))
+                batch.pictures.append(found)
                 if len(batch.pictures) == self.batch_size:
                     yield batch
-                    batch = Batch(claim)
+                    batch = PictureBatch(item)
             batch.last = True
             yield batch
 
-    def _decode(self, batch: Batch) -> Batch:
+    def _decode(self, batch: PictureBatch) -> PictureBatch:
         decoded = self.decoder([picture.image for picture in batch.pictures])
         batch.rejected += [(why, batch.pictures[index].origin) for index, why in sorted(decoded.rejected.items())]
-        batch.images = {size: decoded.images[size] for size in batch.claim.image_sizes}
+        batch.images = {size: decoded.images[size] for size in batch.item.image_sizes}
         batch.keys = [batch.keys[index] for index in decoded.kept]
         batch.pictures = [batch.pictures[index] for index in decoded.kept]
         return batch
 
-    def _encode(self, batch: Batch) -> Batch:
+    def _encode(self, batch: PictureBatch) -> PictureBatch:
         if batch.pictures:
             encoded = {size: self._latents(images) for size, images in batch.images.items()}
             batch.latents = [dict(zip(encoded, rows)) for rows in zip(*encoded.values())]
@@ -168,11 +168,11 @@ class Towers:
         images_NCHW = images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.image_encoder.encode(images_NCHW).half().cpu().numpy()
 
-    def _embed(self, batches: Iterable[Batch]) -> Iterator[Samples]:
+    def _embed(self, batches: Iterable[PictureBatch]) -> Iterator[Samples]:
         bytes_each = 2 * self.text_encoder.max_tokens * self.text_encoder.channels
         together = max(1, min(BATCHES_TOGETHER * self.batch_size, TOGETHER_BYTES // bytes_each))
         embed = CaptionCache(self.text_encoder, max(CACHED_BYTES // bytes_each, together + self.batch_size))
-        waiting: list[Batch] = []
+        waiting: list[PictureBatch] = []
         for batch in batches:
             waiting.append(batch)
             # A few large calls of the text tower instead of many small ones: captions repeat.
@@ -183,17 +183,17 @@ class Towers:
                 embed.clear()
 
 
-def read(claim: Claim) -> Iterator[Any]:
+def read(work: WorkItem) -> Iterator[Any]:
     """The Pictures or Latents and the Rejected of a part, up to its limit. Raises UserError."""
     pictures = 0
     try:
-        for item in claim.part:
+        for item in work.part:
             pictures += not isinstance(item, Rejected)
             yield item
-            if pictures == claim.pictures:
+            if pictures == work.pictures:
                 return
     except OSError as error:
-        raise UserError(f"part {claim.part.name} of the source cannot be read: {explain(error)}") from None
+        raise UserError(f"part {work.part.name} of the source cannot be read: {explain(error)}") from None
 
 
 def ahead(items: Iterator[T], device: torch.device = CPU, depth: int = 2) -> Generator[T, None, None]:
@@ -233,8 +233,8 @@ class CaptionCache:
         self._embeddings.clear()
 
 
-def _joined(batches: list[Batch], embed: CaptionCache) -> Samples:
-    joined = Samples(batches[0].claim)
+def _joined(batches: list[PictureBatch], embed: CaptionCache) -> Samples:
+    joined = Samples(batches[0].item)
     embeddings = iter(embed([picture.caption for batch in batches for picture in batch.pictures]))
     for batch in batches:
         for key, picture, latents in zip(batch.keys, batch.pictures, batch.latents, strict=True):

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mdit.data.writer
-import mdit.prepare.recipe
-from launchers import precompute
+import mdit.precompute.recipe
+from launchers import precompute as launcher
 from mdit import cli
 from mdit.config import UserError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_image_encoder, build_text_encoder_from
-from mdit.prepare import is_prepared, prepare
+from mdit.precompute import is_precomputed, precompute
 from mdit.sources import open_source
 from tests.recipes import tiny_config
 from tests.training import write_shards
@@ -29,14 +29,14 @@ EMOJI = dict(name="emoji", objects=4, styles=("twemoji",), scenes=60, validation
 MODEL = {"latent_size": 8, "latent_channels": 3, "caption_length": 12, "caption_channels": 384}
 
 
-def recipe(folder, source=EMOJI, model=MODEL, prepare=None, **data):
-    made_from = {"source": source, "image_size": 8, "image_encoder": "pixels", "text_encoder": "minilm"}
+def recipe(folder, source=EMOJI, model=MODEL, precompute=None, **data):
+    build_settings = {"source": source, "image_size": 8, "image_encoder": "pixels", "text_encoder": "minilm"}
     paths = {"train": (str(folder / "train"),), "validation": str(folder / "validation")}
-    return tiny_config(model=model, data={**paths, "prepare": {**made_from, **(prepare or {})}, **data})
+    return tiny_config(model=model, data={**paths, "precompute": {**build_settings, **(precompute or {})}, **data})
 
 
 def make(config):
-    prepare(config, progress=False)
+    precompute(config, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
 
 def test_sets_hold_every_sample_once_encoded_and_shuffled(folder):
     config = recipe(folder)
-    assert is_prepared(config)
-    source = open_source(config.data.prepare.source, 8)
+    assert is_precomputed(config)
+    source = open_source(config.data.precompute.source, 8)
     for name, split in (("train", source.training), ("validation", source.validation)):
         dataset = open_dataset(folder / name)
         latents, captions, texts = read_samples(dataset, range(dataset.samples))
@@ -74,7 +74,7 @@ def test_the_same_recipe_makes_the_same_bytes(folder, tmp_path):
 
 def test_sets_that_are_there_are_left_alone(folder, monkeypatch):
     before = contents(folder)
-    monkeypatch.setattr(mdit.prepare.recipe, "open_source", None)  # would fail if anything were made
+    monkeypatch.setattr(mdit.precompute.recipe, "open_source", None)  # would fail if anything were made
     make(recipe(folder))
     assert contents(folder) == before
 
@@ -96,7 +96,7 @@ def test_an_interrupted_call_leaves_no_set_and_the_next_one_makes_it(folder, tmp
     with pytest.raises(KeyboardInterrupt):
         make(recipe(tmp_path))
     names = {".train.lock", ".train.partial", "validation"}
-    assert {p.name for p in tmp_path.iterdir()} == names and not is_prepared(recipe(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == names and not is_precomputed(recipe(tmp_path))
     monkeypatch.undo()
     make(recipe(tmp_path))
     assert contents(tmp_path) == contents(folder)
@@ -105,7 +105,7 @@ def test_an_interrupted_call_leaves_no_set_and_the_next_one_makes_it(folder, tmp
 KILLED = """
 import os, signal, sys
 import mdit.data.writer
-import mdit.prepare.recipe
+import mdit.precompute.recipe
 from pathlib import Path
 from tests.unit.test_prepare import make, recipe
 def kill(self, *sample, write=mdit.data.writer.PartWriter.write):
@@ -140,9 +140,9 @@ def test_of_two_calls_at_once_one_makes_the_sets(folder, tmp_path):
     [
         ({"source": {**EMOJI, "objects": 5}}, "validation/manifest.json: was made with source.objects = 4, .* is 5"),
         ({"source": {**EMOJI, "scenes": 61}}, "made with source.scenes = 60, but the recipe's is 61"),
-        ({"prepare": {"image_size": 16}}, "made with image_size = 8, but the recipe's is 16"),
-        ({"prepare": {"embeddings": "i8b64"}}, "made with embeddings = 'f16', but the recipe's is 'i8b64'; remove "),
-        ({"prepare": {"text_encoder": "other"}}, "made with text_encoder = 'minilm', but the recipe's is 'other'"),
+        ({"precompute": {"image_size": 16}}, "made with image_size = 8, but the recipe's is 16"),
+        ({"precompute": {"embeddings": "i8b64"}}, "made with embeddings = 'f16', but the recipe's is 'i8b64'; remove "),
+        ({"precompute": {"text_encoder": "other"}}, "made with text_encoder = 'minilm', but the recipe's is 'other'"),
         ({"model": {**MODEL, "latent_size": 16}}, "manifest.json: .* recipe's model.latent_size = 16 and not 8"),
         ({"model": {**MODEL, "latent_channels": 4}}, "manifest.json: .* recipe's model.latent_channels = 4 and not 3"),
         ({"model": {**MODEL, "caption_length": 9}}, "manifest.json: .* recipe's model.caption_length = 9 and not 12"),
@@ -169,7 +169,7 @@ def test_a_recipe_that_changed_after_an_interruption_is_noticed(tmp_path, monkey
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prepare": {"image_size": 16}}, r"image_encoder gives .*\(3, 16, 16\).* model.latent_size = 8"),
+        ({"precompute": {"image_size": 16}}, r"image_encoder gives .*\(3, 16, 16\).* model.latent_size = 8"),
         ({"model": {**MODEL, "caption_channels": 12}}, "text_encoder gives .* model.caption_channels = 12 and not 384"),
         ({"source": {**EMOJI, "objects": ("no such thing",)}}, "'no such thing' is no emoji"),
         ({"source": {"name": "folder", "path": "nowhere", "validation_share": 0.1}}, "nowhere/captions.jsonl: cannot"),
@@ -185,7 +185,7 @@ def test_a_size_of_pictures_that_the_autoencoder_cannot_take(tmp_path):
     path = save_autoencoder(tmp_path / "vae")  # latents of 2 x 2 pixels
     source = {"name": "folder", "path": "nowhere", "validation_share": 0.1}  # is not looked at
     with pytest.raises(UserError, match="image_size 17: image encoder '.*vae' takes multiples of 2 pixels"):
-        make(recipe(tmp_path / "data", source, prepare={"image_size": 17, "image_encoder": str(path)}))
+        make(recipe(tmp_path / "data", source, precompute={"image_size": 17, "image_encoder": str(path)}))
     assert not (tmp_path / "data").exists()
 
 
@@ -193,12 +193,12 @@ def test_an_autoencoder_that_was_replaced_makes_no_second_set(tmp_path, monkeypa
     """The validation set is there, the training set is not."""
     model, changes = {**MODEL, "latent_channels": 4}, {"image_size": 16, "image_encoder": str(tmp_path / "vae")}
     save_autoencoder(tmp_path / "vae", scaling_factor=1.0)
-    make(recipe(tmp_path, model=model, prepare=changes))
+    make(recipe(tmp_path, model=model, precompute=changes))
     shutil.rmtree(tmp_path / "train")
     (weights,) = (tmp_path / "vae").glob("*.safetensors")
     save_file({name: weight + 1 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(UserError, match="image encoder '.*vae': its weights have xxh3 .*, but those that made the lat"):
-        make(recipe(tmp_path, model=model, prepare=changes))
+        make(recipe(tmp_path, model=model, precompute=changes))
     assert not (tmp_path / "train").exists()
 
 
@@ -226,7 +226,7 @@ def test_a_folder_of_pictures_becomes_sets(tmp_path):
 
 
 def test_embeddings_in_8_bits(folder, tmp_path):
-    make(recipe(tmp_path, prepare={"embeddings": "i8b64"}))
+    make(recipe(tmp_path, precompute={"embeddings": "i8b64"}))
     small, large = (open_dataset(path / "validation") for path in (tmp_path, folder))
     assert small.layout.embeddings == "i8b64" and small.layout.embedding_bytes < 0.6 * large.layout.embedding_bytes
     (latents, captions, texts), (latents_f16, captions_f16, texts_f16) = (
@@ -276,10 +276,10 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_precompute_says_what_is_there_and_verifies_it(folder, tmp_path, capsys):
     path = tmp_path / "recipe.json"
     path.write_text('{"recipe": ' + recipe(folder).model_dump_json(exclude_none=True) + "}")
-    precompute.main(["--recipe", str(path), "--verify"])
+    launcher.main(["--recipe", str(path), "--verify"])
     out = capsys.readouterr().out
     assert f"{folder}/train: 60 samples in 1 shards" in out and out.count("checksums right") == 2
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: precompute.main(["--recipe", str(path), "--set", "data.prepare.image_size=16"]))
+        cli.run(lambda: launcher.main(["--recipe", str(path), "--set", "data.precompute.image_size=16"]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1

@@ -1,7 +1,7 @@
 """JPEGs decoded, resized and cropped by DALI: on a GPU by nvJPEG, without one by libjpeg-turbo.
 
 Which pictures are kept is Pillow's decision: it reads the headers, and what is not a plain, upright, whole RGB JPEG it
-decodes itself, as it does every batch in which DALI fails on a picture. The crop is the one of `mdit.prepare.decode`.
+decodes itself, as it does every batch in which DALI fails on a picture. The crop is `mdit.precompute.decode`'s.
 Without a GPU, DALI's decoded pixels equal Pillow's and only the resizing rounds otherwise: on pictures like photographs
 the two differ by less than 0.25 of 255 in the mean and by at most 8. nvJPEG is held to 1 and 16.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mdit.dist import logger
-from mdit.prepare.decode import Decoded, PillowDecoder, gather, source_box
+from mdit.precompute.decode import Decoded, PillowDecoder, gather, source_box
 from mdit.sources.pictures import open_header, orientation
 from mdit.sources.storage import is_damage
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from mdit.config import UserError
 from mdit.dist import logger
-from mdit.prepare.dali import DaliDecoder, DaliUnavailable
-from mdit.prepare.decode import Decoded, PillowDecoder
+from mdit.precompute.dali import DaliDecoder, DaliUnavailable
+from mdit.precompute.decode import Decoded, PillowDecoder
 
 
 class Decoder(Protocol):

@@ -1,5 +1,5 @@
 """Making sets: pictures and captions -> latent shards, for a recipe or for a data set of any size."""
 
-from mdit.prepare.recipe import is_prepared, prepare
+from mdit.precompute.recipe import is_precomputed, precompute
 
-__all__ = ["is_prepared", "prepare"]
+__all__ = ["is_precomputed", "precompute"]

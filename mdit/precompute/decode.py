@@ -2,7 +2,7 @@
 
 The crop is that of torchvision's Resize(size, bicubic) and CenterCrop(size), which the paper's code uses: the shorter
 side is resized to `size` with an antialiased bicubic filter, then the middle square is cut out. Pillow's decoder gives
-bit for bit what torchvision gives on Pillow pictures; `mdit.prepare.dali` has the same crop on a GPU.
+bit for bit what torchvision gives on Pillow pictures; `mdit.precompute.dali` has the same crop on a GPU.
 """
 
 from collections.abc import Sequence
