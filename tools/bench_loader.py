@@ -42,7 +42,7 @@ from mdit import cli
 from mdit.bench.report import environment, table
 from mdit.config import UserError
 from mdit.data.loader import build_loader, choose_engine
-from mdit.data.manifest import MANIFEST, Layout
+from mdit.data.manifest import MANIFEST, SampleLayout
 from mdit.data.order import GlobalOrder
 from mdit.data.quantise import dequantise
 from mdit.data.shards import open_dataset
@@ -172,7 +172,7 @@ def webdataset_batches(bench: Bench) -> Iterator[Tensor]:
         yield captions
 
 
-def to_tensors(layout: Layout, sample: dict) -> tuple[Tensor, Tensor, str]:
+def to_tensors(layout: SampleLayout, sample: dict) -> tuple[Tensor, Tensor, str]:
     """Views of the bytes; embeddings of 8 bits as they are."""
     latents = torch.from_numpy(np.frombuffer(sample["lat.bin"], np.float16).reshape(layout.latent_shape))
     stored = np.frombuffer(sample["emb.bin"], np.uint8)

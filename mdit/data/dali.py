@@ -10,9 +10,9 @@ import math
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from mdit.data.manifest import TAR_BLOCK, Layout
+from mdit.data.manifest import TAR_BLOCK, SampleLayout
+from mdit.data.prefetcher import Batch, Buffer, Prefetcher
 from mdit.data.quantise import BLOCK
-from mdit.data.read_ahead import Batch, Buffer, ReadAhead
 
 WORDS = {8: types.INT64, 4: types.INT32, 2: types.INT16}  # by their bytes
 
@@ -23,9 +23,9 @@ class DaliLoader:
     While a batch is used, the next one is copied and dequantised.
     """
 
-    def __init__(self, read_ahead: ReadAhead, num_rows: int, device: torch.device) -> None:
-        self._read_ahead, self._device, self._on_gpu = read_ahead, device, device.type == "cuda"
-        self._pipeline = build_pipeline(read_ahead.layout, num_rows, device.index if self._on_gpu else None)
+    def __init__(self, prefetcher: Prefetcher, batch_size: int, device: torch.device) -> None:
+        self._prefetcher, self._device, self._on_gpu = prefetcher, device, device.type == "cuda"
+        self._pipeline = build_pipeline(prefetcher.layout, batch_size, device.index if self._on_gpu else None)
         self._running: Buffer | None = None
         self._copying: list[tuple] = []  # outputs that torch may still be reading, each with an event behind that
 
@@ -34,7 +34,7 @@ class DaliLoader:
 
     def __next__(self) -> Batch:
         """Raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed."""
-        buffer = self._running or self._start(self._read_ahead.take())
+        buffer = self._running or self._start(self._prefetcher.take())
         outputs = self._pipeline.share_outputs()  # waits until they are there
         self._pipeline.release_outputs()
         # DALI's outputs stay as they are for as long as they are held; float32 ones are rounded here (build_pipeline).
@@ -44,9 +44,9 @@ class DaliLoader:
             self._copying = [(held, copied) for held, copied in self._copying if not copied.query()]
             self._copying.append((outputs, torch.cuda.current_stream(self._device).record_event()))
         batch = Batch(*tensors, buffer.texts, buffer.samples, buffer.step)
-        self._read_ahead.give_back(buffer)
+        self._prefetcher.recycle(buffer)
         self._running = None
-        if (following := self._read_ahead.take_filled()) is not None:
+        if (following := self._prefetcher.take_filled()) is not None:
             self._start(following)
         return batch
 
@@ -57,7 +57,7 @@ class DaliLoader:
         return buffer
 
     def close(self) -> None:
-        self._read_ahead.close()
+        self._prefetcher.close()
         for _, copied in self._copying:
             copied.synchronize()
         self._pipeline = self._running = None  # ends DALI's threads
@@ -69,7 +69,7 @@ class DaliLoader:
         self.close()
 
 
-def build_pipeline(layout: Layout, num_rows: int, device_id: int | None) -> Pipeline:
+def build_pipeline(layout: SampleLayout, batch_size: int, device_id: int | None) -> Pipeline:
     """From "rows" (N, row_bytes) uint8 in host memory to latents (N, C, H, W) fp16 and caption embeddings (N, L, C), on
     the GPU of that number, or the CPU where it is None. Embeddings of 8 bits come out in float32, where their products
     are exact: DALI's CPU operators round ties to fp16 away from zero, torch rounds them to even.
@@ -90,16 +90,16 @@ def build_pipeline(layout: Layout, num_rows: int, device_id: int | None) -> Pipe
         rows = fn.external_source(name="rows", dtype=types.UINT8, ndim=2, no_copy=True)
         if device_id is not None:
             rows = rows.gpu()
-        words = fn.reinterpret(rows, dtype=WORDS[word], shape=[num_rows, layout.row_bytes // word])
-        latents = cut(layout.latent_at, layout.latent_bytes, types.FLOAT16, [num_rows, *layout.latent_shape])
+        words = fn.reinterpret(rows, dtype=WORDS[word], shape=[batch_size, layout.row_bytes // word])
+        latents = cut(layout.latent_at, layout.latent_bytes, types.FLOAT16, [batch_size, *layout.latent_shape])
         if layout.embeddings == "i8b64":
-            blocks = num_rows * length * channels // BLOCK
+            blocks = batch_size * length * channels // BLOCK
             values = cut(TAR_BLOCK, values_bytes, types.INT8, [blocks, BLOCK])
             scales = cut(TAR_BLOCK + values_bytes, layout.embedding_bytes - values_bytes, types.FLOAT16, [blocks, 1])
             products = values * fn.cast(scales, dtype=types.FLOAT)
-            captions = fn.reshape(products, shape=[num_rows, length, channels])
+            captions = fn.reshape(products, shape=[batch_size, length, channels])
         else:
-            captions = cut(TAR_BLOCK, values_bytes, types.FLOAT16, [num_rows, length, channels])
+            captions = cut(TAR_BLOCK, values_bytes, types.FLOAT16, [batch_size, length, channels])
         pipeline.set_outputs(latents, captions)
     pipeline.build()
     return pipeline

@@ -11,7 +11,7 @@ from mdit.config import UserError
 from mdit.data.manifest import MANIFEST
 from mdit.data.native import NativeLoader
 from mdit.data.order import build_order
-from mdit.data.read_ahead import Batch, ReadAhead
+from mdit.data.prefetcher import Batch, Prefetcher
 from mdit.data.shards import LatentSet, open_dataset
 from mdit.dist import logger
 
@@ -56,12 +56,12 @@ def build_loader(
         device = torch.device("cuda", torch.cuda.current_device())
     chosen, reason = choose_engine(engine, device)
     logger.info(f"data engine: {chosen} ({reason})")
-    read_ahead = ReadAhead(datasets, rows, start_step, device)
+    prefetcher = Prefetcher(datasets, rows, start_step, device)
     if chosen == "dali":
         from mdit.data.dali import DaliLoader
 
-        return DaliLoader(read_ahead, share, device)
-    return NativeLoader(read_ahead, device)
+        return DaliLoader(prefetcher, share, device)
+    return NativeLoader(prefetcher, device)
 
 
 def choose_engine(wanted: Literal["auto", "native", "dali"], device: torch.device) -> tuple[Engine, str]:

@@ -21,7 +21,7 @@ class ShardError(UserError):
     """Shards that are not what their manifest says."""
 
 
-class Member(Section):
+class MemberFormat(Section):
     """`f16` is little-endian IEEE half; `i8b64` is described in `mdit.data.quantise`."""
 
     dtype: Literal["f16", "i8b64"]
@@ -29,11 +29,11 @@ class Member(Section):
 
 
 class Members(Section):
-    lat: Member
-    emb: Member
+    lat: MemberFormat
+    emb: MemberFormat
 
 
-class Layout(Section):
+class SampleLayout(Section):
     """What a sample is: latents (C, H, W) in fp16, a caption embedding (L, C) in fp16 or 8 bits.
 
     A *row* is the part of a sample that all samples of a set share in length: from its first tar header to the caption,
@@ -104,9 +104,9 @@ class Manifest(Section):
     dali_indexes: tuple[FileEntry, ...]
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> SampleLayout:
         lat, emb = self.members.lat, self.members.emb
-        return Layout(latent_shape=lat.shape, embedding_shape=emb.shape, embeddings=emb.dtype)
+        return SampleLayout(latent_shape=lat.shape, embedding_shape=emb.shape, embeddings=emb.dtype)
 
 
 def read_manifest(directory: str | Path) -> Manifest:

@@ -2,7 +2,7 @@
 
 import torch
 
-from mdit.data.read_ahead import Batch, Buffer, ReadAhead
+from mdit.data.prefetcher import Batch, Buffer, Prefetcher
 
 
 class NativeLoader:
@@ -12,8 +12,8 @@ class NativeLoader:
     it is copied from pinned memory on a stream of its own: while a batch is used, the next one is on its way.
     """
 
-    def __init__(self, read_ahead: ReadAhead, device: torch.device) -> None:
-        self._read_ahead, self._device = read_ahead, device
+    def __init__(self, prefetcher: Prefetcher, device: torch.device) -> None:
+        self._prefetcher, self._device = prefetcher, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copying: tuple[Batch, torch.cuda.Event] | None = None  # the next batch, and the event behind its copy
 
@@ -23,11 +23,11 @@ class NativeLoader:
     def __next__(self) -> Batch:
         """Raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed."""
         if self._stream is None:
-            buffer = self._read_ahead.take()
+            buffer = self._prefetcher.take()
             texts, samples, step = buffer.texts, buffer.samples, buffer.step
-            return Batch(*self._read_ahead.layout.split(self._read_ahead.lend(buffer)), texts, samples, step)
-        batch, copied = self._copying or self._copy(self._read_ahead.take())
-        following = self._read_ahead.take_filled()
+            return Batch(*self._prefetcher.layout.split(self._prefetcher.checkout(buffer)), texts, samples, step)
+        batch, copied = self._copying or self._copy(self._prefetcher.take())
+        following = self._prefetcher.take_filled()
         self._copying = None if following is None else self._copy(following)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(copied)
@@ -40,13 +40,13 @@ class NativeLoader:
         with torch.cuda.stream(self._stream):
             rows = buffer.rows.to(self._device, non_blocking=True)
             buffer.copied.record()
-            batch = Batch(*self._read_ahead.layout.split(rows), buffer.texts, buffer.samples, buffer.step)
+            batch = Batch(*self._prefetcher.layout.split(rows), buffer.texts, buffer.samples, buffer.step)
         done = self._stream.record_event()
-        self._read_ahead.give_back(buffer)
+        self._prefetcher.recycle(buffer)
         return batch, done
 
     def close(self) -> None:
-        self._read_ahead.close()
+        self._prefetcher.close()
         self._copying = None
 
     def __enter__(self) -> "NativeLoader":

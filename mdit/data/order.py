@@ -75,7 +75,7 @@ class GlobalOrder:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(*self.stream, *stream)))
 
 
-class MixedOrder:
+class WeightedOrder:
     """Several sets in one stream: every batch holds the same number of samples of each, in proportion to its weight.
 
     Each set has an order, and so epochs, of its own. Weights are rounded to whole samples of a batch.
@@ -111,14 +111,14 @@ class MixedOrder:
 
 def build_order(
     sets: Sequence[Sequence[int]], weights: Sequence[float] | None, global_batch_size: int, seed: int
-) -> GlobalOrder | MixedOrder:
+) -> GlobalOrder | WeightedOrder:
     """`sets` holds the shard sizes of every set. Without weights they are read as one set.
 
     Raises UserError when a set, or its share of a batch, is too small.
     """
     if weights is None:
         return GlobalOrder([size for shard_sizes in sets for size in shard_sizes], global_batch_size, seed)
-    return MixedOrder(sets, weights, global_batch_size, seed)
+    return WeightedOrder(sets, weights, global_batch_size, seed)
 
 
 def quotas(weights: Sequence[float], global_batch_size: int) -> list[int]:

@@ -35,10 +35,10 @@ INDEX = "index.npy"
 # header to the caption's last.
 INDEX_DTYPE = np.dtype([("shard", "<i4"), ("text_bytes", "<i4"), ("offset", "<i8"), ("xxh3", "<u8")])
 MOST_OPEN_SHARDS = 2048  # in this process; five sets that are mixed have 640 in use where windows meet
-SECONDS_BETWEEN_LOOKS = 1.0  # at whether an open shard is still the file of that name
+SECONDS_BETWEEN_CHECKS = 1.0  # at whether an open shard is still the file of that name
 
 
-class Place(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where a sample is: its number in the set, and its row of the index."""
 
     sample: int
@@ -65,7 +65,7 @@ class Index:
     def __len__(self) -> int:
         return self._length
 
-    def rows(self, samples: np.ndarray) -> np.ndarray:
+    def entries(self, samples: np.ndarray) -> np.ndarray:
         """(N,) sample numbers -> (N,) INDEX_DTYPE. Raises ShardError when the file is no longer whole."""
         size, descriptor = INDEX_DTYPE.itemsize, self._file.fileno()
         try:
@@ -94,14 +94,14 @@ class OpenShard:
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY)
         self.identity = _identity(os.fstat(self.descriptor))
-        self.looked = time.monotonic()
+        self.checked = time.monotonic()
 
-    def look(self) -> None:
+    def check_unchanged(self) -> None:
         """Raise ShardError when another file has taken the name, or this one was written to."""
         now = time.monotonic()
-        if now - self.looked < SECONDS_BETWEEN_LOOKS:
+        if now - self.checked < SECONDS_BETWEEN_CHECKS:
             return
-        self.looked = now
+        self.checked = now
         try:
             found = _identity(os.stat(self.path))
         except OSError as error:
@@ -126,7 +126,7 @@ class OpenShards:
         self._kept: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()  # by set and shard, last used last
 
     def get(self, owner: int, shard: int, path: Path) -> OpenShard:
-        """The shard, opened where it is not open. Raises ShardError, also for an open one that changed (`look`)."""
+        """The shard, opened where it is not open. Raises ShardError, also for an open one that changed."""
         with self._lock:
             if (opened := self._kept.get((owner, shard))) is not None:
                 self._kept.move_to_end((owner, shard))
@@ -135,7 +135,7 @@ class OpenShards:
             with self._lock:  # another thread may have been first
                 opened = self._kept.setdefault((owner, shard), opened)
                 self._keep(self.most())
-        opened.look()
+        opened.check_unchanged()
         return opened
 
     def forget(self, owner: int) -> None:
@@ -194,10 +194,10 @@ class LatentSet:
         self._shard_bytes = np.array([shard.bytes for shard in manifest.shards])
         self._owner = next(_owners)
 
-    def locate(self, samples: Iterable[int]) -> list[Place]:
+    def locate(self, samples: Iterable[int]) -> list[SampleLocation]:
         """Look up samples. Raises ShardError where the index says what cannot be."""
         samples = np.fromiter(samples, np.int64)
-        rows = self.index.rows(samples)
+        rows = self.index.entries(samples)
         shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
         last_offsets = self._shard_bytes[shards] - self.layout.row_bytes - rows["text_bytes"]
         possible = (rows["shard"] == shards) & (rows["text_bytes"] >= 0)
@@ -205,29 +205,30 @@ class LatentSet:
         if not possible.all():
             wrong = int(np.argmin(possible))
             raise self._impossible(samples[wrong], shards[wrong], rows[wrong])
-        return list(map(Place._make, zip(samples.tolist(), *(rows[name].tolist() for name in INDEX_DTYPE.names))))
+        fields = [samples.tolist(), *(rows[name].tolist() for name in INDEX_DTYPE.names)]
+        return [SampleLocation(*values) for values in zip(*fields)]
 
-    def read_row(self, place: Place, row: memoryview | np.ndarray) -> str:
+    def read_row(self, location: SampleLocation, row: memoryview | np.ndarray) -> str:
         """Read a sample's row into `row` (`layout.row_bytes` writable bytes), compare its checksum and return its
         caption. From any number of threads. Raises ShardError."""
-        text = bytearray(place.text_bytes)
-        wanted = self.layout.row_bytes + place.text_bytes
-        shard = open_shards.get(self._owner, place.shard, self.directory / self.manifest.shards[place.shard].file)
+        text = bytearray(location.text_bytes)
+        wanted = self.layout.row_bytes + location.text_bytes
+        shard = open_shards.get(self._owner, location.shard, self.directory / self.manifest.shards[location.shard].file)
         try:
-            found = os.preadv(shard.descriptor, [row, text], place.offset)
+            found = os.preadv(shard.descriptor, [row, text], location.offset)
         except OSError as error:
-            raise self._damaged(place, str(error.strerror)) from None
+            raise self._damaged(location, str(error.strerror)) from None
         if found != wanted:
-            raise self._damaged(place, f"{found} of {wanted} bytes are there")
+            raise self._damaged(location, f"{found} of {wanted} bytes are there")
         digest = xxhash.xxh3_64(row)
         digest.update(text)
-        if digest.intdigest() != place.xxh3:
+        if digest.intdigest() != location.xxh3:
             index = self.index.path.name
-            raise self._damaged(place, f"xxh3 is {digest.hexdigest()}, but {index} says {place.xxh3:016x}")
+            raise self._damaged(location, f"xxh3 is {digest.hexdigest()}, but {index} says {location.xxh3:016x}")
         try:
             return text.decode()
         except UnicodeDecodeError:
-            raise self._damaged(place, "the caption is not UTF-8") from None
+            raise self._damaged(location, "the caption is not UTF-8") from None
 
     def check_sizes(self) -> None:
         """Raise ShardError when a file is missing or not of its size, naming the first sample that is cut off."""
@@ -235,7 +236,7 @@ class LatentSet:
             path = self.directory / entry.file
             if (found := _size(path, entry)) != entry.bytes:
                 first, end = self._shard_starts[shard : shard + 2].tolist()
-                rows = self.index.rows(np.arange(first, end))
+                rows = self.index.entries(np.arange(first, end))
                 whole = int(np.sum(rows["offset"] + self.layout.row_bytes + rows["text_bytes"] <= found))
                 cut_off = f"; sample {first + whole} of the set is cut off" if first + whole < end else ""
                 raise ShardError(f"{path}: has {found} bytes, but {MANIFEST} says {entry.bytes}{cut_off}")
@@ -245,8 +246,8 @@ class LatentSet:
     def check_shard(self, shard: int) -> None:
         """Read a shard and its DALI index whole. Raises ShardError naming the first damaged sample, if it is one."""
         row = np.empty(self.layout.row_bytes, np.uint8)
-        for place in self.locate(range(*self._shard_starts[shard : shard + 2])):
-            self.read_row(place, row)
+        for location in self.locate(range(*self._shard_starts[shard : shard + 2])):
+            self.read_row(location, row)
         for entry in (self.manifest.shards[shard], self.manifest.dali_indexes[shard]):
             path = self.directory / entry.file
             _require_size(path, entry)
@@ -273,9 +274,9 @@ class LatentSet:
             f"{shard} of {entry.bytes} bytes"
         )
 
-    def _damaged(self, place: Place, what: str) -> ShardError:
-        path = self.directory / self.manifest.shards[place.shard].file
-        return ShardError(f"{path}: sample {place.sample} of the set is damaged: {what}")
+    def _damaged(self, location: SampleLocation, what: str) -> ShardError:
+        path = self.directory / self.manifest.shards[location.shard].file
+        return ShardError(f"{path}: sample {location.sample} of the set is damaged: {what}")
 
 
 def open_dataset(directory: str | Path, *, check_sizes: bool = True) -> LatentSet:
@@ -304,8 +305,8 @@ def read_samples(dataset: LatentSet, samples: Iterable[int]) -> tuple[Tensor, Te
     rows = np.empty((len(samples), dataset.layout.row_bytes), np.uint8)
     texts = []
     for sample, row in zip(samples, rows):
-        [place] = dataset.locate([sample])
-        texts.append(dataset.read_row(place, row))
+        [location] = dataset.locate([sample])
+        texts.append(dataset.read_row(location, row))
     latents, captions = dataset.layout.split(torch.from_numpy(rows))
     return latents.contiguous(), captions.contiguous(), texts
 

@@ -16,7 +16,17 @@ import webdataset
 import xxhash
 
 from mdit.config import Section, UserError, parse_section
-from mdit.data.manifest import FORMAT, MANIFEST, FileEntry, Layout, Manifest, Member, Members, padded, read_manifest
+from mdit.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    MemberFormat,
+    Members,
+    SampleLayout,
+    padded,
+    read_manifest,
+)
 from mdit.data.quantise import quantise
 from mdit.data.shards import INDEX, INDEX_DTYPE, LatentSet
 from mdit.descriptions import Encoders, check_descriptions
@@ -50,7 +60,7 @@ class PartWriter:
         self,
         directory: str | Path,
         part: int,
-        layout: Layout,
+        layout: SampleLayout,
         shard_bytes: int = SHARD_BYTES,
         report: dict[str, Any] | None = None,
         suffix: str = "",
@@ -64,7 +74,7 @@ class PartWriter:
             left.unlink()
         self._shards: list[FileEntry] = []
         self._dali_indexes: list[FileEntry] = []
-        self._rows: list[tuple[int, int, int, int]] = []
+        self._entries: list[tuple[int, int, int, int]] = []
         self._keys: list[str] = []  # of the open shard
         self._tar: webdataset.TarWriter | None = None
 
@@ -84,7 +94,7 @@ class PartWriter:
         # TarWriter sorts members by name: emb.bin, lat.bin, txt. Each is a header block and data padded to blocks.
         self._tar.write({"__key__": key, "emb.bin": embedding, "lat.bin": latent, "txt": text})
         self._keys.append(key)
-        self._rows.append((len(self._shards), len(text), offset, 0))
+        self._entries.append((len(self._shards), len(text), offset, 0))
         if offset + self.layout.row_bytes + padded(len(text)) >= self.shard_bytes:
             self._close_shard()
 
@@ -93,7 +103,7 @@ class PartWriter:
         if self._tar is not None:
             self._close_shard()
         record = PartRecord(report=self.report, shards=tuple(self._shards), dali_indexes=tuple(self._dali_indexes))
-        _write_record(self.directory, self.part, record, np.array(self._rows, dtype=INDEX_DTYPE))
+        _write_record(self.directory, self.part, record, np.array(self._entries, dtype=INDEX_DTYPE))
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -120,20 +130,20 @@ class PartWriter:
 
     def _close_shard(self) -> None:
         self._tar.close()
-        samples, first = len(self._keys), len(self._rows) - len(self._keys)
+        samples, first = len(self._keys), len(self._entries) - len(self._keys)
         with self._file:
             self._file.flush()
-            for number in range(first, len(self._rows)):
-                shard, text_bytes, offset, _ = self._rows[number]
+            for number in range(first, len(self._entries)):
+                shard, text_bytes, offset, _ = self._entries[number]
                 sample = os.pread(self._file.fileno(), self.layout.row_bytes + text_bytes, offset)
-                self._rows[number] = (shard, text_bytes, offset, xxhash.xxh3_64_intdigest(sample))
+                self._entries[number] = (shard, text_bytes, offset, xxhash.xxh3_64_intdigest(sample))
         path = self.directory / f"{self._name}.tar"
         temporary = path.with_name(f"{path.name}.tmp")
         sync(temporary)
         entry = _entry(temporary, path.name, samples)
         temporary.rename(path)
         dali_index = path.with_suffix(".idx")
-        lines = "".join([f"v1.2 {samples}\n", *map(self._dali_line, self._keys, self._rows[first:])])
+        lines = "".join([f"v1.2 {samples}\n", *map(self._dali_line, self._keys, self._entries[first:])])
         write_text(dali_index, lines)  # syncs the directory, and with it the shard's name
         self._dali_indexes.append(_entry(dali_index, dali_index.name, samples))
         self._shards.append(entry)
@@ -169,7 +179,7 @@ def written_parts(directory: str | Path, known: dict[int, dict[str, Any]] | None
 def finish_set(
     directory: str | Path,
     num_parts: int,
-    layout: Layout,
+    layout: SampleLayout,
     encoders: dict[str, dict[str, Any]],
     fingerprint: dict[str, Any],
     index_name: str = INDEX,
@@ -183,8 +193,8 @@ def finish_set(
         manifest = Manifest(
             format=FORMAT,
             members=Members(
-                lat=Member(dtype="f16", shape=layout.latent_shape),
-                emb=Member(dtype=layout.embeddings, shape=layout.embedding_shape),
+                lat=MemberFormat(dtype="f16", shape=layout.latent_shape),
+                emb=MemberFormat(dtype=layout.embeddings, shape=layout.embedding_shape),
             ),
             encoders=parse_section(Encoders, encoders, directory / MANIFEST),
             fingerprint=fingerprint,
@@ -243,7 +253,9 @@ class ShardWriter(PartWriter):
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise UserError(f"{directory}: is not empty, and shards are never rewritten; choose another directory")
-        layout = Layout(latent_shape=tuple(latent_shape), embedding_shape=tuple(embedding_shape), embeddings=embeddings)
+        layout = SampleLayout(
+            latent_shape=tuple(latent_shape), embedding_shape=tuple(embedding_shape), embeddings=embeddings
+        )
         self._encoders, self._fingerprint = check_descriptions(encoders, f"{directory}: encoders"), fingerprint
         super().__init__(directory, 0, layout, shard_bytes)
 
@@ -262,7 +274,7 @@ def _join_indexes(directory: Path, records: list[PartRecord], name: str) -> File
             np.lib.format.write_array_header_1_0(file, header)
             first_shard = 0
             for part, record in enumerate(records):
-                rows = _read_rows(directory, part, record)
+                rows = _read_entries(directory, part, record)
                 rows["shard"] += first_shard
                 file.write(rows.tobytes())
                 first_shard += len(record.shards)
@@ -285,7 +297,7 @@ def _read_record(path: Path) -> PartRecord:
     return parse_section(PartRecord, parse_json(path.read_bytes(), path), path)
 
 
-def _read_rows(directory: Path, part: int, record: PartRecord) -> np.ndarray:
+def _read_entries(directory: Path, part: int, record: PartRecord) -> np.ndarray:
     path = _record_path(directory, part).with_suffix(".npy")
     try:
         rows = np.load(path, allow_pickle=False)

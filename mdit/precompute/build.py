@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from mdit.config import UserError, parse_section
-from mdit.data.manifest import Layout
+from mdit.data.manifest import SampleLayout
 from mdit.data.writer import SHARD_BYTES, NotFinite, PartWriter
 from mdit.descriptions import Encoders
 from mdit.dist import logger
@@ -47,7 +47,7 @@ NOT_FINITE = "not finite"
 class SampleProducer(Protocol):
     """What turns parts into samples: `mdit.precompute.pipeline.EncodingPipeline`."""
 
-    def layout(self, image_size: int, embeddings: str) -> Layout: ...
+    def layout(self, image_size: int, embeddings: str) -> SampleLayout: ...
 
     def settle(self, stored: dict[str, Any] | None, captions: Callable[[], Sequence[str]]) -> None:
         """Take text statistics from stored descriptions of the encoders, or measure them on captions, where needed."""

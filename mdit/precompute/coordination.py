@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mdit.config import PositiveInt, Section, UserError, parse_section
-from mdit.data.manifest import MANIFEST, Layout, read_manifest
+from mdit.data.manifest import MANIFEST, SampleLayout, read_manifest
 from mdit.data.shards import INDEX, open_dataset
 from mdit.data.writer import PartWriter, finish_set, is_written, take_over, written_parts
 from mdit.descriptions import Encoders
@@ -54,7 +54,7 @@ class Plan(Section):
 
     build_settings: dict[str, Any]
     encoders: Encoders
-    layout: Layout
+    layout: SampleLayout
     shard_bytes: PositiveInt
     settings: dict[str, Any]
     parts: dict[str, str]
@@ -141,7 +141,7 @@ class SetInProgress:
     At most one in a process for each set, as a process's locks do not bind itself.
     """
 
-    def __init__(self, directory: Path, layout: Layout, build_settings: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, layout: SampleLayout, build_settings: dict[str, Any]) -> None:
         self.directory, self.layout, self.build_settings = directory, layout, build_settings
         self.work = _work(directory)
         self._lock_path = _lock_path(directory)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.data.manifest import Layout
+from mdit.data.manifest import SampleLayout
 from mdit.dist import work_on
 from mdit.documents import explain
 from mdit.encoders import ImageEncoder, TextEncoder
@@ -94,8 +94,8 @@ class EncodingPipeline:
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.decoder, self.batch_size, self.overlap = decoder, batch_size, overlap
 
-    def layout(self, image_size: int, embeddings: str) -> Layout:
-        return Layout(
+    def layout(self, image_size: int, embeddings: str) -> SampleLayout:
+        return SampleLayout(
             latent_shape=self.image_encoder.latent_shape(image_size),
             embedding_shape=(self.text_encoder.max_tokens, self.text_encoder.channels),
             embeddings=embeddings,

@@ -199,9 +199,9 @@ class Slice:
         """Whether settings decide all that its pictures show, so that there is nothing to look at."""
         return getattr(self.split, "drawn", False)
 
-    def look(self) -> Sequence[bytes]:
-        look = getattr(self.split, "look", None)
-        return [self.indices.tobytes(), *([look(int(index) for index in self.indices)] if look else [])]
+    def inputs(self) -> Sequence[bytes]:
+        inputs = getattr(self.split, "inputs", None)
+        return [self.indices.tobytes(), *([inputs(int(index) for index in self.indices)] if inputs else [])]
 
 
 def not_found(root: Path, what: str, how: str) -> UserError:

@@ -24,7 +24,7 @@ ENCRYPTED = 1  # a flag of zip
 
 
 @dataclass(frozen=True)
-class Member:
+class ArchiveMember:
     """A file in an archive; `name` is its path there, without a leading "./"."""
 
     name: str
@@ -40,7 +40,7 @@ def is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".")
 
 
-def read_members(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
+def read_members(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:
     """The files whose names are wanted: those of a tar in its own order, those of a zip or a directory by name.
 
     What cannot be read is Rejected: one file, or after all that comes before the damage the archive, as `origin`. All
@@ -104,7 +104,7 @@ class _TarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"at byte {archive.offset}: {error}") from None
 
 
-def _read_tar(file: io.BufferedReader, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
+def _read_tar(file: io.BufferedReader, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:
     begins = file.peek(8)
     unpack = next((unpack for magic, unpack in COMPRESSED.items() if begins.startswith(magic)), None)
     content = file if unpack is None else io.BufferedReader(unpack(file), BUFFER)
@@ -126,14 +126,14 @@ def _read_tar(file: io.BufferedReader, origin: str, wanted: Callable[[str], bool
             else:
                 data = archive.extractfile(entry)
                 assert data is not None  # a file has data
-                yield Member(name, data.read())
+                yield ArchiveMember(name, data.read())
         # A download that was cut off may have left zeros, which look like an end: not more of them than tar pads with.
         rest = content.read(tarfile.RECORDSIZE + 1)
         if len(rest) > tarfile.RECORDSIZE or rest.strip(b"\0"):
             raise tarfile.ReadError(f"ends at byte {archive.offset}, but the file goes on")
 
 
-def _read_zip(file: BinaryIO, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
+def _read_zip(file: BinaryIO, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:
     with zipfile.ZipFile(file) as archive:
         for info in sorted(archive.infolist(), key=lambda info: info.filename):
             name = info.filename
@@ -147,16 +147,18 @@ def _read_zip(file: BinaryIO, origin: str, wanted: Callable[[str], bool]) -> Ite
                 yield _read_one(name, origin, partial(archive.read, info))
 
 
-def _read_directory(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[Member | Rejected]:
+def _read_directory(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:
     with os.scandir(path) as entries:
         names = sorted(entry.name for entry in entries if wanted(entry.name) and not entry.is_dir())
     for name in names:
         yield _read_one(name, origin, partial(read_file, path / name), path)
 
 
-def _read_one(name: str, origin: str, read: Callable[[], bytes], directory: Path | None = None) -> Member | Rejected:
+def _read_one(
+    name: str, origin: str, read: Callable[[], bytes], directory: Path | None = None
+) -> ArchiveMember | Rejected:
     try:
-        return Member(name, read())
+        return ArchiveMember(name, read())
     except Exception as error:
         return rejected_file(error, f"{origin}/{name}", name, directory)
 

@@ -25,7 +25,7 @@ import numpy as np
 from mdit.config import UserError
 from mdit.dist import logger
 from mdit.sources import Picture, Rejected, Source, captioned, not_found
-from mdit.sources.archives import Member, is_picture, read_member, read_members, without_unpacked
+from mdit.sources.archives import ArchiveMember, is_picture, read_member, read_members, without_unpacked
 from mdit.sources.files import read_object, text
 
 LARGE = ("diffusiondb-large-part-1", "diffusiondb-large-part-2")
@@ -67,12 +67,12 @@ class Zips:
         for path in self.paths:
             prompts = read_object(read_member(path, f"{_stem(path)}.json") or b"") or {}
             for item in read_members(path, path.name, is_picture):
-                yield self._judged(path, item, prompts, safe) if isinstance(item, Member) else item
+                yield self._judged(path, item, prompts, safe) if isinstance(item, ArchiveMember) else item
 
-    def look(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         return [*self.paths, self.table]
 
-    def _judged(self, path: Path, member: Member, prompts: dict, safe: dict[str, bool]) -> Picture | Rejected:
+    def _judged(self, path: Path, member: ArchiveMember, prompts: dict, safe: dict[str, bool]) -> Picture | Rejected:
         name = PurePosixPath(member.name).name
         origin = f"{path.name}/{name}"
         if name not in safe:

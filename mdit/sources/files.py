@@ -28,7 +28,7 @@ class CaptionedFiles:
         file, caption = self.entries[index]
         return read_picture(self.directory / file, file, caption, self.directory)
 
-    def look(self, indices: Iterable[int]) -> bytes:
+    def inputs(self, indices: Iterable[int]) -> bytes:
         return repr([self.entries[index] for index in indices]).encode()
 
 

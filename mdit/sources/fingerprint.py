@@ -24,7 +24,7 @@ FILES = 4  # of a directory
 
 def fingerprint(part: Part, items: Iterable[Any]) -> str:
     """`items` are what the part gives, of which the first count unless they are `drawn`. A part may have a method
-    `look()` that returns the files and directories that it reads, as paths, and texts, as bytes. Raises OSError."""
+    `inputs()` that returns the files and directories that it reads, as paths, and texts, as bytes. Raises OSError."""
     digest = xxhash.xxh3_64()
     for item in () if getattr(part, "drawn", False) else islice(items, FIRST):
         _add(digest, item.origin.encode(errors="surrogatepass"))
@@ -35,7 +35,7 @@ def fingerprint(part: Part, items: Iterable[Any]) -> str:
         for name in ("image", "latent", "embedding"):
             if (data := getattr(item, name, None)) is not None:
                 _add(digest, data if isinstance(data, bytes) else data.tobytes())
-    for thing in getattr(part, "look", tuple)():
+    for thing in getattr(part, "inputs", tuple)():
         if isinstance(thing, bytes):
             _add(digest, thing)
         elif thing.is_dir():

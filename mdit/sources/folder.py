@@ -82,7 +82,7 @@ class Lines:
                     return
                 yield self._read(f"{CAPTIONS}:{number}", line)
 
-    def look(self) -> list[bytes]:
+    def inputs(self) -> list[bytes]:
         with opened(self.captions) as lines:
             lines.seek(self.start)
             return [b"".join(islice(lines, LINES_PER_PART))]
@@ -161,7 +161,7 @@ class Pictures:
     def __getitem__(self, index: int) -> Picture:
         return _required(self.folder, self.entries[index].read(self.folder / CAPTIONS))
 
-    def look(self, indices: Iterable[int]) -> bytes:
+    def inputs(self, indices: Iterable[int]) -> bytes:
         return repr([(self.entries[index].file, self.entries[index].caption) for index in indices]).encode()
 
     @property

@@ -39,7 +39,7 @@ def open_pictures(root: Path, split: str, caption_key: str | None) -> Source:
         if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
             saved = library.load_from_disk(str(root))
             splits = saved if isinstance(saved, library.DatasetDict) else {"train": saved}
-            return _rows(root, _of_split(root, splits, split), caption_key)
+            return _table_source(root, _of_split(root, splits, split), caption_key)
         if written := _of_img2dataset(root):
             return _parquet_files(root, _of_split(root, {"train": written}, split), caption_key)
         builder = library.load_dataset_builder(str(root), **_no_code_of_others(library.load_dataset_builder))
@@ -47,7 +47,7 @@ def open_pictures(root: Path, split: str, caption_key: str | None) -> Source:
             files = _of_split(root, {str(name): files for name, files in builder.config.data_files.items()}, split)
             return _parquet_files(root, [Path(file) for file in files], caption_key)
         loaded = library.load_dataset(str(root), split=split, **_no_code_of_others(library.load_dataset))
-        return _rows(root, loaded, caption_key)
+        return _table_source(root, loaded, caption_key)
     except UserError:
         raise
     except Exception as error:  # the library's own, those of the network, and any that damaged files bring about
@@ -89,7 +89,7 @@ class Rows:
         except Exception as error:
             yield _damaged(error, f"rows {self.name}", self.name)
 
-    def look(self) -> list[bytes]:
+    def inputs(self) -> list[bytes]:
         captions = self.dataset.select_columns([self.columns.caption]).select(self.indices)
         return [repr([row[self.columns.caption] for row in captions]).encode(errors="surrogatepass")]
 
@@ -120,11 +120,11 @@ class ParquetFile:
             return Rejected(origin, "unreadable caption", str(error))
         return self.columns.read(origin, values)
 
-    def look(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         return [self.path]
 
 
-def _rows(root: Path, dataset: Any, caption_key: str | None) -> Source:
+def _table_source(root: Path, dataset: Any, caption_key: str | None) -> Source:
     columns = _columns(root, dataset.features, caption_key)
     undecoded = dataset.select_columns([columns.picture, columns.caption])
     undecoded = undecoded.cast_column(columns.picture, _library().Image(decode=False))

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from mdit.dist import logger
 from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
-from mdit.sources.archives import Member, is_picture, read_members, without_unpacked
+from mdit.sources.archives import ArchiveMember, is_picture, read_members, without_unpacked
 from mdit.sources.files import read_object, text
 from mdit.sources.storage import opened
 
@@ -91,11 +91,11 @@ class Archive:
                 else:
                     prompts[name] = text(values.get("prompt"))
         for item in read_members(self.path, self.path.name, is_picture):
-            name = PurePosixPath(item.name if isinstance(item, Member) else item.origin).name
+            name = PurePosixPath(item.name if isinstance(item, ArchiveMember) else item.origin).name
             prompt = prompts.pop(name, None)
-            yield captioned(f"{self.path.name}/{name}", item.data, prompt) if isinstance(item, Member) else item
+            yield captioned(f"{self.path.name}/{name}", item.data, prompt) if isinstance(item, ArchiveMember) else item
         for name in prompts:
             yield Rejected(f"{self.path.name}/{name}", "missing picture")
 
-    def look(self) -> list[Path | bytes]:
+    def inputs(self) -> list[Path | bytes]:
         return [self.path, self.lines.tobytes()]  # where the captions begin: it changes with the length of any

@@ -21,7 +21,7 @@ import numpy as np
 
 from mdit.config import UserError
 from mdit.sources import Picture, Rejected, Source, captioned
-from mdit.sources.mds_shards import Shard, open_shards, read_index
+from mdit.sources.mds_shards import MdsShard, open_shards, read_index
 
 PICTURES = ("jpg", "jpeg", "png", "image")
 CAPTIONS = ("caption", "caption_syn_pixart_llava15", "text", "prompt")
@@ -43,7 +43,7 @@ class Latents(NamedTuple):
 @dataclass(frozen=True)
 class ShardOfPictures:
     name: str
-    shard: Shard
+    shard: MdsShard
     picture: str
     caption: str
 
@@ -51,7 +51,7 @@ class ShardOfPictures:
         for item in self.shard.read((self.picture, self.caption)):
             yield item if isinstance(item, Rejected) else self._sample(*item)
 
-    def look(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         return [self.shard.path]
 
     def _sample(self, origin: str, columns: dict[str, bytes]) -> Picture | Rejected:
@@ -66,7 +66,7 @@ class ShardOfLatents:
     """Latents of one image size. `latent_shape` is (C, S, S), `embedding_shape` (77, 1024)."""
 
     name: str
-    shard: Shard
+    shard: MdsShard
     column: str
     latent_shape: tuple[int, int, int]
     embedding_shape: tuple[int, int]
@@ -79,7 +79,7 @@ class ShardOfLatents:
         for item in self.shard.read((self.column, EMBEDDING, CAPTION)):
             yield item if isinstance(item, Rejected) else self._sample(*item)
 
-    def look(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         return [self.shard.path]
 
     def _sample(self, origin: str, columns: dict[str, bytes]) -> Latents | Rejected:
@@ -131,7 +131,7 @@ def open_latents(root: Path, image_size: int) -> list[ShardOfLatents]:
     return [ShardOfLatents(shard.name, shard, column, shape, EMBEDDING_SHAPE) for shard in shards]
 
 
-def _column(shard: Shard, names: Sequence[str], encodings: Sequence[str]) -> str:
+def _column(shard: MdsShard, names: Sequence[str], encodings: Sequence[str]) -> str:
     """The first of these columns. Raises UserError naming those that are there."""
     for name in names:
         if shard.encodings.get(name) in encodings:

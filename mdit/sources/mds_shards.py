@@ -32,7 +32,7 @@ COMPRESSIONS = ("", "zstd", "gz", "bz2")
 
 
 @dataclass(frozen=True)
-class Shard:
+class MdsShard:
     """One file of samples. `compression` is "" where the file is not compressed."""
 
     name: str
@@ -88,7 +88,7 @@ class Shard:
         return {name: sample[end - size : end] for name, size, end in spans if name in wanted}
 
 
-def open_shards(root: Path) -> list[Shard]:
+def open_shards(root: Path) -> list[MdsShard]:
     """The shards that are there, by name; a warning tells how many others the index lists. Raises UserError."""
     listed = read_index(root)
     shards = [shard for shard in listed if shard.path.is_file()]
@@ -106,7 +106,7 @@ def open_shards(root: Path) -> list[Shard]:
     return sorted(shards, key=lambda shard: shard.name)
 
 
-def read_index(root: Path) -> list[Shard]:
+def read_index(root: Path) -> list[MdsShard]:
     """All shards that are listed, there or not. Without an index.json those below count (0/index.json, ...), which the
     paper's code leaves when it ends before it has merged them. Raises UserError."""
     indexes = [root / INDEX] if (root / INDEX).is_file() else sorted(root.glob(f"*/{INDEX}"))
@@ -120,7 +120,7 @@ def read_index(root: Path) -> list[Shard]:
     return shards
 
 
-def _shard(root: Path, folder: Path, entry: dict) -> Shard:
+def _shard(root: Path, folder: Path, entry: dict) -> MdsShard:
     if entry["format"] != "mds" or entry["version"] != 2:
         raise ValueError
     encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
@@ -128,7 +128,7 @@ def _shard(root: Path, folder: Path, entry: dict) -> Shard:
     path, compression = folder / entry["raw_data"]["basename"], ""
     if not path.is_file() and entry["zip_data"]:
         path, compression = folder / entry["zip_data"]["basename"], entry["compression"].split(":")[0]
-    return Shard(part_name(path, root), path, compression, int(entry["samples"]), encodings, sizes)
+    return MdsShard(part_name(path, root), path, compression, int(entry["samples"]), encodings, sizes)
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:

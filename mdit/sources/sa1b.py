@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
-from mdit.sources.archives import Member, is_picture, read_members, rejected_file, walk, without_unpacked
+from mdit.sources.archives import ArchiveMember, is_picture, read_members, rejected_file, walk, without_unpacked
 from mdit.sources.storage import read_file
 
 IMAGES = "get the tars from https://ai.meta.com/datasets/segment-anything-downloads/"
@@ -51,12 +51,12 @@ class Photographs:
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
         for item in read_members(self.path, self.name, _is_picture):
-            yield self._with_caption(item) if isinstance(item, Member) else item
+            yield self._with_caption(item) if isinstance(item, ArchiveMember) else item
 
-    def look(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         return [self.path]  # the texts are too many
 
-    def _with_caption(self, member: Member) -> Picture | Rejected:
+    def _with_caption(self, member: ArchiveMember) -> Picture | Rejected:
         origin, name = f"{self.name}/{member.name}", f"{PurePosixPath(member.name).stem}.txt"
         for folder in self.texts:
             try:

@@ -17,7 +17,7 @@ from mdit.config import UserError
 from mdit.dist import logger
 from mdit.documents import parse_foreign_json
 from mdit.sources import Picture, Reason, Rejected, captioned
-from mdit.sources.archives import PICTURES, Member, is_hidden, is_picture, read_members
+from mdit.sources.archives import PICTURES, ArchiveMember, is_hidden, is_picture, read_members
 from mdit.sources.files import PEEKED, require_key, text
 
 TEXT, OBJECT = ".txt", ".json"
@@ -49,7 +49,7 @@ class SampleFiles:
                     raise UserError(_unsorted(self.path, item.key))
             yield sample
 
-    def look(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         return [self.path]
 
     def _sample(self, group: "Group", origin: str) -> Picture | Rejected:
@@ -96,9 +96,9 @@ def require_caption(parts: Iterable[SampleFiles], caption_key: str | None) -> No
         objects, texts = [], 0
         members = read_members(part.path, part.name, lambda name: _is_wanted(name) and not is_picture(name))
         for item in islice(members, PEEKED):
-            if isinstance(item, Member) and _split(item.name)[1] == TEXT:
+            if isinstance(item, ArchiveMember) and _split(item.name)[1] == TEXT:
                 texts += 1
-            elif isinstance(item, Member):
+            elif isinstance(item, ArchiveMember):
                 try:
                     values = parse_foreign_json(item.data)
                 except ValueError:
@@ -116,7 +116,7 @@ class Group:
     """Files that belong to one sample. `parts` are such of longer keys, which have no sample of their own."""
 
     key: str
-    files: dict[str, Member | Rejected] = field(default_factory=dict)  # by suffix
+    files: dict[str, ArchiveMember | Rejected] = field(default_factory=dict)  # by suffix
     parts: list["Group"] = field(default_factory=list)
     clashes: list[str] = field(default_factory=list)  # further files of the same names
 
@@ -135,11 +135,11 @@ class Group:
 
     def forget(self) -> "Group":
         """The group without the files' content, which nobody will ask for."""
-        self.files = {suffix: Member(_name(item), b"") for suffix, item in self.files.items()}
+        self.files = {suffix: ArchiveMember(_name(item), b"") for suffix, item in self.files.items()}
         return self
 
 
-def grouped(members: Iterable[Member | Rejected]) -> Iterator[Group | Rejected]:
+def grouped(members: Iterable[ArchiveMember | Rejected]) -> Iterator[Group | Rejected]:
     """Files to groups, each file in one of them, in little memory: a group ends with the first file whose name does not
     begin with its key and a dot. What is Rejected as a whole comes through."""
     open_: list[Group] = []  # each key begins with the one before; the first ends where webdataset ends it
@@ -184,14 +184,14 @@ class _Lost(Exception):
         self.reason: Reason = rejected.reason
 
 
-def _data(item: Member | Rejected) -> bytes:
+def _data(item: ArchiveMember | Rejected) -> bytes:
     if isinstance(item, Rejected):
         raise _Lost(item)
     return item.data
 
 
-def _name(item: Member | Rejected) -> str:
-    return item.name if isinstance(item, Member) else str(item.member)
+def _name(item: ArchiveMember | Rejected) -> str:
+    return item.name if isinstance(item, ArchiveMember) else str(item.member)
 
 
 def _is_wanted(name: str) -> bool:

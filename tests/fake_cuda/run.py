@@ -130,9 +130,9 @@ def _draw_on_the_first_gpu() -> None:
 
 
 def _read_on_the_first_gpu() -> None:
-    from mdit.data import read_ahead
+    from mdit.data import prefetcher
 
-    read_ahead.work_on = lambda device: None
+    prefetcher.work_on = lambda device: None
 
 
 def _leave_batches_on_the_cpu() -> None:

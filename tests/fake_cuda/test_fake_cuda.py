@@ -55,7 +55,7 @@ ALLOWED = {
     # once a step
     "mdit/train/zero_step.py:global_norm": "ZeRO-1 decides by the gradient's norm whether the step is taken",
     "mdit/train/zero_step.py:scaled_global_norm": "ZeRO-2 too",
-    "mdit/data/read_ahead.py:_free_buffer": "the reader's thread, for a copy that is a batch old",
+    "mdit/data/prefetcher.py:_free_buffer": "the reader's thread, for a copy that is a batch old",
     # once a run
     "mdit/train/engine.py:__init__": "weights go to the device",
     # once a report

@@ -36,10 +36,10 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_looks():
+def unchecked():
     """At whether a shard is still the same file: so that what is found is found by reading."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SECONDS_BETWEEN_LOOKS", 1e9)
+        patch.setattr(shards, "SECONDS_BETWEEN_CHECKS", 1e9)
         yield
 
 
@@ -262,7 +262,7 @@ def open_and_read(directory, engine):
 def test_a_damaged_shard(directory, monkeypatch, engine, when, name):
     by_name = name in ("missing", "replaced", "replaced, and manifest") and when == "while reading"
     if by_name:
-        monkeypatch.setattr(shards, "SECONDS_BETWEEN_LOOKS", 0)
+        monkeypatch.setattr(shards, "SECONDS_BETWEEN_CHECKS", 0)
     dataset, shard = open_dataset(directory), 2
     first, end = sum(dataset.shard_sizes[:shard]), sum(dataset.shard_sizes[: shard + 1])
     sample = end - 1 if name.startswith("cut") else (first + end) // 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mdit.config import UserError
-from mdit.data import read_ahead
+from mdit.data import prefetcher
 from mdit.data.loader import build_loader, choose_engine
 from mdit.data.native import NativeLoader
 from mdit.data.shards import LatentSet, open_dataset
@@ -97,13 +97,13 @@ def test_buffers_are_used_again_once_nobody_holds_the_batch(directories):
             batch = next(batches)
             assert batch.latents_NCHW.data_ptr() != held.latents_NCHW.data_ptr()
             seen.add(batch.latents_NCHW.data_ptr())
-        assert len(seen) <= read_ahead.AHEAD + 2  # read ahead, the one in hand and the one before it
+        assert len(seen) <= prefetcher.AHEAD + 2  # read ahead, the one in hand and the one before it
         assert is_right(held)
 
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_threads_read_side_by_side_where_reading_is_slow(directories, monkeypatch, slow):
-    monkeypatch.setattr(read_ahead, "SLOW", 0 if slow else 1e9)
+    monkeypatch.setattr(prefetcher, "SLOW", 0 if slow else 1e9)
     readers, read_row = [], LatentSet.read_row
 
     def watched(*args):
@@ -125,7 +125,7 @@ def test_whatever_goes_wrong_in_the_threads_reaches_the_consumer(directories):
             raise ZeroDivisionError("no such step")
         return np.arange(8)
 
-    reading = read_ahead.ReadAhead([open_dataset(directories[0])], rows, start_step=1, device=torch.device("cpu"))
+    reading = prefetcher.Prefetcher([open_dataset(directories[0])], rows, start_step=1, device=torch.device("cpu"))
     assert [reading.take().step for _ in range(2)] == [1, 2]
     with pytest.raises(ZeroDivisionError, match="no such step"):
         reading.take()
@@ -137,14 +137,14 @@ def test_the_thread_that_pins_memory_is_on_the_gpu_of_its_process(directories, m
     current, found, device = threading.local(), [], torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
-    new_buffer = read_ahead._free_buffer
+    new_buffer = prefetcher._free_buffer
 
     def watched(queues, row_bytes, num_rows, pinned):
         found.append((pinned, getattr(current, "device", None)))
         return new_buffer(queues, row_bytes, num_rows, pinned=False)
 
-    monkeypatch.setattr(read_ahead, "_free_buffer", watched)
-    reading = read_ahead.ReadAhead([open_dataset(directories[0])], lambda step: np.arange(4), 0, device)
+    monkeypatch.setattr(prefetcher, "_free_buffer", watched)
+    reading = prefetcher.Prefetcher([open_dataset(directories[0])], lambda step: np.arange(4), 0, device)
     reading.take()
     reading.close()
     assert {*found} == {(True, device)}

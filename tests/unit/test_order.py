@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdit.config import UserError
-from mdit.data.order import GlobalOrder, MixedOrder, build_order, quotas
+from mdit.data.order import GlobalOrder, WeightedOrder, build_order, quotas
 
 shard_lists = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 
@@ -103,30 +103,30 @@ def test_a_mixed_batch_holds_the_quota_of_every_set_and_depends_on_the_step_alon
     weights = [min(weight, sum(shard_sizes)) for shard_sizes, weight in mixture]
     batch_size = sum(weights)
     ends = np.cumsum([sum(shard_sizes) for shard_sizes in sets])
-    order = MixedOrder(sets, weights, batch_size, seed)
+    order = WeightedOrder(sets, weights, batch_size, seed)
     batch = order.batch(step)
     assert batch.shape == (batch_size,) and batch.dtype == np.int64
     assert np.bincount(np.searchsorted(ends, batch, side="right"), minlength=len(sets)).tolist() == weights
     order.batch(step + 7)
     assert np.array_equal(order.batch(step), batch)
-    assert np.array_equal(MixedOrder(sets, weights, batch_size, seed).batch(step), batch)
+    assert np.array_equal(WeightedOrder(sets, weights, batch_size, seed).batch(step), batch)
 
 
 def test_every_set_of_a_mixture_goes_through_its_own_epochs():
     sets, quota = [[30, 10], [25]], [8, 5]  # 5 batches are an epoch of either
-    order = MixedOrder(sets, quota, 13, seed=1)
+    order = WeightedOrder(sets, quota, 13, seed=1)
     epochs = [np.concatenate([order.batch(step) for step in range(5 * epoch, 5 * epoch + 5)]) for epoch in range(3)]
     for epoch in epochs:
         assert np.array_equal(np.sort(epoch), np.arange(65))
     assert not np.array_equal(epochs[0], epochs[1])
-    half = MixedOrder(sets, [4, 5], 9, seed=1)  # the first set takes twice as long
+    half = WeightedOrder(sets, [4, 5], 9, seed=1)  # the first set takes twice as long
     seen = np.concatenate([half.batch(step) for step in range(10)])
     counts = np.bincount(seen, minlength=65)
     assert (counts[:40] == 1).all() and (counts[40:] == 2).all()
 
 
 def test_sets_are_spread_over_a_mixed_batch_and_drawn_independently():
-    order = MixedOrder([[100], [100]], [1, 1], 64, seed=0)
+    order = WeightedOrder([[100], [100]], [1, 1], 64, seed=0)
     batches = [order.batch(step) for step in range(3)]
     for batch in batches:
         first_half = (batch[:32] < 100).sum()  # a rank of two processes sees both sets
@@ -135,12 +135,12 @@ def test_sets_are_spread_over_a_mixed_batch_and_drawn_independently():
 
 
 def test_the_mixed_order_never_changes():
-    order = MixedOrder([[4, 3], [5]], [2, 1], 3, seed=3)
+    order = WeightedOrder([[4, 3], [5]], [2, 1], 3, seed=3)
     assert [order.batch(step).tolist() for step in (0, 1, 5)] == [[10, 4, 2], [1, 9, 3], [10, 6, 2]]
 
 
 def test_without_weights_several_sets_are_read_as_one():
-    assert isinstance(build_order([[7, 5], [9]], [1, 1], 4, seed=3), MixedOrder)
+    assert isinstance(build_order([[7, 5], [9]], [1, 1], 4, seed=3), WeightedOrder)
     one = build_order([[7, 5], [9]], None, 4, seed=3)
     assert np.array_equal(one.batch(3), GlobalOrder([7, 5, 9], 4, seed=3).batch(3))
 

@@ -13,9 +13,9 @@ import webdataset
 import xxhash
 
 from mdit.config import UserError
-from mdit.data import read_ahead, shards
+from mdit.data import prefetcher, shards
 from mdit.data.loader import build_loader
-from mdit.data.manifest import Layout, ShardError
+from mdit.data.manifest import SampleLayout, ShardError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter, ShardWriter, finish_set, written_parts
 from mdit.files import checksum
@@ -175,7 +175,7 @@ def read_with_few_files(directories, soft, hard):
     """All batches of two epochs of several sets, while another thread reads one of them too; with no more files than
     `soft`, or half of `hard`, for shards."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    read_ahead.SLOW = 0  # many threads
+    prefetcher.SLOW = 0  # many threads
     validation, stop, failed = open_dataset(directories[0]), threading.Event(), []
 
     def read():
@@ -304,7 +304,7 @@ def test_caption_that_is_not_utf8(directory):
 
 
 def test_a_shard_replaced_while_it_is_open(directory, monkeypatch):
-    monkeypatch.setattr(shards, "SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr(shards, "SECONDS_BETWEEN_CHECKS", 0)
     dataset, path = open_dataset(directory), directory / "shard_00000_000.tar"
     read_samples(dataset, [0])
     content = path.read_bytes()
@@ -335,14 +335,14 @@ def test_verify_finds_damage_in_every_kind_of_file(directory):
 
 def write_part(directory, part, *, report=None, **options):
     """Samples 10 * part to 10 * part + 9; part 2 has none."""
-    with PartWriter(directory, part, Layout(latent_shape=LATENT, embedding_shape=EMBEDDING), **options) as out:
+    with PartWriter(directory, part, SampleLayout(latent_shape=LATENT, embedding_shape=EMBEDDING), **options) as out:
         for i in range(10 * part, 10 * part + 10 if part != 2 else 0):
             out.write(f"{part}-{i:03d}", *sample(i))
         out.report.update(report or {})
 
 
 def finish(directory):
-    layout = Layout(latent_shape=LATENT, embedding_shape=EMBEDDING)
+    layout = SampleLayout(latent_shape=LATENT, embedding_shape=EMBEDDING)
     return finish_set(directory, 4, layout, ENCODERS, {"objects": 3})
 
 
@@ -353,7 +353,7 @@ def test_parts_join_to_a_set_whatever_their_order_and_interruptions(tmp_path):
         if name == "b":
             with (
                 pytest.raises(KeyboardInterrupt),
-                PartWriter(folder, 1, Layout(latent_shape=LATENT, embedding_shape=EMBEDDING), 2000) as out,
+                PartWriter(folder, 1, SampleLayout(latent_shape=LATENT, embedding_shape=EMBEDDING), 2000) as out,
             ):
                 for i in range(5):
                     out.write(f"{i}", *sample(i + 50))
@@ -390,7 +390,7 @@ def test_a_complete_part_is_not_written_again(tmp_path):
 def test_a_set_without_samples(tmp_path):
     write_part(tmp_path, 2)
     with pytest.raises(UserError, match="not a single sample"):
-        finish_set(tmp_path, 0, Layout(latent_shape=LATENT, embedding_shape=EMBEDDING), ENCODERS, {})
+        finish_set(tmp_path, 0, SampleLayout(latent_shape=LATENT, embedding_shape=EMBEDDING), ENCODERS, {})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from mdit.config import UserError
 from mdit.sources import Rejected, open_named_source
-from mdit.sources.archives import Member, is_picture, read_members
+from mdit.sources.archives import ArchiveMember, is_picture, read_members
 from tests.unit.test_sources import encoded, read, write_files, write_tar, write_zip
 
 # --- archives
@@ -23,7 +23,7 @@ def members(path, wanted=lambda name: True):
     """-> name -> data of what can be read, and the rejected."""
     items = list(read_members(path, "origin", wanted))
     assert items == list(read_members(path, "origin", wanted))
-    found = {item.name: item.data for item in items if isinstance(item, Member)}
+    found = {item.name: item.data for item in items if isinstance(item, ArchiveMember)}
     return found, [item for item in items if isinstance(item, Rejected)]
 
 

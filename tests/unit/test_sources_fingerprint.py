@@ -93,7 +93,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def look(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         return [self.path]
 
 

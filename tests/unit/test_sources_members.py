@@ -17,7 +17,7 @@ from mdit.config import FolderSource, UserError
 from mdit.precompute.pipeline import WorkItem
 from mdit.precompute.pipeline import read as read_part
 from mdit.sources import Picture, Rejected, open_named_source, open_source, storage
-from mdit.sources.archives import PICTURES, Member, is_picture, read_members
+from mdit.sources.archives import PICTURES, ArchiveMember, is_picture, read_members
 from mdit.sources.samples import Group, grouped
 from tests.unit.test_sources import encoded, read, write_files, write_folder, write_tar, write_zip
 from tests.unit.test_sources_mds import PICTURES as MDS_COLUMNS
@@ -58,7 +58,9 @@ NAMES = st.tuples(
 @given(st.lists(NAMES, max_size=14), st.booleans())
 def test_each_file_is_in_one_group(names, by_name):
     names = sorted(names) if by_name else names
-    members = [Member(name, b"%d" % number) for number, name in enumerate(names) if "." in name.rpartition("/")[2]]
+    members = [
+        ArchiveMember(name, b"%d" % number) for number, name in enumerate(names) if "." in name.rpartition("/")[2]
+    ]
     groups = list(grouped(members))
     assert sorted(name for group in groups for name in group.names) == sorted(member.name for member in members)
     for group in groups:
@@ -100,7 +102,9 @@ def test_pictures_that_are_there_are_used_or_counted(tmp_path_factory, names, ki
         if isinstance(item, Picture):  # with the caption of its own key
             caption = item.caption if item.caption.isdigit() else json.loads(item.caption)["caption"]
             assert names[int(item.image)].rpartition(".")[0] == names[int(caption)].rpartition(".")[0]
-    read_at_all = [Member(*member) for member in members if member[0].lower().endswith((*PICTURES, ".txt", ".json"))]
+    read_at_all = [
+        ArchiveMember(*member) for member in members if member[0].lower().endswith((*PICTURES, ".txt", ".json"))
+    ]
     assert len(items) == len(list(grouped(read_at_all)))  # each gives one item
 
 
@@ -283,8 +287,8 @@ def test_encrypted_members_of_a_zip_and_names_that_come_twice(tmp_path):
     path.write_bytes(data)
     assert list(read_members(path, "a.zip", is_picture)) == [
         Rejected("a.zip/0.jpg", "encrypted"),
-        Member("1.jpg", JPG),
-        Member("1.jpg", b"the second"),
+        ArchiveMember("1.jpg", JPG),
+        ArchiveMember("1.jpg", b"the second"),
     ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdit.data.shards import LatentSet, Place
+from mdit.data.shards import LatentSet, SampleLocation
 from mdit.dist import work_on
 
 AHEAD = 2  # batches
@@ -49,7 +49,7 @@ class Buffer:
     step: int = -1
 
 
-class ReadAhead:
+class Prefetcher:
     """Buffers filled for `start_step`, `start_step + 1`, ... without end, at most AHEAD of what was taken.
 
     `rows(step)` gives the sample numbers to read for a step, counted over all `datasets` as if they were one. Buffers
@@ -99,10 +99,10 @@ class ReadAhead:
         self._queues.room.release()
         return filled
 
-    def give_back(self, buffer: Buffer) -> None:
+    def recycle(self, buffer: Buffer) -> None:
         self._queues.free.put(buffer)
 
-    def lend(self, buffer: Buffer) -> Tensor:
+    def checkout(self, buffer: Buffer) -> Tensor:
         """The buffer's rows, which come back by themselves when the last tensor that sees them is gone."""
         rows = buffer.rows.numpy()[:]  # an array of its own, to be told when it goes
         weakref.finalize(rows, self._queues.free.put, buffer).atexit = False
@@ -159,23 +159,25 @@ def _free_buffer(queues: Queues, row_bytes: int, num_rows: int, pinned: bool) ->
 
 def _locate(
     datasets: Sequence[LatentSet], first_samples: np.ndarray, samples: np.ndarray
-) -> list[tuple[LatentSet, Place]]:
+) -> list[tuple[LatentSet, SampleLocation]]:
     """Which dataset each of the samples is in, and where."""
     numbers = np.searchsorted(first_samples, samples, side="right") - 1
     found: list = [None] * len(samples)
     for number in np.unique(numbers).tolist():
         rows = np.flatnonzero(numbers == number)
-        places = datasets[number].locate(samples[rows] - first_samples[number])
-        for row, place in zip(rows.tolist(), places):
-            found[row] = (datasets[number], place)
+        locations = datasets[number].locate(samples[rows] - first_samples[number])
+        for row, location in zip(rows.tolist(), locations):
+            found[row] = (datasets[number], location)
     return found
 
 
-def _read(work: list[tuple[tuple[LatentSet, Place], np.ndarray]], readers: ThreadPoolExecutor, share: int) -> list[str]:
-    """Read every place into its row, `share` of them one after the other. -> captions."""
+def _read(
+    work: list[tuple[tuple[LatentSet, SampleLocation], np.ndarray]], readers: ThreadPoolExecutor, share: int
+) -> list[str]:
+    """Read every location into its row, `share` of them one after the other. -> captions."""
 
     def read(part: list) -> list[str]:
-        return [dataset.read_row(place, row) for (dataset, place), row in part]
+        return [dataset.read_row(location, row) for (dataset, location), row in part]
 
     if share == len(work):
         return read(work)
