@@ -107,7 +107,7 @@ import os, signal, sys
 import mdit.data.writer
 import mdit.precompute.recipe
 from pathlib import Path
-from tests.unit.test_prepare import make, recipe
+from tests.unit.test_precompute_recipe import make, recipe
 def kill(self, *sample, write=mdit.data.writer.PartWriter.write):
     write(self, *sample)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_a_killed_call_leaves_nothing_that_looks_like_a_set(folder, tmp_path):
 
 
 def test_of_two_calls_at_once_one_makes_the_sets(folder, tmp_path):
-    program = "import sys; from pathlib import Path; from tests.unit.test_prepare import make, recipe; "
+    program = "import sys; from pathlib import Path; from tests.unit.test_precompute_recipe import make, recipe; "
     other = subprocess.Popen([sys.executable, "-c", program + "make(recipe(Path(sys.argv[1])))", tmp_path])
     make(recipe(tmp_path))
     assert other.wait(timeout=120) == 0
