@@ -1,7 +1,6 @@
 """Making sets: all or nothing, once, alike, and only what the recipe asks for."""
 
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -19,10 +18,10 @@ from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_image_encoder, build_text_encoder_from
 from mdit.precompute import is_precomputed, precompute
 from mdit.sources import open_source
+from tests.picture_sets import contents
 from tests.recipes import tiny_config
 from tests.training import write_shards
 from tests.unit.test_encoders import save_autoencoder
-from tests.unit.test_precompute import contents
 from tests.unit.test_sources import write_folder
 
 EMOJI = dict(name="emoji", objects=4, styles=("twemoji",), scenes=60, validation_scenes=8, held_out=0.1, seed=0)
@@ -98,28 +97,6 @@ def test_an_interrupted_call_leaves_no_set_and_the_next_one_makes_it(folder, tmp
     names = {".train.lock", ".train.partial", "validation"}
     assert {p.name for p in tmp_path.iterdir()} == names and not is_precomputed(recipe(tmp_path))
     monkeypatch.undo()
-    make(recipe(tmp_path))
-    assert contents(tmp_path) == contents(folder)
-
-
-KILLED = """
-import os, signal, sys
-import mdit.data.writer
-import mdit.precompute.recipe
-from pathlib import Path
-from tests.unit.test_precompute_recipe import make, recipe
-def kill(self, *sample, write=mdit.data.writer.PartWriter.write):
-    write(self, *sample)
-    os.kill(os.getpid(), signal.SIGKILL)
-mdit.data.writer.PartWriter.write = kill
-make(recipe(Path(sys.argv[1])))
-"""
-
-
-def test_a_killed_call_leaves_nothing_that_looks_like_a_set(folder, tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], timeout=120)
-    assert done.returncode == -signal.SIGKILL
-    assert {p.name for p in tmp_path.iterdir()} == {".validation.lock", ".validation.partial"}
     make(recipe(tmp_path))
     assert contents(tmp_path) == contents(folder)
 

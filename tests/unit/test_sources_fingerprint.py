@@ -9,7 +9,7 @@ import pytest
 
 from mdit.sources import Slice, Source, open_named_source
 from mdit.sources.fingerprint import BLOCK_BYTES, fingerprint
-from tests.unit.test_precompute import png
+from tests.picture_sets import png
 from tests.unit.test_sources import write_tar
 
 
