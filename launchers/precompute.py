@@ -159,7 +159,7 @@ def _look_at_finished(sets: dict[int, Path], open_sources: Callable, limit: int 
 
 
 def _finished_by(job: tuple[BuildJob, SampleProducer]) -> list[Path]:
-    outcome = precompute(*job)
+    outcome = build_sets(*job)
     for directory, parts in outcome.left.items():
         what = f"parts that other processes are making: {parts}" if parts else "another process is finishing it"
         logger.info(f"{directory}: {what}")

@@ -104,7 +104,9 @@ class _TarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"at byte {archive.offset}: {error}") from None
 
 
-def _read_tar(file: io.BufferedReader, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:
+def _read_tar(
+    file: io.BufferedReader, origin: str, wanted: Callable[[str], bool]
+) -> Iterator[ArchiveMember | Rejected]:
     begins = file.peek(8)
     unpack = next((unpack for magic, unpack in COMPRESSED.items() if begins.startswith(magic)), None)
     content = file if unpack is None else io.BufferedReader(unpack(file), BUFFER)
