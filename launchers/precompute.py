@@ -23,7 +23,7 @@ from mdit.data.writer import SHARD_BYTES
 from mdit.dist import World, configure_logging, identify, logger, shared, work_on
 from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.precompute import precompute
-from mdit.precompute.build import MAX_REJECTED, BuildJob, SampleProducer, check_source
+from mdit.precompute.build import MAX_REJECTED, BuildJob, SampleProducer, build_sets, check_source
 from mdit.precompute.coordination import check_set, is_changing, is_finished, plan_of_finished
 from mdit.precompute.decoders import build_decoder
 from mdit.precompute.mds_latents import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents

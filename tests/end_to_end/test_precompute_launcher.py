@@ -19,8 +19,8 @@ from mdit.data.shards import open_dataset, read_samples
 from mdit.sources import storage
 from tests.picture_sets import contents, png
 from tests.processes import fork_server
+from tests.towers import save_autoencoder
 from tests.training import REPOSITORY, environment
-from tests.unit.test_encoders import save_autoencoder
 from tests.unit.test_sources import write_folder, write_tar
 from tests.unit.test_sources_mds import LATENTS, latents, write_mds
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from mdit.config import UserError
 from mdit.descriptions import check_descriptions
 from mdit.encoders import build_image_encoder, build_text_encoder, build_text_encoder_from
+from tests.towers import copy_files, save_autoencoder, save_clip, save_t5
 
 CAPTIONS = ["a red apple on a blue background", "banana, green background", "an image of a frog on white", "grapes"]
 
@@ -25,48 +27,12 @@ def minilm():
 
 @pytest.fixture(scope="module")
 def clip_path(tmp_path_factory):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    path = tmp_path_factory.mktemp("clip")
-    letters = [*"abcdefghijklmnopqrstuvwxyz,", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz,")]
-    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    (path / "vocab.json").write_text(json.dumps(vocabulary))
-    (path / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt")).save_pretrained(path)
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    ids = dict(bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1, pad_token_id=len(vocabulary) - 1)
-    config = CLIPTextConfig(vocab_size=len(vocabulary), max_position_embeddings=77, **sizes, **ids)
-    CLIPTextModel(config).save_pretrained(path)
-    return path
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def t5_path(tmp_path_factory):
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
-
-    path = tmp_path_factory.mktemp("t5")
-    letters = "abcdefghijklmnopqrstuvwxyz,"
-    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -4.0), *((letter, -3.0) for letter in letters)]
-    T5TokenizerFast(vocab=scores, extra_ids=0).save_pretrained(path)
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=len(scores), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).save_pretrained(path)
-    return path
-
-
-def save_autoencoder(path, **changes):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    sizes = dict(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    )
-    AutoencoderKL(**sizes, **changes).save_pretrained(path)
-    return path
+    return save_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +130,6 @@ def test_clip_is_padded_with_the_token_of_its_tokenizer(clip_path, tmp_path):
     assert (padded[:, end + 1 :] - ended[:, end + 1 :]).abs().amax(-1).min() > 1e-3
 
 
-def test_clip_takes_no_more_tokens_than_it_has_positions(clip_path):
-    with pytest.raises(UserError, match=r"takes at most 77 tokens, not 78 \(caption_length\)"):
-        build_text_encoder(str(clip_path), max_tokens=78)
-
-
 def test_a_set_whose_clip_states_were_standardised_stays_so(clip_path):
     encoder = build_text_encoder(str(clip_path))
     statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
@@ -197,9 +158,11 @@ def test_t5_masks_its_padding_and_keeps_what_stands_there(t5_path):
     assert encoder.describe() == {"id": str(t5_path), "max_tokens": 120, "channels": 16, "weights": encoder.weights}
 
 
-def test_t5_takes_any_number_of_tokens(t5_path):
+def test_t5_takes_any_number_of_tokens_and_clip_as_many_as_it_has_positions(t5_path, clip_path):
     longer, shorter = (build_text_encoder(str(t5_path), max_tokens=tokens) for tokens in (600, 9))
     assert longer.encode(["a" * 700]).shape == (1, 600, 16) and shorter.encode(CAPTIONS).shape == (4, 9, 16)
+    with pytest.raises(UserError, match=r"takes at most 77 tokens, not 78 \(caption_length\)"):
+        build_text_encoder(str(clip_path), max_tokens=78)
 
 
 @pytest.mark.parametrize("folder", ["", "text_encoder", "text_encoder_2"])
@@ -229,13 +192,10 @@ def test_a_tower_in_bfloat16_is_near_float32_and_says_so(tower, clip_path, t5_pa
     assert torch.equal(again.encode(CAPTIONS), found)
 
 
-def test_an_unknown_precision_is_refused():
+def test_another_precision_or_width_is_refused(clip_path):
     for build in (build_text_encoder, build_image_encoder):
         with pytest.raises(UserError, match="precision 'float16' of an encoder: expected float32 or bfloat16"):
             build("some/model", precision="float16")
-
-
-def test_a_description_of_another_width_is_refused(clip_path):
     description = {"id": str(clip_path), "max_tokens": 77, "channels": 1024, "mean": [], "std": []}
     with pytest.raises(UserError, match="has 16 channels, but the set was made with 1024"):
         build_text_encoder_from(description)
@@ -251,10 +211,6 @@ def test_pixels_keep_every_8_bit_value_through_fp16():
     assert latents.shape == (2, *encoder.latent_shape(16)) and latents.abs().max() > 1
     decoded = build_image_encoder(json.loads(json.dumps(encoder.describe()))).decode(latents.half())
     assert torch.equal(((decoded + 1) * 127.5).round(), ((images + 1) * 127.5).round())
-
-
-def test_pixels_scaled_as_described():
-    assert (build_image_encoder({"id": "pixels", "scale": 4.0}).decode(torch.full((1, 3, 2, 2), 2.0)) == 0.5).all()
 
 
 @pytest.mark.parametrize("layout", ["alone", "inside a pipeline"])
@@ -274,6 +230,8 @@ def test_autoencoder_encodes_the_scaled_mean_and_decodes_it_back(autoencoder_pat
         decoded = plain.decode(mean).sample
     torch.testing.assert_close(latents, (mean - 0.1) * 0.13025)
     torch.testing.assert_close(encoder.decode(latents), decoded, atol=1e-5, rtol=1e-4)
+    described = build_image_encoder({"id": str(path), "scale": 2.0, "shift": 0.0})
+    torch.testing.assert_close(described.encode(images), 2 * mean)
     assert encoder.describe() == {"id": str(path), "scale": 0.13025, "shift": 0.1, "weights": encoder.weights}
 
 
@@ -283,13 +241,6 @@ def test_an_autoencoder_takes_whole_latents_only(autoencoder_path):
         UserError, match=f"image_size 17: image encoder '{autoencoder_path}' takes multiples of 2 pixel"
     ):
         encoder.latent_shape(17)
-
-
-def test_an_autoencoder_is_scaled_as_described(autoencoder_path):
-    encoder = build_image_encoder({"id": str(autoencoder_path), "scale": 2.0, "shift": 0.0})
-    unscaled = build_image_encoder({"id": str(autoencoder_path), "scale": 1.0, "shift": 0.0})
-    images = torch.zeros(1, 3, 16, 16)
-    torch.testing.assert_close(encoder.encode(images), 2 * unscaled.encode(images))
 
 
 def test_an_autoencoder_of_sixteen_channels_without_quant_conv(tmp_path):
@@ -325,24 +276,50 @@ def test_an_autoencoder_in_bfloat16_is_near_float32_and_says_so(autoencoder_path
 # --- the same tower, or another one of its name
 
 
-def test_a_tower_whose_weights_were_replaced_is_another_one(clip_path, t5_path, autoencoder_path, tmp_path):
-    text = lambda encoder: build_text_encoder_from(encoder.describe())  # noqa: E731
-    towers = {
-        clip_path: (lambda path: build_text_encoder(path, max_tokens=5), text),
-        t5_path: (lambda path: build_text_encoder(path, max_tokens=5), text),
-        autoencoder_path: (build_image_encoder, lambda encoder: build_image_encoder(encoder.describe())),
-    }
-    for source, (build, build_again) in towers.items():
-        copy_files(source, copy := tmp_path / source.name)
-        before = build(str(copy))
-        assert before.weights == build(str(source)).weights == build_again(before).weights
-        (file,) = copy.glob("*.safetensors")
-        weights = load_file(file)
-        changed = next(name for name, weight in weights.items() if weight.ndim > 1)
-        weights[changed].view(-1)[-1] += 1
-        save_file(weights, file, metadata={"format": "pt"})
-        with pytest.raises(UserError, match=f"encoder '{copy}': its weights have xxh3 .* have {before.weights}"):
-            build_again(before)
+@pytest.fixture(params=["clip", "t5", "autoencoder"])
+def tower(request, tmp_path):
+    """Files of a tower, and what builds it from there: (copy, build, build_again)."""
+    source = request.getfixturevalue(f"{request.param}_path")
+    copy_files(source, tmp_path / "copy")
+    if request.param == "autoencoder":
+        return tmp_path / "copy", build_image_encoder, lambda encoder: build_image_encoder(encoder.describe())
+    build = partial(build_text_encoder, max_tokens=5)
+    return tmp_path / "copy", build, lambda encoder: build_text_encoder_from(encoder.describe())
+
+
+def edit_weights(folder, change):
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_a_tower_whose_weights_were_replaced_is_another_one(tower):
+    copy, build, build_again = tower
+    before = build(str(copy))
+    assert build_again(before).weights == before.weights
+    edit_weights(copy, lambda weights: next(w for w in weights.values() if w.ndim > 1).view(-1)[-1].add_(1))
+    with pytest.raises(UserError, match=f"encoder '{copy}': its weights have xxh3 .* have {before.weights}"):
+        build_again(before)
+
+
+def test_weights_that_lack_a_part_or_are_pickles_are_refused(tower):
+    copy, build, _ = tower
+    lost = []
+
+    def lose(weights):
+        lost.append(next(name for name in weights if name.endswith("weight") and "norm" in name))
+        del weights[lost[0]]
+
+    edit_weights(copy, lose)
+    with pytest.raises(UserError, match=f"its weights lack .*{lost[0].removeprefix('text_model.')}"):
+        build(str(copy))
+    (file,) = copy.glob("*.safetensors")
+    file.unlink()
+    for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
+        torch.save({"x": torch.zeros(1)}, copy / name)
+    with pytest.raises(UserError, match="safetensors"):
+        build(str(copy))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -383,13 +360,6 @@ def test_descriptions_that_cannot_be_are_refused_by_key(change, message):
 # --- what can be missing
 
 
-def copy_files(source, target, without=()):
-    target.mkdir(exist_ok=True)
-    for file in source.iterdir():
-        if file.suffix not in without:
-            (target / file.name).write_bytes(file.read_bytes())
-
-
 @pytest.mark.parametrize("build", [lambda p: build_text_encoder(p, max_tokens=5), build_image_encoder])
 def test_a_path_that_is_not_there_or_holds_nothing(build, tmp_path):
     with pytest.raises(UserError, match="there is no such directory"):
@@ -398,34 +368,10 @@ def test_a_path_that_is_not_there_or_holds_nothing(build, tmp_path):
         build(str(tmp_path))
 
 
-def test_weights_that_are_pickles_are_not_loaded(clip_path, autoencoder_path, tmp_path):
-    text = lambda path: build_text_encoder(path, max_tokens=5)  # noqa: E731
-    for source, build in ((clip_path, text), (autoencoder_path, build_image_encoder)):
-        copy = tmp_path / source.name
-        copy_files(source, copy, without=".safetensors")
-        for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
-            torch.save({"x": torch.zeros(1)}, copy / name)
-        with pytest.raises(UserError, match="safetensors"):
-            build(str(copy))
-
-
 def test_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="text encoder '.*': is a gpt2 model; expected minilm, .* or a T5 encoder"):
         build_text_encoder(str(tmp_path))
-
-
-def test_weights_that_lack_a_part_are_refused(clip_path, t5_path, autoencoder_path, tmp_path):
-    builds = {clip_path: build_text_encoder, t5_path: build_text_encoder, autoencoder_path: build_image_encoder}
-    for source, build in builds.items():
-        copy_files(source, copy := tmp_path / source.name)
-        (file,) = copy.glob("*.safetensors")
-        weights = load_file(file)
-        lost = next(name for name in weights if name.endswith("weight") and "norm" in name)
-        del weights[lost]
-        save_file(weights, file, metadata={"format": "pt"})
-        with pytest.raises(UserError, match=f"its weights lack .*{lost.removeprefix('text_model.')}"):
-            build(str(copy))
 
 
 def test_missing_packages_say_what_to_install(monkeypatch):

@@ -20,8 +20,8 @@ from mdit.precompute import is_precomputed, precompute
 from mdit.sources import open_source
 from tests.picture_sets import contents
 from tests.recipes import tiny_config
+from tests.towers import save_autoencoder
 from tests.training import write_shards
-from tests.unit.test_encoders import save_autoencoder
 from tests.unit.test_sources import write_folder
 
 EMOJI = dict(name="emoji", objects=4, styles=("twemoji",), scenes=60, validation_scenes=8, held_out=0.1, seed=0)
