@@ -144,13 +144,9 @@ class DataConfig(Section):
     precompute: PrecomputeConfig | None = None
 
     @model_validator(mode="after")
-    def _a_weight_each(self):
+    def _directories_fit(self):
         if self.weights is not None and len(self.weights) != len(self.train):
             raise ValueError(f"weights has {len(self.weights)} values, but train has {len(self.train)} directories")
-        return self
-
-    @model_validator(mode="after")
-    def _a_directory_for_each_split(self):
         if self.precompute is not None and self.validation == self.train[0]:
             raise ValueError(
                 f"train and validation are both {self.validation!r}; give each set that is made a directory"
@@ -206,16 +202,10 @@ class ReportConfig(Section):
     snapshot_every: NonNegativeInt
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt
-    prompts: Literal["validation"] | tuple[str, ...] = Field(description="captions of the sample grids")
+    prompts: Literal["validation"] | Annotated[tuple[str, ...], Field(min_length=1)]  # captions of the sample grids
     num_samples: Size = Field(description="pictures in a grid when the prompts are those of the validation set")
     guidance: PositiveFloat
     sampler_steps: Annotated[int, Field(ge=2, le=10_000)]
-
-    @model_validator(mode="after")
-    def _prompts_given(self):
-        if self.prompts != "validation" and not self.prompts:
-            raise ValueError('prompts is an empty list; give at least one caption or "validation"')
-        return self
 
 
 class TrainConfig(Section):
@@ -260,11 +250,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     path = Path(path)
     values = (read_json if path.suffix == ".json" else read_toml)(path, "the recipe")
     if path.suffix == ".json":
-        if not isinstance(values, dict) or "recipe" not in values:
-            raise UserError(f'{path}: has no "recipe"; expected the config.json of a run')
+        if not isinstance(values, dict) or not isinstance(values.get("recipe"), dict):
+            raise UserError(f'{path}: has no table "recipe"; expected the config.json of a run')
         values = values["recipe"]
-        if not isinstance(values, dict):
-            raise UserError(f'{path}: "recipe" is not a table')
     return parse_recipe(values, path, overrides)
 
 
@@ -287,7 +275,7 @@ def portable(config: TrainConfig, path: str | Path) -> dict[str, Any]:
     with its runs."""
     values, root = config.model_dump(mode="json", exclude_none=True), _project(path)
     if root is not None:
-        _change_locations(values, lambda place: str(Path(place).relative_to(root)) if _is_below(place, root) else place)
+        _change_locations(values, lambda place: place.removeprefix(f"{root}{os.sep}"))
     return values
 
 
@@ -330,10 +318,6 @@ def _inside(values: Any, *keys: str) -> Any:
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return values
-
-
-def _is_below(place: str, folder: Path) -> bool:
-    return Path(place).is_relative_to(folder)
 
 
 def _apply_override(values: dict, override: str) -> None:

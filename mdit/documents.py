@@ -73,13 +73,8 @@ def parse_foreign_json(content: bytes | str) -> Any:
         values = json.loads(_text(content))
     except RecursionError as error:
         raise ValueError(_reason(error)) from None
-    waiting = [(1, values)]
-    while waiting:
-        depth, value = waiting.pop()
-        if isinstance(value, dict | list):
-            if depth > MAX_DEPTH:
-                raise ValueError(_reason(RecursionError()))
-            waiting += [(depth + 1, inside) for inside in (value.values() if isinstance(value, dict) else value)]
+    if any(depth > MAX_DEPTH for depth, _, _ in _walk(values)):
+        raise ValueError(_reason(RecursionError()))
     return values
 
 

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
@@ -63,85 +62,55 @@ def _draw(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Te
     return Draw(torch.full_like(like_NCHW[:, 0, 0, 0], sigma), torch.stack(noise).to(like_NCHW.device), every, None)
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """How one router, or all of them, spread tokens over experts.
-
-    unchosen       share of tokens that no expert chose (independent random choices at capacity factor 2 of 8: 10 %)
-    imbalance      standard deviation over mean of the number of experts a token gets: 0 is perfectly even (random
-                   choices: 0.61), sqrt(E / capacity_factor - 1) means that all experts chose the same tokens
-    router_weight  mean router probability of a (token, expert) choice; 1 / E is a router that does not tell them apart
-    """
-
-    unchosen: float
-    imbalance: float
-    router_weight: float
-
-
 class ExpertCoverage:
-    """Context manager: watches the routers of a model during forward passes.
+    """Context manager that watches the routers of a model during forward passes: how they spread tokens over experts.
 
         with ExpertCoverage(model) as coverage:
             validation_loss(model, ...)
-        coverage.by_block()["blocks.3.mlp"].unchosen
+        coverage.summary()["tokens_without_expert"]
 
-    `totals` (blocks, 5) float64 are the sums that every metric is made of: with several ranks, all-reduce them first.
-    Hooks do not fire inside a compiled model: watch the model itself.
+    `totals` (5,) float64 are the sums that every metric is made of: with several ranks, all-reduce them first. Hooks do
+    not fire inside a compiled model: watch the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, ExpertChoice)}
-        device = next(model.parameters()).device
-        self.totals = torch.zeros(len(self.layers), 5, dtype=torch.float64, device=device)
+        self.layers = [module for module in model.modules() if isinstance(module, ExpertChoice)]
+        self.totals = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
         self._hooks = []
 
     def __enter__(self) -> "ExpertCoverage":
-        for sums, layer in zip(self.totals, self.layers.values()):
-            hook = functools.partial(_add_choices, sums, layer)
-            self._hooks.append(layer.gate.register_forward_hook(hook))
+        hooks = [layer.gate.register_forward_hook(functools.partial(self._add_choices, layer)) for layer in self.layers]
+        self._hooks += hooks
         return self
 
     def __exit__(self, *exception) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def by_block(self) -> dict[str, Coverage]:
-        return {name: _coverage(row) for name, row in zip(self.layers, self.totals)}
-
-    def overall(self) -> Coverage:
-        return _coverage(self.totals.sum(dim=0))
+    @torch.no_grad()
+    def _add_choices(self, layer: ExpertChoice, gate: nn.Module, args: tuple, logits_NTE: Tensor) -> None:
+        routing = expert_choice.route(logits_NTE, layer.tokens_per_expert(logits_NTE.shape[1]))
+        experts_NT = (routing.slots_NTE >= 0).double().sum(dim=-1)
+        sums = [torch.ones_like(experts_NT), experts_NT == 0, experts_NT, experts_NT**2, routing.weights_NEK]
+        self.totals += torch.stack([values.double().sum() for values in sums])
 
     def summary(self) -> dict[str, float]:
-        """The overall numbers for a log; empty for a model without experts."""
+        """Numbers for a log; empty for a model without experts.
+
+        tokens_without_expert  share of tokens that no expert chose (random choices at capacity factor 2 of 8: 10 %)
+        expert_imbalance       standard deviation over mean of the number of experts a token gets: 0 is perfectly even
+                               (random choices: 0.61), sqrt(E / capacity_factor - 1) means that all experts chose alike
+        router_weight          mean router probability of a (token, expert) choice; 1 / E: it tells no two apart
+        """
         if not self.layers:
             return {}
-        coverage = self.overall()
+        tokens, unchosen, choices, squares, weights = self.totals.tolist()
+        if tokens == 0:
+            raise RuntimeError("no forward pass was watched; a compiled model does not call hooks")
+        mean = choices / tokens
+        imbalance = max(squares / tokens - mean**2, 0.0) ** 0.5 / mean
         return {
-            "tokens_without_expert": coverage.unchosen,
-            "expert_imbalance": coverage.imbalance,
-            "router_weight": coverage.router_weight,
+            "tokens_without_expert": unchosen / tokens,
+            "expert_imbalance": imbalance,
+            "router_weight": weights / choices,
         }
-
-
-@torch.no_grad()
-def _add_choices(sums: Tensor, layer: ExpertChoice, gate: nn.Module, args: tuple, logits_NTE: Tensor) -> None:
-    routing = expert_choice.route(logits_NTE, layer.tokens_per_expert(logits_NTE.shape[1]))
-    experts_NT = (routing.slots_NTE >= 0).double().sum(dim=-1)
-    sums += torch.stack(
-        [
-            torch.ones_like(experts_NT).sum(),
-            (experts_NT == 0).double().sum(),
-            experts_NT.sum(),
-            (experts_NT**2).sum(),
-            routing.weights_NEK.double().sum(),
-        ]
-    )
-
-
-def _coverage(sums: Tensor) -> Coverage:
-    tokens, unchosen, choices, squares, weights = sums.tolist()
-    if tokens == 0:
-        raise RuntimeError("no forward pass was watched; a compiled model does not call hooks")
-    mean = choices / tokens
-    variance = max(squares / tokens - mean**2, 0.0)
-    return Coverage(unchosen / tokens, variance**0.5 / mean, weights / choices)

@@ -56,30 +56,26 @@ def test_directories_in_a_tar_are_passed_over_and_links_are_told(tmp_path, forma
     assert found == {"d/a.jpg": b"1", "d/b.jpg": b"2"}
 
 
-def test_a_tar_cut_off_anywhere_gives_what_comes_before_and_says_so(tmp_path):
-    whole = pack(tmp_path, "tar").read_bytes()
-    content = max(i for i in range(0, len(whole), 512) if any(whole[i : i + 512])) + 512  # the end mark comes here
+@pytest.mark.parametrize("kind", ["tar", "tgz"])
+def test_a_tar_cut_off_anywhere_gives_what_comes_before_and_says_so(tmp_path, kind):
+    whole = pack(tmp_path, kind).read_bytes()
+    content = len(whole)
+    if kind == "tar":  # the end mark comes behind the content
+        content = max(i for i in range(0, len(whole), 512) if any(whole[i : i + 512])) + 512
+    lengths = {
+        *range(0, len(whole), 211),
+        *range(0, content, 512),
+        *([content, content + 512] if kind == "tar" else []),
+    }
     expected = [(name.removeprefix("./"), data) for name, data in FILES.items()]
-    path = tmp_path / "cut.tar"
-    for length in {*range(0, len(whole), 211), *range(0, content + 1, 512), content + 512}:
+    path = tmp_path / f"cut.{kind}"
+    for length in lengths:
         path.write_bytes(whole[:length])
         found, rejected = members(path)
         assert list(found.items()) == expected[: len(found)]
-        whole_enough = length >= content + 512
-        assert rejected == ([] if whole_enough else [Rejected("origin", "damaged archive")]), length
+        assert rejected == ([] if length >= content + 512 else [Rejected("origin", "damaged archive")]), length
         if length >= content:
             assert len(found) == len(FILES)
-
-
-def test_a_tgz_cut_off_anywhere_gives_what_comes_before_and_says_so(tmp_path):
-    whole = pack(tmp_path, "tgz").read_bytes()
-    expected = [(name.removeprefix("./"), data) for name, data in FILES.items()]
-    path = tmp_path / "cut.tgz"
-    for length in range(0, len(whole) * 9 // 10, 97):
-        path.write_bytes(whole[:length])
-        found, rejected = members(path)
-        assert list(found.items()) == expected[: len(found)]
-        assert rejected == [Rejected("origin", "damaged archive")], length
 
 
 @pytest.mark.parametrize("with_what", [b"\xff", b"\0", b"7"], ids=["ones", "zeros", "digits"])
@@ -198,15 +194,6 @@ def test_sa1b_says_what_is_missing(tmp_path):
     shutil.rmtree(root / "images")
     with pytest.raises(UserError, match=r"found no images/\*.tar and no raw/\*\*/sa_\*.jpg; .*ai.meta.com/datasets"):
         open_named_source("sa1b", root)
-
-
-def test_sa1b_with_a_tar_that_was_not_downloaded_to_its_end(tmp_path):
-    root = write_sa1b(tmp_path)
-    path = root / "images/sa_000000.tar"
-    path.write_bytes(path.read_bytes()[:3000])
-    pictures, rejected = read(open_named_source("sa1b", root))
-    assert [*pictures] == ["images/sa_000000.tar/sa_0.jpg", *(f"images/sa_000001.tar/sa_{n}.jpg" for n in (10, 11))]
-    assert rejected["images/sa_000000.tar"] == "damaged archive"
 
 
 # --- CC12M and other tars of the WebDataset layout

@@ -115,14 +115,6 @@ def test_a_key_ends_at_the_last_dot_and_a_line_says_where_webdataset_ends_it(tmp
     assert caplog.text.count("ends at the last dot (v1.0_1); webdataset itself would end it at the first (v1)") == 1
 
 
-def test_files_of_other_keys_are_no_sample(tmp_path):
-    captions, rejected = read_tar(
-        tmp_path, [("a.input.jpg", JPG), ("a.outputs.txt", TXT), ("b.jpg", JPG), ("b.txt", TXT)]
-    )
-    assert captions == {"b": "a caption"}
-    assert rejected == {"a.input": "no caption", "a.outputs": "missing picture"}
-
-
 def test_further_pictures_of_a_sample_are_told_once(tmp_path, caplog):
     members = [(f"{key}{end}", data) for key in "ab" for end, data in ((".jpg", JPG), (".seg.png", b""), (".txt", TXT))]
     captions, rejected = read_tar(tmp_path, members)
@@ -130,12 +122,20 @@ def test_further_pictures_of_a_sample_are_told_once(tmp_path, caplog):
     assert caplog.text.count("not a.seg.png") == 1 and "b.seg" not in caplog.text
 
 
-def test_a_key_that_comes_twice(tmp_path):
-    sample = [("1.jpg", JPG), ("1.txt", TXT)]
-    again = [("1.jpg", encoded(9)), ("1.txt", b"another")]
-    assert read_tar(tmp_path, sample + again) == ({"1": "a caption", "1 (2)": "another"}, {})
-    # Which text is that of which picture?
-    assert read_tar(tmp_path, [sample[0], again[0], sample[1], again[1]]) == ({}, {"1": "name twice"})
+TWICE = [("1.jpg", JPG), ("1.jpg", encoded(9)), ("1.txt", TXT), ("1.txt", b"another")]
+OF_OTHER_KEYS = [("a.input.jpg", JPG), ("a.outputs.txt", TXT), ("b.jpg", JPG), ("b.txt", TXT)]
+
+
+@pytest.mark.parametrize(
+    "members, captions, rejected",
+    [
+        (TWICE[::2] + TWICE[1::2], {"1": "a caption", "1 (2)": "another"}, {}),
+        (TWICE, {}, {"1": "name twice"}),  # which text is that of which picture?
+        (OF_OTHER_KEYS, {"b": "a caption"}, {"a.input": "no caption", "a.outputs": "missing picture"}),
+    ],
+)
+def test_a_key_that_comes_twice_and_files_of_other_keys(tmp_path, members, captions, rejected):
+    assert read_tar(tmp_path, members) == (captions, rejected)
 
 
 @pytest.mark.parametrize("count", [2, 300])
@@ -370,18 +370,10 @@ def test_what_zipfile_makes_of_an_error_of_the_disk_is_undone(tmp_path, monkeypa
     assert (error.value.errno, error.value.filename) == (errno.ESTALE, str(path))
 
 
-@pytest.mark.parametrize("name", ["tar", "folder"])
-def test_too_many_open_files_stop(tmp_path, name):
-    if name == "tar":
-        write_members(tmp_path / "0.tar", [("0.jpg", JPG), ("0.txt", TXT)])
-        source = open_named_source("webdataset", tmp_path)
-    else:
-        source = open_named_source("folder", write_folder(tmp_path / "folder", count=3))
-    part = iter(source.parts[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if name == "folder":
-        next(part)  # captions.jsonl is open
-    held = []
+def test_too_many_open_files_stop(tmp_path):
+    part = iter(open_named_source("folder", write_folder(tmp_path / "folder", count=3)).parts[0])
+    next(part)  # captions.jsonl is open
+    held, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
         with pytest.raises(OSError) as error:
