@@ -10,7 +10,6 @@ that this works.
 """
 
 import argparse
-from collections import Counter
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from mdit import cli
 from mdit.bench.report import environment, table
-from mdit.bench.roofline import Product, products
 from mdit.bench.stages import tiny_form
 from mdit.config import CONFIGS, load_config
+from mdit.costs.trace import Form, Product, trace
 from mdit.dist import settle_numerics
 from mdit.files import try_to_write, write_json
 from tools.bench_kernels import Bench, milliseconds, relative_error
@@ -48,9 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         try_to_write(path)
     print(f"{here}, {', '.join(f'{name} {value}' for name, value in settings.items())}", flush=True)
     lines: list[list[Any]] = [["calls", *SHAPE, "bf16 ms", "error", "fp32 ms", "error"]]
-    calls = Counter(products(config.model, ratio))
+    calls = trace(config.model, ratio, Form(triton=False)).weight_gradients(args.micro_batch)
     for product, count in sorted(calls.items(), key=lambda item: -item[0].flops * item[1]):
-        row = {"calls": count} | measure(product, args.micro_batch, bench)
+        row = {"calls": count} | measure(product, bench)
         report["rows"].append(row)
         lines.append([count, *(row[name] for name in SHAPE)])
         for way in WAYS:
@@ -73,18 +72,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(product: Product, micro_batch: int, bench: Bench) -> dict[str, Any]:
+def measure(product: Product, bench: Bench) -> dict[str, Any]:
     """The row of a weight's gradient, y^T x over all rows of a micro-batch, of each expert for itself."""
-    rows = micro_batch * product.rows // product.matrices
+    matrices, outputs, inputs, rows, _ = product
     torch.manual_seed(0)
-    x = torch.randn(product.matrices, rows, product.inputs, device=bench.device, dtype=bench.dtype)
-    y = torch.randn(product.matrices, rows, product.outputs, device=bench.device, dtype=bench.dtype)
+    x = torch.randn(matrices, rows, inputs, device=bench.device, dtype=bench.dtype)
+    y = torch.randn(matrices, rows, outputs, device=bench.device, dtype=bench.dtype)
 
     def gradient(x: Tensor = x, y: Tensor = y) -> Tensor:
-        return x.mT @ y if product.matrices > 1 else (x[0].mT @ y[0])[None]
+        return x.mT @ y if matrices > 1 else (x[0].mT @ y[0])[None]
 
     exact = gradient(x.float(), y.float())
-    found: dict[str, Any] = dict(zip(SHAPE, (product.matrices, product.outputs, product.inputs, rows)))
+    found: dict[str, Any] = dict(zip(SHAPE, product))
     settings = torch.backends.cuda.matmul
     before = settings.allow_bf16_reduced_precision_reduction
     for way in WAYS:

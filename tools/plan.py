@@ -19,11 +19,11 @@ from pathlib import Path
 from mdit import cli
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.costs import machines
-from mdit.costs.estimate import Prediction, fitted, predict
-from mdit.costs.flops import training_flops
 from mdit.costs.layouts import Layout, candidates, layout_of
 from mdit.costs.machines import MACHINES, Machine
+from mdit.costs.prediction import Prediction, fitted, predict
 from mdit.costs.time import PARTS, host_seconds
+from mdit.costs.trace import training_flops
 from mdit.files import write_json
 from mdit.parallel.plan import data_parallel_size
 from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config

@@ -12,9 +12,9 @@ from typing import Any
 from mdit.bench.report import Environment, Report
 from mdit.bench.row import BenchmarkRow
 from mdit.config import TrainConfig, UserError
-from mdit.costs.estimate import predict
 from mdit.costs.layouts import Layout
 from mdit.costs.machines import Machine
+from mdit.costs.prediction import predict
 from mdit.data.manifest import read_manifest
 from mdit.models import meta_model
 from mdit.precompute.report import read_report

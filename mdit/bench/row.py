@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from mdit.config import PositiveFloat, Section, TrainConfig
-from mdit.costs.flops import training_flops
 from mdit.costs.machines import MACHINES, Machine
+from mdit.costs.trace import training_flops
 from mdit.dist import World
 from mdit.models.dit import meta_model
 from mdit.parallel.settings import RunSettings
@@ -20,7 +20,7 @@ FORMULA = (
     "model TFLOP/s of a GPU = images/s x FLOPs of an image / GPUs / 10^12\n"
     "MFU = model TFLOP/s / the GPU's peak in dense bfloat16; none in float8 and float32\n"
     "FLOPs of an image: 2 a multiply-add of matmuls and attention, backward twice the forward; kept tokens only,\n"
-    "experts at capacity, no recomputation, no dispatch (mdit/costs/flops.py)"
+    "experts at capacity, no recomputation, no dispatch (mdit/costs/trace.py)"
 )
 DEVICES = {  # as torch names them, of those whose data sheets mdit.costs.machines has
     "NVIDIA H100 80GB HBM3": "h100",

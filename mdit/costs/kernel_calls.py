@@ -4,7 +4,7 @@
         outputs = call.function(*call.inputs("cuda", torch.bfloat16))
 
 Every call knows what it must cost: the bytes it cannot help moving (each tensor read or written once) and the FLOPs of
-its matmuls, counted as in `mdit.costs.flops`. Shapes: N micro-batch, T tokens, L caption tokens, K kept or chosen
+its matmuls, counted as in `mdit.costs.trace`. Shapes: N micro-batch, T tokens, L caption tokens, K kept or chosen
 tokens, D width of the stream, A width of the attention, E experts, F width of the feed-forward network; of a matmul in
 float8 M rows, IN inputs and OUT outputs.
 """

@@ -1,12 +1,12 @@
 """How a step is spread over GPUs, in numbers alone: which layouts can be, for a run and for the paper plan."""
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from mdit.config import ModelConfig, TrainConfig, UserError
-from mdit.costs.activations import Setting
+from mdit.costs.trace import Form
 from mdit.models import MicroDiT, meta_model
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoice
@@ -66,8 +66,9 @@ class Layout:
         return wanted and not (self.stage == 1 and self.bf16)
 
     @property
-    def setting(self) -> Setting:
-        return Setting(self.micro_batch, self.itemsize, self.triton, self.ep, self.tp, self.checkpointing)
+    def form(self) -> Form:
+        """How each GPU computes the model."""
+        return Form(self.triton, self.fp8, self.checkpointing, self.tp, self.bf16)
 
     @property
     def label(self) -> str:
@@ -110,6 +111,20 @@ def expert_layers(model: MicroDiT) -> list[ExpertChoice]:
 def persistent_numbers(config: ModelConfig, threshold: int) -> int:
     """Numbers in parameters that ZeRO 3 leaves whole on every rank (parameter_offload.py: numel <= threshold)."""
     return sum(p.numel() for p in meta_model(config).parameters() if p.numel() <= threshold)
+
+
+def gathered_numbers(config: TrainConfig, layout: Layout) -> tuple[int, int]:
+    """ZeRO 3: whole weights beside the partitions, (between steps, while backward begins).
+
+    Parameters of up to the persistence threshold always; of the others those that will be used again within the reuse
+    distance, which at the turn from forward to backward is twice the way to the end, and a bucket fetched ahead.
+    """
+    if layout.data_size == 1:  # gathering is a view of the only partition
+        return 0, 0
+    options, numbers = layout.options, sum(asdict(count_weights(config.model)).values())
+    always = persistent_numbers(config.model, options.stage3_param_persistence_threshold)
+    ahead = options.stage3_max_reuse_distance // 2 + options.stage3_prefetch_bucket_size
+    return always, always + min(numbers - always, ahead)
 
 
 def candidates(

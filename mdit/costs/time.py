@@ -5,17 +5,14 @@ gradients, optimizer, and what the GPU waits for the host.
     step        = accumulation * micro-batch + what gradients cost once a step + optimizer
 
 Kernels are those of a trace of the model (mdit.costs.trace). Rates are shares of a machine's peaks that are assumed,
-host times are measured (mdit.costs.machines). Small micro-batches lose twice: a matmul takes at least the time to
-read its weights, and a kernel at least the time to launch it.
+host times are measured (mdit.costs.machines). Small micro-batches lose twice: a matmul takes at least the time to read
+its weights, and a kernel at least the time to launch it.
 """
 
 import math
 from functools import cache
-from typing import NamedTuple
 
-from mdit.config import ModelConfig, TrainConfig, kept_tokens
-from mdit.costs.flops import attention, caption_block_flops, forward_flops, linear
-from mdit.costs.kernel_calls import kernel_calls
+from mdit.config import ModelConfig, TrainConfig
 from mdit.costs.layouts import Layout, count_weights
 from mdit.costs.machines import (
     ARGUMENT,
@@ -31,9 +28,8 @@ from mdit.costs.machines import (
     TORCH_OP,
     Machine,
 )
-from mdit.costs.trace import PYTORCH, Kernel, Product, trace
+from mdit.costs.trace import PYTORCH, Form, Kernel, Product, trace
 from mdit.models import meta_model
-from mdit.models.moe import ExpertChoice
 
 PARTS = {  # of a step, in the order of the table
     "matmuls": "matmuls",
@@ -42,20 +38,11 @@ PARTS = {  # of a step, in the order of the table
     "expert_choice": "experts, without their matmuls",
     "swiglu": "SwiGLU, without its matmuls",
     "fp8_linear": "quantising to float8",
-    PYTORCH: "autograd's adds and casts, embeddings, loss",
+    PYTORCH: "PyTorch: adds, casts, embeddings, loss, all else",
     "gradients": "gradients to float32 sums",
     "optimizer": "clipping, AdamW, EMA, weights to bfloat16",
     "host": "the GPU waits for the host",
 }
-# Bytes that PyTorch moves for each byte that an op must move; counted for xl_2 at 256 px, mask 0.75.
-PASSES = {
-    "patch_mixing": 145 / 44.3,
-    "swiglu": 25 / 12.4,
-    "expert_choice": 40 / 26.9,
-    "masked_attention": 82 / 34.0,
-}
-# Operations of PyTorch, views and allocations included, in a micro-batch without kernels: counted on a CPU.
-OPERATIONS_OF_A_BLOCK, OPERATIONS_BESIDE = 250, 400
 # Bytes a parameter and micro-batch in bfloat16, by stage. 1: added to float32 sums as they are (zero_step.py in
 # mdit/train). 2 and 3: copied to a bucket, averaged, flattened. One kernel a parameter.
 GRADIENT_TRAFFIC = {1: 10, 2: 12, 3: 12}
@@ -79,14 +66,6 @@ RESULT_BYTES, SUM_BYTES = 2, 4
 HIDDEN_WRITING = 0.35  # of a tile's result, what the next tile's main loop does not hide
 
 
-class Flops(NamedTuple):
-    """Forward FLOPs of an image: matmuls that every rank of a tensor group repeats, those that it shares, attention."""
-
-    whole: int
-    cut: int
-    attention: int
-
-
 def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[str, float]:
     """Seconds of one optimizer step without communication, by part: the keys of PARTS."""
     bytes_per_second, m = machine.memory * MEMORY_SHARE, layout.accumulation
@@ -97,7 +76,8 @@ def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[st
     optimizer = (CLEARED + (SENT if layout.data_size > 1 else 0)) * numbers if layout.stage == 1 else 0
     optimizer += (NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)) * part
     after = host_optimizer_seconds(config, layout) if layout.offload else 0.0
-    parts = {name: m * seconds for name, seconds in device_parts(config, layout, machine).items()}
+    kernels = device_parts(config.model, config.training.mask_ratio, layout.form, layout.micro_batch, machine)
+    parts = {name: m * seconds for name, seconds in kernels.items()}
     parts |= {"gradients": gradients, "optimizer": optimizer / bytes_per_second + after}
     launching = m * host_seconds(config, layout)
     waiting = launching - sum(seconds for name, seconds in parts.items() if name != "optimizer")
@@ -115,50 +95,15 @@ def ema_traffic(config: TrainConfig) -> int:
     return EMA_TRAFFIC if config.ema else 0
 
 
-def device_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[str, float]:
-    """Seconds of a micro-batch's kernels, by part. Recomputation adds a forward pass, "selective" one of what is
-    neither matmul nor attention; tensor parallelism shares some matmuls, attention and SwiGLU out."""
-    model, ratio, tp = config.model, config.training.mask_ratio, layout.tp
-    seconds = {}
-    for part, (forward, backward) in traced_seconds(model, ratio, layout.fp8, layout.micro_batch, machine).items():
-        if part not in PASSES or is_fused(part, layout):
-            seconds[part] = forward * (1 + runs_again(part, layout)) + backward
-    for op, (forward, backward) in bytes_of_ops(model, layout.micro_batch, ratio).items():
-        if not is_fused(op, layout):
-            moved = (forward * (1 + runs_again(op, layout)) + backward) * PASSES[op]
-            seconds[op] = moved / (machine.memory * MEMORY_SHARE)
-    flops = forward_parts(model, ratio)
-    if not is_fused("masked_attention", layout):
-        runs = 3 + runs_again("masked_attention", layout)
-        products = runs * layout.micro_batch * flops.attention / (machine.peak * ATTENTION_SHARE)
-        seconds["masked_attention"] = max(seconds["masked_attention"], products)
-    shares = {"matmuls": (flops.whole + flops.cut / tp) / (flops.whole + flops.cut)}
-    shares |= {"masked_attention": 1 / tp, "swiglu": 1 / tp}
-    return {part: found * shares.get(part, 1.0) for part, found in seconds.items()}
-
-
-def is_fused(op: str, layout: Layout) -> bool:
-    return layout.triton and (op != "masked_attention" or layout.tp == 1)
-
-
-def runs_again(part: str, layout: Layout) -> bool:
-    """In the backward pass, with activation checkpointing."""
-    kept = ("matmuls", "masked_attention", PYTORCH)
-    return layout.checkpointing == "block" or (layout.checkpointing == "selective" and part not in kept)
-
-
 @cache
-def traced_seconds(
-    config: ModelConfig, mask_ratio: float, fp8: bool, micro_batch: int, machine: Machine
-) -> dict[str, tuple[float, float]]:
-    """Seconds of a micro-batch's kernels by part, (forward, backward)."""
-    sums: dict[str, tuple[float, float]] = {}
-    for kernel, count in trace(config, mask_ratio, fp8).at(micro_batch).items():
-        forward, backward = sums.get(kernel.part, (0.0, 0.0))
-        seconds = count * kernel_seconds(kernel, machine)
-        forward, backward = (forward, backward + seconds) if kernel.backward else (forward + seconds, backward)
-        sums[kernel.part] = forward, backward
-    return sums
+def device_parts(
+    config: ModelConfig, mask_ratio: float, form: Form, micro_batch: int, machine: Machine
+) -> dict[str, float]:
+    """Seconds of a micro-batch's kernels, by part."""
+    seconds: dict[str, float] = {}
+    for kernel, count in trace(config, mask_ratio, form).at(micro_batch).items():
+        seconds[kernel.part] = seconds.get(kernel.part, 0.0) + count * kernel_seconds(kernel, machine)
+    return seconds
 
 
 def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
@@ -195,44 +140,8 @@ def product_seconds(product: Product, machine: Machine) -> float:
 
 def host_seconds(config: TrainConfig, layout: Layout) -> float:
     """The least time in which Python can launch a micro-batch."""
-    found = trace(config.model, config.training.mask_ratio, layout.fp8)
+    found = trace(config.model, config.training.mask_ratio, layout.form)
+    arguments = [(seen.kernel.arguments, count) for seen, count in found.kernels.items() if seen.kernel.arguments]
+    launching = sum(count * (LAUNCH + ARGUMENT * number) for number, count in arguments)
     weights = sum(1 for p in meta_model(config.model).parameters())
-    if layout.triton:
-        launches = [(seen.kernel.arguments, count) for seen, count in found.kernels.items() if seen.kernel.arguments]
-        seconds = sum(count * (LAUNCH + ARGUMENT * arguments) for arguments, count in launches)
-        seconds += found.operations * TORCH_OP
-    else:
-        model = meta_model(config.model)
-        blocks = len(model.patch_mixer) + len(model.blocks)
-        seconds = (blocks * OPERATIONS_OF_A_BLOCK + OPERATIONS_BESIDE) * TORCH_OP
-    seconds *= 1 if layout.checkpointing == "none" else 4 / 3
-    return seconds + weights * HOOK_OF_A_PARAMETER[layout.stage]
-
-
-@cache
-def forward_parts(config: ModelConfig, mask_ratio: float) -> Flops:
-    model, length, all_tokens = meta_model(config), config.caption_length, config.num_patches
-    kept = kept_tokens(all_tokens, mask_ratio)
-    caption = model.y_emb_preprocess
-    products = attention(length, length, caption.attn.proj.in_features)
-    cut = caption_block_flops(caption, length) - products
-    for block in (*model.patch_mixer, *model.blocks):
-        tokens = all_tokens if block in model.patch_mixer else kept
-        cross = block.cross_attn
-        cut += tokens * (linear(block.attn) + linear(cross.q_linear) + linear(cross.proj))
-        cut += length * linear(cross.kv_linear)
-        cut += 0 if isinstance(block.mlp, ExpertChoice) else tokens * linear(block.mlp)
-        products += attention(tokens, tokens, block.attn.proj.in_features)
-        products += attention(tokens, length, cross.proj.in_features)
-    return Flops(forward_flops(config, kept) - cut - products, cut, products)
-
-
-@cache
-def bytes_of_ops(config: ModelConfig, micro_batch: int, mask_ratio: float) -> dict[str, tuple[int, int]]:
-    """For each op of mdit.kernels the bytes that its calls must move (forward, backward) in bfloat16."""
-    sums = {op: (0, 0) for op in PASSES}
-    for call in kernel_calls(config, micro_batch, mask_ratio):
-        op, count = call.op.split(".")[0], call.count
-        forward, backward = sums[op]
-        sums[op] = (forward + count * call.forward_bytes(), backward + count * call.backward_bytes())
-    return sums
+    return launching + found.operations * TORCH_OP + weights * HOOK_OF_A_PARAMETER[layout.stage]

@@ -1,43 +1,72 @@
-"""The kernels of one micro-batch, read off the model itself: forward and backward run on the meta device, which
-computes nothing, while the Triton kernels are noted instead of started and every operation of PyTorch is seen.
+"""One micro-batch, read off the model itself: forward and backward run on the meta device, which computes nothing.
 
-    for kernel, count in trace(config, mask_ratio=0.75).at(micro_batch=256).items():
+    found = trace(config, mask_ratio=0.75, form=Form())
+    for kernel, count in found.at(micro_batch=256).items():
         count * kernel.bytes
+    found.peak.of(256)                                          # bytes of activations
+
+The model is what a run makes of it (mdit.parallel.apply). Launches of Triton are noted instead of started, every
+operation of PyTorch is seen, and so is every tensor until it is freed.
 
 A size of a tensor is that of an image times the micro-batch, or has nothing to do with it. One trace tells them apart,
-and so gives the kernels of every micro-batch: with `IMAGES`, a prime number that divides no width of a model.
+and so serves every micro-batch: with `IMAGES`, a prime number that divides no width of a model.
 """
 
 import math
+import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from mdit.config import ModelConfig, UserError, kept_tokens
 from mdit.diffusion.edm import Draw, edm_loss
+from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
+from mdit.kernels.registered import FUNCTIONS
 from mdit.masking import Mask
 from mdit.models import MicroDiT
-from mdit.parallel.fp8 import use_fp8
+from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
+from mdit.models.moe import ExpertChoice
+from mdit.parallel.apply import parallelize
+from mdit.parallel.plan import ParallelPlan
+from mdit.parallel.settings import RunSettings
 
 IMAGES = 1009
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
+ATTENTION = "masked_attention"
+PYTORCH = "pytorch"
+ROW_PARALLEL = ("proj", "w3")  # of tensor-parallel layers; all others are cut by outputs (mdit.parallel.tensor)
 IN_PLACE = {  # of a kernel's tensors, read and written
     "_swiglu_backward": "u_ptr",
     "_gated_gradient": "u_ptr",
     "_gelu_gradient": "da_ptr",
     "_norm_backward": "dk_ptr",
 }
-PYTORCH = "pytorch"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a rank computes the model: kernels in Triton or all in PyTorch, matmuls in float8, what of a block runs again
+    in the backward pass ("none", "block", "selective"), tensor groups of `tp` ranks, bfloat16 or float32."""
+
+    triton: bool = True
+    fp8: bool = False
+    checkpointing: str = "none"
+    tp: int = 1
+    bf16: bool = True
 
 
 class Product(NamedTuple):
@@ -98,18 +127,22 @@ class Seen(NamedTuple):
     itemsize: int = 0
 
     def at(self, micro_batch: int) -> Kernel:
-        sides = (side.of(micro_batch) for side in self.sides)
-        product = Product(*sides, self.itemsize) if self.sides else None
+        sides = [side.of(micro_batch) for side in self.sides]
+        product = Product(sides[0], sides[1], sides[2], sides[3], self.itemsize) if sides else None
         bytes, flops = self.bytes.of(micro_batch), self.flops.of(micro_batch)
         return replace(self.kernel, bytes=bytes, flops=flops, product=product)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """`kernels`: how often each is called. `operations`: how often PyTorch is, views and allocations included."""
+    """`kernels`: how often each is called. `operations`: how often PyTorch is, views and allocations included. `kept`:
+    bytes that the forward pass leaves for the backward pass; `peak`: the most that activations and their gradients take
+    at once. Weights, their gradients and the batch do not count."""
 
     kernels: dict[Seen, int]
     operations: int
+    kept: Size
+    peak: Size
 
     def at(self, micro_batch: int) -> dict[Kernel, int]:
         found: Counter[Kernel] = Counter()
@@ -117,47 +150,148 @@ class Trace:
             found[seen.at(micro_batch)] += count
         return found
 
+    def weight_gradients(self, micro_batch: int) -> dict[Product, int]:
+        """The matmuls that sum over the rows of all images."""
+        found: Counter[Product] = Counter()
+        for seen, count in self.kernels.items():
+            product = seen.at(micro_batch).product
+            if product and seen.sides[3].each:
+                found[product] += count
+        return found
+
 
 @cache
-def trace(config: ModelConfig, mask_ratio: float, fp8: bool = False) -> Trace:
-    """Kernels of a model whose ops run in Triton, not compiled or recomputed. Raises UserError without Triton."""
-    if find_spec("triton") is None:
+def trace(config: ModelConfig, mask_ratio: float, form: Form = Form()) -> Trace:
+    """A micro-batch of this form, not compiled. Raises UserError where Triton is missing for kernels in Triton."""
+    if form.triton and find_spec("triton") is None:
         raise UserError("a plan counts the launches of the kernels, which needs Triton: pip install triton")
-    watched = watch(config, IMAGES, mask_ratio, fp8)
-    return Trace(Counter(watched.seen), watched.operations)
+    watched = watch(config, IMAGES, mask_ratio, form)
+    return Trace(Counter(watched.seen), watched.operations, watched.kept, watched.peak)
 
 
-def watch(config: ModelConfig, micro_batch: int, mask_ratio: float, fp8: bool) -> "Watch":
-    """One micro-batch in bfloat16, watched."""
+def watch(config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form) -> "Watch":
+    """One micro-batch, watched."""
+    model, loss_of_batch, batch = on_meta(config, micro_batch, mask_ratio, form)
+    ops = [op for op in dispatch.OPS if form.triton and (form.fp8 or op != dispatch.FP8)]
+    ops = [op for op in ops if form.tp == 1 or op != ATTENTION]  # tensor parallelism's attention is PyTorch's
+    recording = recorded() if form.triton else nullcontext([])
+    given = [*model.parameters(), *model.buffers(), *batch]
+    with dispatch.using(*ops, off_gpu=True), fused_attention(), recording as launches:
+        with Watch(launches, micro_batch, given) as watched:
+            for parameter in model.parameters():
+                parameter.register_hook(watched.forget)
+            loss = loss_of_batch()
+            watched.turn_back()
+            torch.autograd.grad(loss, list(model.parameters()))
+            watched.note_launches()
+    return watched
+
+
+@cache
+def forward_flops(config: ModelConfig, mask_ratio: float) -> dict[str, int]:
+    """FLOPs of one image's forward pass, of "matmuls" and of "attention": 2 for a multiply-add, kept tokens only,
+    experts at capacity, tokens moved to them by index."""
+    _, loss_of_batch, _ = on_meta(config, 1, mask_ratio, Form(triton=False))
+    with dispatch.using(), fused_attention(), FlopCounterMode(display=False) as counter:
+        loss_of_batch()
+    counts = counter.get_flop_counts()["Global"]
+    matmuls = sum(count for op, count in counts.items() if op.__name__ in MATMULS)
+    return {"matmuls": matmuls, "attention": sum(counts.values()) - matmuls}
+
+
+def training_flops(config: ModelConfig, mask_ratio: float) -> int:
+    """Forward and backward FLOPs of one image, backward twice the forward: the model FLOPs behind every MFU here."""
+    return 3 * sum(forward_flops(config, mask_ratio).values())
+
+
+class Layer(NamedTuple):
+    """A call of one attention or feed-forward network, by the shapes of one image."""
+
+    module: nn.Module
+    inputs: tuple[torch.Size, ...]
+    output: torch.Size
+
+
+@cache
+def layers(config: ModelConfig, mask_ratio: float) -> list[Layer]:
+    """In the order of the forward pass."""
+    model, loss_of_batch, _ = on_meta(config, 1, mask_ratio, Form(triton=False))
+    found = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(Layer(module, tuple(x.shape for x in inputs), output.shape))
+
+    for module in model.modules():
+        if isinstance(module, SelfAttention | CrossAttention | SwiGLU | ExpertChoice):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        loss_of_batch()
+    return found
+
+
+def on_meta(
+    config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form
+) -> tuple[MicroDiT, Callable[[], Tensor], list[Tensor]]:
+    """-> the model, its loss of a micro-batch, and the tensors of that batch."""
     n, shape = micro_batch, (micro_batch, config.latent_channels, config.latent_size, config.latent_size)
-    ops = dispatch.OPS if fp8 else [op for op in dispatch.OPS if op != dispatch.FP8]
     with torch.device("meta"):
-        model = MicroDiT(config).to(torch.bfloat16)
+        model = MicroDiT(config).to(torch.bfloat16 if form.bf16 else torch.float32)
         latents = torch.empty(shape, dtype=torch.half)
         captions = torch.empty(n, config.caption_length, config.caption_channels, dtype=torch.half)
         keep = torch.empty(n, kept_tokens(config.num_patches, mask_ratio), dtype=torch.int64)
         mask = Mask(keep, config.num_patches) if mask_ratio else None
         drawn = Draw(torch.empty(n), torch.empty(shape), torch.empty(n, dtype=torch.bool), mask)
-    use_fp8(model, fp8)
-    with dispatch.using(*ops, off_gpu=True), recorded() as launches, Watch(launches, n) as watched:
-        loss = edm_loss(model, latents, captions, drawn, sigma_data=0.5)
-        watched.note_launches()
-        watched.backward = True
-        torch.autograd.grad(loss, list(model.parameters()))
-        watched.note_launches()
-    return watched
+    if form.tp > 1:
+        take_part(model, form.tp)
+    settings = RunSettings(fp8=form.fp8, activation_checkpointing=form.checkpointing)
+    parallelize(model, settings, ParallelPlan(World(0, 1, 0, torch.device("meta"))))
+    batch = [latents, captions, keep, drawn.sigma_N, drawn.noise_NCHW, drawn.keep_caption_N]
+    return model, lambda: edm_loss(model, latents, captions, drawn, sigma_data=0.5), batch
+
+
+def take_part(model: MicroDiT, tp: int) -> None:
+    """Cut the layers that a tensor group shares to what one of `tp` ranks has, in place, by shape alone."""
+    for module in model.modules():
+        if isinstance(module, SelfAttention | CrossAttention | SwiGLU):
+            for name, linear in module.named_children():
+                by_inputs = name in ROW_PARALLEL
+                linear.weight = nn.Parameter(linear.weight.chunk(tp, dim=int(by_inputs))[0])
+                if linear.bias is not None and not by_inputs:
+                    linear.bias = nn.Parameter(linear.bias.chunk(tp)[0])
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.num_heads //= tp
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Inside, PyTorch's attention on the meta device is that of a GPU; else it would be a product and a softmax."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
+        yield
 
 
 class Watch(TorchDispatchMode):
-    """Notes the kernels of PyTorch, and between them those that were launched since the last one, in order."""
+    """Notes the kernels of PyTorch, and between them those that were launched since the last one, in order; and the
+    bytes of all storages that came up and are still there."""
 
-    def __init__(self, launches: list[Launch], images: int) -> None:
+    def __init__(self, launches: list[Launch], images: int, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.launches, self.images, self.backward, self.operations = launches, images, False, 0
         self.seen: list[Seen] = []
+        self.sizes = {_storage(tensor): Size() for tensor in given}
+        self.fixed = self.each = 0  # bytes alive
+        self.kept = self.peak = Size()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        with self:  # an op of ours, or one of many: what it does inside is seen
+            if function.namespace == "mdit":
+                return FUNCTIONS[function.name()](*args, **kwargs)
+            if (parts := function.decompose(*args, **kwargs)) is not NotImplemented:
+                return parts
         given = kwargs.get("out") if name in MATMULS else None  # which not every matmul can write on the meta device
         out = function(*args, **kwargs) if given is None else given
         self.note_launches()
@@ -167,17 +301,42 @@ class Watch(TorchDispatchMode):
         known = {_storage(tensor) for tensor in read}
         viewed = not function._schema.is_mutable and all(_storage(tensor) in known for tensor in written)
         if not viewed and "empty" not in name:
-            self.seen.append(self.of_pytorch(name, read, written))
+            flops = flop_registry[function.overloadpacket](*args, **kwargs, out_val=out) if "dot_product" in name else 0
+            self.seen.append(self.of_pytorch(name, read, written, flops))
+        for tensor in written:
+            self.count(tensor.untyped_storage())
         return out
+
+    def turn_back(self) -> None:
+        """The forward pass is over."""
+        self.note_launches()
+        self.backward, self.kept = True, Size(self.fixed, self.each)
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = size = Size.seen(storage.nbytes(), self.images)
+            self.fixed, self.each = self.fixed + size.fixed, self.each + size.each
+            weakref.finalize(storage, self.gone, storage._cdata)
+            self.peak = max(self.peak, Size(self.fixed, self.each), key=lambda size: size.of(self.images))
+
+    def forget(self, tensor: Tensor) -> None:
+        """Its bytes are counted elsewhere."""
+        self.gone(_storage(tensor))
+        self.sizes[_storage(tensor)] = Size()
+
+    def gone(self, storage: int) -> None:
+        size = self.sizes.pop(storage, Size())
+        self.fixed, self.each = self.fixed - size.fixed, self.each - size.each
 
     def note_launches(self) -> None:
         self.seen += map(self.of_triton, self.launches)
         self.launches.clear()
 
-    def of_pytorch(self, name: str, read: list[Tensor], written: list[Tensor]) -> Seen:
+    def of_pytorch(self, name: str, read: list[Tensor], written: list[Tensor], flops: int) -> Seen:
         moved = self.bytes_of([*read, *written])
         if name not in MATMULS:
-            return Seen(Kernel(PYTORCH, name, self.backward), moved)
+            part = ATTENTION if flops else PYTORCH
+            return Seen(Kernel(part, name, self.backward), moved, Size.seen(flops, self.images))
         a, b = [tensor for tensor in read if tensor.ndim > 1][:2]
         sides = len(a) if a.ndim == 3 else 1, a.shape[-2], b.shape[-1], a.shape[-1]
         sizes = tuple(Size.seen(side, self.images) for side in sides)
@@ -197,7 +356,7 @@ class Watch(TorchDispatchMode):
         return Size.sum(Size.seen(_bytes(tensor), self.images) for tensor in tensors)
 
 
-def _attention_flops(of: dict, backward: bool) -> int:
+def _attention_flops(of: dict[str, Any], backward: bool) -> int:
     """FLOPs of two products forward or five backward, over whole blocks of queries and keys."""
     keys = of["MAIN"] + of["TAIL"] if "MAIN" in of else _whole_blocks(of["L"], of["BLOCK_L"])
     products = 5 if backward else 2

@@ -153,7 +153,7 @@ def description(run: Run) -> dict:
 
 def describe(run: Run) -> str:
     """The text of --dry_run."""
-    from mdit.costs.flops import training_flops  # a planner, which no training run needs
+    from mdit.costs.trace import training_flops  # a planner, which no training run needs
 
     config, ds = run.config, run.ds_config
     places = [*config.data.train, config.data.validation]

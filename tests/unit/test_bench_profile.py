@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from mdit.bench.profile import TRACE, Event, by_category, category, dearest, profile_step, summary
-from mdit.bench.roofline import CATEGORY_OF_OP, category_work, products
+from mdit.bench.roofline import CATEGORY_OF_OP, category_work
 from mdit.bench.row import HostTime, KernelTime
 from mdit.config import load_config
-from mdit.costs.flops import training_flops
-from mdit.costs.time import bytes_of_ops, forward_parts
+from mdit.costs.trace import training_flops
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.models import MicroDiT
 from tests.bench_rows import row
@@ -162,27 +161,12 @@ def test_time_is_added_up_by_category_and_by_kernel():
 # --- work by formula
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"use_patch_mixer": False}, {"mixer_dim": 32}, {"experts_every_n": 0}], ids=str
-)
-def test_the_matmuls_are_all_there(changes):
-    config = tiny_config(model=changes)
-    flops = forward_parts(config.model, 0.75)
-    assert sum(product.flops for product in products(config.model, 0.75)) == flops.whole + flops.cut
-
-
 def test_work_of_a_step_of_xl_2():
     work = category_work(PRETRAIN, SETTING)
     model_flops = work["matmuls"]["flops"] + work["attention"]["flops"]
     assert model_flops == 2048 * training_flops(PRETRAIN.model, 0.75)
-    for op, name in CATEGORY_OF_OP.items():
-        assert work[name]["bytes"] == 8 * sum(bytes_of_ops(PRETRAIN.model, 256, 0.75)[op])
     assert work["experts"]["flops"] / work["experts"]["bytes"] == 1 / 2  # one for each number of bfloat16
     assert work["optimizer"]["bytes"] == pytest.approx(28 * 1.1654e9, rel=1e-3)
-    of_tokens = [product for product in products(PRETRAIN.model, 0.75) if product.rows == 64 and product.matrices == 1]
-    qkv = max(of_tokens, key=lambda product: product.inputs * product.outputs)  # of the widest block
-    assert (qkv.inputs, qkv.outputs) == (1024, 3 * 1024)
-    assert qkv.numbers(images=512, batches=2) == 512 * 64 * (1024 + 3 * 1024) + 2 * 1024 * 3 * 1024
 
 
 def test_work_goes_where_its_time_goes():

@@ -9,9 +9,9 @@ from mdit import cli
 from mdit.bench.recipe_cost import Stage, choose_rows, scaled
 from mdit.bench.report import Report
 from mdit.config import load_config
-from mdit.costs.estimate import predict
 from mdit.costs.layouts import Layout
 from mdit.costs.machines import MACHINES
+from mdit.costs.prediction import predict
 from mdit.data.writer import ShardWriter
 from mdit.precompute.report import REPORT
 from tests import bench_rows

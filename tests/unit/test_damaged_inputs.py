@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic_core import to_jsonable_python
 
 from mdit.config import CONFIGS, TrainConfig
-from mdit.costs.flops import training_flops
+from mdit.costs.trace import training_flops
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.dist import World
 from mdit.documents import UserError

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdit.config import UserError
-from mdit.costs.flops import training_flops
 from mdit.costs.kernel_calls import fp8_calls
+from mdit.costs.trace import training_flops
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.dist import World
 from mdit.kernels import dispatch, fp8_linear

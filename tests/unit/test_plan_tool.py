@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mdit.config import UserError, load_config
-from mdit.costs.estimate import predict
 from mdit.costs.layouts import candidates
 from mdit.costs.machines import MACHINES
+from mdit.costs.prediction import predict
 from mdit.costs.time import PARTS
 from tools import plan
 
