@@ -26,8 +26,8 @@ as it comes. With --expert_layer: our layers of experts against the one-hot form
 
 import argparse
 import copy
-import importlib.util
 import inspect
+import runpy
 import statistics
 import sys
 import time
@@ -53,6 +53,7 @@ from mdit.parallel.settings import AUTO_TOKENS
 
 MODES = ("eager", "compiled")
 CPU_MICRO_BATCH = 8
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -187,31 +188,21 @@ def load_baseline(spec: str, model: ModelConfig) -> nn.Module:
     if not file or not path.is_file():
         raise UserError(f"--baseline {spec}: no such file: {file or spec}; expected FILE.py:FACTORY")
     sys.path.insert(0, str(path.parent.resolve()))
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None:
-        raise UserError(f"--baseline {spec}: {path} is no Python file")
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        factory = runpy.run_path(file).get(name)
     except Exception as error:  # of code that is not ours
         raise UserError(f"--baseline {spec}: running {path} raised {in_one_line(error)}") from None
-    factory = getattr(module, name, None)
     if not callable(factory):
         raise UserError(f"--baseline {spec}: {path} has no function {name}")
+    parameters = inspect.signature(factory).parameters.values()
+    required = any(p.default is p.empty and p.kind in POSITIONAL for p in parameters)
     try:
-        made = factory(model) if takes_an_argument(factory) else factory()
+        made = factory(model) if required else factory()
     except Exception as error:
         raise UserError(f"--baseline {spec}: {name} raised {in_one_line(error)}") from None
     if not isinstance(made, nn.Module):
         raise UserError(f"--baseline {spec}: {name} gave {type(made).__name__}, expected a torch.nn.Module")
     return made
-
-
-def takes_an_argument(factory: Callable) -> bool:
-    """One that has no default."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(factory).parameters.values()
-    return any(p.kind in positional and p.default is p.empty for p in parameters)
 
 
 if __name__ == "__main__":

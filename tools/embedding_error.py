@@ -1,4 +1,4 @@
-"""What 8 bits cost: the error of `i8b64` on the caption embeddings of a set that was written in fp16.
+"""Cost of 8 bits: the error of `i8b64` on the caption embeddings of a set that was written in fp16.
 
     python tools/embedding_error.py data/quickstart/validation
 

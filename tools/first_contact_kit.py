@@ -103,7 +103,7 @@ KIT = {"wheels": fetch_wheels, "kernels": build_kernels, "training": make_traini
 
 
 def pack(folder: Path, target: Path, choose: Callable[[tarfile.TarInfo], Any] = lambda info: info) -> None:
-    """What `choose` leaves of a folder, in a file that is whole, or as it was."""
+    """Pack what `choose` leaves of a folder into a file that is whole, or as it was."""
     partial = target.with_name(f"{target.name}.partial")
     with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
         archive.add(folder, arcname=folder.name, filter=choose)

@@ -142,7 +142,7 @@ class Baseline(Contender):
         return [self.model]
 
     def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, drawn: Draw) -> Tensor:
-        """As `edm_loss`, with the patches that the model has kept."""
+        """`edm_loss` over the patches that the model has kept."""
         sigma_data, latents = self.config.noise.sigma_data, latents_NCHW.float()
         captions = captions_NLC * drawn.keep_caption_N.view(-1, 1, 1).to(captions_NLC.dtype)
         sigma, dropped = drawn.sigma_N.view(-1, 1, 1, 1), None
