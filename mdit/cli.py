@@ -110,8 +110,8 @@ def whole(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """A type for argparse: numbers above 0."""
-    if not (value := float(text)) > 0:
+    """A type for argparse: finite numbers above 0."""
+    if not 0 < (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{one_line(text)}: expected more than 0")
     return value
 

@@ -82,28 +82,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--out", type=Path, help="directory of kernels.json and kernels.md; else only the screen")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that OUT holds, measure the others")
-    parser.add_argument("--budget_s", type=float, help="seconds for all; default: 270, on a CPU 50")
-    parser.add_argument("--micro_batch", type=int, nargs="+", help="for every stage; default: 256, 64, 64 and 16")
-    parser.add_argument("--preset", choices=("xl_2", "tiny_2"), default="xl_2")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, on a CPU fp32")
-    parser.add_argument("--ops", nargs="+", choices=dispatch.OPS, default=dispatch.OPS)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes; always so where there is no GPU")
-    parser.add_argument(
-        "--interpret", action="store_true", help="without a GPU: the error of the kernels, under TRITON_INTERPRET=1"
-    )
+    add = parser.add_argument
+    add("--out", type=Path, help="directory of kernels.json and kernels.md; else only the screen")
+    add("--resume", action="store_true", help="keep the rows that OUT holds, measure the others")
+    add("--budget_s", type=cli.positive, help="seconds for all; default: 270, on a CPU 50")
+    add("--micro_batch", type=cli.whole(1), nargs="+", help="for every stage; default: 256, 64, 64 and 16")
+    add("--preset", choices=("xl_2", "tiny_2"), default="xl_2")
+    add("--dtype", choices=DTYPES, help="default: bf16, on a CPU fp32")
+    add("--ops", nargs="+", choices=dispatch.OPS, default=dispatch.OPS)
+    add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    add("--repeats", type=cli.whole(1), default=20)
+    add("--tiny", action="store_true", help="tiny shapes; always so where there is no GPU")
+    add("--interpret", action="store_true", help="without a GPU: the error of the kernels, under TRITON_INTERPRET=1")
     args = parser.parse_args(arguments)
     if args.resume and args.out is None:
         parser.error("--resume: says nothing without --out")
     args.budget_s = args.budget_s if args.budget_s is not None else 270 if torch.cuda.is_available() else 50
-    if not args.budget_s > 0:
-        parser.error(f"--budget_s {args.budget_s:g}: must be above 0")
-    for name, values in (("--repeats", [args.repeats]), ("--micro_batch", args.micro_batch or [])):
-        if min(values, default=1) < 1:
-            parser.error(f"{name} {min(values)}: must be at least 1")
     if args.interpret and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1"):
         parser.error("--interpret: is for a machine without a GPU, with TRITON_INTERPRET=1 set")
     return args

@@ -42,15 +42,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("reports", type=Path, nargs="+", metavar="REPORT.json", help="throughput.json of tools/bench_train.py")
     add("--recipe", type=Path, action="append", help="a stage; several times; default: the paper's four")
     add("--precompute", type=Path, action="append", default=[], metavar="SET_DIR", help="a finished set; several times")
-    add("--pictures", type=float, default=PICTURES, help="of the recipe's sets; default: 37e6, as the paper has it")
-    add("--dollars_per_gpu_hour", type=float, action="append", help="several times; default: 3.75 and 2")
+    add(
+        "--pictures",
+        type=cli.positive,
+        default=PICTURES,
+        help="of the recipe's sets; default: the paper's 37e6",
+    )
+    add("--dollars_per_gpu_hour", type=cli.positive, action="append", help="several times; default: 3.75 and 2")
     add("--gpu", help="a part of the name of the GPU whose rows count, where reports are of several")
     add("--json", type=Path, help="write all of it to this file")
     args = parser.parse_args(arguments)
     args.dollars_per_gpu_hour = args.dollars_per_gpu_hour or list(PRICES)
-    for name, values in (("dollars_per_gpu_hour", args.dollars_per_gpu_hour), ("pictures", [args.pictures])):
-        if not all(0 < value < float("inf") for value in values):
-            parser.error(f"--{name} {min(values):g}: expected more than 0")
     return args
 
 

@@ -52,20 +52,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--recipe", type=cli.path, default=RECIPE, help=f"TOML, or a run's config.json; default: {RECIPE.name}")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
-    add("--gpus", type=int, default=8, help="in nodes of 8; default: 8")
+    add("--gpus", type=cli.whole(1), default=8, help="in nodes of 8; default: 8")
     add("--gpu", choices=MACHINES, default="h100", help="default: h100")
     add("--ds_config", type=cli.path, help="plan this JSON's layout alone; default: all")
-    add("--micro_batch", type=int, help="images at once; default: what a run takes, or fewer so that they fit")
+    add("--micro_batch", type=cli.whole(1), help="images at once; default: what a run takes, or fewer so that they fit")
     add("--activation_checkpointing", choices=CHECKPOINTING, help="default: none, or the JSON's")
     add("--kernels", choices=("auto", "reference", "triton"), help='default: the JSON\'s, or "auto"')
     add("--fp8", action="store_true", help="the blocks' matmuls in float8; default: the JSON's, or not")
-    add("--dollars_per_gpu_hour", type=float, default=3.75, help="default: 3.75, as the paper has it")
+    add("--dollars_per_gpu_hour", type=cli.positive, default=3.75, help="default: 3.75, as the paper has it")
     add("--json", type=cli.path, help="write both tables, with all they assume, to this file")
-    args = parser.parse_args(arguments)
-    for name in ("gpus", "micro_batch", "dollars_per_gpu_hour"):
-        if (value := getattr(args, name)) is not None and not 0 < value < 2**63:
-            parser.error(f"--{name} {value}: expected more than 0, in 63 bits")
-    return args
+    return parser.parse_args(arguments)
 
 
 def command(arguments: list[str] | None = None) -> None:

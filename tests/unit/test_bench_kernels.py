@@ -168,10 +168,10 @@ def test_rows_of_another_machine_are_not_mixed_in(tmp_path, part, name):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--budget_s", "0"], "--budget_s 0: must be above 0"),
-        (["--budget_s", "nan"], "--budget_s nan: must be above 0"),
-        (["--repeats", "0"], "--repeats 0: must be at least 1"),
-        (["--micro_batch", "4", "-1"], "--micro_batch -1: must be at least 1"),
+        (["--budget_s", "0"], "--budget_s: 0: expected more than 0"),
+        (["--budget_s", "nan"], "--budget_s: nan: expected more than 0"),
+        (["--repeats", "0"], "--repeats: 0 is not between 1"),
+        (["--micro_batch", "4", "-1"], "--micro_batch: -1 is not between 1"),
         (["--resume"], "--resume: says nothing without --out"),
         (["--ops", "attention"], "argument --ops: invalid choice: 'attention'"),
         (["--unknown"], "unrecognized arguments: --unknown"),

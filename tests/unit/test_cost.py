@@ -196,8 +196,8 @@ def error(capsys, *arguments):
     [
         (["nowhere.json"], "nowhere.json: cannot read the report"),
         ([], "required: REPORT.json"),
-        (["r.json", "--dollars_per_gpu_hour", "0"], "--dollars_per_gpu_hour 0: expected more than 0"),
-        (["r.json", "--pictures", "-3"], "--pictures -3: expected more than 0"),
+        (["r.json", "--dollars_per_gpu_hour", "0"], "--dollars_per_gpu_hour: 0: expected more than 0"),
+        (["r.json", "--pictures", "-3"], "--pictures: -3: expected more than 0"),
         (["r.json", "--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),
         (["r.json", "--precompute", "nowhere"], "nowhere"),
         (["r.json", "--json", "nowhere/cost.json"], "nowhere/cost.json"),
