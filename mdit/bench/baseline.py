@@ -73,7 +73,7 @@ def take_turns(entries: list[Entry], pace: Pace, backend: str | Callable = "indu
                     problems[i] = in_one_line(error)
                 if problems[i] or contender.device.type == "cuda":
                     contender.to_host()
-    return [problem or summed_up(*each) for problem, *each in zip(problems, entries, steps, peaks)]
+    return [problems[i] or summed_up(entries[i], steps[i], peaks[i]) for i in range(len(entries))]
 
 
 def summed_up(entry: Entry, steps: list[dict[str, float]], peak_gib: float) -> Measured:
@@ -158,7 +158,7 @@ class BaselineComparison:
         else:
             found = take_turns(entries, pace, self.backend)
             self.longest[compiled] = max(self.longest[compiled], time.perf_counter() - before)
-        rows = [self.row(pairing, who, *each) for who, *each in zip(turns, entries, found)]
+        rows = [self.row(pairing, who, entry, each) for who, entry, each in zip(turns, entries, found)]
         for row in rows:
             print(f"{pairing}: {one_line(row)}", flush=True)
         self.report.rows.extend(rows)
@@ -192,7 +192,7 @@ def _which(row: BenchmarkRow) -> tuple[str | None, int, str]:
 
 def ratios(rows: Iterable[BenchmarkRow]) -> list[str]:
     """Our images/s over the baseline's, by the median and by the fastest steps: of every pairing that has both."""
-    pairs: dict[str, dict[str, BenchmarkRow]] = {}
+    pairs: dict[str | None, dict[str | None, BenchmarkRow]] = {}
     for row in rows:
         if row.pairing != SEARCHED:
             pairs.setdefault(row.pairing, {})[row.contender] = row

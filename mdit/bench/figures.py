@@ -189,18 +189,16 @@ def _cells(row: BenchmarkRow, *columns: str) -> list[str]:
 
 
 def _recipe_dollars(stages: Sequence[Stage]) -> str:
-    if not all(stage.measured for stage in stages):
-        return NOT_MEASURED
-    hours = sum(stage.gpu_hours for stage in stages)
-    return " / ".join(f"{hours * price:,.0f}" for price in PRICES)
+    hours = [stage.gpu_hours for stage in stages if stage.gpu_hours is not None]
+    return " / ".join(f"{sum(hours) * price:,.0f}" for price in PRICES) if len(hours) == len(stages) else NOT_MEASURED
 
 
 def _profile(figures: Figures, beside: Path) -> str:
-    found = next((row for row in figures.of_kind("profile") if row.profile), None)
-    if found is None:
-        return f"Where a step goes: {NOT_MEASURED}."
-    without_trace = found.with_(profile=found.profile.model_copy(update={"trace": None}))
-    return f"```\n{summary(without_trace)}\n```" + _pictures(beside, "step_time.png", "roofline.png")
+    for row in figures.of_kind("profile"):
+        if row.profile:
+            without_trace = row.with_(profile=row.profile.model_copy(update={"trace": None}))
+            return f"```\n{summary(without_trace)}\n```" + _pictures(beside, "step_time.png", "roofline.png")
+    return f"Where a step goes: {NOT_MEASURED}."
 
 
 def _pictures(beside: Path, *names: str) -> str:
