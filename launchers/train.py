@@ -38,11 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     world = identify()
     configure_logging(world)
-    from mdit.train.agreement import require_agreement, what_runs
-    from mdit.train.run import describe, finished, opened, plan_run, prepare_on_first
+    from mdit.train.agreement import prepare_on_first, require_agreement, what_runs
+    from mdit.train.run import dry_run, finished, opened, resolve_run
 
-    def plan():
-        return plan_run(
+    def resolve():
+        return resolve_run(
             args.recipe,
             args.ds_config,
             overrides=args.set,
@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.dry_run:
         if world.is_first:
-            print(describe(plan()))
+            print(dry_run(resolve()))
         return
-    with joined(world, plan) as run:
+    with joined(world, resolve) as run:
         require_agreement(world, what_runs(run))
         if finished(run):
             return

@@ -44,7 +44,7 @@ Ratio = Annotated[float, Field(gt=0, le=2**6)]
 Location = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # of a file or directory
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]  (so is Section, by model_config)
     """Shape of MicroDiT (paper section 2 and appendix; names of the released code where they are plain).
 
     `qkv_ratio` and `ffn_ratio` are the multipliers of `dim` at the first and the last block; between them the widths

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -165,7 +165,7 @@ def on_all_ranks(world: World, function: Callable[[], T]) -> T:
     """Return what `function` returns on this rank. A collective: where it raises on any rank, all ranks raise the error
     of the first such rank, so none waits for one that is gone; UserError and OSError stay what they are. The line names
     that rank and its host, but for rank 0 and where all ranks say the same."""
-    value, error = None, None
+    value, error = cast(T, None), None
     try:
         value = function()
     except Exception as caught:
@@ -183,7 +183,7 @@ def on_all_ranks(world: World, function: Callable[[], T]) -> T:
 
 def shared(error: Exception) -> Exception:
     """The error, marked as one that all ranks raise alike, so that rank 0 alone tells it."""
-    error.all_ranks_have_it = True
+    vars(error)["all_ranks_have_it"] = True
     return error
 
 
@@ -220,7 +220,7 @@ def _made(kind: type[Exception], arguments: tuple, where: str) -> Exception:
 def first_host(node_list: str) -> str:
     """The first name that `scontrol show hostnames` makes of Slurm's "rack[1-2]n[07-12,15],login". No scontrol needed:
     inside containers there is none."""
-    first = re.match(r"(?:\[[^]]*\]|[^,\[])+", node_list).group()  # up to a comma outside brackets
+    first = re.split(r",(?![^[]*\])", node_list)[0]  # at commas outside brackets
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
 
 
@@ -268,7 +268,7 @@ class StopSignal:
             with suppress(OSError):
                 os.write(2, line.encode())  # sys.stderr may be in the midst of a line of its own
 
-    def agreed(self) -> bool:
+    def requested(self) -> bool:
         """True on every rank once any of them has a reason to stop. A collective when there is more than one rank."""
         stop = self.signalled or (self.world.is_first and self.stop_file.exists())
         if self.world.size > 1:

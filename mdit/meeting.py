@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed
@@ -22,8 +22,6 @@ from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
 from mdit.dist import World, cores, find_meeting_point, logger, number, on_all_ranks, shared, work_on
 from mdit.documents import UserError, explain, parse_json
-
-T = TypeVar("T")
 
 NOTICE = 10.0  # seconds
 PATIENCE = 300.0  # for processes that are still to come: nodes start, and read their packages, at different speeds
@@ -35,7 +33,7 @@ COLLECTIVE = timedelta(minutes=30)
 class Meeting:
     """The store at which the processes have met, and the hosts they are on."""
 
-    store: Store
+    store: PrefixStore | HashStore
     hosts: Sequence[str]
     address: tuple[str, int] | None = None
 
@@ -43,8 +41,13 @@ class Meeting:
 _meeting: Meeting | None = None  # as torch's own default group: there is one in a process
 
 
+def _met() -> Meeting:
+    assert _meeting is not None, "behind init_distributed only"
+    return _meeting
+
+
 @contextmanager
-def joined(world: World, plan: Callable[[], T] = lambda: None) -> Iterator[T]:
+def joined(world: World, plan: Callable[[], Any] = lambda: None) -> Iterator[Any]:
     """All that the processes of a run do together: gives what `plan` returns, once it has returned on every rank.
 
     An error of `plan` on any rank is raised on all. Inside, a rank that ends by an error leaves its line to the others,
@@ -169,7 +172,7 @@ def _wait_for_roll(world: World, store: Store, failed: Exception | None) -> dict
     return outcome
 
 
-def open_store(world: World, seconds: float) -> tuple[tuple[str, int], Store]:
+def open_store(world: World, seconds: float) -> tuple[tuple[str, int], PrefixStore]:
     """The store at MASTER_ADDR:MASTER_PORT, kept there by rank 0 or by torchrun. Raises UserError when it cannot be
     opened or reached within `seconds`."""
     address, port = find_meeting_point(world)
@@ -253,11 +256,11 @@ def while_others_wait(world: World, what: str, function: Callable[[], None]) -> 
             function()
         except Exception as error:
             failed = error
-        _meeting.store.set(f"done/{what}", "1")
+        _met().store.set(f"done/{what}", "1")
     else:
         patience = Patience()
-        while not _meeting.store.check([f"done/{what}"]):
-            patience.over(f"rank 0 on {_meeting.hosts[0]}, which {what}")
+        while not _met().store.check([f"done/{what}"]):
+            patience.over(f"rank 0 on {_met().hosts[0]}, which {what}")
 
     def check() -> None:
         if failed is not None:
@@ -271,9 +274,10 @@ def part_from(world: World, error: BaseException) -> UserError | None:
     if getattr(error, "all_ranks_have_it", False):
         return None
     lost = isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    here, store = socket.gethostname(), _meeting.store
+    here, meeting = socket.gethostname(), _met()
+    store: Any = meeting.store  # whose type lacks `append`
     try:
-        if answer(*_meeting.address) is not None:
+        if meeting.address is None or answer(*meeting.address) is not None:
             raise DistError("no store")
         store.append("ended", f"{world.rank} ")
         if not lost:
@@ -281,7 +285,7 @@ def part_from(world: World, error: BaseException) -> UserError | None:
             mine = f"rank {world.rank} on {here} has ended: {line}"
             told = store.compare_set("reason", "", mine).decode()
             if not isinstance(error, KeyboardInterrupt):  # which rank 0 tells, whoever has it first
-                error.told_elsewhere = told != mine and told.endswith(f": {line}")
+                vars(error)["told_elsewhere"] = told != mine and told.endswith(f": {line}")
         patience, ended = Patience(2 * FAREWELL if world.is_first else FAREWELL, says=False), set()
         while not patience.over("the others") and len(ended) < world.size and (lost or world.is_first):
             ended = set(map(int, store.get("ended").split()))
@@ -294,5 +298,5 @@ def part_from(world: World, error: BaseException) -> UserError | None:
         return None
     if not missing:
         return UserError(f"the processes have lost their connections: {explain(error)}")
-    where = ", ".join(dict.fromkeys(_meeting.hosts[rank] for rank in sorted(missing)[:5]))
+    where = ", ".join(dict.fromkeys(meeting.hosts[rank] for rank in sorted(missing)[:5]))
     return UserError(f"{some(missing)} on {where}: killed or cut off without a word; what was saved before is there")

@@ -171,7 +171,7 @@ def test_an_import_that_breaks_the_rules_is_found(path, source):
         ("kernels/adaln/__init__.py", "from .reference import adaln\nfrom mdit.kernels import dispatch"),
         ("launchers/train.py", "from mdit.train.loop import train"),
         ("tests/unit/test_engine.py", "import deepspeed\nimport mdit.train.engine\nimport launchers.train"),
-        ("mdit/train/metrics.py", "import tritonclient\nimport deepspeed_fork"),  # other packages that begin alike
+        ("mdit/train/meter.py", "import tritonclient\nimport deepspeed_fork"),  # other packages that begin alike
         ("mdit/__init__.py", "import torch"),
     ],
 )

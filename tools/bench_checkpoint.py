@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace, world: World) -> None:
     if not arguments.load:
         for kind, fragment, values in numbers(kinds, fragments):
             fragment.of(tensors[kind]).copy_(values)
-        state = dict(memory={}, run={}, layout=layout, world=world, keep=1)
+        state = dict(numbers={}, run={}, layout=layout, world=world, keep=1)
         timed("save", size, lambda: save_training_state(folder, 1, tensors, fragments, **state), world)
         for (flat,) in tensors.values():
             flat.zero_()

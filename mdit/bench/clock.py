@@ -16,6 +16,7 @@ from mdit.config import TrainConfig
 from mdit.dist import World
 from mdit.models import MicroDiT
 from mdit.parallel.plan import ParallelPlan
+from mdit.parallel.settings import Execution
 from mdit.train.engine import Engine
 
 
@@ -56,16 +57,9 @@ class Marks:
 class MarkedEngine(Engine):
     """An Engine that tells a clock when each phase begins, and notes the memory that its first forward pass takes."""
 
-    def __init__(self, model: MicroDiT, config: TrainConfig, ds_config: dict, plan: ParallelPlan, marks: "Marks"):
-        super().__init__(model, config, ds_config, plan)
+    def __init__(self, model: MicroDiT, config: TrainConfig, execution: Execution, plan: ParallelPlan, marks: "Marks"):
+        super().__init__(model, config, execution, plan)
         self.marks, self.forward_bytes = marks, None
-        step = self.deepspeed.step
-
-        def marked_step(*args, **kwargs):
-            marks.put("optimizer")
-            return step(*args, **kwargs)
-
-        self.deepspeed.step = marked_step
 
     def __call__(self, *args, **kwargs) -> Tensor:
         if self.forward_bytes is not None:
@@ -75,10 +69,14 @@ class MarkedEngine(Engine):
         self.forward_bytes = held_bytes(self.world.device) - before
         return output
 
-    def backward_and_step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         self.marks.put("backward")
-        super().backward_and_step(loss)
+        super().backward(loss)
         self.marks.put("forward")  # of the next micro-batch
+
+    def step(self) -> None:
+        self.marks.put("optimizer")
+        super().step()
 
 
 def median_step(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from mdit.diffusion.edm import Draw, denoise, draw, edm_loss
 from mdit.dist import World
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings
-from mdit.train.metrics import memory_gib
+from mdit.train.meter import memory_gib
 
 Precision = Literal["fp32", "bf16", "amp"]
 PRECISIONS = {

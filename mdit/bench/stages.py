@@ -15,7 +15,7 @@ from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, logger
 from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings
 from mdit.precompute import is_precomputed, precompute
-from mdit.train.run import settle_json
+from mdit.train.run import resolve_execution
 
 STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
 # Sizes that a CPU trains in milliseconds, with every kind of block.
@@ -111,8 +111,9 @@ def settle(
     ds_json |= {"mdit": {**settings, **(mdit or {})}}
     if micro_batch is not None:
         ds_json |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
-    settings, ds_config, in_triton, _ = settle_json(ds_json, ds_path, config, recipe, world)
-    return Job(config, settings, ds_config, data, images, tuple(sorted(in_triton)))
+    execution = resolve_execution(ds_json, ds_path, config, recipe, world)
+    kernels = tuple(sorted(execution.triton_ops))
+    return Job(config, execution.settings, execution.deepspeed, data, images, kernels)
 
 
 def tiny_form(config: TrainConfig) -> TrainConfig:

@@ -10,7 +10,6 @@ What is measured is the loop's own `optimizer_step`, and its EMA. The clock only
 import functools
 import gc
 import time
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -28,11 +27,11 @@ from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import ParallelPlan
-from mdit.parallel.settings import RunSettings, computing_dtype
+from mdit.parallel.settings import Execution, RunSettings, computing_dtype
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.loop import optimizer_step
-from mdit.train.metrics import memory_gib
+from mdit.train.meter import memory_gib
 
 PROFILED_STEPS = 2
 GIB = 2**30
@@ -40,7 +39,7 @@ COLLECTIVES = ("ncclDevKernel", "ncclKernel", "gloo:")  # begin the names of wha
 
 
 class Trial:
-    """A context manager. `model`, `engine`, `ema` (or None), `config`, `settings`, `ds_config`, `world`; `kernels` are
+    """A context manager. `model`, `engine`, `ema`, `config`, `settings`, `ds_config`, `world`; `kernels` are
     the ops that run in Triton. A collective of all ranks, in everything that it does.
 
     `ds_config` is what `resolve_ds_config` gives. `data` is "made up": two batches that stay on the device, so that no
@@ -66,8 +65,8 @@ class Trial:
         self._batches, self.model, self.engine = None, draw_model(config, world.device), None
         plan = plan_of(settings.expert_parallel, settings.tensor_parallel, world)
         parallelize(self.model, settings, plan)
-        self.engine = MarkedEngine(self.model, config, ds_config, plan, self._marks)
-        self.ema = EMA(config.ema, self.engine.masters) if config.ema else None
+        self.engine = MarkedEngine(self.model, config, Execution(settings, ds_config), plan, self._marks)
+        self.ema = EMA(config.ema, self.engine.master_weights)
         self._held_after = held_bytes(world.device)
         self._open_data()
         give_back_memory()  # a draw on the device takes more of it than a run's on the CPU: only training counts
@@ -98,8 +97,7 @@ class Trial:
         loss = optimizer_step(self.engine, batch, self._steps, self.config).mean()
         self._marks.put("optimizer")
         self._steps += 1
-        if self.ema is not None:
-            self.ema.update(self._steps)
+        self.ema.update(self._steps)
         return loss
 
     def losses(self, steps: int) -> list[float]:
@@ -135,9 +133,9 @@ class Trial:
         the parts before it, `forward` what the first micro-batch's forward pass left for its backward pass."""
         engine, device = self.engine, self.world.device
         parameters = [getattr(p, "ds_tensor", p) for p in engine.deepspeed.module.parameters()]  # ZeRO 3's own part
-        state = engine.optimizer_state()
-        parts = {"weights": parameters, "masters": state.pop("master"), "moments": list(chain(*state.values()))}
-        parts["ema"] = self.ema.partitions if self.ema else []
+        state = engine.state_dict()
+        parts = {"weights": parameters, "masters": state["master"], "moments": state["exp_avg"] + state["exp_avg_sq"]}
+        parts["ema"] = self.ema.partitions or []
         found = {name: bytes_on(device, tensors) for name, tensors in parts.items()}
         found["buffers"] = max(0, self._held_after - self._held_before - sum(found.values()))
         found["forward"] = engine.forward_bytes or 0
@@ -151,10 +149,11 @@ class Trial:
             for fragment in self.engine.fragments():
                 weight = whole[fragment.name]
                 part = weight if fragment.shard.count == 1 else fragment.shard.take(weight)
-                fragment.of(self.engine.masters).copy_(part.reshape(-1).narrow(0, fragment.start, fragment.numel))
+                fragment.of(self.engine.master_weights).copy_(
+                    part.reshape(-1).narrow(0, fragment.start, fragment.numel)
+                )
         self.engine.refresh_parameters()
-        if self.ema is not None:
-            self.ema = EMA(self.config.ema, self.engine.masters)
+        self.ema = EMA(self.config.ema, self.engine.master_weights)
         self._steps = 0
         self._open_data()
 

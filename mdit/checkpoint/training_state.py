@@ -84,7 +84,7 @@ def save_training_state(
     tensors: dict[str, list[Tensor]],
     fragments: list[Fragment],
     *,
-    memory: dict[str, float],
+    numbers: dict[str, float],
     run: dict,
     layout: dict,
     world: World,
@@ -92,7 +92,7 @@ def save_training_state(
 ) -> None:
     """A collective: each rank writes its fragments of `tensors`, then rank 0 publishes. The newest `keep` stay.
 
-    `tensors` has for each kind one flat tensor a partition; `memory` are the numbers that this rank has to remember;
+    `tensors` has for each kind one flat tensor a partition; `numbers` are all else that this rank has to remember;
     `run`, rank 0's, says what is trained. Raises on all ranks alike when one of them cannot write: nothing has changed
     then.
     """
@@ -106,12 +106,12 @@ def save_training_state(
     def write_state() -> None:
         files = {name: entry for rank in gathered for name, entry in rank["files"].items()}
         values = {"format": FORMAT, "step": step, "run": run, "layout": layout, "files": files}
-        write_json(hidden / "state.json", seal(values | {"memory": [rank["memory"] for rank in gathered]}))
+        write_json(hidden / "state.json", seal(values | {"numbers": [rank["numbers"] for rank in gathered]}))
 
     with ExitStack() as publishing:
         on_first(world, lambda: publishing.enter_context(replacing_directory(final)))
         written = on_all_ranks(world, write)
-        gathered = gather({"files": written, "memory": finite(memory)}, world)
+        gathered = gather({"files": written, "numbers": finite(numbers)}, world)
         on_first(world, write_state)
         on_first(world, publishing.close)
     if world.is_first:
@@ -140,9 +140,9 @@ def seal(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"xxh3": xxhash.xxh3_64_hexdigest(canonical.encode())}
 
 
-def finite(memory: dict[str, float]) -> dict[str, float | str]:
+def finite(numbers: dict[str, float]) -> dict[str, float | str]:
     """JSON has no NaN and no infinities; "nan", "inf" and "-inf" stand for them."""
-    return {key: value if math.isfinite(value) else str(value) for key, value in memory.items()}
+    return {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
 
 
 def write_fragments(
@@ -245,24 +245,24 @@ def read_state(path: Path) -> Checkpoint:
 def load_into(
     checkpoint: Checkpoint, tensors: dict[str, list[Tensor]], fragments: list[Fragment], *, layout: dict, world: World
 ) -> dict[str, float]:
-    """Fill `tensors`, laid out as `fragments` says, from a checkpoint of any layout; -> this rank's `memory`.
+    """Fill `tensors`, laid out as `fragments` says, from a checkpoint of any layout; -> this rank's numbers.
 
-    In another layout memories of equal keys are averaged over the ranks that wrote them. Raises UserError when the
+    In another layout numbers of equal keys are averaged over the ranks that wrote them. Raises UserError when the
     checkpoint lacks a parameter.
     """
-    memories = checkpoint.state["memory"]
+    numbers = checkpoint.state["numbers"]
     same = checkpoint.state["layout"] == layout
-    reader = Reader(checkpoint, ranks=[world.rank] if same else range(len(memories)))
+    reader = Reader(checkpoint, ranks=[world.rank] if same else range(len(numbers)))
     for fragment in fragments:
         for kind, flat in tensors.items():
             reader.fill(kind, fragment, fragment.of(flat))
     if same:
-        return {key: float(value) for key, value in memories[world.rank].items()}
+        return {key: float(value) for key, value in numbers[world.rank].items()}
     before = checkpoint.state["layout"]
     differing = [key for key in layout if before.get(key) != layout[key]]
     written, now = (", ".join(f"{key} {each.get(key)}" for key in differing) for each in (before, layout))
     logger.info(f"{checkpoint.path}: written with {written}; this run has {now}: taken over tensor by tensor")
-    return {key: sum(float(memory[key]) for memory in memories) / len(memories) for key in memories[0]}
+    return {key: sum(float(of_rank[key]) for of_rank in numbers) / len(numbers) for key in numbers[0]}
 
 
 class Reader:
@@ -333,18 +333,21 @@ class Reader:
 
 def latest_step(directory: Path) -> int:
     """Step of the newest checkpoint, 0 without one."""
-    complete = complete_checkpoints(directory)
-    return step_in(complete[0].name) if complete else 0
+    return next(iter(_by_step(directory)), 0)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Everything that has a checkpoint's name, newest first: such a name is given to complete ones only."""
+    return list(_by_step(directory).values())
+
+
+def _by_step(directory: Path) -> dict[int, Path]:
     try:
         found = patiently(lambda: list(directory.iterdir()))
     except FileNotFoundError:
-        return []
-    steps = {path: step_in(path.name) for path in found}
-    return sorted((path for path, step in steps.items() if step is not None), key=steps.get, reverse=True)
+        return {}
+    steps = {step: path for path in found if (step := step_in(path.name)) is not None}
+    return dict(sorted(steps.items(), reverse=True))
 
 
 def step_in(name: str) -> int | None:

@@ -5,7 +5,8 @@ DeepSpeed, which by itself takes unknown keys, strings for numbers, and keys tha
 recipe owns are "auto" in the JSON; "auto" is everywhere as if the key were not there.
 """
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,24 +34,24 @@ def _whole(value: Any) -> Any:
 Numbers = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
 
 
-def only(value: Any, why: str) -> Any:
-    """The type of a key that has one value here."""
+def only(value: Any, why: str) -> AfterValidator:
+    """A key that has one value here."""
 
     def check(given: Any) -> Any:
         if type(given) is not type(value) or given != value:
             raise PydanticCustomError("only", "{reason}", {"reason": f"expected {value!r}, since {why}"})
         return given
 
-    return Annotated[Any, AfterValidator(check)]
+    return AfterValidator(check)
 
 
-def never(why: str) -> Any:
-    """The type of a key that has no place in the JSON."""
+def never(why: str) -> AfterValidator:
+    """A key that has no place in the JSON."""
 
     def check(given: Any) -> Any:
         raise PydanticCustomError("never", "{reason}", {"reason": f"does not belong in the JSON: {why}"})
 
-    return Annotated[Any, AfterValidator(check)]
+    return AfterValidator(check)
 
 
 LEARNED = "it changes what is learned"
@@ -90,19 +91,17 @@ class ZeRO(Section):
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False
     # With one value each:
-    round_robin_gradients: only(False, "DeepSpeed would mix up which weights are whose in validation and snapshots") = (
-        False
-    )
-    zero_hpz_partition_size: only(1, "a resumed run's second copies of the weights would be those of its start") = 1
-    compute_grad_norm: only(True, "the recipe clips gradients") = True
-    stage3_module_granularity_threshold: only(0, "DeepSpeed fails in the backward pass of modules that it groups") = 0
-    zero_quantized_weights: only(False, LEARNED) = False
-    zero_quantized_nontrainable_weights: only(False, LEARNED) = False
-    zero_quantized_gradients: only(False, LEARNED) = False
-    zenflow: only(None, LEARNED) = None
-    load_from_fp32_weights: only(True, OWN_FILES) = True
-    elastic_checkpoint: only(False, OWN_FILES) = False
-    stage3_gather_16bit_weights_on_model_save: only(False, OWN_FILES) = False
+    round_robin_gradients: Annotated[Any, only(False, "DeepSpeed would mix up which weights are whose")] = False
+    zero_hpz_partition_size: Annotated[Any, only(1, "a resumed run's second copies would be those of its start")] = 1
+    compute_grad_norm: Annotated[Any, only(True, "the recipe clips gradients")] = True
+    stage3_module_granularity_threshold: Annotated[Any, only(0, "DeepSpeed fails in the backward pass")] = 0
+    zero_quantized_weights: Annotated[Any, only(False, LEARNED)] = False
+    zero_quantized_nontrainable_weights: Annotated[Any, only(False, LEARNED)] = False
+    zero_quantized_gradients: Annotated[Any, only(False, LEARNED)] = False
+    zenflow: Annotated[Any, only(None, LEARNED)] = None
+    load_from_fp32_weights: Annotated[Any, only(True, OWN_FILES)] = True
+    elastic_checkpoint: Annotated[Any, only(False, OWN_FILES)] = False
+    stage3_gather_16bit_weights_on_model_save: Annotated[Any, only(False, OWN_FILES)] = False
 
     @model_validator(mode="after")
     def _parameters_stay_at_stages_1_and_2(self):
@@ -114,9 +113,9 @@ class ZeRO(Section):
 class BF16(Section):
     enabled: bool | None = None
     immediate_grad_update: bool = False
-    check_grad_overflow: only(True, "NaN would reach the weights") = True
-    bf16_master_weights_and_grads: only(False, LEARNED) = False
-    bf16_optimizer_states: only(False, LEARNED) = False
+    check_grad_overflow: Annotated[Any, only(True, "NaN would reach the weights")] = True
+    bf16_master_weights_and_grads: Annotated[Any, only(False, LEARNED)] = False
+    bf16_optimizer_states: Annotated[Any, only(False, LEARNED)] = False
 
 
 class CommsLogger(Section):
@@ -134,7 +133,7 @@ class FlopsProfiler(Section):
     module_depth: Annotated[int, Field(ge=-1, le=4)] = -1  # 4: a layer of a block; it fails at one that is not there
     top_modules: PositiveInt = 1
     detailed: bool = True
-    output_file: only(None, "the profile is printed, which cannot fail in the middle of a run") = None
+    output_file: Annotated[Any, only(None, "the profile is printed, which cannot fail in the middle of a run")] = None
 
 
 class RunSettings(Section):
@@ -172,13 +171,13 @@ class DeepSpeedJson(Section):
     dump_state: bool = False
     comms_logger: CommsLogger = CommsLogger()
     flops_profiler: FlopsProfiler = FlopsProfiler()
-    zero_allow_untested_optimizer: only(True, "the recipe's [optim] decides") = True
-    zero_force_ds_cpu_optimizer: only(False, "the recipe's [optim] decides") = False
+    zero_allow_untested_optimizer: Annotated[Any, only(True, "the recipe's [optim] decides")] = True
+    zero_force_ds_cpu_optimizer: Annotated[Any, only(False, "the recipe's [optim] decides")] = False
     mdit: RunSettings = RunSettings()
-    optimizer: never("the recipe's [optim] decides") = None
-    scheduler: never("the recipe's [optim] decides") = None
-    fp16: never('not supported, use "bf16"') = None
-    data_types: never("gradients are always accumulated in float32") = None
+    optimizer: Annotated[Any, never("the recipe's [optim] decides")] = None
+    scheduler: Annotated[Any, never("the recipe's [optim] decides")] = None
+    fp16: Annotated[Any, never('not supported, use "bf16"')] = None
+    data_types: Annotated[Any, never("gradients are always accumulated in float32")] = None
 
 
 def load_ds_json(path: str | Path) -> dict[str, Any]:
@@ -230,11 +229,11 @@ def computing_dtype(ds_config: dict) -> torch.dtype:
 def bucket_size(config: TrainConfig, wanted: int = DEEPSPEED_BUCKET) -> int:
     """Numbers of DeepSpeed's bucket for gradients, no more than the model has. It allocates all of it: 1 or 2 GB by
     default."""
-    return min(wanted, _count_parameters(config.model))
+    return min(wanted, count_parameters(config.model))
 
 
 @cache
-def _count_parameters(config: ModelConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
     return sum(p.numel() for p in meta_model(config).parameters())
 
 
@@ -283,3 +282,57 @@ def _auto_micro_batch(config: TrainConfig, share: int) -> int:
 def _agree(value, key: str, expected, recipe_key: str, path) -> None:
     if value not in (None, expected):
         raise UserError(f"{path}: {key} = {value!r} contradicts the recipe's {recipe_key} = {expected!r}")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is executed, never what it learns: resolved once, from the DeepSpeed JSON and the recipe.
+
+    `settings` is the JSON's "mdit" section, `deepspeed` all that DeepSpeed is given; `triton_ops` are the ops that run
+    in Triton, `kernels_reason` says why those.
+    """
+
+    settings: RunSettings
+    deepspeed: dict[str, Any]
+    triton_ops: frozenset[str] = frozenset()
+    kernels_reason: str = ""
+
+    @cached_property
+    def zero(self) -> ZeRO:
+        return parse_section(ZeRO, self.deepspeed["zero_optimization"], "zero_optimization")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format that the model computes in, in training and whenever a run looks at it."""
+        return computing_dtype(self.deepspeed)
+
+    @property
+    def global_batch(self) -> int:
+        return self.deepspeed["train_batch_size"]
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of one forward pass of a process."""
+        return self.deepspeed["train_micro_batch_size_per_gpu"]
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of an optimizer step."""
+        return self.deepspeed["gradient_accumulation_steps"]
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether optimizer states and step are on the CPU."""
+        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device != "none"
+
+    def layout(self, world_size: int) -> dict[str, Any]:
+        """All that the partitions of a checkpoint depend on."""
+        zero = dict(self.deepspeed["zero_optimization"])
+        return {
+            "world_size": world_size,
+            "expert_parallel": self.settings.expert_parallel,
+            "tensor_parallel": self.settings.tensor_parallel,
+            "zero_stage": zero.pop("stage"),
+            "zero_options": zero,  # some of them reorder or cut partitions
+            "bf16": self.dtype == torch.bfloat16,
+        }

@@ -13,11 +13,13 @@ import xxhash
 import mdit.kernels
 from mdit.config import UserError
 from mdit.data.manifest import MANIFEST
-from mdit.dist import World, gather, shared
+from mdit.dist import World, gather, on_all_ranks, shared
 from mdit.documents import to_json
 from mdit.files import checksum
+from mdit.meeting import while_others_wait
+from mdit.precompute import precompute
 from mdit.provenance import package_versions
-from mdit.train.loop import Run
+from mdit.train.run import Run, check_data
 from mdit.train.run_directory import flatten
 
 
@@ -43,9 +45,9 @@ def what_runs(run: Run) -> dict[str, Any]:
     return flatten(
         {
             "recipe": run.config.model_dump(mode="json"),
-            "deepspeed": run.ds_config,
-            "mdit": run.settings.model_dump(mode="json"),
-            "kernels": sorted(run.in_triton),
+            "deepspeed": run.execution.deepspeed,
+            "mdit": run.execution.settings.model_dump(mode="json"),
+            "kernels": sorted(run.execution.triton_ops),
             "device": run.world.device.type,
             "run_dir": str(run.run_dir.absolute()),
             "restart": run.restart,
@@ -73,6 +75,14 @@ def weights_digest(weights: Mapping[str, Any]) -> str:
 
 def code_digests() -> dict[str, str]:
     """xxh3 of each of mdit's own Python files."""
-    folders = [Path(package.__file__).parent for package in (mdit, mdit.kernels)]
+    folders = [Path(package.__path__[0]) for package in (mdit, mdit.kernels)]
     files = {f"{each.name}/{file.relative_to(each)}": file for each in folders for file in each.rglob("*.py")}
     return {f"xxh3 of {name}": checksum(files[name]) for name in sorted(files)}
+
+
+def prepare_on_first(run: Run) -> None:
+    """Rank 0 makes the data if it is missing, while the others wait for it; all check it, and that it is the same. A
+    collective; raises on all ranks alike."""
+    while_others_wait(run.world, "makes the data", lambda: precompute(run.config, device=run.world.device))
+    on_all_ranks(run.world, lambda: check_data(run))
+    require_agreement(run.world, what_is_read(run))

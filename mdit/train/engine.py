@@ -1,14 +1,15 @@
 """DeepSpeed behind a few verbs: build, micro-step, and the float32 master weights as plain tensors.
 
 Beside zero_step.py, optim.py and mdit/parallel/expert.py only this file knows DeepSpeed; all else sees tensors and
-names. In ZeRO 1, 2 and 3 each rank's optimizer owns flat float32 partitions of the weights (`masters`), and the model's
-own parameters are copies of them in the computing dtype. `fragments` says which elements of which parameter lie where
-in them.
+names. In ZeRO 1, 2 and 3 each rank's optimizer owns flat float32 partitions of the weights (`master_weights`), and the
+model's own parameters are copies of them in the computing dtype. `fragments` says which elements of which parameter lie
+where in them.
 """
 
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -21,6 +22,7 @@ from mdit.config import TrainConfig, UserError
 from mdit.models import MicroDiT
 from mdit.parallel import expert
 from mdit.parallel.plan import ParallelPlan
+from mdit.parallel.settings import Execution
 from mdit.parallel.shard import gather_whole, shard_of
 from mdit.train.optim import build_optimizer, moments, set_moments, step_count
 from mdit.train.zero_step import improve
@@ -38,26 +40,25 @@ def check_ds_config(ds_config: dict, path) -> None:
 
 
 class Engine:
-    """A MicroDiT under DeepSpeed, called like the model. `masters`: this rank's float32 partitions of its weights."""
+    """A MicroDiT under DeepSpeed, called like the model. `master_weights`: this rank's float32 partitions of them."""
 
-    def __init__(self, model: MicroDiT, config: TrainConfig, ds_config: dict, plan: ParallelPlan) -> None:
+    def __init__(self, model: MicroDiT, config: TrainConfig, execution: Execution, plan: ParallelPlan) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
         expert.join_deepspeed()
-        self.micro_batch_size: int = ds_config["train_micro_batch_size_per_gpu"]
-        self.stage: int = ds_config["zero_optimization"]["stage"]
-        self.plan, self.world = plan, plan.world
-        exact = (
-            {name: p.detach().clone() for name, p in model.named_parameters()} if ds_config["bf16"]["enabled"] else {}
-        )
+        self.plan, self.world, self.execution = plan, plan.world, execution
+        bf16 = execution.dtype == torch.bfloat16
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if bf16 else {}
         model.to(self.world.device)
         # One group, since the paper decays every parameter alike; two where experts are shared out over other ranks.
         parameters = expert.parameter_groups(model) if plan.expert_group else model.parameters()
-        optimizer = build_optimizer(parameters, config.optim, ds_config["zero_optimization"])
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=plan.mpu)
+        optimizer = build_optimizer(parameters, config.optim, offloaded=execution.offloads_optimizer)
+        self.deepspeed: Any = deepspeed.initialize(  # of no types, like all that is in it
+            model=model, optimizer=optimizer, config=execution.deepspeed, mpu=plan.mpu
+        )[0]
         improve(self.deepspeed)
-        self.zero = self.deepspeed.optimizer
-        self.masters: list[Tensor] = next(  # ZeRO 3; ZeRO 1 in bf16; ZeRO 1 and 2
+        self.zero: Any = self.deepspeed.optimizer
+        self.master_weights: list[Tensor] = next(  # ZeRO 3; ZeRO 1 in bf16; ZeRO 1 and 2
             getattr(self.zero, name)
             for name in (
                 "fp32_partitioned_groups_flat",
@@ -75,19 +76,25 @@ class Engine:
 
     def micro_batches(self, share: int) -> Iterator[slice]:
         """Rows of each micro-batch in this rank's share of a global batch."""
-        for start in range(0, share, self.micro_batch_size):
-            yield slice(start, start + self.micro_batch_size)
+        size = self.execution.micro_batch
+        for start in range(0, share, size):
+            yield slice(start, start + size)
 
     def set_learning_rate(self, value: float) -> None:
         for group in self.zero.param_groups:
             group["lr"] = value
 
-    def backward_and_step(self, loss: Tensor) -> None:
-        """Accumulate; the last micro-batch of a step also clips and updates the weights."""
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a micro-batch's loss, divided by the number of micro-batches of a step. Reduces
+        over the ranks as the ZeRO stage has it: after each, or after the last."""
         self.deepspeed.backward(loss)
-        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # counts the micro-batch, no more
+
+    def step(self) -> None:
+        """Clip the gradients, step the master weights and fill the model's with them, zero the gradients."""
         self.deepspeed.step()
-        if boundary and not self.step_applied:
+        if not self.step_applied:
             self._clean_up_skipped_step()
 
     @property
@@ -105,22 +112,24 @@ class Engine:
         same layout such as the EMA's. A collective: every rank has to run through it."""
         held = None
         if partitions is not None:
-            held = [master.detach().clone() for master in self.masters]
-            self._fill_masters(partitions)
+            held = [master.detach().clone() for master in self.master_weights]
+            self._fill_master_weights(partitions)
         try:
             for name, parameter in self.deepspeed.module.named_parameters():
-                part = safe_get_full_fp32_param(parameter).view(getattr(parameter, "ds_shape", parameter.shape))
+                part = cast(Tensor, safe_get_full_fp32_param(parameter)).view(
+                    getattr(parameter, "ds_shape", parameter.shape)
+                )
                 yield name, gather_whole(part, parameter)
         finally:
             if held is not None:
-                self._fill_masters(held)
+                self._fill_master_weights(held)
 
     def fragments(self) -> list[Fragment]:
         """What this rank's masters hold. Padding, which DeepSpeed puts between and behind, belongs to no fragment."""
         found = []
         for name, parameter in self.deepspeed.module.named_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            if self.stage == 3:
+            if self.execution.zero.stage == 3:
                 partition, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
                 start = size * self.world.rank
                 numel = min(size, parameter.ds_numel - start)
@@ -133,42 +142,44 @@ class Engine:
                 found.append(Fragment(name, shape, shard_of(parameter), start, numel, partition, offset))
         return found
 
-    def optimizer_state(self) -> dict[str, list[Tensor]]:
-        """This rank's masters and Adam moments: for each kind one flat float32 tensor a partition. Views, no copies."""
-        if not moments(self.zero.optimizer, self.masters[0]):  # no step has been taken, or all were skipped
+    def state_dict(self) -> dict[str, Any]:
+        """Master weights and Adam moments, for each kind one flat float32 tensor a partition, views and no copies; and
+        the steps that Adam has taken: fewer than the run's where some were skipped."""
+        if not moments(self.zero.optimizer, self.master_weights[0]):  # no step has been taken, or all were skipped
             self.clear_moments()
-        state = {"master": [master.detach() for master in self.masters]}
-        of_masters = [moments(self.zero.optimizer, master) for master in self.masters]
-        return state | {key: [found[key] for found in of_masters] for key in of_masters[0]}
+        of_masters = [moments(self.zero.optimizer, master) for master in self.master_weights]
+        return {
+            "master": [master.detach() for master in self.master_weights],
+            "exp_avg": [found["exp_avg"] for found in of_masters],
+            "exp_avg_sq": [found["exp_avg_sq"] for found in of_masters],
+            "optimizer_steps": step_count(self.zero.optimizer, self.master_weights[0]),
+        }
 
-    @property
-    def optimizer_steps(self) -> int:
-        """Steps that Adam has taken: fewer than the run's where some were skipped."""
-        return step_count(self.zero.optimizer, self.masters[0])
-
-    @optimizer_steps.setter
-    def optimizer_steps(self, steps: int) -> None:
-        for master in self.masters:
-            set_moments(self.zero.optimizer, master, **moments(self.zero.optimizer, master), step=steps)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state. The optimizer goes on in the moments' tensors, without copies."""
+        self._fill_master_weights(state["master"])
+        for master, mean, square in zip(self.master_weights, state["exp_avg"], state["exp_avg_sq"], strict=True):
+            set_moments(self.zero.optimizer, master, mean, square, step=int(state["optimizer_steps"]))
+        self.refresh_parameters()
 
     def clear_moments(self) -> None:
         """Put the optimizer to before its first step, with moments of zero."""
-        for master in self.masters:
+        for master in self.master_weights:
             zeros = [torch.zeros_like(master) for _ in range(2)]
             set_moments(self.zero.optimizer, master, *zeros, step=0)
 
     @torch.no_grad()
-    def _fill_masters(self, partitions: list[Tensor]) -> None:
-        for master, value in zip(self.masters, partitions, strict=True):
+    def _fill_master_weights(self, partitions: list[Tensor]) -> None:
+        for master, value in zip(self.master_weights, partitions, strict=True):
             master.copy_(value)
 
     def refresh_parameters(self) -> None:
         """Fill the model's parameters from the masters, after these have been filled from a checkpoint."""
-        if self.stage < 3:
+        if self.execution.zero.stage < 3:
             self.zero.update_lp_params()
             return
         zero = self.zero
-        for i, master in enumerate(self.masters):
+        for i, master in enumerate(self.master_weights):
             flat = zero.fp16_partitioned_groups_flat[i]
             flat.data.copy_(master.data)
             for part, value in zip(
@@ -182,7 +193,7 @@ class Engine:
     def _clean_up_skipped_step(self) -> None:
         """Leave nothing of a skipped step to the next one. DeepSpeed 0.19.8 does so but for two things: the gradients
         that bf16 under ZeRO 1 or 2 sums up for an optimizer in host memory, and ZeRO 3's small parameters."""
-        if self.stage == 3:
+        if self.execution.zero.stage == 3:
             self._gather_persistent()
             return
         sums = getattr(self.zero, "averaged_gradients", {})

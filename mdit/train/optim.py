@@ -11,6 +11,7 @@ All take the same step (Loshchilov & Hutter 2019, algorithm 2, decay times the l
     w = w - lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
 """
 
+import importlib
 import importlib.util
 import math
 import os
@@ -18,8 +19,8 @@ import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from torch.utils import cpp_extension
 
 from mdit.config import OptimConfig, UserError
 from mdit.dist import logger
+from mdit.parallel.settings import Execution
 
 GET_APEX = (
     "git clone https://github.com/NVIDIA/apex && cd apex && "
@@ -46,20 +48,19 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter] | list[dict], config: OptimConfig, zero: dict | None = None
+    parameters: Iterable[torch.nn.Parameter] | list[dict], config: OptimConfig, *, offloaded: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW of `config.implementation`, which `check_implementation` has found possible.
 
     `parameters` may be groups, dicts with "params" and keys of others, which stay; all are stepped alike, as the paper
-    decays every parameter. `zero` is the "zero_optimization" of the DeepSpeed JSON.
+    decays every parameter. `offloaded` keeps the optimizer in host memory.
     """
-    options = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    options: dict[str, Any] = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     if config.implementation == "torch":
         return torch.optim.AdamW(parameters, **options, fused=True)
     if config.implementation == "apex":
-        from apex.optimizers import FusedAdam
-
-        return FusedAdam(parameters, **options, adam_w_mode=True)
+        fused = importlib.import_module("apex.optimizers").FusedAdam
+        return fused(parameters, **options, adam_w_mode=True)
 
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -68,17 +69,9 @@ def build_optimizer(
         f"DeepSpeed's optimizer is compiled at its first use, in {folder}; should that hang, a build was killed there: "
         "remove the file `lock` that it left"
     )
-    if in_host_memory(zero):
+    if offloaded:
         return DeepSpeedCPUAdam(parameters, **options, adamw_mode=True)
     return FusedAdam(parameters, **options, adam_w_mode=True)
-
-
-def in_host_memory(zero: dict | None) -> bool:
-    """Does a "zero_optimization" section move the optimizer to the CPU?"""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    offload = DeepSpeedZeroConfig(**(zero or {})).offload_optimizer
-    return offload is not None and offload.device != "none"
 
 
 # The state, one form for all.
@@ -110,7 +103,7 @@ def set_moments(
     C++ for CPUs, which multiplies beta^t along from step to step and cannot be put at a step in the same bits.
     """
     assert exp_avg.shape == exp_avg_sq.shape == parameter.shape, (exp_avg.shape, exp_avg_sq.shape, parameter.shape)
-    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    state: dict[str, Any] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     package = type(optimizer).__module__.partition(".")[0]
     if package == "torch":
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
@@ -129,16 +122,14 @@ def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict:
 # What an implementation needs, found out without compiling or importing it.
 
 
-def check_implementation(config: OptimConfig, device: torch.device, source, zero: dict | None = None) -> None:
-    """Raise UserError, naming the recipe `source`, when `config.implementation` cannot run on this machine.
-
-    `device` is where the model is, `zero` the "zero_optimization" of the DeepSpeed JSON.
-    """
+def check_implementation(config: OptimConfig, device: torch.device, source: object, execution: Execution) -> None:
+    """Raise UserError, naming the recipe `source`, when `config.implementation` cannot step a model that is on `device`
+    on this machine."""
     problem = ""
     if config.implementation == "deepspeed":
-        problem = _deepspeed_problem(device, in_host_memory(zero))
+        problem = _deepspeed_problem(device, execution.offloads_optimizer)
     elif config.implementation == "apex":
-        problem = _apex_problem() or _apex_misfit(device, zero or {})
+        problem = _apex_problem() or _apex_misfit(device, execution)
     if problem:
         raise UserError(f'{source}: optim.implementation = {config.implementation!r}: {problem}; or use "torch"')
 
@@ -158,20 +149,19 @@ def _deepspeed_problem(device: torch.device, host_memory: bool) -> str:
     if not header.exists():
         missing.append(f"Python's headers ({header})")
     if device.type == "cuda" and not host_memory and torch.version.cuda:
-        missing += _cuda_compiler_missing()
+        missing += _cuda_compiler_missing(torch.version.cuda)
     return f"to compile DeepSpeed's {op} this machine lacks {', '.join(missing)}" if missing else ""
 
 
-def _cuda_compiler_missing() -> list[str]:
+def _cuda_compiler_missing(wanted: str) -> list[str]:
     """nvcc, of the major version of torch's CUDA: torch refuses any other."""
     from deepspeed.ops.op_builder.builder import MissingCUDAException, installed_cuda_version
 
-    wanted = f"nvcc of CUDA {torch.version.cuda}"
     try:
         major, minor = installed_cuda_version()
     except MissingCUDAException:
-        return [f"{wanted} (or CUDA_HOME)"]
-    return [] if torch.version.cuda.split(".")[0] == str(major) else [f"{wanted} (CUDA_HOME has {major}.{minor})"]
+        return [f"nvcc of CUDA {wanted} (or CUDA_HOME)"]
+    return [] if wanted.split(".")[0] == str(major) else [f"nvcc of CUDA {wanted} (CUDA_HOME has {major}.{minor})"]
 
 
 def _apex_problem() -> str:
@@ -179,10 +169,10 @@ def _apex_problem() -> str:
     spec = importlib.util.find_spec("apex")  # finds a top-level package without running it
     if spec is None:
         return f"NVIDIA's apex is not installed ({GET_APEX})"
-    root = Path(next(iter(spec.submodule_search_locations or [spec.origin])))
+    root = Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin or "")
     if not all((root / part).exists() for part in ("optimizers/fused_adam.py", "multi_tensor_apply")):
         return (
-            f"the installed apex{_summary()} in {root} is not NVIDIA's, but another package of that name; "
+            f"the installed apex in {root} is not NVIDIA's, but another package of that name; "
             f"pip uninstall apex, then build NVIDIA's ({GET_APEX})"
         )
     if importlib.util.find_spec("amp_C") is None:
@@ -190,21 +180,12 @@ def _apex_problem() -> str:
     return ""
 
 
-def _summary() -> str:
-    """What the package says of itself, as in ' 0.9.10 ("Pyramid toolkit")'."""
-    try:
-        found = metadata("apex")
-    except PackageNotFoundError:
-        return ""
-    return f' {found["Version"]} ("{found["Summary"]}")'
-
-
-def _apex_misfit(device: torch.device, zero: dict) -> str:
+def _apex_misfit(device: torch.device, execution: Execution) -> str:
     if device.type != "cuda":
         return f"it runs on GPUs only, and this run is on {device.type}"
-    if in_host_memory(zero):
+    if execution.offloads_optimizer:
         return "it runs on GPUs only, and zero_optimization.offload_optimizer keeps the optimizer in host memory"
-    if zero.get("stage") == 3:
+    if execution.zero.stage == 3:
         # It counts a step of its group whenever it is called, and ZeRO 3 calls it once for each part of a group.
         return "it would miscount its steps under zero_optimization.stage = 3"
     return ""

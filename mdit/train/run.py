@@ -5,9 +5,11 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mdit.checkpoint.snapshot import initial_weights, load_snapshot
 from mdit.checkpoint.training_state import Damaged, complete_checkpoints, latest_step, read_state
@@ -15,18 +17,20 @@ from mdit.config import TrainConfig, UserError, kept_tokens, load_config, portab
 from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
-from mdit.dist import World, gather, logger, on_all_ranks
+from mdit.dist import World, gather, logger
 from mdit.kernels.choice import choose_kernels
-from mdit.meeting import while_others_wait
-from mdit.models import MicroDiT
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan, data_parallel_size
-from mdit.parallel.settings import RunSettings, computing_dtype, load_ds_json, load_run_settings, resolve_ds_config
+from mdit.parallel.settings import (
+    Execution,
+    count_parameters,
+    load_ds_json,
+    load_run_settings,
+    resolve_ds_config,
+)
 from mdit.precompute import is_precomputed, precompute
 from mdit.provenance import commit, package_versions
-from mdit.train.agreement import require_agreement, what_is_read
 from mdit.train.engine import check_ds_config
-from mdit.train.loop import Run
 from mdit.train.optim import check_implementation
 from mdit.train.run_directory import (
     CHECKPOINTS,
@@ -42,7 +46,20 @@ from mdit.train.run_directory import (
 STARTED_AGAIN = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
-def plan_run(
+@dataclass(frozen=True)
+class Run:
+    """Everything that is settled before step 0. `initial_weights` is a state dict that `init_from` asks for."""
+
+    config: TrainConfig
+    execution: Execution
+    run_dir: Path
+    world: World
+    initial_weights: dict[str, Tensor] | None = None
+    init_from: Path | None = None
+    restart: bool = False
+
+
+def resolve_run(
     recipe: Path,
     ds_path: Path,
     *,
@@ -55,8 +72,8 @@ def plan_run(
     """Read, check and resolve recipe, JSON, run directory and first weights. Raises UserError; writes nothing."""
     config = load_config(recipe, overrides)
     ds_json = load_ds_json(ds_path)
-    settings, ds_config, in_triton, reason = settle_json(ds_json, ds_path, config, recipe, world)
-    logger.info(f"kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
+    execution = resolve_execution(ds_json, ds_path, config, recipe, world)
+    logger.info(f"kernels: {', '.join(sorted(execution.triton_ops)) or 'none'} in Triton ({execution.kernels_reason})")
     run_dir = run_dir or Path("runs") / config.name
     check_place(run_dir)
     restart = restart and not any(int(os.environ.get(name) or 0) for name in STARTED_AGAIN)
@@ -65,7 +82,7 @@ def plan_run(
     weights = None
     if init_from is not None and (restart or latest_step(run_dir / CHECKPOINTS) == 0):
         weights = initial_weights(load_snapshot(init_from), config.model)  # a run that has begun goes on from itself
-    return Run(config, settings, ds_config, run_dir, world, weights, init_from, restart, in_triton)
+    return Run(config, execution, run_dir, world, weights, init_from, restart)
 
 
 def check_what_is_there(run_dir: Path, config: TrainConfig) -> None:
@@ -77,24 +94,21 @@ def check_what_is_there(run_dir: Path, config: TrainConfig) -> None:
             read_state(newest)
 
 
-def settle_json(
-    ds_json: dict, ds_path: Path, config: TrainConfig, recipe: Path, world: World
-) -> tuple[RunSettings, dict, frozenset[str], str]:
-    """All that a DeepSpeed JSON is checked for beside a recipe, on this machine -> its "mdit" section, what DeepSpeed
-    is given, the ops that run in Triton from now on, and why. Raises UserError."""
+def resolve_execution(ds_json: dict, ds_path: Path, config: TrainConfig, recipe: Path, world: World) -> Execution:
+    """Resolve a DeepSpeed JSON beside a recipe, and choose the kernels, for this machine. Raises UserError."""
     settings = load_run_settings(ds_json, ds_path)
     bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
     data_size = data_parallel_size(settings, world.size, ds_path)
     ds_config = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=bf16_works, path=ds_path)
-    check_ds_config(ds_config, ds_path)
+    execution = Execution(settings, ds_config)
+    check_ds_config(execution.deepspeed, ds_path)
     check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
-    check_implementation(config.optim, world.device, recipe, ds_config["zero_optimization"])
+    check_implementation(config.optim, world.device, recipe, execution)
     choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
-    dtype = computing_dtype(ds_config)
-    options = world.device, dtype, config.model.head_dim, ds_path, settings.fp8
-    in_triton, reason = choose_kernels(settings.kernels, *options)
-    check_fp8(settings, world.device, dtype == torch.bfloat16, in_triton, ds_path)
-    return settings, ds_config, in_triton, reason
+    options = world.device, execution.dtype, config.model.head_dim, ds_path, settings.fp8
+    triton_ops, reason = choose_kernels(settings.kernels, *options)
+    check_fp8(settings, world.device, execution.dtype == torch.bfloat16, triton_ops, ds_path)
+    return replace(execution, triton_ops=triton_ops, kernels_reason=reason)
 
 
 def finished(run: Run) -> bool:
@@ -106,14 +120,6 @@ def finished(run: Run) -> bool:
         return False
     logger.info(f"{run.run_dir}: finished at step {step}; snapshot {run.run_dir / 'snapshots' / f'step_{step:08d}'}")
     return True
-
-
-def prepare_on_first(run: Run) -> None:
-    """Rank 0 makes the data if it is missing, while the others wait for it; all check it, and that it is the same. A
-    collective; raises on all ranks alike."""
-    while_others_wait(run.world, "makes the data", lambda: precompute(run.config, device=run.world.device))
-    on_all_ranks(run.world, lambda: check_data(run))
-    require_agreement(run.world, what_is_read(run))
 
 
 def check_data(run: Run) -> None:
@@ -143,37 +149,46 @@ def description(run: Run) -> dict:
     """What config.json records. Its "recipe" part can be given to --recipe again."""
     return {
         "recipe": portable(run.config, run.run_dir / "config.json"),
-        "deepspeed": run.ds_config,
-        "mdit": run.settings.model_dump(mode="json"),
+        "deepspeed": run.execution.deepspeed,
+        "mdit": run.execution.settings.model_dump(mode="json"),
         "world_size": run.world.size,
         "versions": package_versions(),
         "commit": commit(),
     }
 
 
-def describe(run: Run) -> str:
-    """The text of --dry_run."""
+def describe(run: Run, start: int) -> str:
+    """Model, layout and batch of a run that begins at step `start`, in a few lines."""
+    config, execution = run.config, run.execution
+    settings, training = execution.settings, config.training
+    kept = kept_tokens(config.model.num_patches, training.mask_ratio)
+    return "\n".join(
+        [
+            f"model: {count_parameters(config.model) / 1e6:,.1f} M parameters, {config.model.num_patches} patches, "
+            f"{kept} kept",
+            f"processes: {run.world.size}, experts over {settings.expert_parallel}, tensors over "
+            f"{settings.tensor_parallel}, ZeRO-{execution.zero.stage}, {str(execution.dtype).removeprefix('torch.')}",
+            f"batch: {training.global_batch_size} = {run.world.size // settings.tensor_parallel} shares x "
+            f"{execution.micro_batch} samples x {execution.accumulation_steps} accumulated",
+            f"{'resuming' if start else 'starting'} at step {start} of {training.num_steps}",
+        ]
+    )
+
+
+def dry_run(run: Run) -> str:
+    """The text of --dry_run: all that is resolved, and what is there already."""
     from mdit.costs.trace import training_flops  # a planner, which no training run needs
 
-    config, ds = run.config, run.ds_config
-    places = [*config.data.train, config.data.validation]
-    if there := is_precomputed(config):
+    data, training = run.config.data, run.config.training
+    gigaflops = training_flops(run.config.model, training.mask_ratio) / 1e9
+    if there := is_precomputed(run.config):
         check_data(run)  # makes nothing then, and refuses sets that do not fit
-    with torch.device("meta"):
-        model = MicroDiT(config.model)
-    parameters = sum(p.numel() for p in model.parameters())
-    kept = kept_tokens(config.model.num_patches, config.training.mask_ratio)
-    gigaflops = training_flops(config.model, config.training.mask_ratio) / 1e9
     lines = [
         json.dumps(description(run), indent=1),
-        f"model: {parameters / 1e6:,.1f} M parameters, {config.model.num_patches} patches, {kept} kept",
+        describe(run, latest_step(run.run_dir / CHECKPOINTS)),
         f"compute: {gigaflops:,.1f} GFLOP an image, "
-        f"{gigaflops * config.training.global_batch_size * config.training.num_steps / 1e6:,.3f} PFLOP the run",
-        f"processes: {run.world.size}, experts over {run.settings.expert_parallel}, tensors over "
-        f"{run.settings.tensor_parallel}, ZeRO-{ds['zero_optimization']['stage']}",
-        f"batch: {config.training.global_batch_size} = {run.world.size // run.settings.tensor_parallel} shares x "
-        f"{ds['train_micro_batch_size_per_gpu']} samples x {ds['gradient_accumulation_steps']} accumulated",
-        f"data: {', '.join(places)} ({'there' if there else 'not there yet'})",
-        f"run directory: {run.run_dir} (at step {latest_step(run.run_dir / CHECKPOINTS)})",
+        f"{gigaflops * training.global_batch_size * training.num_steps / 1e6:,.3f} PFLOP the run",
+        f"data: {', '.join((*data.train, data.validation))} ({'there' if there else 'not there yet'})",
+        f"run directory: {run.run_dir}",
     ]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ from mdit.documents import explain, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.models import MicroDiT
 from mdit.train.lock import Lock
-from mdit.train.metrics import step_of
+from mdit.train.meter import step_of
 from mdit.train.optim import learning_rate
 
 CONFIG, STARTS, METRICS, LOCK, STOP = "config.json", "starts.jsonl", "metrics.jsonl", "run.lock", "STOP"
@@ -148,9 +148,11 @@ class RunDirectory:
         """Which weights the run began from. Raises UserError where it is asked to begin from others."""
         recorded = (before or {}).get("initial_weights")
         if self.checkpoint is not None:  # it goes on from itself, so they need not be there any more
-            if init_from is not None and recorded is None:
+            if init_from is None:
+                return recorded
+            if recorded is None:
                 raise UserError(f"--init_from {init_from}: {self.path} was begun without it; {CHOICES}")
-            if init_from is not None and recorded["snapshot"] != str(follow(init_from).resolve()):
+            if recorded["snapshot"] != str(follow(init_from).resolve()):
                 logger.warning(f"--init_from {init_from}: not read; {self.path} was begun with {recorded['snapshot']}")
             return recorded
         now = None

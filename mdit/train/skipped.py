@@ -6,6 +6,7 @@ line names the samples, and weights that are not finite are never saved.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mdit.checkpoint.training_state import complete_checkpoints
 from mdit.config import UserError
 from mdit.data.loader import Batch
 from mdit.dist import World, gather, logger, shared
+from mdit.train.run_directory import CHECKPOINTS
 
 NAMED = 8  # samples of a rank, and ranks, that a line names
 
@@ -23,8 +25,9 @@ class SkippedSteps:
     """Count of skipped steps: in all (`total`), and up to now without one between that was not. `reason`
     says of the last one what was not finite."""
 
-    def __init__(self, limit: int, world: World) -> None:
-        self.limit, self.world, self.total, self.in_a_row, self.reason = limit, world, 0, 0, ""
+    def __init__(self, limit: int, run_dir: Path, world: World) -> None:
+        self.limit, self.run_dir, self.world = limit, run_dir, world
+        self.total, self.in_a_row, self.reason = 0, 0, ""
 
     @property
     def too_many(self) -> bool:
@@ -38,22 +41,21 @@ class SkippedSteps:
         if self.world.is_first:
             logger.warning(f"step {step} skipped, {self.in_a_row} in a row of at most {self.limit}: {self.reason}")
 
-    def too_many_in(self, checkpoints: Path, step: int) -> Exception:
-        """The error that all ranks end with at `step`."""
+    def error(self, step: int) -> Exception:
+        """The error that all ranks end with at `step`, when too many were skipped in a row."""
         return shared(
             UserError(
-                f"{checkpoints.parent}: stopped at step {step}: {self.in_a_row} steps in a row were skipped "
+                f"{self.run_dir}: stopped at step {step}: {self.in_a_row} steps in a row were skipped "
                 f"(training.max_skipped_in_a_row = {self.limit}); in this one {self.reason}; "
-                f"{last_checkpoint(checkpoints)}"
+                f"{last_checkpoint(self.run_dir / CHECKPOINTS)}"
             )
         )
 
-    def memory(self) -> dict[str, int]:
-        """Numbers that a checkpoint keeps of it."""
+    def state_dict(self) -> dict[str, int]:
         return {"skipped_steps": self.total, "skipped_in_a_row": self.in_a_row}
 
-    def recall(self, memory: dict[str, float]) -> None:
-        self.total, self.in_a_row = int(memory["skipped_steps"]), int(memory["skipped_in_a_row"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.in_a_row = int(state["skipped_steps"]), int(state["skipped_in_a_row"])
 
 
 def name_samples(by_rank: list[list[int]]) -> str:

@@ -6,6 +6,8 @@ clip. Here the norm comes to the host once, before the optimizer, and all of tha
 not finite makes the norm so. Where DeepSpeed computes in the same dtypes, the weights are bit for bit the same.
 """
 
+from typing import Any
+
 import deepspeed
 import torch
 from deepspeed import comm
@@ -20,7 +22,7 @@ from torch import Tensor
 INVALID = -1.0  # DeepSpeed's word for a norm that is not finite
 
 
-def improve(engine: deepspeed.DeepSpeedEngine) -> None:
+def improve(engine: Any) -> None:
     """Give a DeepSpeed engine the optimizer of this file that goes with its own. Under ZeRO 3 it has none."""
     engine.optimizer.__class__ = IMPROVED.get(type(engine.optimizer), type(engine.optimizer))
     if isinstance(engine.optimizer, BF16Sums):
@@ -32,7 +34,8 @@ def mark_invalid(norm: Tensor, device: torch.device | None = None, val: float = 
     norm.masked_fill_(~norm.isfinite(), val)
 
 
-for module in (utils, stage_1_and_2, stage3):
+modules: tuple[Any, ...] = (utils, stage_1_and_2, stage3)
+for module in modules:
     assert callable(module.mask_nan_or_inf_with_val_inplace)
     module.mask_nan_or_inf_with_val_inplace = mark_invalid
 
@@ -109,7 +112,7 @@ class OneWait(DeepSpeedZeroOptimizer):
         if self.cpu_offload:
             super().check_overflow(partition_gradients)
 
-    def scaled_global_norm(self, norm_type: float = 2) -> Tensor:
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """A scalar in host memory; infinite where it is not finite. The step's host wait."""
         return super().scaled_global_norm(norm_type).cpu()
 

@@ -16,7 +16,7 @@ from mdit.checkpoint.training_state import complete_checkpoints
 from mdit.dist import World
 from mdit.parallel.shard import WHOLE
 from mdit.train import loop
-from mdit.train.run import opened, plan_run
+from mdit.train.run import opened, resolve_run
 from mdit.train.skipped import name_samples, non_finite
 from tests.processes import run_forked
 from tests.training import LAUNCHER, run_in_processes, write_ds_json, write_recipe
@@ -71,7 +71,7 @@ def train_all(world: World, folder: str, runs: dict[str, list[dict]]) -> list[st
             ds_json = write_ds_json(Path(folder, f"{name}.{i}.{world.rank}.json"), **layout)
             overrides = [f"training.num_steps={STEPS * i // len(layouts)}"]
             options = dict(overrides=overrides, run_dir=run_dir, init_from=None, restart=False, world=world)
-            run = plan_run(Path(folder, "recipe.json"), ds_json, **options)
+            run = resolve_run(Path(folder, "recipe.json"), ds_json, **options)
             with opened(run) as directory:
                 loop.train(run, directory)
             torch.distributed.barrier()
@@ -174,7 +174,7 @@ def launch_poisoned(arguments: list[str], steps: list[int], masters: bool) -> No
 
 
 def spoil(engine):
-    engine.masters[0].data[7] = torch.nan
+    engine.master_weights[0].data[7] = torch.nan
     return engine
 
 

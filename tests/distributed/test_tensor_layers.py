@@ -153,7 +153,7 @@ def train_cut(world, layouts: list[dict]) -> list[tuple]:
 
 def train_layout(plan, stage: int, bf16: bool = False, recompute: str = "none") -> tuple:
     from mdit.parallel.apply import parallelize
-    from mdit.parallel.settings import RunSettings
+    from mdit.parallel.settings import Execution, RunSettings
     from mdit.train.engine import Engine
 
     share, sigma_data = CONFIG.training.global_batch_size // plan.data_size, CONFIG.noise.sigma_data
@@ -168,16 +168,18 @@ def train_layout(plan, stage: int, bf16: bool = False, recompute: str = "none") 
         "zero_force_ds_cpu_optimizer": False,
     }
     model = open_model(CONFIG.model)
-    parallelize(model, RunSettings(tensor_parallel=2, activation_checkpointing=recompute), plan)
-    engine = Engine(model, CONFIG, ds_config, plan)
+    execution = Execution(RunSettings(tensor_parallel=2, activation_checkpointing=recompute), ds_config)
+    parallelize(model, execution.settings, plan)
+    engine = Engine(model, CONFIG, execution, plan)
     losses, norms, ours = torch.zeros(STEPS), [], slice(plan.data_rank * share, (plan.data_rank + 1) * share)
     for step in range(STEPS):
         latents, captions = (values[ours] for values in batch(step))
         drawn = draw(CONFIG, step, ours)
         for rows in engine.micro_batches(share):
             loss = edm_loss(engine, latents[rows], captions[rows], drawn[rows], sigma_data)
-            engine.backward_and_step(loss)
+            engine.backward(loss)
             losses[step] += loss.detach() / (share // 2)
+        engine.step()
         norms.append(engine.gradient_norm())
     torch.distributed.all_reduce(losses)
     weights = {name: p.detach().clone() for name, p in engine.full_weights()}

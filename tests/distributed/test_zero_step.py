@@ -13,7 +13,7 @@ from mdit.bench.trial import plan_of
 from mdit.dist import World
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
-from mdit.parallel.settings import load_run_settings, resolve_ds_config
+from mdit.parallel.settings import Execution, load_run_settings, resolve_ds_config
 from mdit.train import engine as engines
 from mdit.train.engine import Engine
 from mdit.train.loop import optimizer_step
@@ -39,7 +39,7 @@ def build(world: World, ds_json: dict, config=CONFIG) -> tuple[Engine, MadeUp]:
     for parameter in model.parameters():  # the released initialisation leaves most gradients zero at first
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     parallelize(model, settings, plan)
-    return Engine(model, config, ds_config, plan), MadeUp(config, settings, plan)
+    return Engine(model, config, Execution(settings, ds_config), plan), MadeUp(config, settings, plan)
 
 
 def trained(world: World, ds_json: dict, **options) -> dict:
@@ -53,7 +53,7 @@ def trained(world: World, ds_json: dict, **options) -> dict:
         optimizer_step(engine, batch, step, CONFIG)
         found["applied"].append(engine.step_applied)
         found["norm"].append(engine.gradient_norm())
-        found["masters"].append([master.detach().clone() for master in engine.masters])
+        found["masters"].append([master.detach().clone() for master in engine.master_weights])
     return found
 
 

@@ -34,13 +34,13 @@ def save_for_ever(rank: int, directory, journal, meeting) -> None:
             if world.is_first:
                 file.write(f"saving {step}\n")
             tensors = {"master": [torch.full((NUMEL // RANKS * len(PARAMETERS),), float(step))]}
-            memory, layout = {"loss_sum": float(step)}, {"world_size": RANKS}
+            numbers, layout = {"loss_sum": float(step)}, {"world_size": RANKS}
             save_training_state(
                 directory,
                 step,
                 tensors,
                 fragments_of(rank, RANKS),
-                memory=memory,
+                numbers=numbers,
                 run={},
                 layout=layout,
                 world=world,
@@ -82,8 +82,8 @@ def test_twenty_kills(tmp_path):
             assert found is not None and found.step >= complete
             flat = torch.empty(NUMEL * len(PARAMETERS))
             layout = {"world_size": 1}
-            memory = load_into(found, {"master": [flat]}, fragments_of(0, 1), layout=layout, world=alone)
-            assert (flat == found.step).all() and memory == {"loss_sum": found.step}
+            numbers = load_into(found, {"master": [flat]}, fragments_of(0, 1), layout=layout, world=alone)
+            assert (flat == found.step).all() and numbers == {"loss_sum": found.step}
             assert not list(directory.glob("*.damaged"))
     finally:
         torch.distributed.destroy_process_group()

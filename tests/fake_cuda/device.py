@@ -35,7 +35,7 @@ _library: ctypes.CDLL  # guard.cpp
 
 class Wait(collections.namedtuple("Wait", "kind frames")):
     """`kind` is what made the host wait; `frames` are those of mdit and DeepSpeed, innermost first, each as
-    "mdit/train/loop.py:report_progress"."""
+    "mdit/train/meter.py:report"."""
 
 
 class FakeGPU(TorchDispatchMode):

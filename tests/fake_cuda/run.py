@@ -27,8 +27,8 @@ def run(scenario: dict, folder: Path) -> dict:
     rank, size = scenario.get("rank", 0), scenario.get("size", 1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), FAKE_CUDA_DEVICES=str(size))
     from mdit.dist import World, work_on
-    from mdit.train import loop
-    from mdit.train.run import plan_run
+    from mdit.train import checkpointer, loop
+    from mdit.train.run import resolve_run
     from tests.training import write_recipe
 
     world = World(rank, size, rank, torch.device("cuda", rank))
@@ -46,9 +46,11 @@ def run(scenario: dict, folder: Path) -> dict:
     ds_json.write_text(json.dumps(scenario["ds"]))
     gpu, error = fake.FakeGPU(world.device), None
     options = dict(overrides=[], run_dir=folder / f"{os.getpid()}", init_from=None, restart=False, world=world)
-    plan = plan_run(recipe, ds_json, **options)
+    plan = resolve_run(recipe, ds_json, **options)
     if not world.is_first:
-        loop.save = lambda *arguments: None  # rank 0, which would make the directory, is not there
+        checkpointer.save_training_state = lambda *arguments, **options: (
+            None
+        )  # rank 0, which would make the directory, is not there
     directory = SimpleNamespace(
         path=plan.run_dir, run={}, checkpoint=None, attempt=attempt, check_saved=lambda step: None
     )

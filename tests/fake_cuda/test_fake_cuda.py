@@ -59,13 +59,14 @@ ALLOWED = {
     # once a run
     "mdit/train/engine.py:__init__": "weights go to the device",
     # once a report
-    "mdit/train/loop.py:report_progress": "the loss and the clock, every log_every steps",
+    "mdit/train/meter.py:report": "the loss and the clock, every log_every steps",
     # evaluation, snapshots, checkpoints
     "mdit/train/evaluator.py:validate": "data to the device, sums to a file",
     "mdit/train/evaluator.py:sample": "captions to the device, pictures to a file",
-    "mdit/train/evaluator.py:save_snapshot": "weights to a file",
     "mdit/train/skipped.py:require_finite": "nothing is saved that is not finite",
-    "mdit/train/loop.py:save": "state to files",
+    "mdit/train/checkpointer.py:_write_snapshot": "weights to a file",
+    "mdit/train/checkpointer.py:_state": "the loss so far, and the steps that Adam took",
+    "mdit/train/checkpointer.py:save": "state to files",
 }
 ONCE_A_STEP = ("mdit/train/zero_step.py:global_norm", "mdit/train/zero_step.py:scaled_global_norm")
 # torch asks once, when it is imported, whether there is CUDA.

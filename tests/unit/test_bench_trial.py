@@ -46,7 +46,7 @@ def begins_again_and_ends(world, cases: list[tuple[int, bool]]) -> list[dict]:
         first = trial.losses(4)
         trial.reset()
         again = trial.losses(4)
-        masters, state = trial.engine.masters, trial.engine.zero.optimizer.state
+        masters, state = trial.engine.master_weights, trial.engine.zero.optimizer.state
         moments = [t for one in state.values() for t in one.values() if isinstance(t, torch.Tensor)]
         ema = trial.ema.partitions
         held = [weakref.ref(t) for t in (*masters, *moments, *ema)]

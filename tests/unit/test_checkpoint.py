@@ -52,7 +52,7 @@ def save(directory, step, keep=2, layout=LAYOUT):
         step,
         tensors,
         FRAGMENTS,
-        memory={"loss_sum": step / 3},
+        numbers={"loss_sum": step / 3},
         run={},
         layout=layout,
         world=WORLD,
@@ -61,12 +61,12 @@ def save(directory, step, keep=2, layout=LAYOUT):
 
 
 def load(directory, layout=LAYOUT):
-    """-> step, flat partition (zero where no fragment is), memory of the newest that is whole; None without one."""
+    """-> step, flat partition (zero where no fragment is), numbers of the newest that is whole; None without one."""
     if (found := find_latest(directory, WORLD)) is None:
         return None
     flat = torch.zeros(5)
-    memory = load_into(found, {"master": [flat]}, FRAGMENTS, layout=layout, world=WORLD)
-    return found.step, flat.tolist(), memory
+    numbers = load_into(found, {"master": [flat]}, FRAGMENTS, layout=layout, world=WORLD)
+    return found.step, flat.tolist(), numbers
 
 
 def test_newest_comes_back(tmp_path):

@@ -21,7 +21,7 @@ from mdit.models import MicroDiT
 from mdit.models.presets import tiny_2
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
-from mdit.parallel.settings import RunSettings, resolve_ds_config
+from mdit.parallel.settings import Execution, RunSettings, resolve_ds_config
 from tests.recipes import tiny_config
 from tests.training import run_in_processes
 
@@ -199,14 +199,15 @@ def measure(plan, layout) -> dict:
     with Storages() as watch:
         model = MicroDiT(config.model)
         parallelize(model, RunSettings(), plan)
-        engine = Engine(model, config, ds_config, plan)
+        engine = Engine(model, config, Execution(RunSettings(), ds_config), plan)
         del model
-        ema = EMA(config.ema, engine.masters)
+        ema = EMA(config.ema, engine.master_weights)
         for step in (1, 2):
             watch.peak = watch.sent = 0
-            engine.backward_and_step(one_pass(config, engine))
+            engine.backward(one_pass(config, engine))
             held = watch.bytes
-            engine.backward_and_step(one_pass(config, engine))
+            engine.backward(one_pass(config, engine))
+            engine.step()
             ema.update(step)
     return {"held": held, "peak": watch.peak, "sent": watch.sent}
 
@@ -243,13 +244,14 @@ def test_memory_on_a_gpu():
     dist.start(world)
     try:
         before = torch.cuda.memory_allocated()
-        engine = Engine(MicroDiT(config.model), config, ds_config, ParallelPlan(world))
-        ema = EMA(config.ema, engine.masters)
+        engine = Engine(MicroDiT(config.model), config, Execution(RunSettings(), ds_config), ParallelPlan(world))
+        ema = EMA(config.ema, engine.master_weights)
         with dispatch.using():
             for step in (1, 2):
                 torch.cuda.reset_peak_memory_stats()
                 for _ in range(2):
-                    engine.backward_and_step(one_pass(config, engine, n, "cuda", torch.bfloat16))
+                    engine.backward(one_pass(config, engine, n, "cuda", torch.bfloat16))
+                engine.step()
                 ema.update(step)
         found = torch.cuda.max_memory_allocated() - before
     finally:

@@ -26,7 +26,7 @@ from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import BF16, CommsLogger, DeepSpeedJson, FlopsProfiler, RunSettings, ZeRO
 from mdit.train.engine import Engine
 from mdit.train.optim import learning_rate
-from mdit.train.run import describe, plan_run
+from mdit.train.run import dry_run, resolve_run
 from tests.recipes import TINY
 from tests.training import run_in_processes
 
@@ -261,11 +261,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def dry_run(folder, recipe="recipe.json", ds_json="ds.json", overrides=()):
-    """A plan, or None for what is told in one line."""
+def resolved(folder, recipe="recipe.json", ds_json="ds.json", overrides=()):
+    """A run, or None for what is told in one line."""
     options = {"overrides": overrides, "run_dir": folder / "run", "init_from": None, "restart": False, "world": ONE}
     try:
-        run = plan_run(folder / recipe, folder / ds_json, **options)
+        run = resolve_run(folder / recipe, folder / ds_json, **options)
     except UserError as error:
         assert str(error).isprintable() and len(str(error)) < 3000
         return None
@@ -273,7 +273,7 @@ def dry_run(folder, recipe="recipe.json", ds_json="ds.json", overrides=()):
 
 
 def test_what_is_whole_is_planned(folder):
-    assert "data: " in describe(dry_run(folder))
+    assert "data: " in dry_run(resolved(folder))
 
 
 def test_a_damaged_recipe_is_one_line_or_a_plan_that_can_be_run(folder):
@@ -284,7 +284,7 @@ def test_a_damaged_recipe_is_one_line_or_a_plan_that_can_be_run(folder):
     def plan(damaged):
         suffix, content = damaged
         (folder / f"damaged{suffix}").write_bytes(content)
-        run = dry_run(folder, recipe=f"damaged{suffix}")
+        run = resolved(folder, recipe=f"damaged{suffix}")
         if run is not None and step_flops(run.config) < 1e9:
             planned[run.config] = run
 
@@ -300,9 +300,11 @@ def test_a_damaged_json_is_one_line_or_a_plan_that_learns_the_same(folder):
     @given(content=damaged_jsons)
     def plan(content):
         (folder / "damaged.json").write_bytes(content)
-        run = dry_run(folder, ds_json="damaged.json")
-        if run is not None and not (run.settings.compile or run.settings.fp8 or run.ds_config["bf16"]["enabled"]):
-            planned[json.dumps(run.ds_config)] = run
+        run = resolved(folder, ds_json="damaged.json")
+        if run is not None and not (
+            run.execution.settings.compile or run.execution.settings.fp8 or run.execution.dtype == torch.bfloat16
+        ):
+            planned[json.dumps(run.execution.deepspeed)] = run
 
     plan()
     assert planned
@@ -324,9 +326,9 @@ def weights_after_a_step(run) -> torch.Tensor:
     config, batch = run.config, run.config.training.global_batch_size
     torch.manual_seed(config.seed)
     model = MicroDiT(config.model)
-    plan = ParallelPlan.build(run.settings, run.world)
-    parallelize(model, run.settings, plan)
-    engine = Engine(model, config, run.ds_config, plan)
+    plan = ParallelPlan.build(run.execution.settings, run.world)
+    parallelize(model, run.execution.settings, plan)
+    engine = Engine(model, config, run.execution, plan)
     sizes, captions = config.model, (config.model.caption_length, config.model.caption_channels)
     drawn = draw(config, 0, slice(0, batch), run.world.device)
     latents = torch.linspace(-1, 1, sizes.latent_channels * sizes.latent_size**2)
@@ -335,5 +337,6 @@ def weights_after_a_step(run) -> torch.Tensor:
     for rows in engine.micro_batches(batch):
         count = len(range(*rows.indices(batch)))
         inputs = latents.expand(count, *latents.shape), torch.ones(count, *captions)
-        engine.backward_and_step(edm_loss(engine, *inputs, drawn[rows], config.noise.sigma_data))
+        engine.backward(edm_loss(engine, *inputs, drawn[rows], config.noise.sigma_data))
+    engine.step()
     return torch.cat([weight.flatten().cpu() for _, weight in engine.full_weights()])

@@ -259,25 +259,25 @@ def handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_remembered_and_leaves_word(number, handlers, tmp_path):
     stop = StopSignal(tmp_path / "STOP", ALONE)
-    assert not stop.agreed()
+    assert not stop.requested()
     signal.raise_signal(number)
     assert not (tmp_path / "STOP").exists()
-    assert stop.agreed() and stop.agreed()
+    assert stop.requested() and stop.requested()
     assert (tmp_path / "STOP").read_text() == "a signal\n"
 
 
 def test_a_stop_file_stops_and_keeps_its_content(handlers, tmp_path):
     stop = StopSignal(tmp_path / "STOP", ALONE)
-    assert not stop.agreed()
+    assert not stop.requested()
     (tmp_path / "STOP").touch()
-    assert stop.agreed() and (tmp_path / "STOP").read_bytes() == b""
+    assert stop.requested() and (tmp_path / "STOP").read_bytes() == b""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_the_first_ctrl_c_stops_as_a_signal_does_and_the_second_ends_at_once(number, handlers, tmp_path, capfd):
     stop = StopSignal(tmp_path / "STOP", ALONE)
     signal.raise_signal(number)
-    assert stop.agreed() and capfd.readouterr().err.strip().count("\n") == 0
+    assert stop.requested() and capfd.readouterr().err.strip().count("\n") == 0
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
@@ -291,7 +291,7 @@ def test_only_the_stop_file_of_an_earlier_run_is_removed(handlers, tmp_path):
     forget_stop(tmp_path / "STOP", time.time())  # there is none
     (tmp_path / "STOP").touch()
     forget_stop(tmp_path / "STOP", time.time() - 60)
-    assert StopSignal(tmp_path / "STOP", ALONE).agreed(), "it was put there while this run was starting"
+    assert StopSignal(tmp_path / "STOP", ALONE).requested(), "it was put there while this run was starting"
     forget_stop(tmp_path / "STOP", time.time() + 60)
     assert [*tmp_path.iterdir()] == []
 
@@ -300,13 +300,13 @@ def agree(world: World, folder: str) -> list[bool]:
     """On two ranks: nobody wants to stop, then rank 1 has had a signal, then only the file says so."""
     stop_file = Path(folder, "STOP")
     stop = StopSignal(stop_file, world)
-    answers = [stop.agreed()]
+    answers = [stop.requested()]
     if world.rank == 1:
         signal.raise_signal(signal.SIGUSR1)
-    answers.append(stop.agreed())
+    answers.append(stop.requested())
     answers.append(stop_file.read_text() == "a signal\n" if world.is_first else stop.signalled)
     stop.signalled = False
-    return [*answers, stop.agreed()]
+    return [*answers, stop.requested()]
 
 
 def test_all_ranks_stop_for_one(tmp_path):

@@ -8,9 +8,13 @@ import torch
 
 from mdit.dist import World
 from mdit.models import MicroDiT
+from mdit.parallel.settings import Execution, RunSettings
 from mdit.train import evaluator
+from mdit.train.checkpointer import Checkpointer
+from mdit.train.ema import EMA
 from mdit.train.evaluator import Evaluator
 from mdit.train.loop import first_weights
+from mdit.train.run import Run
 from tests.recipes import tiny_config
 from tests.training import write_shards
 
@@ -36,6 +40,11 @@ class Weights:
             yield name, parameter.detach()
 
 
+def run_of(config, run_dir, dtype) -> Run:
+    execution = Execution(RunSettings(), {"bf16": {"enabled": dtype == torch.bfloat16}})
+    return Run(config, execution, run_dir, WORLD)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_is_evaluated_in_the_format_that_it_trains_in(config, tmp_path, monkeypatch, dtype):
     engine, seen = Weights(config), []
@@ -49,9 +58,9 @@ def test_a_run_is_evaluated_in_the_format_that_it_trains_in(config, tmp_path, mo
     monkeypatch.setattr(evaluator, "validation_loss", found)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     written = []
-    metrics = SimpleNamespace(write=lambda step, group, values: written.append(values["validation_loss"]))
+    meter = SimpleNamespace(write=lambda step, group, values: written.append(values["validation_loss"]), pause=int)
     state = torch.get_rng_state()
-    Evaluator(config, tmp_path, WORLD, dtype).validate(1, engine, None, metrics)
+    Evaluator(run_of(config, tmp_path, dtype), engine, EMA(None, []), meter).validate(1)
     assert torch.equal(torch.get_rng_state(), state), "nothing is drawn that weights overwrite"
     for name, value in engine.model.state_dict().items():
         assert torch.equal(seen[0][name], value.to(dtype)), name
@@ -59,8 +68,9 @@ def test_a_run_is_evaluated_in_the_format_that_it_trains_in(config, tmp_path, mo
 
 
 def test_snapshots_hold_float32_whatever_is_evaluated(config, tmp_path):
-    engine = Weights(config)
-    found = Evaluator(config, tmp_path, WORLD, torch.bfloat16)._state_dict(engine, None)
+    engine, run = Weights(config), run_of(config, tmp_path, torch.bfloat16)
+    parts = dict(engine=engine, ema=EMA(None, []), meter=None, skipped=None)
+    found = Checkpointer(run, SimpleNamespace(path=tmp_path), **parts)._whole_weights(None)
     wanted = engine.model.state_dict()
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -69,19 +79,15 @@ def test_snapshots_hold_float32_whatever_is_evaluated(config, tmp_path):
 
 
 def test_only_a_new_run_draws_weights(config):
-    @dataclasses.dataclass
-    class Run:
-        config: object
-        initial_weights: dict | None = None
-
-    drawn = first_weights(Run(config), None).state_dict()
+    run = Run(config, None, None, WORLD)
+    drawn = first_weights(run, None).state_dict()
     torch.manual_seed(config.seed)
     for name, value in MicroDiT(config.model).state_dict().items():
         assert torch.equal(drawn[name], value), name
     state = torch.get_rng_state()
     given = {name: torch.full_like(value, 2.0) for name, value in drawn.items() if name != "pos_embed"}
-    started = first_weights(Run(config, given), None).state_dict()
-    resumed = first_weights(Run(config), SimpleNamespace(step=3)).state_dict()
+    started = first_weights(dataclasses.replace(run, initial_weights=given), None).state_dict()
+    resumed = first_weights(run, SimpleNamespace(step=3)).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in started.items():
         assert torch.equal(value, given.get(name, drawn["pos_embed"])), name

@@ -63,7 +63,7 @@ def save(directory: RunDirectory, step: int, world: World = WORLD) -> None:
         step,
         {"master": [torch.full((4,), float(step))]},
         [Fragment("weights", (4 * world.size,), WHOLE, 4 * world.rank, 4, 0, 0)],
-        memory={"loss_sum": float("nan")},
+        numbers={"loss_sum": float("nan")},
         run=directory.run,
         layout={},
         world=world,

@@ -1,10 +1,8 @@
 """The DeepSpeed JSON: filled from the recipe, never allowed to contradict it."""
 
 import json
-from pathlib import Path
 
 import pytest
-import torch
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
@@ -17,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdit.config import UserError, load_config
-from mdit.dist import World
 from mdit.models import MicroDiT
 from mdit.parallel.settings import (
     BF16,
     CommsLogger,
+    Execution,
     FlopsProfiler,
     Offload,
     RunSettings,
@@ -32,7 +30,6 @@ from mdit.parallel.settings import (
     resolve_ds_config,
 )
 from mdit.train.engine import check_ds_config
-from mdit.train.loop import Run
 from tests.recipes import tiny_config
 from tests.training import REPOSITORY
 
@@ -243,9 +240,8 @@ def test_unreadable_json(tmp_path):
 
 
 def test_options_that_cut_partitions_are_part_of_a_checkpoints_layout():
-    world = World(0, 1, 0, torch.device("cpu"))
     plain, cut = (
-        Run(CONFIG, RunSettings(), resolve({"zero_optimization": {"stage": 3, **options}}), Path("run"), world).layout
+        Execution(RunSettings(), resolve({"zero_optimization": {"stage": 3, **options}})).layout(1)
         for options in ({}, {"sub_group_size": 1000})
     )
     assert plain != cut and plain["zero_stage"] == cut["zero_stage"] == 3

@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import os
+import re
 import runpy
 import sys
+import time
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdit.dist import World
-from mdit.train.metrics import Metrics, forget_after, step_of
+from mdit.meeting import start as join
+from mdit.train.meter import Meter, forget_after, step_of
 from tests.processes import run_forked
+from tests.recipes import tiny_config
 from tests.training import command, read_metrics, write_ds_json, write_recipe
 
-WORLD = World(0, 1, 0, torch.device("cpu"))
 ODD = [
     b"[1, 2]",
     b"3",
@@ -79,23 +82,38 @@ def test_a_file_in_order_is_not_touched_and_none_is_made(tmp_path):
     assert path.stat().st_ino == before and os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
-def test_what_is_not_finite_is_null(tmp_path):
-    with Metrics(tmp_path, first_step=0, num_steps=2, world=WORLD) as metrics:
-        metrics.write(1, "train", {"loss": math.nan, "gradient_norm": math.inf, "learning_rate": 0.5})
-        metrics.write(2, "train", {"loss": 0.25})
+@pytest.fixture
+def meter(tmp_path):
+    config = tiny_config(training={"num_steps": 3, "global_batch_size": 8})
+    world = World(0, 1, 0, torch.device("cpu"))
+    join(world)
+    yield Meter(config, tmp_path, world)
+    torch.distributed.destroy_process_group()
+
+
+def test_what_is_not_finite_is_null(tmp_path, meter):
+    with meter.recording(0):
+        meter.write(1, "train", {"loss": math.nan, "gradient_norm": math.inf, "learning_rate": 0.5})
+        meter.write(2, "train", {"loss": 0.25})
     first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert first == '{"step": 1, "loss": null, "gradient_norm": null, "learning_rate": 0.5}'
     assert second == '{"step": 2, "loss": 0.25}'
 
 
-def test_without_a_terminal_a_report_is_a_line(tmp_path, caplog, capsys):
+def test_without_a_terminal_a_report_is_a_line(tmp_path, meter, caplog, capsys):
     caplog.set_level(logging.INFO, logger="mdit")
-    with Metrics(tmp_path, first_step=0, num_steps=3, world=WORLD) as metrics:
-        for step in (1, 2, 3):
-            metrics.advance(step)
-        metrics.show(2, 0.5, 141.4)
-    assert caplog.messages == ["step 2 of 3: loss 0.5000, 141 images/s"]
+    with meter.recording(0):
+        for step in (1, 2):
+            meter.timed_fetch(iter([None]))
+            meter.add(torch.tensor([step / 2, step / 2]))
+            meter.count_step(step)
+        time.sleep(0.01)
+        meter.report(2, gradient_norm=1.0, skipped_steps=0)
+    (line,) = caplog.messages
+    assert re.fullmatch(r"step 2 of 3: loss 0\.7500, \d+ images/s", line)
     assert "\r" not in "".join(capsys.readouterr())
+    (written,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert written["loss"] == 0.75 and 0 <= written["data_wait_share"] < 1 and written["step_seconds"] > 0.005
 
 
 def launch_unread(arguments: list[str]) -> None:

@@ -1,0 +1,100 @@
+"""What a run leaves on disk: checkpoints, to resume from, and snapshots, to use."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from mdit.checkpoint.snapshot import save_snapshot
+from mdit.checkpoint.training_state import load_into, on_first, save_training_state
+from mdit.config import portable
+from mdit.data.shards import open_dataset
+from mdit.models.dit import buffers
+from mdit.train.ema import EMA
+from mdit.train.engine import Engine
+from mdit.train.meter import Meter
+from mdit.train.run import Run
+from mdit.train.run_directory import CHECKPOINTS, CONFIG, SNAPSHOTS, RunDirectory
+from mdit.train.skipped import SkippedSteps, require_finite
+
+
+class Checkpointer:
+    """Saves all that a run has to remember and loads it again; randomness and the order of samples are functions of the
+    step. Each part has `state_dict`, of flat tensors laid out as the engine's master weights and of numbers, and
+    `load_state_dict`. Saves are collectives; a full disk does not end the run (RunDirectory.attempt).
+    """
+
+    def __init__(
+        self, run: Run, directory: RunDirectory, *, engine: Engine, ema: EMA, meter: Meter, skipped: SkippedSteps
+    ) -> None:
+        self.run, self.directory, self.engine, self.ema, self.meter = run, directory, engine, ema, meter
+        self.parts = (engine, ema, meter, skipped)
+
+    def load_latest(self) -> int:
+        """Load the checkpoint that the run goes on from -> its step; 0 for a new run. A collective."""
+        if (found := self.directory.checkpoint) is None:
+            return 0
+        tensors, _ = self._state()
+        layout = self.run.execution.layout(self.run.world.size)
+        numbers = load_into(found, tensors, self.engine.fragments(), layout=layout, world=self.run.world)
+        for part in self.parts:
+            part.load_state_dict(tensors | numbers)
+        return found.step
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint. Raises UserError where the state holds NaN or infinities."""
+        tensors, numbers = self._checked_state(step)
+        write = partial(
+            save_training_state,
+            self.directory.path / CHECKPOINTS,
+            step,
+            tensors,
+            self.engine.fragments(),
+            numbers=numbers,
+            run=self.directory.run,
+            layout=self.run.execution.layout(self.run.world.size),
+            world=self.run.world,
+            keep=self.run.config.report.keep_checkpoints,
+        )
+        self.directory.attempt("checkpoint", step, write)
+
+    def save_snapshot(self, step: int) -> None:
+        """Save a snapshot. Raises UserError where the state holds NaN or infinities."""
+        self._checked_state(step)
+        self.directory.attempt("snapshot", step, partial(self._write_snapshot, step))
+
+    def _state(self) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+        """Tensors, views of the parts' own, and numbers."""
+        state: dict[str, Any] = {}
+        for part in self.parts:
+            state |= part.state_dict()
+        tensors = {key: value for key, value in state.items() if isinstance(value, list)}
+        return tensors, {key: value for key, value in state.items() if key not in tensors}
+
+    def _checked_state(self, step: int) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+        self.meter.pause()
+        tensors, numbers = self._state()
+        require_finite(step, tensors, self.engine.fragments(), self.directory.path / CHECKPOINTS, self.run.world)
+        return tensors, numbers
+
+    def _write_snapshot(self, step: int) -> None:
+        config, raw = self.run.config, self._whole_weights(None)
+        averaged = self._whole_weights(self.ema.partitions) if self.ema.partitions is not None else None
+        write = partial(
+            save_snapshot,
+            self.directory.path / SNAPSHOTS,
+            step=step,
+            config_json={"recipe": portable(config, self.directory.path / CONFIG)},
+            raw=raw,
+            ema=averaged,
+            encoders=open_dataset(config.data.validation).encoders,
+        )
+        on_first(self.run.world, write)
+
+    def _whole_weights(self, partitions: list[Tensor] | None) -> dict[str, Tensor]:
+        """Float32 weights and buffers in host memory, on rank 0; nothing elsewhere. A collective."""
+        whole = buffers(self.run.config.model)
+        for name, value in self.engine.full_weights(partitions):
+            if self.run.world.is_first:
+                whole[name] = value.to("cpu", copy=True)
+        return whole

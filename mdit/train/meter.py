@@ -1,0 +1,222 @@
+"""What a run says of itself: loss, speed and memory, in metrics.jsonl, on TensorBoard and in a progress bar."""
+
+import json
+import math
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mdit.config import TrainConfig
+from mdit.data.loader import Batch
+from mdit.dist import World, logger, on_all_ranks
+from mdit.documents import UserError, parse_json
+from mdit.files import append_line, optional, write_text
+from mdit.train.optim import learning_rate
+
+
+class Meter:
+    """Measures a run and reports it. The loss is summed up on the device, so that no step waits for a number; the clock
+    runs from `timed_fetch` to `pause`, so that evaluations and checkpoints are not counted.
+
+    Rank 0 writes, inside `recording`. What cannot be written, as when the disk is full, is said once and does not end
+    the run.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, world: World) -> None:
+        self.config, self.world = config, world
+        self.path, self.folder = run_dir / "metrics.jsonl", run_dir / "tensorboard"
+        self.loss_sum_and_count = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # since the last report
+        self.started: float | None = None
+        self.board: Any = None
+        self.progress: Progress | None = None
+
+    @contextmanager
+    def recording(self, start: int) -> Iterator[None]:
+        """Open what is written to, for a run that goes on from step `start`. A collective."""
+        on_all_ranks(self.world, partial(self._open, start) if self.world.is_first else lambda: None)
+        try:
+            yield
+        finally:
+            if self.progress is not None:
+                self.progress.close()
+                self._on_board(lambda board: board.close())
+
+    def timed_fetch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; what the host waits for it is counted. A GPU may be busy with the step before meanwhile."""
+        before = time.perf_counter()
+        if self.started is None:
+            self.started = before
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def add(self, losses_N: Tensor) -> None:
+        """Count this rank's losses of a step towards the mean."""
+        self.loss_sum_and_count[0] += losses_N.mean()
+        self.loss_sum_and_count[1] += 1
+
+    def count_step(self, step: int) -> None:
+        self.steps += 1
+        if self.progress is not None:
+            self.progress.advance(step)
+
+    def pause(self) -> None:
+        """Stop the clock once the device is done, so that the steps counted are the steps done."""
+        if self.started is not None:
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize(self.world.device)
+            self.seconds += time.perf_counter() - self.started
+            self.started = None
+
+    def report(self, step: int, gradient_norm: float, skipped_steps: int) -> None:
+        """Write the means since the last report; NaN where every step was skipped. A collective."""
+        self.pause()
+        total = self.loss_sum_and_count.clone()
+        torch.distributed.all_reduce(total)
+        loss = float(total[0] / total[1])
+        images_per_second = self.steps * self.config.training.global_batch_size / self.seconds
+        if self.progress is not None:
+            self.progress.show(step, f"loss {loss:.4f}, {images_per_second:.0f} images/s")
+        values = {
+            "loss": loss,
+            "learning_rate": learning_rate(step - 1, self.config.training.num_steps, self.config.optim),
+            "gradient_norm": gradient_norm,
+            "skipped_steps": skipped_steps,
+            "images_per_second": images_per_second,
+            "step_seconds": self.seconds / self.steps,
+            "data_wait_share": self.waited / self.seconds,
+            "memory_gib": memory_gib(self.world.device),
+        }
+        self.write(step, "train", values)
+        self.loss_sum_and_count.zero_()
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(zip(("loss_sum", "loss_count"), self.loss_sum_and_count.tolist()))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        values = [state["loss_sum"], state["loss_count"]]
+        self.loss_sum_and_count.copy_(torch.tensor(values, dtype=torch.float64))
+
+    def write(self, step: int, group: str, values: dict[str, float]) -> None:
+        """Write a line of metrics.jsonl; on TensorBoard a scalar "group/name" for each value. What is not finite is
+        null in the one and missing in the other: JSON has no NaN."""
+        if not self.world.is_first:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with optional(self.path):
+            append_line(self.path, json.dumps({"step": step, **finite}, allow_nan=False))
+        for name, value in finite.items():
+            if value is not None:
+                self._on_board(lambda board: board.add_scalar(f"{group}/{name}", value, step))  # noqa: B023
+
+    def write_image(self, step: int, name: str, image: Image) -> None:
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(image.height, image.width, 3)
+        self._on_board(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+
+    def _open(self, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is needed
+
+        forget_after(self.path, start)
+        threading.excepthook = self._thread_failed
+        with optional(self.folder):
+            self.board = SummaryWriter(str(self.folder), purge_step=start + 1)
+        self.progress = Progress(start, self.config.training.num_steps)
+
+    def _on_board(self, write: Callable[[Any], None]) -> None:
+        """Call `write` with TensorBoard's writer, if there is one. It does not recover from an error: after one it gets
+        no more."""
+        if self.board is not None:
+            with optional(self.folder):
+                try:
+                    write(self.board)
+                except OSError:
+                    self.board = None
+                    raise
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, whose errors show late or never: say them as they come."""
+        if type(failed.thread).__module__.startswith("tensorboard.") and isinstance(failed.exc_value, OSError):
+            with optional(self.folder):
+                raise failed.exc_value
+        else:
+            threading.__excepthook__(failed)
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line for every report. A run goes on when the terminal, or what reads its lines,
+    goes away: tqdm and logging give up by themselves."""
+
+    def __init__(self, first_step: int, num_steps: int) -> None:
+        self.num_steps, self.bar = num_steps, None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def show(self, step: int, text: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            logger.info(f"step {step} of {self.num_steps}: {text}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak so far: what torch took of a GPU, else of this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else KiB
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps: a resumed run writes them again. Lines that say nothing of a step, as a kill may
+    leave one, go to a file beside it, with a warning: nothing that was written is lost, and what stays can be read."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    kept, odd = [], []
+    for line in filter(bytes.strip, content.splitlines()):
+        reached = step_of(line)
+        if reached is None:
+            odd.append(line)
+        elif reached <= step:
+            kept.append(line)
+    if odd:
+        aside = path.with_name(path.name + ".damaged")
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for line in odd)
+        logger.warning(f'{path}: {len(odd)} lines are not like {{"step": 1, ...}}: they are in {aside.name} now')
+    text = b"".join(line + b"\n" for line in kept)
+    if text != content:
+        write_text(path, text.decode())
+
+
+def step_of(line: bytes) -> int | None:
+    """The step that a line of metrics.jsonl is of; None where it is no such line."""
+    try:
+        values = parse_json(line, "")
+    except UserError:
+        return None
+    found = values.get("step") if isinstance(values, dict) else None
+    return found if type(found) is int else None
