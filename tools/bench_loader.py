@@ -58,14 +58,14 @@ LARGE_SET = [6000] * 6167  # samples of its shards: 37 million
 
 
 @dataclass(frozen=True)
-class Bench:
+class LoaderBenchmark:
     directory: str
     batch_size: int
     seconds: float
     device: str
 
 
-class Result(NamedTuple):
+class LoaderFigures(NamedTuple):
     samples_per_second: float
     cpu_us: float  # for a sample
     first_batch_ms: float
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         directory = args.dir or Path(temporary) / "set"
         make_set(directory, args)
         read_back(directory)
-        bench = Bench(str(directory), args.batch_size, args.seconds, args.device)
+        bench = LoaderBenchmark(str(directory), args.batch_size, args.seconds, args.device)
         report = {
             "environment": environment(torch.device(args.device)).model_dump() | package_versions(READERS),
             "settings": {name: str(value) for name, value in vars(args).items()},
@@ -135,7 +135,7 @@ def read_back(directory: Path) -> None:
                 pass
 
 
-def memmap_batches(bench: Bench) -> Iterator[Tensor]:
+def memmap_batches(bench: LoaderBenchmark) -> Iterator[Tensor]:
     dataset = open_dataset(bench.directory)
     order, row_bytes = GlobalOrder(dataset.shard_sizes, bench.batch_size, seed=0), dataset.layout.row_bytes
     places = dataset.locate(range(dataset.samples))
@@ -149,14 +149,14 @@ def memmap_batches(bench: Bench) -> Iterator[Tensor]:
         yield buffer.to(bench.device)
 
 
-def engine_batches(engine: str, bench: Bench) -> Iterator[Tensor]:
+def engine_batches(engine: str, bench: LoaderBenchmark) -> Iterator[Tensor]:
     options = dict(global_batch_size=bench.batch_size, seed=0, start_step=0, rank=0, world_size=1)
     with build_loader([bench.directory], device=bench.device, engine=engine, **options) as loader:
         for batch in loader:
             yield batch.captions_NLC
 
 
-def webdataset_batches(bench: Bench) -> Iterator[Tensor]:
+def webdataset_batches(bench: LoaderBenchmark) -> Iterator[Tensor]:
     dataset, on_gpu = open_dataset(bench.directory), bench.device == "cuda"
     urls = [str(dataset.directory / shard.file) for shard in dataset.manifest.shards]
     samples = webdataset.WebDataset(urls, shardshuffle=len(urls)).repeat().shuffle(SHUFFLE)
@@ -189,8 +189,8 @@ CONTENDERS = {
 }
 
 
-def compare(names: list[str], bench: Bench, repeats: int) -> dict[str, dict[str, Any]]:
-    results: dict[str, list[Result]] = {name: [] for name in names}
+def compare(names: list[str], bench: LoaderBenchmark, repeats: int) -> dict[str, dict[str, Any]]:
+    results: dict[str, list[LoaderFigures]] = {name: [] for name in names}
     try:
         choose_engine("dali", torch.device(bench.device))
     except UserError as error:
@@ -208,7 +208,7 @@ def compare(names: list[str], bench: Bench, repeats: int) -> dict[str, dict[str,
     return report
 
 
-def measure(name: str, bench: Bench) -> Result:
+def measure(name: str, bench: LoaderBenchmark) -> LoaderFigures:
     wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
     held, start = peak_kib(), time.perf_counter()
     batches = CONTENDERS[name](bench)
@@ -228,7 +228,7 @@ def measure(name: str, bench: Bench) -> Result:
     workers = [peak_kib(process.pid) - held for process in multiprocessing.active_children()]
     peak = peak_kib() - held + sum(max(0, kib) for kib in workers)
     batches.close()
-    return Result(samples / seconds, 1e6 * cpu / samples, 1e3 * first_batch, peak / 1024)
+    return LoaderFigures(samples / seconds, 1e6 * cpu / samples, 1e3 * first_batch, peak / 1024)
 
 
 def cpu_seconds() -> float:

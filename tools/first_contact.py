@@ -54,7 +54,7 @@ NVIDIA_SMI = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.ma
 
 
 @dataclass(frozen=True)
-class Part:
+class Task:
     """A measurement: begins where `needs` seconds are left (processes' start included), is asked to stop after `limit`
     seconds and killed `grace` seconds later."""
 
@@ -75,21 +75,21 @@ STAGE_1 = f"{TRAIN} --recipe configs/res_256_pretrain.toml"
 OTHERS = " ".join(f"--recipe configs/res_{name}.toml" for name in ("256_finetune", "512_pretrain", "512_finetune"))
 TINY = "--tiny --steps 1 --seconds 0.01 --warm_up 0 --micro_batch 2 --global_batch 8"
 PARTS = (
-    Part("throughput", 60, 200, f"{STAGE_1} --micro_batch 256 128", f"{TINY} --micro_batch 4 2"),
-    Part("profile", 30, 75, f"{STAGE_1} --profile", TINY),
-    Part(
+    Task("throughput", 60, 200, f"{STAGE_1} --micro_batch 256 128", f"{TINY} --micro_batch 4 2"),
+    Task("profile", 30, 75, f"{STAGE_1} --profile", TINY),
+    Task(
         "kernels",
         60,
         110,
         "-m tools.bench_kernels --resume --out {out}/kernels --repeats 10 --budget_s 95",
         "--tiny --repeats 1 --contenders eager --budget_s 10",
     ),
-    Part("plain", 30, 60, f"{STAGE_1} --kernels reference --micro_batch 128 --global_batch 512", TINY),
-    Part("stages", 50, 120, f"{TRAIN} {OTHERS} --global_batch 256 --budget_s 110", TINY),
-    Part("zero2", 30, 50, f"{STAGE_1} --ds_config configs/zero2.json --micro_batch 256 --global_batch 1024", TINY),
-    Part("fp8", 35, 60, f"{STAGE_1} --fp8 --micro_batch 256 --global_batch 1024", f"{TINY} --no-fp8"),
-    Part("reductions", 20, 40, "-m tools.bench_reductions --out {out}/reductions", "--tiny"),
-    Part(
+    Task("plain", 30, 60, f"{STAGE_1} --kernels reference --micro_batch 128 --global_batch 512", TINY),
+    Task("stages", 50, 120, f"{TRAIN} {OTHERS} --global_batch 256 --budget_s 110", TINY),
+    Task("zero2", 30, 50, f"{STAGE_1} --ds_config configs/zero2.json --micro_batch 256 --global_batch 1024", TINY),
+    Task("fp8", 35, 60, f"{STAGE_1} --fp8 --micro_batch 256 --global_batch 1024", f"{TINY} --no-fp8"),
+    Task("reductions", 20, 40, "-m tools.bench_reductions --out {out}/reductions", "--tiny"),
+    Task(
         "training",
         50,
         600,
@@ -164,7 +164,7 @@ class Contact:
         print(f"=== all after {elapsed():.0f} s: {self.pack_file}" + f"; not done: {undone}" * bool(undone))
         return 1 if undone else 0
 
-    def hindrance(self, part: Part) -> str | None:
+    def hindrance(self, part: Task) -> str | None:
         """The reason why a part cannot begin now, if there is one."""
         if part.name == "training" and not (self.scratch / "training").exists():
             return "the kit has no training.tar.gz"
@@ -173,11 +173,11 @@ class Contact:
             return f"{left:.0f} s are left, it needs {needs:.0f}"
         return None
 
-    def left(self, part: Part) -> float:
+    def left(self, part: Task) -> float:
         """Seconds that a part may take."""
         return self.deadline - time.monotonic() - part.grace - PACKING_S
 
-    def measure(self, part: Part) -> dict[str, Any]:
+    def measure(self, part: Task) -> dict[str, Any]:
         """Run a part -> how that ended. A training run that was asked to stop, and did, is done."""
         limit, began = min(part.limit, self.left(part)), time.monotonic()
         print(f"=== {part.name} at {elapsed():.0f} s, for {limit:.0f} s at most", flush=True)

@@ -42,7 +42,7 @@ PACES = {"cuda": Pace(rounds=3, warm_up=2, steps=5), "cpu": Pace(rounds=5, warm_
 SEARCH = Pace(rounds=1, warm_up=1, steps=3)
 
 
-class Entry(NamedTuple):
+class Turn(NamedTuple):
     """A contender of a pairing, and how it runs there."""
 
     contender: Contender
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
     compile: bool
 
 
-def take_turns(entries: list[Entry], pace: Pace, backend: str | Callable = "inductor") -> list[Measured | str]:
+def take_turns(entries: list[Turn], pace: Pace, backend: str | Callable = "inductor") -> list[Measured | str]:
     """Figures of each entry, or the problem why there are none: the others go on without it. What is compiled is
     compiled in the first turn, whose steps may be far from the median, so one more is not measured."""
     steps: list[list[dict[str, float]]] = [[] for _ in entries]
@@ -76,7 +76,7 @@ def take_turns(entries: list[Entry], pace: Pace, backend: str | Callable = "indu
     return [problems[i] or summed_up(entries[i], steps[i], peaks[i]) for i in range(len(entries))]
 
 
-def summed_up(entry: Entry, steps: list[dict[str, float]], peak_gib: float) -> Measured:
+def summed_up(entry: Turn, steps: list[dict[str, float]], peak_gib: float) -> Measured:
     median, losses = median_step(steps), entry.contender.losses[:LOSSES]
     return Measured(
         steps=len(steps),
@@ -151,7 +151,7 @@ class BaselineComparison:
     def measure(self, pairing: str, turns: dict[str, tuple[int, str]], pace: Pace) -> list[BenchmarkRow]:
         """Measure contenders in turn, each at a micro-batch and in a mode."""
         before = time.perf_counter()
-        entries = [Entry(self.contenders[who], size, mode == "compiled") for who, (size, mode) in turns.items()]
+        entries = [Turn(self.contenders[who], size, mode == "compiled") for who, (size, mode) in turns.items()]
         compiled = any(entry.compile for entry in entries)
         if before - self.started + self.longest[compiled] > self.budget_s:
             found = [f"no time was left of {self.budget_s:g} s"] * len(entries)
@@ -166,7 +166,7 @@ class BaselineComparison:
             self.report.save(self.out / "baseline.json")
         return rows
 
-    def row(self, pairing: str, who: str, entry: Entry, found: Measured | str) -> BenchmarkRow:
+    def row(self, pairing: str, who: str, entry: Turn, found: Measured | str) -> BenchmarkRow:
         contender, size = entry.contender, entry.micro_batch
         bf16 = {"enabled": contender.precision != "fp32"}
         row = describe(

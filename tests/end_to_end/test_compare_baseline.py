@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mdit import cli
-from mdit.bench.baseline import OURS, BaselineComparison, Entry, Pace, ratios, take_turns
+from mdit.bench.baseline import OURS, BaselineComparison, Pace, Turn, ratios, take_turns
 from mdit.bench.contenders import Baseline, Contender
 from mdit.bench.report import Report
 from mdit.diffusion.edm import draw, edm_loss
@@ -253,7 +253,7 @@ def test_a_plain_step_in_every_precision(precision, weights):
     optim = config.optim
     options = dict(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     optimizer = torch.optim.AdamW(expected.parameters(), **options)
-    figures = take_turns([Entry(found, 4, False)], Pace(rounds=1, warm_up=0, steps=1))[0]
+    figures = take_turns([Turn(found, 4, False)], Pace(rounds=1, warm_up=0, steps=1))[0]
     config, batches = found.data(4)
     batches.step = 0
     for number in range(2):
@@ -291,10 +291,10 @@ class Stub:
 def test_they_take_turns_and_go_on_without_one_that_fails():
     turns: list[str] = []
     ours, theirs = Stub("a", turns), Stub("b", turns)
-    found = take_turns([Entry(ours, 1, False), Entry(theirs, 2, False)], Pace(rounds=3, warm_up=0, steps=1))
+    found = take_turns([Turn(ours, 1, False), Turn(theirs, 2, False)], Pace(rounds=3, warm_up=0, steps=1))
     assert turns == ["a", "a", "b", "b", "b", "a", "a", "b"]  # the first of each is not measured
     assert [figures.steps for figures in found] == [3, 3]
     turns.clear()
-    first, second = take_turns([Entry(ours, 4, False), Entry(theirs, 2, False)], Pace(rounds=2, warm_up=0, steps=1))
+    first, second = take_turns([Turn(ours, 4, False), Turn(theirs, 2, False)], Pace(rounds=2, warm_up=0, steps=1))
     assert first == "out of memory at micro-batch 4" and second.images_per_second == 500
     assert turns == ["a leaves", "b", "b", "b"]

@@ -14,7 +14,7 @@ from mdit.documents import UserError, read_json
 from tests.processes import run_forked
 from tests.training import write_recipe
 from tools import first_contact
-from tools.first_contact import PARTS, Contact, Part, parse_arguments
+from tools.first_contact import PARTS, Contact, Task, parse_arguments
 from tools.first_contact_kit import SCENES, arriving_pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +109,7 @@ def test_a_part_that_hangs_costs_no_figures(contact, tmp_path, monkeypatch, capf
     writes = "-c \"open('{out}/a', 'w').write('1'); open('{out}/b', 'w').write('b' * 200_000)\""
     (tmp_path / "kit" / "kernels.tar.gz").write_bytes(b"damaged")
     given = [("figures", 9, writes), ("hang", 0.3, HANGS), ("fails", 9, "-c 1/0"), ("long", 9, "-c 2")]
-    more = [Part(name, 0, limit, arguments, "", grace=0.2) for name, limit, arguments in given]
+    more = [Task(name, 0, limit, arguments, "", grace=0.2) for name, limit, arguments in given]
     monkeypatch.setattr(first_contact, "PARTS", more)
     assert contact() == 1
     ended = {name: part["ended"] for name, part in state(tmp_path).items()}
@@ -124,14 +124,14 @@ def test_a_part_that_hangs_costs_no_figures(contact, tmp_path, monkeypatch, capf
     printed = capfd.readouterr().out
     assert "not packed: out/b" in printed and "kernels.tar.gz: done without: " in printed
 
-    monkeypatch.setattr(first_contact, "PARTS", [Part("hang", 0, 9, "-c 3", ""), *more[2:]])
+    monkeypatch.setattr(first_contact, "PARTS", [Task("hang", 0, 9, "-c 3", ""), *more[2:]])
     (tmp_path / "out").rename(tmp_path / "lost")  # and the pack is brought to another machine
     (tmp_path / "out.tar.gz").rename(tmp_path / "kit" / "earlier.tar.gz")
     assert contact() == 1
     assert [part["done"] for part in state(tmp_path).values()] == [True, True, False, True]
     assert "out/a" in packed(tmp_path)
 
-    monkeypatch.setattr(first_contact, "PARTS", [Part("new", 0, 9, "-c 4", "")])
+    monkeypatch.setattr(first_contact, "PARTS", [Task("new", 0, 9, "-c 4", "")])
     assert contact("--budget_s", "3.5") == 1
     assert state(tmp_path)["new"]["ended"].startswith("not begun: ")
     monkeypatch.setattr(first_contact, "ENVIRONMENT", 'print(\'{"gpu": "none", "torch": "other"}\')')

@@ -69,7 +69,7 @@ def test_every_contender_delivers_batches(tmp_path, name, embeddings):
     if name == "dali":
         pytest.importorskip("nvidia.dali")
     directory = write_set(tmp_path / "set", 64, embeddings=embeddings)
-    bench = bench_loader.Bench(directory, batch_size=8, seconds=0.05, device="cpu")
+    bench = bench_loader.LoaderBenchmark(directory, batch_size=8, seconds=0.05, device="cpu")
     batches = bench_loader.CONTENDERS[name](bench)
     assert len(next(batches)) == 8
     batches.close()
