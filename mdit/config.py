@@ -76,6 +76,16 @@ class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIss
     experts_every_n: NonNegativeInt
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    @property
+    def caption_shape(self) -> tuple[int, int]:
+        """(L, C)"""
+        return self.caption_length, self.caption_channels
+
+    @property
     def num_patches(self) -> int:
         return (self.latent_size // self.patch_size) ** 2
 
@@ -148,9 +158,7 @@ class DataConfig(Section):
         if self.weights is not None and len(self.weights) != len(self.train):
             raise ValueError(f"weights has {len(self.weights)} values, but train has {len(self.train)} directories")
         if self.precompute is not None and self.validation == self.train[0]:
-            raise ValueError(
-                f"train and validation are both {self.validation!r}; give each set that is made a directory"
-            )
+            raise ValueError(f"train and validation are both {self.validation!r}; give each set made a directory")
         return self
 
 
@@ -223,15 +231,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _every_expert_gets_tokens(self):
-        model, kept = self.model, kept_tokens(self.model.num_patches, self.training.mask_ratio)
-        if kept == 0:
-            raise ValueError(
-                f"training.mask_ratio {self.training.mask_ratio} keeps none of {model.num_patches} patches"
-            )
+        model, ratio = self.model, self.training.mask_ratio
+        if (kept := kept_tokens(model.num_patches, ratio)) == 0:
+            raise ValueError(f"training.mask_ratio {ratio} keeps none of {model.num_patches} patches")
         if model.experts_every_n and int(model.capacity_factor * kept / model.num_experts) == 0:
             raise ValueError(
                 f"model.capacity_factor {model.capacity_factor} gives {model.num_experts} experts no token of the "
-                f"{kept} that training.mask_ratio {self.training.mask_ratio} keeps"
+                f"{kept} that training.mask_ratio {ratio} keeps"
             )
         return self
 
@@ -307,17 +313,13 @@ def _change_locations(values: dict, change: Callable[[str], str]) -> None:
     def changed(place: Any) -> Any:
         return change(place) if isinstance(place, str) and place and "\0" not in place else place
 
-    data = values.get("data")
-    for table, key in ((data, "train"), (data, "validation"), (_inside(data, "precompute", "source"), "path")):
+    for *parents, key in (("data", "train"), ("data", "validation"), ("data", "precompute", "source", "path")):
+        table: Any = values
+        for parent in parents:
+            table = table.get(parent) if isinstance(table, dict) else None
         if isinstance(table, dict) and key in table:
             place = table[key]
             table[key] = [changed(each) for each in place] if isinstance(place, list) else changed(place)
-
-
-def _inside(values: Any, *keys: str) -> Any:
-    for key in keys:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
 
 
 def _apply_override(values: dict, override: str) -> None:

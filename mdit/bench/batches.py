@@ -25,8 +25,8 @@ class MadeUp:
         share = config.training.global_batch_size // plan.data_size
         rows = slice(plan.data_rank * share, (plan.data_rank + 1) * share)
         options = dict(generator=generator_for(config.seed, "made up", device=device), device=device)
-        latent_shape = (model.latent_channels, model.latent_size, model.latent_size)
-        captions = torch.randn(KINDS, model.caption_length, model.caption_channels, **options)
+        latent_shape = model.latent_shape
+        captions = torch.randn(KINDS, *model.caption_shape, **options)
         patterns = torch.randn(KINDS, *latent_shape, **options)
         self.batches = []
         for _ in range(HELD):

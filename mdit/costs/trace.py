@@ -233,11 +233,11 @@ def on_meta(
     config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form
 ) -> tuple[MicroDiT, Callable[[], Tensor], list[Tensor]]:
     """-> the model, its loss of a micro-batch, and the tensors of that batch."""
-    n, shape = micro_batch, (micro_batch, config.latent_channels, config.latent_size, config.latent_size)
+    n, shape = micro_batch, (micro_batch, *config.latent_shape)
     with torch.device("meta"):
         model = MicroDiT(config).to(torch.bfloat16 if form.bf16 else torch.float32)
         latents = torch.empty(shape, dtype=torch.half)
-        captions = torch.empty(n, config.caption_length, config.caption_channels, dtype=torch.half)
+        captions = torch.empty(n, *config.caption_shape, dtype=torch.half)
         keep = torch.empty(n, kept_tokens(config.num_patches, mask_ratio), dtype=torch.int64)
         mask = Mask(keep, config.num_patches) if mask_ratio else None
         drawn = Draw(torch.empty(n), torch.empty(shape), torch.empty(n, dtype=torch.bool), mask)

@@ -14,9 +14,7 @@ import functools
 import itertools
 import os
 import resource
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -114,69 +112,42 @@ class OpenShard:
             close(self.descriptor)
 
 
-class OpenShards:
-    """The open shards of all sets in this process, for all its threads. Those used last are kept, at most `most()`.
+def most_open_shards() -> int:
+    """MOST_OPEN_SHARDS, or half of what the process may have open, after raising that as far as it helps: sockets,
+    pipes and libraries have the other half."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MOST_OPEN_SHARDS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+    return MOST_OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(MOST_OPEN_SHARDS, max(soft // 2, 1))
 
-    A shard that is no longer kept is closed when its last reader is done, so a reader needs no place of its own here.
-    """
 
-    def __init__(self) -> None:
-        # Reentrant: the garbage collector may close a set, which comes here, in a thread that is here already.
-        self._lock = threading.RLock()
-        self._kept: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()  # by set and shard, last used last
+@functools.cache
+def open_shards():
+    """The cache of shards used last, those of all sets in this process and for all its threads: (set, path) ->
+    OpenShard. One that is no longer kept is closed when its last reader is done."""
+    return functools.lru_cache(most_open_shards())(lambda owner, path: OpenShard(path))
 
-    def get(self, owner: int, shard: int, path: Path) -> OpenShard:
-        """The shard, opened where it is not open. Raises ShardError, also for an open one that changed."""
-        with self._lock:
-            if (opened := self._kept.get((owner, shard))) is not None:
-                self._kept.move_to_end((owner, shard))
-        if opened is None:
-            opened = self._opened(path)
-            with self._lock:  # another thread may have been first
-                opened = self._kept.setdefault((owner, shard), opened)
-                self._keep(self.most())
-        opened.check_unchanged()
-        return opened
 
-    def forget(self, owner: int) -> None:
-        """Close the shards of a set."""
-        with self._lock:
-            for key in [key for key in self._kept if key[0] == owner]:
-                self._kept.pop(key, None)
-
-    @staticmethod
-    @functools.cache
-    def most() -> int:
-        """Half of what the process may have open, after raising that as far as it helps: sockets, pipes and libraries
-        have the other half."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 2 * MOST_OPEN_SHARDS
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            with suppress(OSError, ValueError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-                soft = raised
-        return MOST_OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(MOST_OPEN_SHARDS, max(soft // 2, 1))
-
-    def _opened(self, path: Path) -> OpenShard:
+def open_shard(owner: int, path: Path) -> OpenShard:
+    """A set's shard, opened where it is not open. Raises ShardError, also for an open one that changed."""
+    try:
         try:
-            try:
-                return OpenShard(path)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
-                    raise
-                self._keep(0)  # others have taken more than their half
-                return OpenShard(path)
+            shard = open_shards()(owner, path)
         except OSError as error:
-            raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from None
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            open_shards().cache_clear()  # others have taken more than their half
+            shard = open_shards()(owner, path)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from None
+    shard.check_unchanged()
+    return shard
 
-    def _keep(self, count: int) -> None:
-        with self._lock:
-            while len(self._kept) > count:
-                self._kept.popitem(last=False)
 
-
-open_shards = OpenShards()
 _owners = itertools.count()
 
 
@@ -213,7 +184,7 @@ class LatentSet:
         caption. From any number of threads. Raises ShardError."""
         text = bytearray(location.text_bytes)
         wanted = self.layout.row_bytes + location.text_bytes
-        shard = open_shards.get(self._owner, location.shard, self.directory / self.manifest.shards[location.shard].file)
+        shard = open_shard(self._owner, self.directory / self.manifest.shards[location.shard].file)
         try:
             found = os.preadv(shard.descriptor, [row, text], location.offset)
         except OSError as error:
@@ -261,7 +232,7 @@ class LatentSet:
 
     def close(self) -> None:
         self.index.close()
-        open_shards.forget(self._owner)
+        open_shards().cache_clear()  # other sets open theirs again
 
     def __del__(self) -> None:
         self.close()

@@ -38,7 +38,7 @@ def draw(config: TrainConfig, step: int, samples: slice, device: torch.device | 
     """
     generator = generator_for(config.seed, "step", step, device=device)
     n, model = config.training.global_batch_size, config.model
-    shape = (n, model.latent_channels, model.latent_size, model.latent_size)
+    shape = (n, *model.latent_shape)
     sigma = (torch.randn(n, generator=generator, device=device) * config.noise.P_std + config.noise.P_mean).exp()
     keep_caption = torch.rand(n, generator=generator, device=device) >= config.data.caption_drop
     patch_noise = torch.rand(n, model.num_patches, generator=generator, device=device)

@@ -64,9 +64,8 @@ def evaluate_validation(
     """Loss and pictures of the first `count` validation samples (all, where there are fewer)."""
     dataset, device = open_dataset(snapshot.config.data.validation), next(model.parameters()).device
     sizes, file = snapshot.config.model, dataset.directory / MANIFEST
-    latents = (sizes.latent_channels, sizes.latent_size, sizes.latent_size)
-    require_shape(file, "latents", dataset.latent_shape, latents)
-    require_shape(file, "captions", dataset.embedding_shape, (sizes.caption_length, sizes.caption_channels))
+    require_shape(file, "latents", dataset.latent_shape, sizes.latent_shape)
+    require_shape(file, "captions", dataset.embedding_shape, sizes.caption_shape)
     indices = range(min(count, dataset.samples))
     latents_NCHW, captions_NLC, captions = read_samples(dataset, indices)
     latents_NCHW, captions_NLC = latents_NCHW.to(device), captions_NLC.to(device)

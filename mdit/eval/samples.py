@@ -57,8 +57,7 @@ def sample_latents(
 
     Picture i starts from noise drawn on the CPU from (seed, indices[i]) alone: the same on any device, in any batch.
     """
-    model = config.model
-    shape = (model.latent_channels, model.latent_size, model.latent_size)
+    shape = config.model.latent_shape
     latents_NCHW = torch.empty(len(indices), *shape, device=captions_NLC.device)
     for start in range(0, len(indices), batch_size):
         rows = slice(start, start + batch_size)
@@ -82,8 +81,7 @@ def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, see
     file = snapshot.path / "encoders.json"
     channels = image_encoder.latent_shape(ANY_SIZE)[0]
     require_shape(file, "an image encoder of latents", (channels,), (sizes.latent_channels,))
-    captions = (sizes.caption_length, sizes.caption_channels)
-    require_shape(file, "a text encoder of captions", captions_NLC.shape[1:], captions)
+    require_shape(file, "a text encoder of captions", captions_NLC.shape[1:], sizes.caption_shape)
     latents_NCHW = sample_latents(
         model,
         captions_NLC.to(device),

@@ -11,7 +11,7 @@ import torch
 from mdit.config import FolderSource, TrainConfig, UserError
 from mdit.data.loader import require_same_kind
 from mdit.data.manifest import MANIFEST, read_manifest
-from mdit.data.shards import LatentSet, open_dataset
+from mdit.data.shards import open_dataset
 from mdit.dist import logger
 from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.files import checksum
@@ -57,9 +57,11 @@ def precompute(
         if others := [path for path in missing if path not in _makeable(config)]:
             raise UserError(f"{others[0] / MANIFEST}: is missing; only the first of data.train is made: docs/data.md")
         _make_missing(config, progress, device, max_rejected)
-    sets = [open_dataset(directory) for directory in dict.fromkeys(_directories(config))]
+    model, sets = config.model, [open_dataset(directory) for directory in dict.fromkeys(_directories(config))]
     for dataset in sets:
-        _check_shapes(dataset, config)
+        path = dataset.directory / MANIFEST
+        _require(f"{path}: members.lat.shape", "latents", dataset.latent_shape, model.latent_shape)
+        _require(f"{path}: members.emb.shape", "caption embeddings", dataset.embedding_shape, model.caption_shape)
         require_same_kind(sets[0], dataset)
     if config.data.precompute is not None:
         for directory, split in _makeable(config).items():
@@ -101,11 +103,10 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
     for directory, split in _makeable(config).items():
         check_set(directory, _build_settings(config, directory, split), OWNER)
     image_encoder, text_encoder = _encoders(config, device)
-    _require(
-        "data.precompute.image_encoder", "latents", image_encoder.latent_shape(recipe.image_size), _latents(config)
-    )
+    shape = image_encoder.latent_shape(recipe.image_size)
+    _require("data.precompute.image_encoder", "latents", shape, config.model.latent_shape)
     shape = (text_encoder.max_tokens, text_encoder.channels)
-    _require("data.precompute.text_encoder", "caption embeddings", shape, _embeddings(config))
+    _require("data.precompute.text_encoder", "caption embeddings", shape, config.model.caption_shape)
     device = torch.device(device)
     decoder = build_decoder([recipe.image_size], min_side=1, device=device)
     pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, BATCH_SIZE, overlap=device.type == "cuda")
@@ -152,20 +153,6 @@ def _encoders(config: TrainConfig, device: torch.device | str) -> tuple[ImageEnc
         build_image_encoder(recipe.image_encoder, device),
         build_text_encoder(recipe.text_encoder, max_tokens=length, device=device),
     )
-
-
-def _latents(config: TrainConfig) -> tuple[int, int, int]:
-    return config.model.latent_channels, config.model.latent_size, config.model.latent_size
-
-
-def _embeddings(config: TrainConfig) -> tuple[int, int]:
-    return config.model.caption_length, config.model.caption_channels
-
-
-def _check_shapes(dataset: LatentSet, config: TrainConfig) -> None:
-    path = dataset.directory / MANIFEST
-    _require(f"{path}: members.lat.shape", "latents", dataset.latent_shape, _latents(config))
-    _require(f"{path}: members.emb.shape", "caption embeddings", dataset.embedding_shape, _embeddings(config))
 
 
 def _require(where: str, what: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:

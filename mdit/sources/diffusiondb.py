@@ -84,17 +84,15 @@ class Zips:
 
 
 def read_ratings(table: Path, numbers: Sequence[int]) -> dict[str, bool]:
-    """Of the zips with these numbers: picture -> is it safe. One without a rating is not safe.
+    """Picture -> is it safe, for the zips with these numbers. One without a rating is not safe.
 
     The table is streamed, and of its row groups only those that may hold such rows. Raises UserError.
     """
-    arrow, compute, _ = _pyarrow()
     safe = {}
-    with _opened(table) as file:
-        groups = [group for group in range(file.num_row_groups) if _may_hold(file.metadata.row_group(group), numbers)]
-        for batch in file.iter_batches(row_groups=groups, columns=COLUMNS):
-            wanted = arrow.array(numbers, batch["part_id"].type)
-            for row in batch.filter(compute.is_in(batch["part_id"], wanted)).to_pylist():
+    with _opened(table) as (dataset, part):
+        wanted = (part >= min(numbers)) & (part <= max(numbers)) & part.isin(list(numbers))
+        for batch in dataset.to_batches(columns=COLUMNS, filter=wanted, batch_readahead=0, fragment_readahead=0):
+            for row in batch.to_pylist():
                 ratings = (row["image_nsfw"], row["prompt_nsfw"])
                 rated = all(isinstance(rating, float | int) for rating in ratings)
                 safe[row["image_name"]] = rated and max(ratings) <= UNSAFE_ABOVE
@@ -102,39 +100,24 @@ def read_ratings(table: Path, numbers: Sequence[int]) -> dict[str, bool]:
 
 
 @contextmanager
-def _opened(table: Path) -> Iterator[Any]:
-    """A pyarrow.parquet.ParquetFile that holds a page of each column in memory, and no more."""
-    arrow, _, parquet = _pyarrow()
+def _opened(table: Path) -> Iterator[tuple[Any, Any]]:
+    """The table as a pyarrow.dataset, and its column part_id. Raises UserError, also for errors inside the block."""
     try:
-        with parquet.ParquetFile(table, pre_buffer=False, buffer_size=2**20) as file:
-            yield file
-    except (arrow.ArrowException, OSError) as error:
+        import pyarrow
+        import pyarrow.dataset
+    except ImportError:
+        raise UserError("--source diffusiondb needs the package pyarrow: pip install pyarrow") from None
+    try:
+        yield pyarrow.dataset.dataset(table, format="parquet"), pyarrow.dataset.field("part_id")
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{table}: cannot read the ratings: {error}") from None
 
 
-def _may_hold(row_group: Any, numbers: Sequence[int]) -> bool:
-    for index in range(row_group.num_columns):
-        column = row_group.column(index)
-        if column.path_in_schema == "part_id" and column.statistics is not None and column.statistics.has_min_max:
-            return any(column.statistics.min <= number <= column.statistics.max for number in numbers)
-    return True
-
-
 def _check(table: Path) -> None:
-    with _opened(table) as file:
-        names = file.schema_arrow.names
+    with _opened(table) as (dataset, _):
+        names = dataset.schema.names
     if missing := [name for name in COLUMNS if name not in names]:
         raise UserError(f"{table}: has no column {missing[0]}; its columns are {', '.join(names)}")
-
-
-def _pyarrow() -> tuple[Any, Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("--source diffusiondb needs the package pyarrow: pip install pyarrow") from None
-    return pyarrow, pyarrow.compute, pyarrow.parquet
 
 
 def _number(path: Path) -> int:

@@ -1,5 +1,6 @@
 """The on-disk format: what is written can be read by anyone, and what is damaged is refused by name."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -151,8 +152,8 @@ def test_the_same_samples_give_the_same_files(directory, tmp_path):
 
 
 def test_many_shards_are_read_with_few_open_files(directory, monkeypatch):
-    monkeypatch.setattr(shards, "open_shards", few := shards.OpenShards())
-    monkeypatch.setattr(few, "most", lambda: 2)
+    few = functools.lru_cache(2)(lambda owner, path: shards.OpenShard(path))
+    monkeypatch.setattr(shards, "open_shards", lambda: few)
     before = len(os.listdir("/proc/self/fd"))
     dataset, again = open_dataset(directory), open_dataset(directory)
     for one in (dataset, again):
@@ -185,7 +186,7 @@ def read_with_few_files(directories, soft, hard):
         options = dict(global_batch_size=120, seed=0, start_step=0, rank=0, world_size=1, device="cpu")
         with build_loader(directories, **options) as batches:
             assert all(is_right(next(batches)) for _ in range(4))
-        most = shards.open_shards.most()
+        most = shards.open_shards().cache_parameters()["maxsize"]
         assert most == hard // 2 and len(os.listdir("/proc/self/fd")) <= hard
     finally:
         stop.set()
