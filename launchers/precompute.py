@@ -181,7 +181,7 @@ def _check_flags(args: argparse.Namespace, imports: bool) -> None:
 
 
 def _build_settings(args: argparse.Namespace, imports: bool) -> dict[str, Any]:
-    """What a set's fingerprint says, and its image size. Not where the source lies, but what it is called there."""
+    """Settings that decide a set's content, for its fingerprint; with the name of the source's folder, not its path."""
     build_settings = {
         "source": args.source,
         "root": args.root and args.root.absolute().name,
@@ -203,7 +203,7 @@ def _build_settings(args: argparse.Namespace, imports: bool) -> dict[str, Any]:
 
 
 def _text_description(args: argparse.Namespace) -> dict[str, Any]:
-    """Of the text encoder, where --text_encoder is a set that is there. Else nothing."""
+    """Description of the text encoder, where --text_encoder is a set that is there; else empty."""
     directory = Path(args.text_encoder)
     if not (directory / MANIFEST).exists():
         return {}

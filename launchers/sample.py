@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """Those of the command line, then the file's lines."""
+    """Prompts of the command line, then the lines of `file`. Raises UserError."""
     try:
         prompts = given + (file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") if file else [])
         for i, prompt in enumerate(prompts, start=1):

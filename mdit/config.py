@@ -134,7 +134,7 @@ class FolderSource(Section):
 
 
 class PrecomputeConfig(Section):
-    """How the training set is made when it is not there yet: source, frozen encoders, caption tokens."""
+    """Settings by which the training set is made when it is not there yet: source, frozen encoders, caption tokens."""
 
     source: EmojiSource | FolderSource = Field(discriminator="name")
     image_size: Size
@@ -202,7 +202,7 @@ class EMAConfig(Section):
 
 
 class ReportConfig(Section):
-    """When the run tells about itself, in steps. 0 turns a report off (a finished run always leaves a snapshot)."""
+    """Intervals of the run's reports, in steps. 0 turns a report off (a finished run always leaves a snapshot)."""
 
     log_every: PositiveInt
     validate_every: NonNegativeInt

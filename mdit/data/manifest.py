@@ -1,4 +1,4 @@
-"""What a set says of itself: manifest.json, and the layout of its samples. See `mdit.data.shards` for the format."""
+"""Description of a set: manifest.json, and the layout of its samples. See `mdit.data.shards` for the format."""
 
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ class Members(Section):
 
 
 class SampleLayout(Section):
-    """What a sample is: latents (C, H, W) in fp16, a caption embedding (L, C) in fp16 or 8 bits.
+    """Layout of a sample: latents (C, H, W) in fp16, a caption embedding (L, C) in fp16 or 8 bits.
 
     A *row* is the part of a sample that all samples of a set share in length: from its first tar header to the caption,
     headers and padding included. So one read and one checksum cover everything.
@@ -56,7 +56,7 @@ class SampleLayout(Section):
 
     @cached_property
     def latent_at(self) -> int:
-        """Of the latents' first byte in a row. The embedding comes first, behind one header."""
+        """Offset of the latents' first byte in a row. The embedding comes first, behind one header."""
         return 2 * TAR_BLOCK + padded(self.embedding_bytes)
 
     @cached_property
@@ -91,7 +91,7 @@ class FileEntry(Section):
 
 
 class Manifest(Section):
-    """What manifest.json holds. `encoders` says how to embed a new caption and how to decode latents; `fingerprint`
+    """Content of manifest.json. `encoders` says how to embed a new caption and how to decode latents; `fingerprint`
     holds the settings that the set was made from; `dali_indexes` belong to the shards in their order."""
 
     format: Literal["mdit-latents/1"]

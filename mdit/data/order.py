@@ -15,7 +15,7 @@ SHARDS, WINDOW, MIX = 0, 1, 2  # what a random stream is for
 
 
 class GlobalOrder:
-    """Which samples make up each global batch. The samples that fill no whole batch at an epoch's end are left out of
+    """The samples of each global batch. Those that fill no whole batch at an epoch's end are left out of
     that epoch. Knows nothing of ranks: a rank takes its rows of the batch. `stream` tells apart orders of one seed.
 
     Raises UserError when there are fewer samples than one global batch.

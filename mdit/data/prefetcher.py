@@ -160,7 +160,7 @@ def _free_buffer(queues: Queues, row_bytes: int, num_rows: int, pinned: bool) ->
 def _locate(
     datasets: Sequence[LatentSet], first_samples: np.ndarray, samples: np.ndarray
 ) -> list[tuple[LatentSet, SampleLocation]]:
-    """Which dataset each of the samples is in, and where."""
+    """Dataset and location of each of the samples."""
     numbers = np.searchsorted(first_samples, samples, side="right") - 1
     found: list = [None] * len(samples)
     for number in np.unique(numbers).tolist():

@@ -15,7 +15,7 @@ PIECE = 512  # blocks
 
 
 def stored_bytes(length: int, channels: int) -> int:
-    """Of one embedding of `length` tokens of `channels` (a multiple of BLOCK)."""
+    """Bytes of one embedding of `length` tokens of `channels` (a multiple of BLOCK)."""
     return length * channels + 2 * (length * channels // BLOCK)
 
 
@@ -45,6 +45,6 @@ def dequantise(stored: Tensor, length: int, channels: int) -> Tensor:
 
 
 def _pieces(blocks: Tensor) -> list[Tensor]:
-    """What is done at once of (N, blocks, ...): all on a GPU. On a CPU, what stays in its cache and below the size that
-    torch spreads over threads, which would wait for one another more than they work."""
+    """Parts of (N, blocks, ...) that are done at once: all on a GPU. On a CPU, what stays in its cache and below the size
+    that torch spreads over threads, which would wait for one another more than they work."""
     return [piece for row in blocks for piece in row.split(PIECE)] if blocks.device.type == "cpu" else [blocks]

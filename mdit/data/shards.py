@@ -37,7 +37,7 @@ SECONDS_BETWEEN_CHECKS = 1.0  # at whether an open shard is still the file of th
 
 
 class SampleLocation(NamedTuple):
-    """Where a sample is: its number in the set, and its row of the index."""
+    """Location of a sample: its number in the set, and its row of the index."""
 
     sample: int
     shard: int

@@ -41,7 +41,7 @@ class NotFinite(UserError):
 
 
 class PartRecord(Section):
-    """What part_00012.json holds."""
+    """Content of part_00012.json."""
 
     report: dict[str, Any]
     shards: tuple[FileEntry, ...]

@@ -28,7 +28,7 @@ class ImageEncoder(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest; build_image_encoder takes it."""
+        """Description for the manifest; build_image_encoder takes it."""
         ...
 
 

@@ -19,7 +19,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def described(precision: str) -> dict[str, str]:
-    """What a description says about it: float32 goes without saying, as in sets made before there was a choice."""
+    """Entry of a description: float32 goes without saying, as in sets made before there was a choice."""
     return {} if precision == "float32" else {"precision": precision}
 
 

@@ -94,7 +94,7 @@ class TextEncoder:
         return torch.cat(parts)
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest; build_text_encoder_from takes it."""
+        """Description for the manifest; build_text_encoder_from takes it."""
         description = {"id": self.name, "max_tokens": self.max_tokens, "channels": self.channels}
         description |= {"weights": self.weights} | described(self.precision)
         if self.mean_C is not None and self.std_C is not None:
@@ -103,7 +103,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def _embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """What the tower gives, (N, L, C) float32 and (N, L) bool or None, on the CPU."""
+        """The tower's states, (N, L, C) float32 and (N, L) bool or None, on the CPU."""
         hidden_NLC, real_NL = self.tower(list(captions), self.max_tokens)
         return hidden_NLC.float().cpu(), None if real_NL is None else real_NL.cpu()
 

@@ -17,7 +17,7 @@ EXPECTED = "expected minilm, openclip:ID, or the local path or hub id of a CLIP 
 
 @dataclass(frozen=True)
 class Family:
-    """How the towers of one kind are used: `masked` ones see which tokens are padding, and the states of those count
+    """Use of the towers of one kind: `masked` ones see which tokens are padding, and the states of those count
     only where `padding_counts`."""
 
     model: str  # a class of transformers
@@ -98,7 +98,7 @@ def load_transformers(name: str, key: str, device: torch.device | str, dtype: to
 
 
 def _candidates(name: str, key: str) -> list[TowerFolders]:
-    """Where the tower of this name can be."""
+    """Folders in which the tower of this name can be. Raises UserError."""
     path = Path(name).expanduser()
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")):

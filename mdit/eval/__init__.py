@@ -1,1 +1,1 @@
-"""What a trained model is worth: validation loss, sample pictures, and scores on scenes whose truth is known."""
+"""Evaluation of a trained model: validation loss, sample pictures, and scores on scenes whose truth is known."""

@@ -49,7 +49,7 @@ class SceneJudge:
         )
 
     def nearest_objects(self, images_NHWC: Tensor, scenes: Sequence[Scene]) -> list[str]:
-        """For every picture, among all objects on its scene's background in its scene's style."""
+        """The nearest object for every picture, among all on its scene's background in its scene's style."""
         features_NF = F.normalize(image_features(self.network, images_NHWC), dim=1)
         rows = [
             int((self._object_features(scene.pair.background, scene.style) @ feature_F).argmax())

@@ -1,4 +1,4 @@
-"""What a snapshot is worth, as `launchers/evaluate.py` reports it: pictures with their captions, and numbers."""
+"""Evaluation of a snapshot, as `launchers/evaluate.py` reports it: pictures with their captions, and numbers."""
 
 import math
 from dataclasses import asdict, dataclass

@@ -45,7 +45,7 @@ NOT_FINITE = "not finite"
 
 
 class SampleProducer(Protocol):
-    """What turns parts into samples: `mdit.precompute.pipeline.EncodingPipeline`."""
+    """Producer of samples from parts: `mdit.precompute.pipeline.EncodingPipeline`."""
 
     def layout(self, image_size: int, embeddings: str) -> SampleLayout: ...
 
@@ -56,10 +56,10 @@ class SampleProducer(Protocol):
         """Their descriptions, for the manifest."""
 
     def settings(self) -> dict[str, Any]:
-        """What else decides the bytes."""
+        """Further settings that decide the bytes."""
 
     def device_name(self) -> str:
-        """Of what does the work, for the report: the GPU's name, or "cpu"."""
+        """Name of the GPU that does the work, or "cpu", for the report."""
 
     def samples(self, work: Iterable[WorkItem]) -> Generator[Samples, None, None]: ...
 
@@ -135,7 +135,7 @@ def build_sets(job: BuildJob, producer: SampleProducer) -> Outcome:
 
 
 def first_captions(source: Source, limit: int | None = None) -> list[str]:
-    """Those of the first pictures."""
+    """Captions of the first pictures, at most FIT_CAPTIONS."""
     pictures = islice(_pictures(source.parts), min(limit or FIT_CAPTIONS, FIT_CAPTIONS))
     return [picture.caption for picture in pictures]
 
@@ -263,7 +263,7 @@ def _changes(
 
 
 def _limited(parts: Sequence[Part], limit: int | None) -> tuple[int, int | None]:
-    """How many parts hold the first `limit` pictures, and how many of the last part's pictures that takes."""
+    """Number of parts that hold the first `limit` pictures, and number of the last part's pictures that takes."""
     if limit is not None:
         for number, part in enumerate(parts):
             found = sum(1 for _ in islice(_pictures([part]), limit))

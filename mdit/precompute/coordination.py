@@ -214,7 +214,7 @@ class SetInProgress:
         self._held.discard(part)
 
     def left(self, num_parts: int) -> int:
-        """How many parts are not complete."""
+        """Number of parts that are not complete."""
         return num_parts - os.pread(self._lock, num_parts, 1).count(COMPLETE)
 
     def reports(self) -> dict[int, Report]:

@@ -64,7 +64,7 @@ class PillowDecoder:
 
 
 def gather(results: Sequence[dict[int, np.ndarray] | str], sizes: Sequence[int], device: torch.device) -> Decoded:
-    """What `PillowDecoder.decode` made of each picture, as one batch."""
+    """One batch of what `PillowDecoder.decode` returned for each picture."""
     kept = [i for i, result in enumerate(results) if not isinstance(result, str)]
     rejected = {i: result for i, result in enumerate(results) if isinstance(result, str)}
     images = {}

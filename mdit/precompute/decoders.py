@@ -1,4 +1,4 @@
-"""Which decoder turns pictures into tensors: Pillow's threads, or DALI where it works and there is a GPU."""
+"""Choice of the decoder of pictures: Pillow's threads, or DALI where it works and there is a GPU."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -34,7 +34,7 @@ class WorkItem:
     image_sizes: tuple[int, ...] = ()
 
     def key(self, position: int) -> str:
-        """Of the sample that is read at a position of the part."""
+        """Key of the sample that is read at a position of the part."""
         return f"{self.number:05d}_{position:07d}"
 
 
@@ -116,7 +116,7 @@ class EncodingPipeline:
         return {"image": self.image_encoder.describe(), "text": self.text_encoder.describe()}
 
     def settings(self) -> dict[str, Any]:
-        """What else decides the bytes."""
+        """Further settings that decide the bytes."""
         return {"decoder": type(self.decoder).__name__, "batch_size": self.batch_size}
 
     @property

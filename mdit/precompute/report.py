@@ -1,4 +1,4 @@
-"""What became of the pictures: report.json of a set, and the same for each of its parts while the set is made.
+"""Counts of pictures written and rejected: report.json of a set, and that of each of its parts while it is made.
 
 {"seen": 120, "written": 100, "rejected": {"too small": {"count": 20, "first": ["00000.tar/000000003", ...]}},
  "seconds": {"NVIDIA H100 80GB HBM3": 31.4}, "parts": {"00000.tar": {"seen": 60, ...}, ...}}

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: one file for each set, all of them read in the same way.
+"""Sources of pictures and captions: one file for each set, all of them read in the same way.
 
 A source gives its pictures in parts, in an order that no file system and no chance decides. What cannot be used is not
 left out in silence but comes as a `Rejected` with a reason.

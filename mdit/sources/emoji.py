@@ -253,7 +253,7 @@ def _svg(folder: Path, character: str, style: str) -> Path | None:
 
 
 def _package(name: str) -> Path:
-    """Where an installed package lies."""
+    """Folder of an installed package. Raises UserError."""
     if (folder := package_folder(name)) is None:
         package = PACKAGES[name]
         raise UserError(f'data.precompute.source.name = "emoji" needs the package {package}: pip install {package}')

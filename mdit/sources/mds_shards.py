@@ -55,7 +55,7 @@ class MdsShard:
             yield Rejected(self.name, "damaged archive", str(error))
 
     def text(self, column: str, data: bytes) -> str | None:
-        """What a column of the encoding "str" or "json" says. Raises ValueError."""
+        """Text of a column of the encoding "str" or "json". Raises ValueError."""
         return text(parse_foreign_json(data)) if self.encodings[column] == "json" else data.decode()
 
     def _unpacked(self, file: BinaryIO) -> AbstractContextManager[BinaryIO]:
