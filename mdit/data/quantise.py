@@ -45,6 +45,6 @@ def dequantise(stored: Tensor, length: int, channels: int) -> Tensor:
 
 
 def _pieces(blocks: Tensor) -> list[Tensor]:
-    """Parts of (N, blocks, ...) that are done at once: all on a GPU. On a CPU, what stays in its cache and below the size
+    """Parts of (N, blocks, ...) done at once: all on a GPU. On a CPU, what stays in its cache and below the size
     that torch spreads over threads, which would wait for one another more than they work."""
     return [piece for row in blocks for piece in row.split(PIECE)] if blocks.device.type == "cpu" else [blocks]
