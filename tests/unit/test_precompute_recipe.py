@@ -18,7 +18,7 @@ from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_image_encoder, build_text_encoder_from
 from mdit.precompute import is_precomputed, precompute
 from mdit.sources import open_source
-from tests.picture_sets import contents
+from tests.picture_sets import contents, interrupted
 from tests.recipes import tiny_config
 from tests.towers import save_autoencoder
 from tests.training import write_shards
@@ -66,11 +66,6 @@ def test_sets_hold_every_sample_once_encoded_and_shuffled(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["train", "validation"]
 
 
-def test_the_same_recipe_makes_the_same_bytes(folder, tmp_path):
-    make(recipe(tmp_path))
-    assert contents(tmp_path) == contents(folder)
-
-
 def test_sets_that_are_there_are_left_alone(folder, monkeypatch):
     before = contents(folder)
     monkeypatch.setattr(mdit.precompute.recipe, "open_source", None)  # would fail if anything were made
@@ -84,19 +79,10 @@ def test_a_set_that_is_missing_is_embedded_like_the_one_that_is_there(folder, tm
 
 
 def test_an_interrupted_call_leaves_no_set_and_the_next_one_makes_it(folder, tmp_path, monkeypatch):
-    written = []
-
-    def interrupt(self, *sample, write=mdit.data.writer.PartWriter.write):
-        written.append(write(self, *sample))
-        if len(written) == 20:  # the validation set and some of the training set
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(mdit.data.writer.PartWriter, "write", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, after=20):  # the validation set and some of the training set
         make(recipe(tmp_path))
     names = {".train.lock", ".train.partial", "validation"}
     assert {p.name for p in tmp_path.iterdir()} == names and not is_precomputed(recipe(tmp_path))
-    monkeypatch.undo()
     make(recipe(tmp_path))
     assert contents(tmp_path) == contents(folder)
 
@@ -129,18 +115,6 @@ def test_of_two_calls_at_once_one_makes_the_sets(folder, tmp_path):
 def test_a_changed_recipe_is_noticed(folder, change, message):
     with pytest.raises(UserError, match=message):
         make(recipe(folder, **change))
-
-
-def test_a_recipe_that_changed_after_an_interruption_is_noticed(tmp_path, monkeypatch):
-    def interrupt(*sample):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(mdit.data.writer.PartWriter, "write", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        make(recipe(tmp_path))
-    monkeypatch.undo()
-    with pytest.raises(UserError, match=r"\.validation.partial/plan.json: was begun with source.objects = 4, .* is 5"):
-        make(recipe(tmp_path, source={**EMOJI, "objects": 5}))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +193,7 @@ def test_missing_shards_without_a_way_to_make_them(tmp_path):
         make(tiny_config(data={"train": (str(tmp_path / "train"),), "validation": str(tmp_path / "validation")}))
 
 
-def test_shards_brought_along_need_no_prepare_section(tmp_path):
+def test_shards_brought_along_need_no_precompute_section(tmp_path):
     config = tiny_config(data={"train": (str(tmp_path / "train"),), "validation": str(tmp_path / "validation")})
     for name in ("train", "validation"):
         write_shards(tmp_path / name, config, 4, seed=0)
@@ -231,20 +205,6 @@ def test_a_further_directory_is_not_made(folder, tmp_path):
     with pytest.raises(UserError, match="further/manifest.json: is missing"):
         make(recipe(tmp_path, train=train))
     assert not list(tmp_path.iterdir())
-
-
-def test_files_in_the_way_are_not_removed(tmp_path):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="train: holds files but no manifest.json"):
-        make(recipe(tmp_path))
-    assert (tmp_path / "train" / "thesis.txt").read_text() == "mine"
-
-
-def test_a_place_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the set"):
-        make(recipe(tmp_path / "file"))
 
 
 # --- the launcher

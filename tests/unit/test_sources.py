@@ -146,9 +146,9 @@ def open_folder(path, share=0.2):
 
 
 def set_line(path, number, line):
-    lines = (path / "captions.jsonl").read_text().splitlines()
-    lines[number - 1] = line
-    (path / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    lines = (path / "captions.jsonl").read_bytes().split(b"\n")
+    lines[number - 1] = line.encode(errors="surrogateescape")
+    (path / "captions.jsonl").write_bytes(b"\n".join(lines))
 
 
 def test_every_picture_is_in_one_split_and_stays_there(tmp_path):
@@ -180,25 +180,37 @@ def test_pictures_are_the_files_as_they_are(tmp_path):
         assert picture.image == (folder / f"sub/picture {line - 1}.png").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{nonsense", "captions.jsonl:3: not valid JSON"),
-        ("", "captions.jsonl:3: not valid JSON"),
-        ("[1, 2]", "captions.jsonl:3: expected"),
-        ('{"caption": "x"}', "captions.jsonl:3: file is None"),
-        ('{"file": "sub/picture 2.png"}', "captions.jsonl:3: caption is None"),
-        ('{"file": "sub/picture 2.png", "caption": 5}', "captions.jsonl:3: caption is 5"),
-        ('{"file": "sub/picture 2.png", "caption": "  "}', "captions.jsonl:3: caption is '  '"),
-        ('{"file": "sub/none.png", "caption": "x"}', "captions.jsonl:3: there is no picture .*sub/none.png"),
-        ('{"file": "sub", "caption": "x"}', "captions.jsonl:3: cannot read the picture"),
-        ('{"file": "captions.jsonl", "caption": "x"}', "captions.jsonl:3: cannot read the picture"),
-    ],
-)
-def test_a_line_that_is_wrong_is_named(tmp_path, line, message):
-    set_line(write_folder(tmp_path / "a", count=5), 3, line)
-    with pytest.raises(UserError, match=message):
-        open_folder(tmp_path / "a")
+PICTURE = '"file": "sub/picture 2.png"'
+WRONG_LINES = [  # of captions.jsonl, what a recipe's user is told, and the reason in a report of a source by name
+    ("{nonsense", "not valid JSON", "unreadable caption"),
+    ("", "not valid JSON", "unreadable caption"),
+    ("[1, 2]", "expected", "unreadable caption"),
+    (f'{{{PICTURE}, "caption": "x", "more": {"[" * 1000}{"]" * 1000}}}', "nested more", "unreadable caption"),
+    (f'{{{PICTURE}, "caption": "\udcff"}}', "not valid JSON: 'utf-8'", "unreadable caption"),
+    (f'{{{PICTURE}, "caption": "half \\ud83d"}}', "caption is not Unicode text", "unreadable caption"),
+    (f"{{{PICTURE}}}", "caption is None", "no caption"),
+    (f'{{{PICTURE}, "caption": 5}}', "caption is 5", "no caption"),
+    (f'{{{PICTURE}, "caption": "  "}}', "caption is '  '", "no caption"),
+    ('{"caption": "x"}', "file is None", "missing picture"),
+    ('{"file": "sub/none.png", "caption": "x"}', "there is no picture .*sub/none.png", "missing picture"),
+    ('{"file": "sub", "caption": "x"}', "cannot read the picture", "unreadable picture"),
+    ('{"file": "sub/\\ud83d.png", "caption": "x"}', "cannot read the picture", "unreadable picture"),
+    ('{"file": "a\\u0000b", "caption": "x"}', "cannot read the picture", "unreadable picture"),
+]
+
+
+@pytest.mark.parametrize("line, message, reason", WRONG_LINES, ids=lambda value: value[:30])
+def test_a_wrong_line_is_named_by_the_recipe_and_rejected_by_name(tmp_path, line, message, reason):
+    folder = write_folder(tmp_path / "a", count=5)
+    set_line(folder, 3, line)
+    with pytest.raises(UserError, match=f"captions.jsonl:3: .*{message}"):
+        open_folder(folder)
+    source = open_named_source("folder", folder)
+    pictures, rejected = read(source)
+    assert rejected == {"captions.jsonl:3": reason} and source.pictures == 5
+    assert {origin: picture.caption for origin, picture in pictures.items()} == {
+        f"captions.jsonl:{number}": f"caption {number - 1}" for number in (1, 2, 4, 5)
+    }
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -231,33 +243,6 @@ def test_a_split_without_pictures_names_the_share(tmp_path, share, left):
 
 
 # --- folders, by name
-
-
-def test_by_name_what_is_wrong_with_a_folder_is_left_out_and_told(tmp_path):
-    folder = write_folder(tmp_path / "a", count=12)
-    lines = {
-        2: "{nonsense",
-        3: "[1, 2]",
-        4: '{"caption": "x"}',
-        5: '{"file": "sub/picture 4.png"}',
-        6: '{"file": "sub/picture 5.png", "caption": "  "}',
-        7: '{"file": "sub/none.png", "caption": "x"}',
-        8: '{"file": "sub", "caption": "x"}',
-        9: '{"file": "a\\u0000b", "caption": "x"}',
-        10: "",
-    }
-    for number, line in lines.items():
-        set_line(folder, number, line)
-    source = open_named_source("folder", folder)
-    pictures, rejected = read(source)
-    assert source.pictures == 12
-    assert {origin: picture.caption for origin, picture in pictures.items()} == {
-        f"captions.jsonl:{number}": f"caption {number - 1}" for number in (1, 11, 12)
-    }
-    assert pictures["captions.jsonl:11"].image == (folder / "sub/picture 10.png").read_bytes()
-    unreadable, none, missing = "unreadable caption", "no caption", "missing picture"
-    reasons = [unreadable, unreadable, missing, none, none, missing, *["unreadable picture"] * 2, unreadable]
-    assert rejected == {f"captions.jsonl:{number}": reason for number, reason in zip(lines, reasons)}
 
 
 def test_a_long_folder_is_cut_in_parts_and_may_have_captions_under_another_key(tmp_path):

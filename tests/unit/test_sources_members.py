@@ -232,25 +232,6 @@ def test_json_nested_deep_and_half_a_pair(tmp_path):
     assert captions == {"0": "x", "5": "x"} and rejected == dict.fromkeys("1234", "unreadable caption")
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"file": "sub/picture 2.png", "caption": "half \\ud83d"}', r"captions.jsonl:3: caption is not Unicode text"),
-        ('{"file": "sub/\\ud83d.png", "caption": "x"}', "captions.jsonl:3: cannot read the picture"),
-        (b'{"file": "sub/picture 2.png", "caption": "x", "more": ' + b"[" * 1000 + b"]" * 1000 + b"}", "nested more"),
-        (b'{"file": "sub/picture 2.png", "caption": "\xff"}', "captions.jsonl:3: not valid JSON: 'utf-8'"),
-    ],
-)
-def test_the_recipe_and_the_source_by_name_judge_a_line_alike(tmp_path, line, message):
-    folder = write_folder(tmp_path / "a", count=12)
-    lines = (folder / "captions.jsonl").read_bytes().splitlines()
-    lines[2] = line.encode() if isinstance(line, str) else line
-    (folder / "captions.jsonl").write_bytes(b"\n".join(lines))
-    with pytest.raises(UserError, match=message):
-        open_source(FolderSource(name="folder", path=str(folder), validation_share=0.5), 8)
-    assert [*read(open_named_source("folder", folder))[1]] == ["captions.jsonl:3"]
-
-
 def test_a_recipe_names_a_damaged_avif_and_a_pipe(tmp_path):
     whole = encoded(1, "avif", (64, 64))
     for name, write in (
