@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from mdit.config import UserError
-from mdit.kernels.dispatch import FP8, OPS, interpreted, run_in_triton
+from mdit.kernels.dispatch import FP8, OPS, interpreted, set_triton_ops
 from mdit.kernels.self_check import disagreement
 
 Choice = Literal["auto", "reference", "triton"]
@@ -52,7 +52,7 @@ def choose_kernels(
     else:
         chosen = ops if wanted == "triton" else frozenset()
         reason = hindrance if wanted == "auto" else "asked for"
-    run_in_triton(*chosen, dtype=dtype)
+    set_triton_ops(*chosen, dtype=dtype)
     return chosen, reason
 
 

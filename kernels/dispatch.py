@@ -1,11 +1,13 @@
 """Which ops run in their Triton kernels in this process; the others, and all until somebody says so, run in PyTorch.
 
-Who decides is `mdit.kernels.choice`, once, before a run.
+Who decides is `mdit.kernels.selection`, once, before a run.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,25 +16,30 @@ FP8 = "fp8_linear"
 OPS = ("masked_attention", "patch_mixing", "expert_choice", "swiglu", FP8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_in_triton: frozenset[str] = frozenset()
+_in_triton: dict[str, ModuleType] = {}  # op: its triton_impl
 _dtypes: tuple[torch.dtype, ...] = ()  # that they run in; tensors of all others go to PyTorch
-_off_gpu = os.environ.get("TRITON_INTERPRET") == "1"  # may kernels be given tensors of other devices?
+_off_gpu = os.environ.get("TRITON_INTERPRET") == "1"  # whether kernels may be given tensors of other devices
 
 
-def takes_triton(op: str, tensor: Tensor) -> bool:
-    """Does the Triton kernel of `op` handle this tensor? Only on a GPU, and in the dtype that was settled."""
+def implementation(op: str, tensor: Tensor, reference: ModuleType) -> ModuleType:
+    """The module whose function of the same name handles this call: the op's triton_impl, or `reference`."""
+    return _in_triton[op] if use_triton(op, tensor) else reference
+
+
+def use_triton(op: str, tensor: Tensor) -> bool:
+    """Whether the Triton kernel of `op` handles this tensor: only on a GPU, and in the dtype that was selected."""
     return op in _in_triton and tensor.dtype in _dtypes and (tensor.is_cuda or _off_gpu)
 
 
 def interpreted() -> bool:
-    """Can kernels run without a GPU?"""
+    """Whether kernels can run without a GPU."""
     return _off_gpu
 
 
-def run_in_triton(*ops: str, dtype: torch.dtype) -> None:
+def set_triton_ops(*ops: str, dtype: torch.dtype) -> None:
     """From now on exactly these, in this dtype alone: nobody has checked, or wants to wait for builds of, another."""
     global _in_triton, _dtypes
-    _in_triton, _dtypes = frozenset(ops), (dtype,) if dtype in DTYPES else ()
+    _in_triton, _dtypes = _kernels_of(ops), (dtype,) if dtype in DTYPES else ()
 
 
 @contextmanager
@@ -40,8 +47,13 @@ def using(*ops: str, off_gpu: bool = False) -> Iterator[None]:
     """Inside, exactly these ops run in Triton, in any dtype, unchecked: for tests and benchmarks."""
     global _in_triton, _dtypes, _off_gpu
     before = _in_triton, _dtypes, _off_gpu
-    _in_triton, _dtypes, _off_gpu = frozenset(ops), DTYPES, _off_gpu or off_gpu
+    _in_triton, _dtypes, _off_gpu = _kernels_of(ops), DTYPES, _off_gpu or off_gpu
     try:
         yield
     finally:
         _in_triton, _dtypes, _off_gpu = before
+
+
+def _kernels_of(ops: tuple[str, ...]) -> dict[str, ModuleType]:
+    """Imported here, since they import triton."""
+    return {op: import_module(f"mdit.kernels.{op}.triton_impl") for op in ops}

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 OPTIONS = {"enable_fp_fusion": True}  # multiply-adds round once, whatever the version of Triton takes for its default
 _recording: list["Launch"] | None = None
 
@@ -39,6 +41,25 @@ def recorded() -> Iterator[list[Launch]]:
         _recording = before
 
 
-def is_recorded() -> bool:
-    """Are kernels noted instead of run?"""
-    return _recording is not None
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv on the host takes 10 us
+
+
+def power_of_2(a: int) -> int:
+    """The smallest power of two that is not less than `a`."""
+    return 1 << (a - 1).bit_length()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, its last dimension without gaps; a copy only where it has some."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def matrix(x: Tensor) -> Tensor:
+    """(..., C) -> (M, C), its last dimension without gaps; a view where strides allow it."""
+    return dense(x.reshape(-1, x.shape[-1]))
+
+
+def strides(x: Tensor | None, count: int = 1) -> tuple[int, ...]:
+    """The first `count` strides, zeros for None."""
+    return (0,) * count if x is None else x.stride()[:count]

@@ -41,7 +41,7 @@ ONLY_IN = {  # package: the files that may name it; tests may name all
     "deepspeed": ["mdit/train/engine.py", "mdit/train/zero_step.py", "mdit/train/optim.py", "mdit/parallel/expert.py"],
     "apex": ["mdit/train/optim.py"],
     "megatron": ["mdit/parallel/tensor.py"],
-    "triton": ["kernels/*/triton_impl.py", "kernels/fp8_linear/rounding.py", "kernels/ahead_of_time.py"],
+    "triton": ["kernels/*/triton_*.py", "kernels/triton_functions.py", "kernels/ahead_of_time.py"],
     "transformers": ["mdit/encoders/*"],
     "diffusers": ["mdit/encoders/*"],
     "open_clip": ["mdit/encoders/*"],

@@ -5,14 +5,13 @@
 
 `eager` is the op's reference, `compile` torch.compile of it for that very shape, `triton` the kernels. Beside them:
 scaled_dot_product_attention alone on q and k that are normalised already (`flash`, `cudnn`, `efficient`), and for the
-whole layer of experts the `one_hot` form and, forward only, the candidate `gather_matmul` in place of gathering and
-first matmul. Of float8's matmuls (`fp8_linear`; the largest and the smallest of a stage) `eager` and `compile` are the
-same matmuls in the computing dtype, and `triton` is float8 with its quantisation. Times are medians in milliseconds,
-forward / forward and backward, with the L2 cache full of what nobody needs before every repetition (read, so that
-nothing is left to be written back) and the host ahead of the GPU. The rate is that of the bytes an op must move, or the
-FLOPs it must do, in the kernels' forward and backward; its ceiling is what a large copy or matmul reaches in the same
-run. The error is the largest relative error (by norm) of outputs and gradients, of the kernels against the op's
-reference.
+whole layer of experts the `one_hot` form. Of float8's matmuls (`fp8_linear`; the largest and the smallest of a stage)
+`eager` and `compile` are the same matmuls in the computing dtype, and `triton` is float8 with its quantisation. Times
+are medians in milliseconds, forward / forward and backward, with the L2 cache full of what nobody needs before every
+repetition (read, so that nothing is left to be written back) and the host ahead of the GPU. The rate is that of the
+bytes an op must move, or the FLOPs it must do, in the kernels' forward and backward; its ceiling is what a large copy
+or matmul reaches in the same run. The error is the largest relative error (by norm) of outputs and gradients, of the
+kernels against the op's reference.
 
 The largest row of every op comes first, then those of the largest share of a step. OUT/kernels.json (its rows:
 kernels/comparison.py) and OUT/kernels.md are written after every row, and --resume goes on with what is missing.
@@ -54,7 +53,7 @@ WITHOUT_FP8 = {
     "fp8_linear.fp8_swiglu": lambda x, weight, w3: swiglu.swiglu_linear(F.linear(x, weight), w3),
     "fp8_linear.fp8_experts": lambda x, w1, w2, *routing: routed(x, w1, w2, expert_choice.Routing(*routing)),
 }
-CONTENDERS = (*comparison.MAIN, *BACKENDS, "one_hot", "gather_matmul")
+CONTENDERS = (*comparison.MAIN, *BACKENDS, "one_hot")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP = 3
 FLUSH_BYTES = 2**28  # several times the L2 cache
@@ -216,21 +215,11 @@ def contenders(call: KernelCall) -> dict[str, Contender]:
     if call.op == EXPERT_LAYER:
         one_hot = partial(expert_choice.reference.one_hot_expert_choice, tokens_per_expert=call.shape["K"])
         found["one_hot"] = Contender(one_hot)
-        candidate = partial(with_gather_matmul, tokens_per_expert=call.shape["K"])
-        found["gather_matmul"] = Contender(candidate, in_triton=True, backward=False)
     return found
 
 
 def routed(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, routing: expert_choice.Routing) -> Tensor:
     hidden_EMF = torch.bmm(expert_choice.gather_tokens(x_NTD, routing), w1_EDF)
-    return expert_choice.scatter_tokens(expert_choice.gelu_bmm(hidden_EMF, w2_EFD, routing.weights_NEK), routing)
-
-
-def with_gather_matmul(x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int):
-    from mdit.kernels.expert_choice.triton_impl import gather_matmul
-
-    routing = expert_choice.route(F.linear(x_NTD, router_ED), tokens_per_expert)
-    hidden_EMF = gather_matmul(x_NTD, w1_EDF, routing)
     return expert_choice.scatter_tokens(expert_choice.gelu_bmm(hidden_EMF, w2_EFD, routing.weights_NEK), routing)
 
 

@@ -28,7 +28,7 @@ Bytes without the matmuls' own, for R = N * T * D and H = E * M * F numbers (at 
 
 from torch import Tensor
 
-from mdit.kernels import dispatch
+from mdit.kernels.dispatch import implementation
 from mdit.kernels.expert_choice import reference
 from mdit.kernels.expert_choice.reference import Routing
 
@@ -42,21 +42,13 @@ def route(logits_NTE: Tensor, tokens_per_expert: int) -> Routing:
     largest number. Differentiable through the weights alone. Saves logits and slots.
     """
     assert 0 <= tokens_per_expert <= logits_NTE.shape[1], (tokens_per_expert, logits_NTE.shape)
-    if dispatch.takes_triton("expert_choice", logits_NTE):
-        from mdit.kernels.expert_choice import triton_impl
-
-        return triton_impl.route(logits_NTE, tokens_per_expert)
-    return reference.route(logits_NTE, tokens_per_expert)
+    return implementation("expert_choice", logits_NTE, reference).route(logits_NTE, tokens_per_expert)
 
 
 def gather_tokens(x_NTD: Tensor, routing: Routing) -> Tensor:
     """-> (E, N * K, D): each expert's tokens in one block, as a batched matmul over experts wants them. Saves no x."""
     assert x_NTD.shape[:2] == routing.slots_NTE.shape[:2], (x_NTD.shape, routing.slots_NTE.shape)
-    if dispatch.takes_triton("expert_choice", x_NTD):
-        from mdit.kernels.expert_choice import triton_impl
-
-        return triton_impl.gather_tokens(x_NTD, routing)
-    return reference.gather_tokens(x_NTD, routing)
+    return implementation("expert_choice", x_NTD, reference).gather_tokens(x_NTD, routing)
 
 
 def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
@@ -67,11 +59,7 @@ def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
     """
     (n, experts, k), (_, m, _) = weights_NEK.shape, h_EMF.shape
     assert experts == len(h_EMF) == len(w2_EFD) and m == n * k, (h_EMF.shape, w2_EFD.shape, weights_NEK.shape)
-    if dispatch.takes_triton("expert_choice", h_EMF):
-        from mdit.kernels.expert_choice import triton_impl
-
-        return triton_impl.gelu_bmm(h_EMF, w2_EFD, weights_NEK)
-    return reference.gelu_bmm(h_EMF, w2_EFD, weights_NEK)
+    return implementation("expert_choice", h_EMF, reference).gelu_bmm(h_EMF, w2_EFD, weights_NEK)
 
 
 def scatter_tokens(y_EMD: Tensor, routing: Routing) -> Tensor:
@@ -81,8 +69,4 @@ def scatter_tokens(y_EMD: Tensor, routing: Routing) -> Tensor:
     """
     n, experts, k = routing.tokens_NEK.shape
     assert y_EMD.shape[:2] == (experts, n * k), (y_EMD.shape, routing.tokens_NEK.shape)
-    if dispatch.takes_triton("expert_choice", y_EMD):
-        from mdit.kernels.expert_choice import triton_impl
-
-        return triton_impl.scatter_tokens(y_EMD, routing)
-    return reference.scatter_tokens(y_EMD, routing)
+    return implementation("expert_choice", y_EMD, reference).scatter_tokens(y_EMD, routing)

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mdit.kernels.custom_op import CustomOp, custom_op, like
 from mdit.kernels.expert_choice.reference import Routing
-from mdit.kernels.launch import launch
-from mdit.kernels.registered import registered
+from mdit.kernels.launch import cdiv, dense, launch, power_of_2
+from mdit.kernels.triton_functions import gelu_and_slope, normal_cdf
 
 # ---------------------------------------------------------------- routing
 
@@ -126,22 +127,6 @@ def _scatter(
 
 
 @triton.jit
-def _normal(h):
-    """-> (P(X <= h), exp(-h^2 / 2)) for a standard normal X, so that gelu(h) = h * P(X <= h).
-
-    P(X <= -|h|) = exp(-h^2 / 2) * t * polynomial(t), t = 1 / (1 + 0.28 |h|), fitted so that gelu is off by at most
-    6e-9 (before rounding). It takes two thirds of the instructions of libdevice's erf, whose 38 an element would keep
-    the forward pass from running at the speed of memory, and has no cancellation where h is negative.
-    """
-    bell = tl.exp2(h * h * -0.7213475204444817)
-    t = 1.0 / (1.0 + 0.28 * tl.abs(h))
-    tail = 0.3949251411285014 - 0.10703225664142893 * t
-    tail = 0.27565747564446036 + t * (-0.24527743202289856 + t * tail)
-    tail = bell * t * (0.11695900015377553 + t * (0.06476805379794276 + t * tail))
-    return tl.where(h < 0, tail, 1.0 - tail), bell
-
-
-@triton.jit
 def _weights_of(weights, m, e, M, E: tl.constexpr, K: tl.constexpr):
     """(where in weights_NEK the rows m = n * K + k of expert e have theirs, are these rows real)"""
     return weights + (m // K) * (E * K) + e * K + m % K, m < M
@@ -161,7 +146,7 @@ def _gelu(
     place = first + tl.arange(0, BLOCK_M)[:, None] * F + f[None, :]
     mask = real[:, None] & (f < F)[None, :]
     values = tl.load(h + place, mask=mask, other=0.0).to(tl.float32)
-    p, _ = _normal(values)
+    p, _ = normal_cdf(values)
     tl.store(a + place, (weight * (values * p)).to(a.dtype.element_ty), mask=mask)
 
 
@@ -184,69 +169,38 @@ def _gelu_backward(
         mask = real[:, None] & (f < F)[None, :]
         values = tl.load(h + place, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(da + place, mask=mask, other=0.0).to(tl.float32)
-        p, bell = _normal(values)
-        gelu = values * p
+        gelu, slope = gelu_and_slope(values)
         dot += gelu * g
         tl.store(a + place, (weight * gelu).to(a.dtype.element_ty), mask=mask)
-        slope = p + values * (0.3989422804014327 * bell)
         tl.debug_barrier()  # dh may be da: no thread overwrites what another has yet to read
         tl.store(dh + place, (weight * g * slope).to(dh.dtype.element_ty), mask=mask)
     where, real = _weights_of(dweights, m, e, M, E, K)
     tl.store(where, tl.sum(dot, axis=1).to(dweights.dtype.element_ty), mask=real)
 
 
-# ---------------------------------------------------------------- a candidate for benchmarks
-
-
-@triton.jit
-def _gather_matmul(
-    x, w, tokens, out, M, K, D, F, stride_n, stride_t,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    e = tl.program_id(2)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    n = m // K
-    token = tl.load(tokens + (n * tl.num_programs(2) + e) * K + m % K, mask=m < M, other=0)
-    rows = x + n.to(tl.int64) * stride_n + token * stride_t
-    columns = w + e.to(tl.int64) * D * F + f
-    total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
-    for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        a = tl.load(rows[:, None] + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-        b = tl.load(columns[None, :] + d[:, None] * F, mask=(d < D)[:, None] & (f < F)[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    place = out + (e.to(tl.int64) * M + m[:, None]) * F + f[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (f < F)[None, :])
-
-
-# ---------------------------------------------------------------- launches
+# ---------------------------------------------------------------- launches and ops
 
 
 def _row_blocks(width: int, rows: int) -> tuple[int, int]:
     """(rows, columns) of a block: 256 columns, which are 16 bytes a lane of a warp in bf16, and divide 768 and 1024."""
-    return rows, min(256, triton.next_power_of_2(width))
+    return rows, min(256, power_of_2(width))
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@registered("mdit::expert_route")
-def _route_op(logits_NTE: Tensor, tokens_per_expert: int) -> tuple[Tensor, Tensor, Tensor]:
+@custom_op("mdit::expert_route_backward", fake=like(1))
+def _route_backward_op(dweights_NEK: Tensor, logits_NTE: Tensor, slots_NTE: Tensor) -> Tensor:
     n, num_tokens, experts = logits_NTE.shape
-    weights_NEK, tokens_NEK, slots_NTE = _empty_routing(logits_NTE, tokens_per_expert)
-    block = max(16, triton.next_power_of_2(num_tokens))  # a sort wants all tokens of an image in one program
+    dlogits_NTE = logits_NTE.new_empty(logits_NTE.shape)
+    block_e = power_of_2(experts)
+    block_t = max(1, min(1024 // block_e, power_of_2(num_tokens)))
     launch(
-        _route, (experts, n),
-        logits_NTE.contiguous(), weights_NEK, tokens_NEK, slots_NTE, num_tokens, tokens_per_expert,
-        E=experts, BLOCK_E=min(16, triton.next_power_of_2(experts)), BLOCK_T=block,
-        num_warps=min(max(block // 128, 1), 16),
+        _route_backward, (cdiv(num_tokens, block_t), n),
+        dweights_NEK.contiguous(), logits_NTE.contiguous(), slots_NTE, dlogits_NTE,
+        num_tokens, dweights_NEK.shape[2],
+        E=experts, BLOCK_E=block_e, BLOCK_T=block_t,
     )  # fmt: skip
-    return weights_NEK, tokens_NEK, slots_NTE
+    return dlogits_NTE
 
 
-@_route_op.register_fake
 def _empty_routing(logits_NTE: Tensor, tokens_per_expert: int) -> tuple[Tensor, Tensor, Tensor]:
     n, num_tokens, experts = logits_NTE.shape
     return (
@@ -256,42 +210,31 @@ def _empty_routing(logits_NTE: Tensor, tokens_per_expert: int) -> tuple[Tensor, 
     )
 
 
-@registered("mdit::expert_route_backward")
-def _route_backward_op(dweights_NEK: Tensor, logits_NTE: Tensor, slots_NTE: Tensor) -> Tensor:
-    n, num_tokens, experts = logits_NTE.shape
-    dlogits_NTE = logits_NTE.new_empty(logits_NTE.shape)
-    block_e = triton.next_power_of_2(experts)
-    block_t = max(1, min(1024 // block_e, triton.next_power_of_2(num_tokens)))
-    launch(
-        _route_backward, (triton.cdiv(num_tokens, block_t), n),
-        dweights_NEK.contiguous(), logits_NTE.contiguous(), slots_NTE, dlogits_NTE,
-        num_tokens, dweights_NEK.shape[2],
-        E=experts, BLOCK_E=block_e, BLOCK_T=block_t,
-    )  # fmt: skip
-    return dlogits_NTE
-
-
-@_route_backward_op.register_fake
-def _(dweights_NEK: Tensor, logits_NTE: Tensor, slots_NTE: Tensor) -> Tensor:
-    return logits_NTE.new_empty(logits_NTE.shape)
-
-
-def _save_routing(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[0], output[2])
-
-
-_route_op.register_autograd(
-    lambda ctx, dweights_NEK, *_: (_route_backward_op(dweights_NEK, *ctx.saved_tensors), None),
-    setup_context=_save_routing,
+@custom_op(
+    "mdit::expert_route",
+    fake=_empty_routing,
+    save=lambda logits_NTE, tokens_per_expert, routing: (logits_NTE, routing[2]),
+    backward=lambda dweights_NEK, _, __, logits_NTE, slots_NTE: _route_backward_op(dweights_NEK, logits_NTE, slots_NTE),
 )
+def _route_op(logits_NTE: Tensor, tokens_per_expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    n, num_tokens, experts = logits_NTE.shape
+    weights_NEK, tokens_NEK, slots_NTE = _empty_routing(logits_NTE, tokens_per_expert)
+    block = max(16, power_of_2(num_tokens))  # a sort wants all tokens of an image in one program
+    launch(
+        _route, (experts, n),
+        logits_NTE.contiguous(), weights_NEK, tokens_NEK, slots_NTE, num_tokens, tokens_per_expert,
+        E=experts, BLOCK_E=min(16, power_of_2(experts)), BLOCK_T=block,
+        num_warps=min(max(block // 128, 1), 16),
+    )  # fmt: skip
+    return weights_NEK, tokens_NEK, slots_NTE
 
 
 def gathered(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
-    (n, experts, k), width, x_NTD = tokens_NEK.shape, x_NTD.shape[2], _dense(x_NTD)
+    (n, experts, k), width, x_NTD = tokens_NEK.shape, x_NTD.shape[2], dense(x_NTD)
     out_EMD = x_NTD.new_empty(experts, n * k, width)
     block_k, block_d = _row_blocks(width, 16)
     launch(
-        _gather, (triton.cdiv(width, block_d), experts * triton.cdiv(k, block_k), n),
+        _gather, (cdiv(width, block_d), experts * cdiv(k, block_k), n),
         x_NTD, tokens_NEK.contiguous(), out_EMD, n, k, width, x_NTD.stride(0), x_NTD.stride(1),
         BLOCK_K=block_k, BLOCK_D=block_d,
     )  # fmt: skip
@@ -299,11 +242,11 @@ def gathered(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
 
 
 def scattered(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
-    (n, num_tokens, experts), width, y_EMD = slots_NTE.shape, y_EMD.shape[2], _dense(y_EMD)
+    (n, num_tokens, experts), width, y_EMD = slots_NTE.shape, y_EMD.shape[2], dense(y_EMD)
     out_NTD = y_EMD.new_empty(n, num_tokens, width)
     block_t, block_d = _row_blocks(width, 8)
     launch(
-        _scatter, (triton.cdiv(width, block_d), triton.cdiv(num_tokens, block_t), n),
+        _scatter, (cdiv(width, block_d), cdiv(num_tokens, block_t), n),
         y_EMD, slots_NTE.contiguous(), out_NTD,
         num_tokens, tokens_NEK.shape[2], width, y_EMD.stride(0), y_EMD.stride(1),
         E=experts, BLOCK_T=block_t, BLOCK_D=block_d,
@@ -311,52 +254,26 @@ def scattered(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
     return out_NTD
 
 
-_gather_op = registered("mdit::expert_gather")(gathered)
-_scatter_op = registered("mdit::expert_scatter")(scattered)
-
-
-@_gather_op.register_fake
-def _(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
-    n, experts, k = tokens_NEK.shape
-    return x_NTD.new_empty(experts, n * k, x_NTD.shape[2])
-
-
-@_scatter_op.register_fake
-def _(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
-    return y_EMD.new_empty(*slots_NTE.shape[:2], y_EMD.shape[2])
-
-
-def _save_indices(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
 # Each is the transpose of the other.
-_gather_op.register_autograd(
-    lambda ctx, d: (_scatter_op(d, *ctx.saved_tensors), None, None), setup_context=_save_indices
+_gather_op = CustomOp(
+    "mdit::expert_gather",
+    gathered,
+    fake=lambda x_NTD, tokens_NEK, slots_NTE: x_NTD.new_empty(
+        tokens_NEK.shape[1], tokens_NEK.shape[0] * tokens_NEK.shape[2], x_NTD.shape[2]
+    ),
+    save=lambda x_NTD, tokens_NEK, slots_NTE, out: (tokens_NEK, slots_NTE),
+    backward=lambda dy_EMD, *indices: _scatter_op(dy_EMD, *indices),
 )
-_scatter_op.register_autograd(
-    lambda ctx, d: (_gather_op(d, *ctx.saved_tensors), None, None), setup_context=_save_indices
+_scatter_op = CustomOp(
+    "mdit::expert_scatter",
+    scattered,
+    fake=lambda y_EMD, tokens_NEK, slots_NTE: y_EMD.new_empty(*slots_NTE.shape[:2], y_EMD.shape[2]),
+    save=lambda y_EMD, tokens_NEK, slots_NTE, out: (tokens_NEK, slots_NTE),
+    backward=lambda dx_NTD, *indices: _gather_op(dx_NTD, *indices),
 )
 
 
-@registered("mdit::expert_gelu_bmm")
-def _gelu_bmm_op(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
-    (experts, m, width), h_EMF, a_EMF = h_EMF.shape, h_EMF.contiguous(), h_EMF.new_empty(h_EMF.shape)
-    block_m, block_f = _row_blocks(width, 8)
-    launch(
-        _gelu, (triton.cdiv(width, block_f), triton.cdiv(m, block_m), experts),
-        h_EMF, weights_NEK.contiguous(), a_EMF, m, width,
-        E=experts, K=weights_NEK.shape[2], BLOCK_M=block_m, BLOCK_F=block_f,
-    )  # fmt: skip
-    return torch.bmm(a_EMF, w2_EFD)
-
-
-@_gelu_bmm_op.register_fake
-def _(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
-    return h_EMF.new_empty(*h_EMF.shape[:2], w2_EFD.shape[2])
-
-
-@registered("mdit::expert_gelu_bmm_backward")
+@custom_op("mdit::expert_gelu_bmm_backward", fake=like(1, 2, 3))
 def _gelu_bmm_backward_op(
     dy_EMD: Tensor, h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -365,28 +282,28 @@ def _gelu_bmm_backward_op(
     dweights_NEK = weights_NEK.new_empty(weights_NEK.shape)
     block_m, block_f = _row_blocks(width, 8)
     launch(
-        _gelu_backward, (triton.cdiv(m, block_m), experts),
+        _gelu_backward, (cdiv(m, block_m), experts),
         h_EMF, dh_EMF, weights_NEK.contiguous(), dh_EMF, a_EMF, dweights_NEK, m, width,
         E=experts, K=weights_NEK.shape[2], BLOCK_M=block_m, BLOCK_F=block_f,
     )  # fmt: skip
     return dh_EMF, torch.bmm(a_EMF.transpose(1, 2), dy_EMD), dweights_NEK
 
 
-@_gelu_bmm_backward_op.register_fake
-def _(dy_EMD: Tensor, h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return h_EMF.new_empty(h_EMF.shape), w2_EFD.new_empty(w2_EFD.shape), weights_NEK.new_empty(weights_NEK.shape)
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-_gelu_bmm_op.register_autograd(
-    lambda ctx, dy_EMD: _gelu_bmm_backward_op(dy_EMD, *ctx.saved_tensors), setup_context=_save_inputs
+@custom_op(
+    "mdit::expert_gelu_bmm",
+    fake=lambda h_EMF, w2_EFD, weights_NEK: h_EMF.new_empty(*h_EMF.shape[:2], w2_EFD.shape[2]),
+    save=lambda h_EMF, w2_EFD, weights_NEK, out: (h_EMF, w2_EFD, weights_NEK),
+    backward=_gelu_bmm_backward_op,
 )
-
-
-# ---------------------------------------------------------------- the public functions
+def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
+    (experts, m, width), h_EMF, a_EMF = h_EMF.shape, h_EMF.contiguous(), h_EMF.new_empty(h_EMF.shape)
+    block_m, block_f = _row_blocks(width, 8)
+    launch(
+        _gelu, (cdiv(width, block_f), cdiv(m, block_m), experts),
+        h_EMF, weights_NEK.contiguous(), a_EMF, m, width,
+        E=experts, K=weights_NEK.shape[2], BLOCK_M=block_m, BLOCK_F=block_f,
+    )  # fmt: skip
+    return torch.bmm(a_EMF, w2_EFD)
 
 
 def route(logits_NTE: Tensor, tokens_per_expert: int) -> Routing:
@@ -397,33 +314,5 @@ def gather_tokens(x_NTD: Tensor, routing: Routing) -> Tensor:
     return _gather_op(x_NTD, routing.tokens_NEK, routing.slots_NTE)
 
 
-def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
-    return _gelu_bmm_op(h_EMF, w2_EFD, weights_NEK)
-
-
 def scatter_tokens(y_EMD: Tensor, routing: Routing) -> Tensor:
     return _scatter_op(y_EMD, routing.tokens_NEK, routing.slots_NTE)
-
-
-def gather_matmul(x_NTD: Tensor, w_EDF: Tensor, routing: Routing) -> Tensor:
-    """bmm(gather_tokens(x, routing), w) -> (E, N * K, F), whose rows are gathered while loading; forward only.
-
-    For comparison: training does not call it. At 16,384 tokens of D = 1024 in bf16 it spares gathering's 100 MB (36 us
-    at 2.8 TB/s). The matmul takes F / 4096 * 423 us at cuBLAS's 650 TFLOP/s; in Triton, without the tensor memory
-    accelerator (which does not gather rows as loaded here) at about 80 % of that, a quarter more. So it would win below
-    F of about 1,400, by 23 us at F = 512, and lose 70 us at F = 4096. But w's gradient needs the gathered tokens in
-    backward, where they would be gathered after all: what remains is the memory of keeping them (67 MB a layer).
-    """
-    assert not (torch.is_grad_enabled() and (x_NTD.requires_grad or w_EDF.requires_grad)), "has no gradient"
-    (n, experts, k), width, x_NTD = routing.tokens_NEK.shape, w_EDF.shape[2], _dense(x_NTD)
-    out_EMF = x_NTD.new_empty(experts, n * k, width)
-    full = x_NTD.dtype == torch.float32  # no tensor cores: the tile must fit the registers
-    block_m, block_f, block_d = (64, 64, 32) if full else (128, min(256, max(16, triton.next_power_of_2(width))), 64)
-    launch(
-        _gather_matmul, (triton.cdiv(n * k, block_m), triton.cdiv(width, block_f), experts),
-        x_NTD, w_EDF.contiguous(), routing.tokens_NEK.contiguous(), out_EMF,
-        n * k, k, x_NTD.shape[2], width, x_NTD.stride(0), x_NTD.stride(1),
-        PRECISION="ieee", BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_D=block_d,
-        num_warps=4 if full else 8, num_stages=3,
-    )  # fmt: skip
-    return out_EMF

@@ -29,34 +29,19 @@ forward and 128 backward.
 
 from torch import Tensor
 
-from mdit.kernels import dispatch
+from mdit.kernels.dispatch import implementation
 from mdit.kernels.masked_attention import reference
 
 
 def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float) -> Tensor:
     """q, k and v side by side, X = 3A. -> (N, T, A)"""
     assert qkv_NTX.dim() == 3 and qkv_NTX.shape[-1] % (3 * num_heads) == 0, (qkv_NTX.shape, num_heads)
-    if dispatch.takes_triton("masked_attention", qkv_NTX):
-        from mdit.kernels.masked_attention import triton_impl
-
-        return triton_impl.self_attention(qkv_NTX, num_heads, eps)
-    return reference.self_attention(qkv_NTX, num_heads, eps)
+    return implementation("masked_attention", qkv_NTX, reference).self_attention(qkv_NTX, num_heads, eps)
 
 
-def cross_attention(
-    q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float, key_lengths_N: Tensor | None = None
-) -> Tensor:
-    """k and v side by side, X = 2A. -> (N, T, A)
-
-    key_lengths_N, int32 or int64 in 1..L: keys at or beyond an image's length are not attended to, and get gradients of
-    zero. Triton neither reads them nor computes with blocks of 64 of them.
-    """
+def cross_attention(q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float) -> Tensor:
+    """k and v side by side, X = 2A. -> (N, T, A)"""
     (n, _, width), (kv_n, length, kv_width) = q_NTA.shape, kv_NLX.shape
     assert n == kv_n and kv_width == 2 * width and width % num_heads == 0, (q_NTA.shape, kv_NLX.shape, num_heads)
     assert q_NTA.dtype == kv_NLX.dtype and length > 0, (q_NTA.dtype, kv_NLX.dtype, length)
-    assert key_lengths_N is None or key_lengths_N.shape == (n,), (key_lengths_N.shape, n)
-    if dispatch.takes_triton("masked_attention", q_NTA):
-        from mdit.kernels.masked_attention import triton_impl
-
-        return triton_impl.cross_attention(q_NTA, kv_NLX, num_heads, eps, key_lengths_N)
-    return reference.cross_attention(q_NTA, kv_NLX, num_heads, eps, key_lengths_N)
+    return implementation("masked_attention", q_NTA, reference).cross_attention(q_NTA, kv_NLX, num_heads, eps)

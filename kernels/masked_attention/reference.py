@@ -3,29 +3,21 @@
 Shapes: N batch, T image tokens, L caption tokens, A width of the attention (heads x head_dim), X a packed width.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float) -> Tensor:
     """q, k and v side by side, X = 3A. -> (N, T, A)"""
-    return _attend(*qkv_NTX.chunk(3, dim=-1), num_heads, eps, key_lengths_N=None)
+    return _attend(*qkv_NTX.chunk(3, dim=-1), num_heads, eps)
 
 
-def cross_attention(
-    q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float, key_lengths_N: Tensor | None = None
-) -> Tensor:
-    """k and v side by side, X = 2A. Keys at or beyond an image's length are not attended to. -> (N, T, A)"""
-    return _attend(q_NTA, *kv_NLX.chunk(2, dim=-1), num_heads, eps, key_lengths_N)
+def cross_attention(q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float) -> Tensor:
+    """k and v side by side, X = 2A. -> (N, T, A)"""
+    return _attend(q_NTA, *kv_NLX.chunk(2, dim=-1), num_heads, eps)
 
 
-def _attend(
-    q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int, eps: float, key_lengths_N: Tensor | None
-) -> Tensor:
-    mask = None
-    if key_lengths_N is not None:
-        mask = torch.arange(k_NLA.shape[1], device=k_NLA.device) < key_lengths_N.view(-1, 1, 1, 1)  # (N, 1, 1, L)
+def _attend(q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int, eps: float) -> Tensor:
     q, k = F.layer_norm(q_NTA, q_NTA.shape[-1:], eps=eps), F.layer_norm(k_NLA, k_NLA.shape[-1:], eps=eps)
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v_NLA))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)

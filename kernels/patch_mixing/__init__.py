@@ -21,7 +21,7 @@ program's sums by themselves, then in a fixed order, so that every run gives the
 
 from torch import Tensor
 
-from mdit.kernels import dispatch
+from mdit.kernels.dispatch import implementation
 from mdit.kernels.patch_mixing import reference
 
 
@@ -43,8 +43,6 @@ def add_norm_modulate(
     assert y_NTD is None or y_NTD.shape == x_NTD.shape
     assert gate_ND is None or y_NTD is not None, "a gate needs something to let through"
     assert (shift_ND is None) == (scale_ND is None), "shift and scale come together"
-    if dispatch.takes_triton("patch_mixing", x_NTD):
-        from mdit.kernels.patch_mixing import triton_impl
-
-        return triton_impl.add_norm_modulate(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK)
-    return reference.add_norm_modulate(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK)
+    return implementation("patch_mixing", x_NTD, reference).add_norm_modulate(
+        x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK
+    )

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from mdit.kernels.fp8_linear.rounding import quantised
-from mdit.kernels.launch import launch
-from mdit.kernels.registered import registered
+from mdit.kernels.custom_op import custom_op
+from mdit.kernels.launch import cdiv, dense, launch, power_of_2, strides
+from mdit.kernels.triton_functions import quantised
 
 
 @triton.jit
@@ -207,7 +207,7 @@ IMAGE_TILE, IMAGE_ROWS = 2048, 64  # elements of one sum, and rows that are adde
 
 def _tile(width: int, rows: int) -> dict[str, int]:
     """8 columns a thread, so 128 threads at widths 768 (where a fourth of them idle) and 1024."""
-    block = _power_of_2(width)
+    block = power_of_2(width)
     return {"D": width, "BLOCK_D": block, "ROWS": rows, "num_warps": min(max(block // 256, 1), 16)}
 
 
@@ -217,90 +217,45 @@ def _rows_per_program(images: int, num_rows: int, tile: int) -> int:
     A program reads 4 vectors beside its rows, and backward writes 3 sums in float32. The rule asks no GPU, so that
     sums are split alike, and are the same bits, on all of them.
     """
-    programs = min(max(4 * 132 // images, 1), _ceil_div(num_rows, 8))
-    return tile * _ceil_div(_ceil_div(num_rows, programs), tile)
+    programs = min(max(4 * 132 // images, 1), cdiv(num_rows, 8))
+    return tile * cdiv(cdiv(num_rows, programs), tile)
 
 
-@registered("mdit::add_norm_modulate")
-def _add_norm_modulate(
-    x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
-    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> x' and h (N, K, D), mean and rstd of the rows of x' (2, N, K) float32"""
-    new = _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK)
-    _launch_forward(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, new)
-    return new
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else dense(t) for t in tensors]
 
 
-@_add_norm_modulate.register_fake
-def _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK):
-    n, t, width = x_NTD.shape
-    k = t if keep_NK is None else keep_NK.shape[1]
-    stats_2NK = x_NTD.new_empty(2, n, k, dtype=torch.float32)
-    return x_NTD.new_empty(n, k, width), x_NTD.new_empty(n, k, width), stats_2NK
-
-
-@registered("mdit::norm_modulate")
-def _norm_modulate(
-    x_NTD: Tensor, weight_D: Tensor, shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The same of x alone, of which there is no copy then. -> h, mean and rstd"""
-    new = _new_norm(x_NTD, weight_D, shift_ND, scale_ND, eps)
-    _launch_forward(x_NTD, None, None, weight_D, shift_ND, scale_ND, eps, None, (None, *new))
-    return new
-
-
-@_norm_modulate.register_fake
-def _new_norm(x_NTD, weight_D, shift_ND, scale_ND, eps):
-    return x_NTD.new_empty(x_NTD.shape), x_NTD.new_empty(2, *x_NTD.shape[:2], dtype=torch.float32)
-
-
-def _launch_forward(x, y, gate, weight, shift, scale, eps, keep, new) -> None:
-    """`new`: x' or None, h, the statistics, and perhaps h in float8."""
-    out_NKD, h_NKD, stats_2NK, h8_NKD, h8_scale_NK1 = *new, *(None,) * (5 - len(new))
-    x, y, gate, weight, shift, scale, keep = map(_dense, (x, y, gate, weight, shift, scale, keep))
-    n, k, width = h_NKD.shape
-    rows = _rows_per_program(n, k, FORWARD_TILE)
-    launch(
-        _mix, (n * _ceil_div(k, rows),), x, y, gate, weight, shift, scale, keep, out_NKD, h_NKD, stats_2NK,
-        h8_NKD, h8_scale_NK1,
-        *_strides(x, 2), *_strides(y, 2), *_strides(gate), *_strides(shift), *_strides(scale), *_strides(keep),
-        n, k, rows, eps, **_tile(width, FORWARD_TILE), STAGES=3, INTERPRETED=knobs.runtime.interpret, num_stages=3,
-    )  # fmt: skip
-
-
-@registered("mdit::add_norm_modulate_backward")
+@custom_op("mdit::add_norm_modulate_backward", fake=lambda *inputs: _new_gradients(*inputs))
 def _add_norm_modulate_backward(
     x_NKD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor, scale_ND: Tensor | None,
     keep_NK: Tensor | None, stats_2NK: Tensor, num_tokens: int, d_out_NKD: Tensor | None, dh_NKD: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """x is x'. -> those of dx, dy, dgate, dweight, dshift and dscale that `_exist` says"""
-    x, y, gate, weight, scale, keep = map(_dense, (x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK))
-    d_out, dh = _dense(d_out_NKD), _dense(dh_NKD)
+    x, y, gate, weight, scale, keep = _dense(x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK)
+    d_out, dh = _dense(d_out_NKD, dh_NKD)
     n, k, width = x.shape
     rows = _rows_per_program(n, k, BACKWARD_TILE)
-    programs_per_image = _ceil_div(k, rows)
+    programs_per_image = cdiv(k, rows)
     programs = n * programs_per_image
     sums_3PD = x.new_empty(3, programs, width, dtype=torch.float32)
     new = _new_gradients(x, y, gate, weight, scale, keep, stats_2NK, num_tokens, d_out, dh)
     dx, dy, dgate, dweight, dshift, dscale = _all_six(new, gate, scale, dh)
     launch(
         _mix_backward, (programs,), x, y, gate, weight, scale, keep, stats_2NK, d_out, dh, dx, dy, sums_3PD,
-        *_strides(x, 2), *_strides(y, 2), *_strides(gate), *_strides(scale), *_strides(keep), *_strides(d_out, 2),
-        *_strides(dh, 2), n, num_tokens, k, rows, **_tile(width, BACKWARD_TILE), STAGES=4, num_stages=4,
+        *strides(x, 2), *strides(y, 2), *strides(gate), *strides(scale), *strides(keep), *strides(d_out, 2),
+        *strides(dh, 2), n, num_tokens, k, rows, **_tile(width, BACKWARD_TILE), STAGES=4, num_stages=4,
     )  # fmt: skip
-    image_rows = min(_power_of_2(programs_per_image), IMAGE_ROWS)
-    image_columns = min(IMAGE_TILE // image_rows, _power_of_2(width))
-    of_images = 0 if dgate is None and dscale is None else n * _ceil_div(width, image_columns)
+    image_rows = min(power_of_2(programs_per_image), IMAGE_ROWS)
+    image_columns = min(IMAGE_TILE // image_rows, power_of_2(width))
+    of_images = 0 if dgate is None and dscale is None else n * cdiv(width, image_columns)
     launch(
-        _mix_sums, (_ceil_div(width, WEIGHT_TILE["COLUMNS"]) + of_images,),
-        sums_3PD, weight, scale, dgate, dweight, dshift, dscale, *_strides(scale), programs, programs_per_image,
+        _mix_sums, (cdiv(width, WEIGHT_TILE["COLUMNS"]) + of_images,),
+        sums_3PD, weight, scale, dgate, dweight, dshift, dscale, *strides(scale), programs, programs_per_image,
         D=width, **WEIGHT_TILE, IMAGE_ROWS=image_rows, IMAGE_COLUMNS=image_columns, num_warps=4,
     )  # fmt: skip
     return new
 
 
-@_add_norm_modulate_backward.register_fake
 def _new_gradients(x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK, num_tokens, d_out_NKD, dh_NKD):
     n, _, width = x_NKD.shape
     new = x_NKD.new_empty if keep_NK is None else x_NKD.new_zeros  # nothing is written of dropped tokens
@@ -327,61 +282,61 @@ def _all_six(gradients: list[Tensor], gate, scale, dh) -> list[Tensor | None]:
     return [next(remaining) if exists else None for exists in _exist(gate, scale, dh)]
 
 
-def _save(ctx, inputs, output) -> None:
-    x_NTD, y_NTD, gate_ND, weight_D, _, scale_ND, _, keep_NK = inputs
-    out_NKD, _, stats_2NK, *_ = output
-    ctx.num_tokens, ctx.adds = x_NTD.shape[1], y_NTD is not None
-    y_NTD = y_NTD if gate_ND is not None else None
-    ctx.save_for_backward(out_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK)
+def _writes_sum(y_NTD, keep_NK) -> bool:
+    """Whether x' is written: not where it is x itself."""
+    return y_NTD is not None or keep_NK is not None
 
 
-def _differentiate(ctx, d_out_NKD, dh_NKD, *_):
-    saved = ctx.saved_tensors  # looked at once: activation checkpointing allows no second time
-    _, y_NTD, gate_ND, _, scale_ND, _, _ = saved
-    gradients = _add_norm_modulate_backward(*saved, ctx.num_tokens, d_out_NKD, dh_NKD)
-    dx, dy, dgate, dweight, dshift, dscale = _all_six(gradients, gate_ND, scale_ND, dh_NKD)
-    if ctx.adds and dy is None:
-        dy = dx
-    return dx, dy, dgate, dweight, dshift, dscale, None, None
+def _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, fp8):
+    (n, k), width = (x_NTD if keep_NK is None else keep_NK).shape[:2], x_NTD.shape[2]
+    new = [x_NTD.new_empty(n, k, width), x_NTD.new_empty(2, n, k, dtype=torch.float32)]
+    if fp8:
+        new += [x_NTD.new_empty(n, k, width, dtype=torch.float8_e4m3fn), x_NTD.new_empty(n, k, 1, dtype=torch.float32)]
+    return [*new, x_NTD.new_empty(n, k, width)] if _writes_sum(y_NTD, keep_NK) else new
 
 
-def _save_norm(ctx, inputs, output) -> None:
-    x_NTD, weight_D, _, scale_ND, _ = inputs
-    ctx.save_for_backward(x_NTD, None, None, weight_D, scale_ND, None, output[1])
+def _save(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, fp8, outputs) -> tuple:
+    adds, writes_sum = y_NTD is not None, _writes_sum(y_NTD, keep_NK)
+    x, y = outputs[-1] if writes_sum else x_NTD, None if gate_ND is None else y_NTD
+    return x, y, gate_ND, weight_D, scale_ND, keep_NK, outputs[1], x_NTD.shape[1], adds, writes_sum
 
 
-def _differentiate_norm(ctx, dh_NTD, *_):
-    saved = ctx.saved_tensors
-    gradients = _add_norm_modulate_backward(*saved, dh_NTD.shape[1], None, dh_NTD)
-    dx, _, _, dweight, dshift, dscale = _all_six(gradients, None, saved[4], dh_NTD)
-    return dx, dweight, dshift, dscale, None
+def _gradients(dh_NKD, *more):
+    """`more`: gradients of the other outputs, then what `_save` kept."""
+    *others, x, y, gate, weight, scale, keep, stats, num_tokens, adds, writes_sum = more
+    d_out = others[-1] if writes_sum else None
+    found = _add_norm_modulate_backward(x, y, gate, weight, scale, keep, stats, num_tokens, d_out, dh_NKD)
+    dx, dy, dgate, dweight, dshift, dscale = _all_six(found, gate, scale, dh_NKD)
+    return dx, dx if adds and dy is None else dy, dgate, dweight, dshift, dscale
 
 
-_add_norm_modulate.register_autograd(_differentiate, setup_context=_save)
-_norm_modulate.register_autograd(_differentiate_norm, setup_context=_save_norm)
+@custom_op("mdit::add_norm_modulate", fake=_new_outputs, save=_save, backward=_gradients)
+def _add_norm_modulate(
+    x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
+    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None, fp8: bool,
+) -> list[Tensor]:  # fmt: skip
+    """-> h (N, K, D); mean and rstd of the rows of x' (2, N, K) float32; for `fp8` h in float8 and its scales; x'
+    (N, K, D), where it is not x itself"""
+    new = _new_outputs(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, fp8)
+    h_NKD, stats_2NK, *_ = new
+    in_float8 = new[2:4] if fp8 else (None, None)
+    out_NKD = new[-1] if _writes_sum(y_NTD, keep_NK) else None
+    x, y, gate, weight, shift, scale, keep = _dense(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, keep_NK)
+    n, k, width = h_NKD.shape
+    rows = _rows_per_program(n, k, FORWARD_TILE)
+    launch(
+        _mix, (n * cdiv(k, rows),), x, y, gate, weight, shift, scale, keep, out_NKD, h_NKD, stats_2NK, *in_float8,
+        *strides(x, 2), *strides(y, 2), *strides(gate), *strides(shift), *strides(scale), *strides(keep),
+        n, k, rows, eps, **_tile(width, FORWARD_TILE), STAGES=3, INTERPRETED=knobs.runtime.interpret, num_stages=3,
+    )  # fmt: skip
+    return new
 
 
 def add_norm_modulate(
     x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
-    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if y_NTD is None and keep_NK is None:
-        return x_NTD, _norm_modulate(x_NTD, weight_D, shift_ND, scale_ND, eps)[0]
-    return _add_norm_modulate(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK)[:2]
-
-
-def _dense(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
-def _strides(t: Tensor | None, count: int = 1) -> tuple[int, ...]:
-    return (0,) * count if t is None else t.stride()[:count]
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv on the host takes 10 us
-
-
-def _power_of_2(a: int) -> int:
-    """The smallest that is not less."""
-    return 1 << (a - 1).bit_length()
+    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None = None, fp8: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> x', h and, for `fp8`, h in float8 and its scales"""
+    found = _add_norm_modulate(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, fp8)
+    h_NKD, _, *float8 = found[: 4 if fp8 else 2]
+    return found[-1] if _writes_sum(y_NTD, keep_NK) else x_NTD, h_NKD, *float8

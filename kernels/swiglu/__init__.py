@@ -13,15 +13,11 @@ matmuls, F values are read or written 5 + 9 times for a token (forward + backwar
 
 from torch import Tensor
 
-from mdit.kernels import dispatch
+from mdit.kernels.dispatch import implementation
 from mdit.kernels.swiglu import reference
 
 
 def swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
     """(..., 2 F), a and b side by side -> (..., D)"""
     assert ab.shape[-1] == 2 * weight_DF.shape[1], (ab.shape, weight_DF.shape)
-    if dispatch.takes_triton("swiglu", ab):
-        from mdit.kernels.swiglu import triton_impl
-
-        return triton_impl.swiglu_linear(ab, weight_DF, bias_D)
-    return reference.swiglu_linear(ab, weight_DF, bias_D)
+    return implementation("swiglu", ab, reference).swiglu_linear(ab, weight_DF, bias_D)

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdit.kernels.launch import launch
-from mdit.kernels.registered import registered
+from mdit.kernels.custom_op import custom_op, like
+from mdit.kernels.launch import cdiv, launch, matrix, power_of_2
+from mdit.kernels.triton_functions import swiglu_gradients
 
 
 @triton.jit
@@ -29,21 +30,15 @@ def _swiglu_backward(
 ):  # fmt: skip
     """da and db, (M, 2 F), from the gradient of u, which is in u_ptr; u itself takes its place."""
     row, column, inside = _tile(M, F, ROWS, COLUMNS)
-    a_ptrs, da_ptrs, u_ptrs = (
-        ab_ptr + row * ab_stride + column,
-        dab_ptr + row * 2 * F + column,
-        u_ptr + row * F + column,
-    )
+    a_ptrs, da_ptrs = ab_ptr + row * ab_stride + column, dab_ptr + row * 2 * F + column
+    u_ptrs = u_ptr + row * F + column
     a = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(a_ptrs + F, mask=inside, other=0.0).to(tl.float32)
-    du = tl.load(u_ptrs, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(a)
-    silu = a * sigmoid
-    da = du * b * (sigmoid + silu * (1 - sigmoid))
+    da, db, u = swiglu_gradients(a, b, tl.load(u_ptrs, mask=inside, other=0.0).to(tl.float32))
     tl.store(da_ptrs, da.to(dab_ptr.dtype.element_ty), mask=inside)
-    tl.store(da_ptrs + F, (du * silu).to(dab_ptr.dtype.element_ty), mask=inside)
+    tl.store(da_ptrs + F, db.to(dab_ptr.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # no thread overwrites what another has yet to read
-    tl.store(u_ptrs, (silu * b).to(u_ptr.dtype.element_ty), mask=inside)
+    tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -57,69 +52,35 @@ def _tile(M, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def _launch(kernel, elements: int, *arguments: Tensor | int, num_rows: int, width: int) -> None:
     """Tiles of 256 columns: they divide every width that the model has, and a warp reads 512 bytes of a row."""
-    columns = min(1 << (width - 1).bit_length(), 256)
+    columns = min(power_of_2(width), 256)
     rows = elements // columns
-    grid = (-(-num_rows // rows) * -(-width // columns),)  # triton.cdiv on the host takes 10 us
+    grid = (cdiv(num_rows, rows) * cdiv(width, columns),)
     launch(kernel, grid, *arguments, num_rows, F=width, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=1)
 
 
-def gated(ab_MX: Tensor) -> Tensor:
-    """(M, 2 F) -> silu(a) * b (M, F)"""
-    m, width = len(ab_MX), ab_MX.shape[1] // 2
-    u_MF = ab_MX.new_empty(m, width)
-    _launch(_swiglu, 4096, ab_MX, u_MF, ab_MX.stride(0), num_rows=m, width=width)
-    return u_MF
-
-
-def gated_gradient(ab_MX: Tensor, du_MF: Tensor) -> tuple[Tensor, Tensor]:
-    """-> the gradient of ab, and u = silu(a) * b, which takes the place of its gradient."""
-    (m, width), dab_MX = du_MF.shape, ab_MX.new_empty(ab_MX.shape)
-    _launch(_swiglu_backward, 2048, ab_MX, du_MF, dab_MX, ab_MX.stride(0), num_rows=m, width=width)
-    return dab_MX, du_MF
-
-
-@registered("mdit::swiglu_linear")
-def _swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
-    return functional.linear(gated(_rows(ab)), weight_DF, bias_D).view(*ab.shape[:-1], -1)
-
-
-@_swiglu_linear.register_fake
-def _(ab, weight_DF, bias_D):
-    return ab.new_empty(*ab.shape[:-1], weight_DF.shape[0])
-
-
-@registered("mdit::swiglu_linear_backward")
+@custom_op("mdit::swiglu_linear_backward", fake=like(1, 2))
 def _swiglu_linear_backward(d_out: Tensor, ab: Tensor, weight_DF: Tensor) -> tuple[Tensor, Tensor]:
     """-> dab, dweight"""
-    d_out_MD = _rows(d_out)
-    dab_MX, u_MF = gated_gradient(_rows(ab), d_out_MD @ weight_DF)
+    d_out_MD, ab_MX = matrix(d_out), matrix(ab)
+    u_MF, dab_MX = d_out_MD @ weight_DF, ab_MX.new_empty(ab_MX.shape)  # u's gradient, until the kernel overwrites it
+    (m, width), stride = u_MF.shape, ab_MX.stride(0)
+    _launch(_swiglu_backward, 2048, ab_MX, u_MF, dab_MX, stride, num_rows=m, width=width)
     return dab_MX.view(ab.shape), d_out_MD.t() @ u_MF
 
 
-@_swiglu_linear_backward.register_fake
-def _(d_out, ab, weight_DF):
-    return ab.new_empty(ab.shape), weight_DF.new_empty(weight_DF.shape)
+def _gradients(d_out: Tensor, ab: Tensor, weight_DF: Tensor, has_bias: bool):
+    dbias_D = d_out.reshape(-1, d_out.shape[-1]).sum(0) if has_bias else None
+    return *_swiglu_linear_backward(d_out, ab, weight_DF), dbias_D
 
 
-def _save(ctx, inputs, output) -> None:
-    ab, weight_DF, bias_D = inputs
-    ctx.has_bias = bias_D is not None
-    ctx.save_for_backward(ab, weight_DF)
-
-
-def _differentiate(ctx, d_out):
-    dbias_D = d_out.reshape(-1, d_out.shape[-1]).sum(0) if ctx.has_bias else None
-    return *_swiglu_linear_backward(d_out, *ctx.saved_tensors), dbias_D
-
-
-_swiglu_linear.register_autograd(_differentiate, setup_context=_save)
-
-
-def swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    return _swiglu_linear(ab, weight_DF, bias_D)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(M, F), the last dimension dense; a view where strides allow it."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 else t.contiguous()
+@custom_op(
+    "mdit::swiglu_linear",
+    fake=lambda ab, weight_DF, bias_D: ab.new_empty(*ab.shape[:-1], weight_DF.shape[0]),
+    save=lambda ab, weight_DF, bias_D, out: (ab, weight_DF, bias_D is not None),
+    backward=_gradients,
+)
+def swiglu_linear(ab: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
+    ab_MX, width = matrix(ab), weight_DF.shape[1]
+    u_MF = ab_MX.new_empty(len(ab_MX), width)
+    _launch(_swiglu, 4096, ab_MX, u_MF, ab_MX.stride(0), num_rows=len(ab_MX), width=width)
+    return functional.linear(u_MF, weight_DF, bias_D).view(*ab.shape[:-1], -1)

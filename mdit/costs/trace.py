@@ -34,8 +34,8 @@ from mdit.config import ModelConfig, UserError, kept_tokens
 from mdit.diffusion.edm import Draw, edm_loss
 from mdit.dist import World
 from mdit.kernels import dispatch
+from mdit.kernels.custom_op import FUNCTIONS
 from mdit.kernels.launch import Launch, recorded
-from mdit.kernels.registered import FUNCTIONS
 from mdit.masking import Mask
 from mdit.models import MicroDiT
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU

@@ -5,7 +5,7 @@ import torch
 
 from mdit.config import UserError
 from mdit.kernels import choice, dispatch, patch_mixing
-from mdit.kernels.dispatch import OPS, takes_triton, using
+from mdit.kernels.dispatch import OPS, use_triton, using
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
@@ -13,7 +13,7 @@ CPU, FLOAT = torch.device("cpu"), torch.float32
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
     """What a test settles ends with it; TRITON_INTERPRET, set for all tests, counts only where a test says so."""
-    monkeypatch.setattr(dispatch, "_in_triton", frozenset())
+    monkeypatch.setattr(dispatch, "_in_triton", {})
     monkeypatch.setattr(dispatch, "_dtypes", ())
     monkeypatch.setattr(dispatch, "_off_gpu", False)
     monkeypatch.delenv("MDIT_KERNELS", raising=False)
@@ -34,7 +34,7 @@ def test_auto_is_pytorch_on_a_cpu_even_when_kernels_could_be_interpreted(monkeyp
     monkeypatch.setattr(choice, "_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels("auto", CPU) == (frozenset(), "there is no GPU")
-    assert not takes_triton("swiglu", torch.ones(1))
+    assert not use_triton("swiglu", torch.ones(1))
 
 
 def test_auto_without_triton(monkeypatch):
@@ -61,7 +61,7 @@ def test_auto_on_a_gpu_takes_the_ops_that_agree(monkeypatch):
     chosen, reason = choose_kernels("auto", device)
     assert chosen == {*OPS} - {"swiglu"}
     assert reason == "they agree with PyTorch on some GPU; swiglu does not: no compiler"
-    assert not takes_triton("swiglu", torch.ones(1))
+    assert not use_triton("swiglu", torch.ones(1))
 
 
 def test_head_dims_without_kernels_leave_attention_to_pytorch(monkeypatch):
@@ -91,7 +91,7 @@ def test_triton_on_a_cpu_is_possible_interpreted(monkeypatch):
     monkeypatch.setattr(choice, "_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels("triton", CPU) == (frozenset(OPS), "asked for")
-    assert takes_triton("swiglu", torch.ones(1)) and not takes_triton("swiglu", torch.ones(1, dtype=torch.float64))
+    assert use_triton("swiglu", torch.ones(1)) and not use_triton("swiglu", torch.ones(1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("wanted", ["auto", "triton"])
@@ -104,7 +104,7 @@ def test_kernels_run_in_the_dtype_that_was_checked_and_in_no_other(monkeypatch, 
     assert checked == ({dtype} if wanted == "auto" else set())
     for other in (*dispatch.DTYPES, torch.float64):
         runs = other == dtype and other != torch.float64
-        assert {takes_triton(op, torch.ones(1, dtype=other)) for op in OPS} == {runs}
+        assert {use_triton(op, torch.ones(1, dtype=other)) for op in OPS} == {runs}
 
 
 def test_float8_is_left_alone_unless_it_is_wanted(monkeypatch):
@@ -132,7 +132,7 @@ def test_the_environment_speaks_where_the_json_does_not(monkeypatch):
 
 def test_using_ends_with_its_block():
     with using("patch_mixing", off_gpu=True):
-        assert takes_triton("patch_mixing", torch.ones(1)) and not takes_triton("swiglu", torch.ones(1))
-    assert not takes_triton("patch_mixing", torch.ones(1))
+        assert use_triton("patch_mixing", torch.ones(1)) and not use_triton("swiglu", torch.ones(1))
+    assert not use_triton("patch_mixing", torch.ones(1))
     x = torch.randn(1, 2, 8)
     patch_mixing.add_norm_modulate(x, None, None, torch.ones(8), None, None, 1e-6)  # in PyTorch again

@@ -146,14 +146,14 @@ def test_error_is_that_of_four_bits(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 16), (3, 7, 80), (2, 4112), (2, 300, 20)])
 def test_triton_quantises_to_the_same_numbers(triton, shape, dtype):
-    from mdit.kernels.fp8_linear import triton_impl
+    from mdit.kernels.fp8_linear import triton_quantise
 
     x = torch.randn(shape) * torch.exp(2 * torch.randn(*shape[:-1], 1)).clamp(1e-2, 1e2)
     x[..., 0, :], x[..., 1, 3] = 0, 448 * x[..., 1, :].abs().amax(-1)  # a row and an element much larger than others
     x = x.to(DEVICE, dtype)
-    found = [(triton_impl._by_rows(x), quantise(x))]
+    found = [(triton_quantise.by_rows(x), quantise(x))]
     if len(x) * x.shape[-1] < 4096:  # columns are one program for 16 of them: slow when interpreted
-        found.append((triton_impl._by_columns(x), quantise(x.mT)))
+        found.append((triton_quantise.by_columns(x), quantise(x.mT)))
     for ours, theirs in found:
         assert ours.values.shape == theirs.values.shape and ours.values.is_contiguous() and ours.scale.is_contiguous()
         assert torch.equal(ours.scale, theirs.scale)
@@ -162,13 +162,13 @@ def test_triton_quantises_to_the_same_numbers(triton, shape, dtype):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 def test_triton_hides_no_infinity(triton):
-    from mdit.kernels.fp8_linear import triton_impl
+    from mdit.kernels.fp8_linear import triton_quantise
 
     x = torch.randn(4, 32, device=DEVICE, dtype=DTYPES[0])
     x[1, 3], x[2, 4], x[3, 5] = torch.inf, -torch.inf, torch.nan
     out = fp8_linear.fp8_linear(x, torch.randn(16, 32, device=DEVICE, dtype=DTYPES[0]))
     assert out[0].isfinite().all() and out[1:].isnan().all()
-    assert triton_impl._by_columns(x).scale.isnan().squeeze(1).nonzero().flatten().tolist() == [3, 4, 5]
+    assert triton_quantise.by_columns(x).scale.isnan().squeeze(1).nonzero().flatten().tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -245,9 +245,9 @@ def test_triton_is_a_proper_torch_op(triton, name):
 @pytest.mark.parametrize("name, operand", [("fp8_swiglu", "gated_gradient"), ("fp8_experts", "gelu_gradient")])
 def test_triton_quantises_a_hidden_gradient_as_it_was_written(triton, monkeypatch, name, operand):
     """The very bits of a pass of its own: both forms are taken from the kernel, as they are multiplied."""
-    from mdit.kernels.fp8_linear import triton_impl
+    from mdit.kernels.fp8_linear import triton_quantise
 
-    seen, launch = [], triton_impl.launch
+    seen, launch = [], triton_quantise.launch
 
     def watching(kernel, grid, *arguments, **constants):
         launch(kernel, grid, *arguments, **constants)
@@ -256,7 +256,7 @@ def test_triton_quantises_a_hidden_gradient_as_it_was_written(triton, monkeypatc
             values, scale = (arguments[i] for i in ((3, 4) if name == "fp8_swiglu" else (5, 6)))
             seen.append((plain.clone(), values, scale))
 
-    monkeypatch.setattr(triton_impl, "launch", watching)
+    monkeypatch.setattr(triton_quantise, "launch", watching)
     gradients(function_of(name), in_dtype(inputs(name, 2, 5, 32, 48), DTYPES[0]))
     ((plain, values, scale),) = seen
     expected = quantise(plain)

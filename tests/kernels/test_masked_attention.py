@@ -39,9 +39,9 @@ def cross_inputs(N: int, T: int, L: int, heads: int, head_dim: int) -> list[Tens
     return [normal(N, T, heads * head_dim), normal(N, L, 2 * heads * head_dim)]
 
 
-def both(function: str, heads: int, **settings) -> tuple:
+def both(function: str, heads: int) -> tuple:
     """The public function and its reference, of the inputs alone."""
-    arguments = dict(num_heads=heads, eps=EPS, **settings)
+    arguments = dict(num_heads=heads, eps=EPS)
     return tuple(partial(getattr(module, function), **arguments) for module in (masked_attention, reference))
 
 
@@ -76,21 +76,15 @@ def formula(q_TA: Tensor, k_LA: Tensor, v_LA: Tensor, heads: int) -> Tensor:
 def test_reference_is_the_formula():
     (qkv_NTX,), (q_NTA, kv_NLX) = self_inputs(2, 5, 2, 3), cross_inputs(2, 4, 5, 2, 3)
     ours, across = reference.self_attention(qkv_NTX, 2, EPS), reference.cross_attention(q_NTA, kv_NLX, 2, EPS)
-    lengths = [5, 2]
-    masked = reference.cross_attention(q_NTA, kv_NLX, 2, EPS, torch.tensor(lengths))
     for n in range(2):
         torch.testing.assert_close(ours[n], formula(*qkv_NTX[n].chunk(3, dim=-1), 2))
         torch.testing.assert_close(across[n], formula(q_NTA[n], *kv_NLX[n].chunk(2, dim=-1), 2))
-        kept = kv_NLX[n, : lengths[n]].chunk(2, dim=-1)
-        torch.testing.assert_close(masked[n], formula(q_NTA[n], *kept, 2))
 
 
-@pytest.mark.parametrize("lengths", [None, [3, 1]])
-def test_gradients_of_the_reference(lengths):
-    lengths_N = torch.tensor(lengths) if lengths else None
+def test_gradients_of_the_reference():
     assert torch.autograd.gradcheck(both("self_attention", 2)[1], [t.requires_grad_() for t in self_inputs(2, 3, 2, 2)])
     inputs = [t.requires_grad_() for t in cross_inputs(2, 2, 3, 2, 2)]
-    assert torch.autograd.gradcheck(both("cross_attention", 2, key_lengths_N=lengths_N)[1], inputs)
+    assert torch.autograd.gradcheck(both("cross_attention", 2)[1], inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,42 +104,10 @@ def test_triton_at_a_width_beyond_the_largest_power_of_two(triton, dtype):
     assert_as_accurate(*both("cross_attention", 18), cross_inputs(1, 7, 9, 18, 64), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "tokens, length, lengths, index_dtype",
-    [
-        (20, 77, [1, 64, 77], torch.int32),
-        (70, 40, [40, 5, 17], torch.int64),
-        (9, 150, [70, 1, 150], torch.int64),
-    ],
-)
-def test_triton_with_lengths(triton, tokens, length, lengths, index_dtype, dtype):
-    lengths_N = torch.tensor(lengths, dtype=index_dtype, device=DEVICE)
-    functions = both("cross_attention", 2, key_lengths_N=lengths_N)
-    assert_as_accurate(*functions, cross_inputs(3, tokens, length, 2, 32), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [40, 77, 200])
-def test_triton_does_not_look_beyond_the_lengths(triton, length, dtype):
-    """Not even at NaN; the gradients there are zero."""
-    lengths_N = torch.tensor([3, length, 21], device=DEVICE)
-    q_NTA, kv_NLX = (t.to(DEVICE, dtype) for t in cross_inputs(3, 17, length, 1, 32))
-    beyond_NL = torch.arange(length, device=DEVICE) >= lengths_N.view(-1, 1)
-    function = both("cross_attention", 1, key_lengths_N=lengths_N)[0]
-    with poisoned_memory():
-        found = gradients(function, [q_NTA, kv_NLX.masked_fill(beyond_NL.unsqueeze(-1), torch.nan)])
-    for ours, expected in zip(found, gradients(function, [q_NTA, kv_NLX]), strict=True):
-        assert torch.equal(ours, expected) and ours.isfinite().all()
-    assert not found[2][beyond_NL].any()
-
-
-@pytest.mark.parametrize("tokens, length, lengths", [(70, 130, None), (20, 300, [300, 130])])
-def test_triton_where_a_program_adds_up_the_parts_of_several_blocks_of_keys(triton, tokens, length, lengths):
-    lengths_N = torch.tensor(lengths, device=DEVICE) if lengths else None
-    functions = both("cross_attention", 1, key_lengths_N=lengths_N)
+@pytest.mark.parametrize("tokens, length", [(70, 130), (20, 300)])
+def test_triton_where_a_program_adds_up_the_parts_of_several_blocks_of_keys(triton, tokens, length):
     inputs = cross_inputs(2, tokens, length, 1, 32)
-    assert_as_accurate(*functions, inputs, torch.bfloat16 if DEVICE == "cuda" else torch.float16)
+    assert_as_accurate(*both("cross_attention", 1), inputs, torch.bfloat16 if DEVICE == "cuda" else torch.float16)
 
 
 def strided(function, qkv_TNX):
@@ -227,13 +189,10 @@ def test_triton_keeps_statistics_alone(triton, tokens):
     assert kept_elements(theirs, inputs) >= 2 * 64 * 2 * tokens
 
 
-@pytest.mark.parametrize("lengths", [None, [5, 70]])
-def test_triton_compiles_without_a_graph_break(triton, lengths):
-    lengths_N = torch.tensor(lengths, device=DEVICE) if lengths else None
-
+def test_triton_compiles_without_a_graph_break(triton):
     def function(qkv_NTX: Tensor, kv_NLX: Tensor) -> Tensor:
         out_NTA = masked_attention.self_attention(qkv_NTX, 2, EPS)
-        return masked_attention.cross_attention(out_NTA, kv_NLX, 2, EPS, lengths_N)
+        return masked_attention.cross_attention(out_NTA, kv_NLX, 2, EPS)
 
     inputs = low([*self_inputs(2, 19, 2, 32), normal(2, 70, 128)])
     torch._dynamo.reset()
@@ -242,14 +201,12 @@ def test_triton_compiles_without_a_graph_break(triton, lengths):
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("lengths", [None, [5, 70]])
-def test_custom_ops_are_registered_as_torch_expects(triton, lengths):
+def test_custom_ops_are_registered_as_torch_expects(triton):
     from mdit.kernels.masked_attention import triton_impl
 
-    lengths_N = torch.tensor(lengths, device=DEVICE) if lengths else None
     inputs = [t.requires_grad_() for t in low([*self_inputs(2, 5, 2, 32), *cross_inputs(2, 5, 70, 2, 32)])]
     torch.library.opcheck(triton_impl._self.op, (inputs[0], 2, EPS))
-    torch.library.opcheck(triton_impl._cross.op, (*inputs[1:], 2, EPS, lengths_N))
+    torch.library.opcheck(triton_impl._cross.op, (*inputs[1:], 2, EPS))
 
 
 def test_float64_is_pytorch_s(triton):
@@ -272,7 +229,5 @@ def test_misuse_is_an_assertion():
     for arguments in wrong:
         with pytest.raises(AssertionError):
             masked_attention.cross_attention(*arguments, EPS)
-    with pytest.raises(AssertionError):
-        masked_attention.cross_attention(q, kv, 2, EPS, torch.ones(3))
     with pytest.raises(AssertionError):
         masked_attention.self_attention(q, 2, EPS)

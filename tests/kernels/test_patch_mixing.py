@@ -282,7 +282,6 @@ def test_triton_compiles_without_a_graph_break(triton, case):
 
 @pytest.mark.parametrize("case", ["gate, modulation", "kept of y, modulation", "kept of x", "x", "x, modulation"])
 def test_custom_ops_are_registered_as_torch_expects(triton, case):
-    from mdit.kernels.fp8_linear import triton_impl as fp8_kernels
     from mdit.kernels.patch_mixing import triton_impl
 
     x, y, gate, weight, shift, scale, keep = (
@@ -290,13 +289,10 @@ def test_custom_ops_are_registered_as_torch_expects(triton, case):
         for t in inputs(case, 2, 5, 16)
     )
     keep = keep.to(DEVICE) if keep is not None else None
-    if y is None and keep is None:
-        name, arguments = "_norm_modulate", (x, weight, shift, scale, EPS)
-    else:
-        name, arguments = "_add_norm_modulate", (x, y, gate, weight, shift, scale, EPS, keep)
-    torch.library.opcheck(getattr(triton_impl, name).op, arguments)
+    arguments, op = (x, y, gate, weight, shift, scale, EPS, keep), triton_impl._add_norm_modulate.op
+    torch.library.opcheck(op, (*arguments, False))
     tests = "test_schema", "test_autograd_registration", "test_faketensor"  # the others would add up a tensor of float8
-    torch.library.opcheck(getattr(fp8_kernels, name).op, arguments, test_utils=tests)
+    torch.library.opcheck(op, (*arguments, True), test_utils=tests)
 
 
 def test_misuse_is_an_assertion():

@@ -129,7 +129,7 @@ def test_custom_ops_are_registered_as_torch_expects(triton, bias):
     from mdit.kernels.swiglu import triton_impl
 
     arguments = [t.requires_grad_() if t is not None else None for t in low(inputs((2, 5, 16), bias))]
-    torch.library.opcheck(triton_impl._swiglu_linear.op, arguments)
+    torch.library.opcheck(triton_impl.swiglu_linear.op, arguments)
 
 
 def test_misuse_is_an_assertion():

@@ -208,5 +208,5 @@ def test_a_rung_is_switched_off_again():
             changed = [(type(module), dict(module.__dict__)) for module in model.modules()] != before
             assert changed == (rung.published or rung.compile or rung.fp8)
             in_triton = dispatch.interpreted() and "swiglu" in rung.kernels
-            assert dispatch.takes_triton("swiglu", torch.ones(1)) == in_triton
+            assert dispatch.use_triton("swiglu", torch.ones(1)) == in_triton
         assert [(type(module), dict(module.__dict__)) for module in model.modules()] == before

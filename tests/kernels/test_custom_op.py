@@ -1,4 +1,4 @@
-"""Ops take the short way unless somebody watches the dispatcher, and both ways give the same."""
+"""Ops are called directly unless something intercepts dispatch, and both ways give the same."""
 
 from contextlib import nullcontext
 
@@ -6,19 +6,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdit.kernels.registered import registered
+from mdit.kernels.custom_op import custom_op, like
 
 
-@registered("mdit_test::scaled")
+@custom_op(
+    "mdit_test::scaled",
+    fake=like(0),
+    save=lambda x, factor, out: (factor,),
+    backward=lambda d_out, factor: d_out * factor,
+)
 def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x * factor
-
-
-scaled.register_fake(lambda x, factor: torch.empty_like(x))
-scaled.register_autograd(
-    lambda ctx, d_out: (d_out * ctx.factor, None),
-    setup_context=lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1]),
-)
 
 
 class Seen(TorchDispatchMode):
@@ -37,7 +35,7 @@ def with_gradient() -> tuple[torch.Tensor, torch.Tensor]:
     return out.detach(), torch.autograd.grad(out.sum(), x)[0]
 
 
-def test_nobody_watches(monkeypatch):
+def test_nothing_intercepts(monkeypatch):
     expected = torch.tensor([0.0, 2.5, 5.0]), torch.full((3,), 2.5)
     with Seen() as seen:
         watched = with_gradient()
@@ -54,18 +52,24 @@ def test_nobody_watches(monkeypatch):
 given: list[tuple] = []  # the gradients that `split`'s backward was called with
 
 
-@registered("mdit_test::split")
+def _gradients(*gradients):
+    given.append(gradients)
+    return sum(gradient for gradient in gradients if gradient is not None)
+
+
+@custom_op(
+    "mdit_test::split",
+    fake=lambda x, factor: (x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape).long()),
+    save=lambda x, factor, found: (),
+    backward=_gradients,
+)
 def split(x: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x * factor, x + 1, x.argsort()
 
 
-def _differentiate(ctx, *gradients):
-    given.append(gradients)
-    return sum(gradient for gradient in gradients if gradient is not None), None
-
-
-split.register_fake(lambda x, factor: (x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape).long()))
-split.register_autograd(_differentiate, setup_context=lambda ctx, inputs, output: None)
+@custom_op("mdit_test::several", fake=lambda x: [x, x], save=lambda x, found: (), backward=_gradients)
+def several(x: torch.Tensor) -> list[torch.Tensor]:
+    return [2 * x, 3 * x]
 
 
 class Undefined(torch.autograd.Function):
@@ -88,6 +92,16 @@ def test_outputs_that_nobody_used_cost_no_zeros(watched):
     with Seen() if watched else nullcontext():
         torch.autograd.grad(split(x, 2.5)[1].sum(), x)
     assert [[gradient is None for gradient in gradients] for gradients in given] == [[True, False, True]]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_outputs_in_a_list_are_outputs_as_any(watched):
+    x = torch.arange(3.0, requires_grad=True)
+    given.clear()
+    with Seen() if watched else nullcontext():
+        second = several(x)[1]
+        torch.autograd.grad(second.sum(), x)
+    assert torch.equal(second, 3 * x) and [[g is None for g in gradients] for gradients in given] == [[True, False]]
 
 
 @pytest.mark.parametrize("watched", [False, True])
