@@ -21,18 +21,18 @@ WORSE = 4  # times PyTorch's own error are right
 FINEST = 1e-5  # relative error that float32 may have: a GPU's exponentials and quotients are approximate
 
 
-def disagreement(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def compare_with_reference(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """None where kernel and reference agree, else what is wrong, in one line.
 
     Raises UserError where a kernel has left the GPU useless to this process.
     """
     if device.type == "cuda":  # a kernel runs on the current device, wherever its tensors are
         with torch.cuda.device(device):
-            return _disagreement(op, device, dtype, head_dim)
-    return _disagreement(op, device, dtype, head_dim)
+            return _compare(op, device, dtype, head_dim)
+    return _compare(op, device, dtype, head_dim)
 
 
-def _disagreement(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _compare(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     call, shapes = EXAMPLES[op]
     inputs = _random([torch.Size(shape) for shape in shapes(HEADS * head_dim)], 0, device, dtype)
     try:

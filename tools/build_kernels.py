@@ -39,7 +39,7 @@ from mdit.costs.kernel_calls import STAGES, KernelCall, fp8_calls, kernel_calls
 from mdit.files import try_to_write, write_json
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
-from mdit.kernels.self_check import disagreement
+from mdit.kernels.self_check import compare_with_reference
 from mdit.models import presets
 from mdit.parallel.settings import AUTO_TOKENS
 
@@ -192,10 +192,10 @@ def keep_or_reason(source):
 
 
 def launches_of_check(head_dim: int, dtype: torch.dtype) -> list[Launch]:
-    """What `mdit.kernels.choice` launches before it takes kernels. Nothing runs, so that what it says is nothing."""
+    """What `mdit.kernels.selection` launches before it takes kernels. Nothing runs, so that what it says is nothing."""
     with recorded() as found, dispatch.using(off_gpu=True), without_float8_matmuls():
         for op in dispatch.OPS:
-            disagreement(op, torch.device("cpu"), dtype, head_dim)
+            compare_with_reference(op, torch.device("cpu"), dtype, head_dim)
     return found
 
 

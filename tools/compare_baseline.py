@@ -45,8 +45,8 @@ from mdit.bench.report import table
 from mdit.config import CONFIGS, ModelConfig, TrainConfig, UserError, kept_tokens, load_config
 from mdit.dist import identify
 from mdit.files import try_to_write
-from mdit.kernels.choice import choose_kernels
 from mdit.kernels.expert_choice.reference import one_hot_expert_choice
+from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT, meta_model, presets
 from mdit.models.moe import ExpertChoice
 from mdit.parallel.settings import AUTO_TOKENS

@@ -35,8 +35,8 @@ from mdit.bench.trial import Trial
 from mdit.config import ModelConfig, TrainConfig, UserError
 from mdit.dist import World
 from mdit.kernels import dispatch
-from mdit.kernels.choice import choose_kernels
 from mdit.kernels.dispatch import FP8
+from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT
 from mdit.parallel.fp8 import check_fp8, use_fp8
 from mdit.parallel.settings import RunSettings, computing_dtype

@@ -22,7 +22,7 @@ from mdit.bench.clock import MarkedEngine, Marks, held_bytes, largest, length_of
 from mdit.bench.row import MADE_UP, Measured, StepTime
 from mdit.config import TrainConfig
 from mdit.dist import World
-from mdit.kernels.choice import choose_kernels
+from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
 from mdit.parallel.fp8 import check_fp8

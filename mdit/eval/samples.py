@@ -16,7 +16,7 @@ from mdit.dist import identify, logger, work_on
 from mdit.encoders import build_image_encoder, build_text_encoder_from
 from mdit.eval.lettering import lettering
 from mdit.files import replacing
-from mdit.kernels.choice import choose_kernels
+from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT
 
 MIN_CELL = 96  # pixels: smaller pictures are enlarged so that captions fit and eyes can judge

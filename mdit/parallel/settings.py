@@ -143,8 +143,8 @@ class RunSettings(Section):
     (mdit.parallel.plan). `compile`: torch.compile each block. `activation_checkpointing`: what of a block's forward is
     run again in the backward pass: nothing, all ("block"), or all but matmuls and attention ("selective").
     `fp8`: the blocks' matmuls and their inputs' gradients in float8 (mdit.parallel.fp8).
-    `kernels`: what the fused operations run in (mdit.kernels.choice). `data_engine`: what moves latents to the device;
-    "auto" takes DALI where it is installed and a GPU is there.
+    `kernels`: what the fused operations run in (mdit.kernels.selection). `data_engine`: what moves latents to the
+    device; "auto" takes DALI where it is installed and a GPU is there.
     """
 
     expert_parallel: PositiveInt = 1

@@ -18,7 +18,7 @@ from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
 from mdit.dist import World, gather, logger
-from mdit.kernels.choice import choose_kernels
+from mdit.kernels.selection import choose_kernels
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan, data_parallel_size
 from mdit.parallel.settings import (

@@ -18,7 +18,7 @@ from mdit.kernels.expert_choice import triton_impl as expert_kernels  # noqa: E4
 from mdit.kernels.fp8_linear import triton_impl as fp8_kernels  # noqa: E402
 from mdit.kernels.masked_attention import triton_impl as attention_kernels  # noqa: E402
 from mdit.kernels.patch_mixing import triton_impl as mixing_kernels  # noqa: E402
-from mdit.kernels.self_check import EXAMPLES, E, T, _random, disagreement  # noqa: E402
+from mdit.kernels.self_check import EXAMPLES, E, T, _random, compare_with_reference  # noqa: E402
 from mdit.kernels.swiglu import triton_impl as swiglu_kernels  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ KERNELS = {
 
 def found_in(op: str, dtype: torch.dtype = torch.bfloat16) -> str | None:
     with using(off_gpu=True):
-        return disagreement(op, CPU, dtype, head_dim=32)
+        return compare_with_reference(op, CPU, dtype, head_dim=32)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_every_op_has_an_example_and_faults():
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_as_they_are_pass(op):
     with using(off_gpu=True):
-        assert disagreement(op, DEVICE, torch.float32, head_dim=32) is None
+        assert compare_with_reference(op, DEVICE, torch.float32, head_dim=32) is None
 
 
 @pytest.mark.parametrize("dtype", dispatch.DTYPES, ids=str)

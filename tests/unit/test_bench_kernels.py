@@ -284,16 +284,6 @@ def test_contenders_do_the_same_work():
         torch.testing.assert_close(alone.transpose(1, 2).flatten(-2), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_candidate_is_the_layer_of_experts():
-    pytest.importorskip("triton")
-    (layer, *_) = tiny_calls(EXPERT_LAYER)
-    inputs = layer.inputs(DEVICE, torch.float32)
-    contenders = bench_kernels.contenders(layer)
-    with dispatch.using("expert_choice", off_gpu=True):
-        found = contenders["gather_matmul"].function(*inputs)
-    torch.testing.assert_close(found, contenders["eager"].function(*inputs), rtol=1e-3, atol=1e-3)
-
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -16,7 +16,7 @@ import torch
 
 from mdit.config import UserError
 from mdit.kernels.dispatch import FP8, OPS, interpreted, set_triton_ops
-from mdit.kernels.self_check import disagreement
+from mdit.kernels.self_check import compare_with_reference
 
 Choice = Literal["auto", "reference", "triton"]
 OLDEST_GPU = (8, 0)  # Ampere: bfloat16 in the tensor cores
@@ -91,5 +91,5 @@ def _missing(head_dim: int) -> dict[str, str]:
 
 def _disagreements(ops: frozenset[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
     """Those whose kernels do not build here or give something else than PyTorch."""
-    found = {op: disagreement(op, device, dtype, head_dim) for op in sorted(ops)}
+    found = {op: compare_with_reference(op, device, dtype, head_dim) for op in sorted(ops)}
     return {op: f"{op} does not: {reason}" for op, reason in found.items() if reason}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mdit.config import UserError
-from mdit.kernels import choice, dispatch, patch_mixing
+from mdit.kernels import dispatch, patch_mixing, selection
 from mdit.kernels.dispatch import OPS, use_triton, using
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -20,18 +20,18 @@ def settled(monkeypatch):
 
 
 def choose_kernels(wanted, device, head_dim=64, fp8=True, dtype=FLOAT):
-    return choice.choose_kernels(wanted, device, dtype, head_dim, "ds.json", fp8)
+    return selection.choose_kernels(wanted, device, dtype, head_dim, "ds.json", fp8)
 
 
 def pretend_gpu(monkeypatch, capability=(9, 0)) -> torch.device:
-    monkeypatch.setattr(choice, "_installed", lambda: True)
+    monkeypatch.setattr(selection, "_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     return torch.device("cuda", 0)
 
 
 def test_auto_is_pytorch_on_a_cpu_even_when_kernels_could_be_interpreted(monkeypatch):
-    monkeypatch.setattr(choice, "_installed", lambda: True)
+    monkeypatch.setattr(selection, "_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels("auto", CPU) == (frozenset(), "there is no GPU")
     assert not use_triton("swiglu", torch.ones(1))
@@ -39,7 +39,7 @@ def test_auto_is_pytorch_on_a_cpu_even_when_kernels_could_be_interpreted(monkeyp
 
 def test_auto_without_triton(monkeypatch):
     pretend_gpu(monkeypatch)
-    monkeypatch.setattr(choice, "_installed", lambda: False)
+    monkeypatch.setattr(selection, "_installed", lambda: False)
     assert choose_kernels("auto", torch.device("cuda")) == (frozenset(), "the package triton is not installed")
 
 
@@ -57,7 +57,9 @@ def test_triton_is_obeyed_down_to_ampere(monkeypatch):
 
 def test_auto_on_a_gpu_takes_the_ops_that_agree(monkeypatch):
     device = pretend_gpu(monkeypatch)
-    monkeypatch.setattr("mdit.kernels.choice.disagreement", lambda op, *_: "no compiler" if op == "swiglu" else None)
+    monkeypatch.setattr(
+        "mdit.kernels.selection.compare_with_reference", lambda op, *_: "no compiler" if op == "swiglu" else None
+    )
     chosen, reason = choose_kernels("auto", device)
     assert chosen == {*OPS} - {"swiglu"}
     assert reason == "they agree with PyTorch on some GPU; swiglu does not: no compiler"
@@ -66,7 +68,7 @@ def test_auto_on_a_gpu_takes_the_ops_that_agree(monkeypatch):
 
 def test_head_dims_without_kernels_leave_attention_to_pytorch(monkeypatch):
     device = pretend_gpu(monkeypatch)
-    monkeypatch.setattr("mdit.kernels.choice.disagreement", lambda *_: None)
+    monkeypatch.setattr("mdit.kernels.selection.compare_with_reference", lambda *_: None)
     chosen, reason = choose_kernels("auto", device, head_dim=24)
     why = "masked_attention has kernels for head_dim 16, 32, 64, 128, and model.head_dim is 24"
     assert chosen == {*OPS} - {"masked_attention"} and reason.endswith("; " + why)
@@ -79,16 +81,16 @@ def test_reference_is_obeyed_on_a_gpu(monkeypatch):
 
 
 def test_triton_that_cannot_run_is_an_error(monkeypatch):
-    monkeypatch.setattr(choice, "_installed", lambda: True)
+    monkeypatch.setattr(selection, "_installed", lambda: True)
     with pytest.raises(UserError, match="^ds.json: mdit.kernels = 'triton', but there is no GPU$"):
         choose_kernels("triton", CPU)
-    monkeypatch.setattr(choice, "_installed", lambda: False)
+    monkeypatch.setattr(selection, "_installed", lambda: False)
     with pytest.raises(UserError, match="^ds.json: mdit.kernels = 'triton', but the package triton is not installed$"):
         choose_kernels("triton", CPU)
 
 
 def test_triton_on_a_cpu_is_possible_interpreted(monkeypatch):
-    monkeypatch.setattr(choice, "_installed", lambda: True)
+    monkeypatch.setattr(selection, "_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels("triton", CPU) == (frozenset(OPS), "asked for")
     assert use_triton("swiglu", torch.ones(1)) and not use_triton("swiglu", torch.ones(1, dtype=torch.float64))
@@ -98,7 +100,7 @@ def test_triton_on_a_cpu_is_possible_interpreted(monkeypatch):
 @pytest.mark.parametrize("dtype", [*dispatch.DTYPES, torch.float64], ids=str)
 def test_kernels_run_in_the_dtype_that_was_checked_and_in_no_other(monkeypatch, wanted, dtype):
     device, checked = pretend_gpu(monkeypatch), set()
-    monkeypatch.setattr(choice, "disagreement", lambda op, device, dtype, head_dim: checked.add(dtype))
+    monkeypatch.setattr(selection, "compare_with_reference", lambda op, device, dtype, head_dim: checked.add(dtype))
     monkeypatch.setattr(dispatch, "_off_gpu", True)
     assert choose_kernels(wanted, device, dtype=dtype)[0] == {*OPS}
     assert checked == ({dtype} if wanted == "auto" else set())
@@ -109,7 +111,7 @@ def test_kernels_run_in_the_dtype_that_was_checked_and_in_no_other(monkeypatch, 
 
 def test_float8_is_left_alone_unless_it_is_wanted(monkeypatch):
     device, looked_at = pretend_gpu(monkeypatch), []
-    monkeypatch.setattr(choice, "disagreement", lambda op, *_: looked_at.append(op) or "")
+    monkeypatch.setattr(selection, "compare_with_reference", lambda op, *_: looked_at.append(op) or "")
     for wanted in ("auto", "triton"):
         assert choose_kernels(wanted, device, fp8=False)[0] == {*OPS} - {"fp8_linear"}
     assert sorted(looked_at) == sorted({*OPS} - {"fp8_linear"})
