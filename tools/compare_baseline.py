@@ -31,7 +31,6 @@ import runpy
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
 
@@ -45,10 +44,10 @@ from mdit.bench.report import table
 from mdit.config import CONFIGS, ModelConfig, TrainConfig, UserError, kept_tokens, load_config
 from mdit.dist import identify
 from mdit.files import try_to_write
-from mdit.kernels.expert_choice.reference import one_hot_expert_choice
 from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT, meta_model, presets
 from mdit.models.moe import ExpertChoice
+from mdit.parallel.fuse import fuse
 from mdit.parallel.settings import AUTO_TOKENS
 
 MODES = ("eager", "compiled")
@@ -74,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     baseline = Baseline(f"--baseline {args.baseline}", model, config, world.device, theirs)
     baseline.check()
     torch.manual_seed(config.seed)
-    ours = Contender(OURS, MicroDiT(config.model), config, world.device, precision)
+    ours = Contender(OURS, fuse(MicroDiT(config.model)), config, world.device, precision)
     print(f"ours: {PRECISIONS[ours.precision]}; in Triton: {', '.join(sorted(kernels)) or 'nothing'} ({why})")
     print(f"baseline: {args.baseline}, {PRECISIONS[baseline.precision]}")
     options = {name: getattr(args, name) for name in ("micro_batch", "max_micro_batch", "modes", "budget_s", "out")}
@@ -151,7 +150,9 @@ def compare_expert_layers(
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.02)
         x_NTD = torch.randn(images, config.num_patches, shape[1], device=device, dtype=dtype, requires_grad=True)
-        turns = [[milliseconds(form, layer, x_NTD) for form in (by_index, one_hot)] for _ in range(1 + repeats)]
+        turns = [
+            [milliseconds(form, x_NTD) for form in (fuse(copy.deepcopy(layer)), layer)] for _ in range(1 + repeats)
+        ]
         lines.append([f"{place}, T = {config.num_patches}, F = {shape[2]}"])
         for times in zip(*(zip(*form) for form in zip(*turns[1:]))):  # the first turn warms up
             ours, theirs = map(statistics.median, times)
@@ -159,21 +160,12 @@ def compare_expert_layers(
     print(table(lines))
 
 
-def by_index(layer: ExpertChoice, x_NTD: Tensor) -> Tensor:
-    return layer(x_NTD)
-
-
-def one_hot(layer: ExpertChoice, x_NTD: Tensor) -> Tensor:
-    count = layer.tokens_per_expert(x_NTD.shape[1])
-    return one_hot_expert_choice(x_NTD, layer.gate.weight, layer.w1, layer.w2, count)
-
-
-def milliseconds(form: Callable, layer: ExpertChoice, x_NTD: Tensor) -> tuple[float, float]:
+def milliseconds(layer: ExpertChoice, x_NTD: Tensor) -> tuple[float, float]:
     """Milliseconds of forward, and of forward and backward."""
     wait = torch.cuda.synchronize if x_NTD.is_cuda else lambda: None
     wait()
     started = time.perf_counter()
-    output = form(layer, x_NTD)
+    output = layer(x_NTD)
     wait()
     forward = time.perf_counter() - started
     torch.autograd.grad(output, (x_NTD, *layer.parameters()), torch.ones_like(output))

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from mdit.bench.as_published import compiling
 from mdit.bench.clock import median_step
 from mdit.bench.contenders import PRECISIONS, Contender, in_one_line
 from mdit.bench.report import Report, environment
 from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, StepTime, describe, one_line
 from mdit.dist import World
+from mdit.parallel.apply import compiling
 from mdit.parallel.settings import RunSettings
 
 LOSSES = 10  # of the first steps that a report keeps

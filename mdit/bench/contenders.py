@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mdit.bench.as_published import blocks_of
 from mdit.bench.batches import MadeUp
 from mdit.bench.clock import Marks
 from mdit.bench.trial import give_back_memory
 from mdit.config import TrainConfig, UserError
 from mdit.diffusion.edm import Draw, denoise, draw, edm_loss
 from mdit.dist import World
+from mdit.parallel.apply import blocks_of
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings
 from mdit.train.meter import memory_gib

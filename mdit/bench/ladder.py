@@ -1,6 +1,6 @@
 """From the paper's model to ours, one technique after the other, in one run: what each brings, and what it changes.
 
-    as published                  the paper's steps one by one, experts by one-hot products (mdit.bench.as_published)
+    as published                  the plain model, the paper's steps one by one, experts by one-hot products
     as published, compiled        torch.compile of its blocks
     experts by index              our model in PyTorch, nothing fused
     experts by index, compiled
@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mdit.bench.as_published import as_published, blocks_of, compiling
 from mdit.bench.clock import largest
 from mdit.bench.contenders import in_one_line
 from mdit.bench.row import MADE_UP, NO_TIME, BenchmarkRow, Measured, Parity, describe
@@ -38,8 +37,10 @@ from mdit.kernels import dispatch
 from mdit.kernels.dispatch import FP8
 from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT
+from mdit.parallel.apply import blocks_of, compiling
 from mdit.parallel.fp8 import check_fp8, use_fp8
 from mdit.parallel.settings import RunSettings, computing_dtype
+from mdit.parallel.swap import as_built
 
 ORDER = ("patch_mixing", "swiglu", "expert_choice", "masked_attention")  # in which ops are switched to Triton
 WARM_UP = 2  # steps before those measured, beside the steps of the parity
@@ -281,12 +282,12 @@ def switched(model: MicroDiT, rung: Rung, backend: str | Callable = "inductor") 
     with ExitStack() as stack:
         stack.enter_context(dispatch.using(*rung.kernels))
         if rung.published:
-            stack.enter_context(as_published(model, compiled=rung.compile, backend=backend))
+            stack.enter_context(as_built(model))
         else:
             use_fp8(model, rung.fp8)
             stack.callback(use_fp8, model, False)
-            if rung.compile:
-                stack.enter_context(compiling(blocks_of(model), backend))
+        if rung.compile:
+            stack.enter_context(compiling(blocks_of(model), backend))
         yield
 
 

@@ -18,6 +18,7 @@ from mdit.eval.lettering import lettering
 from mdit.files import replacing
 from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT
+from mdit.parallel.fuse import fuse
 
 MIN_CELL = 96  # pixels: smaller pictures are enlarged so that captions fit and eyes can judge
 ANY_SIZE = 512  # of a picture, in pixels
@@ -113,7 +114,7 @@ def generate(
     prompts, device = [prompts] if isinstance(prompts, str) else list(prompts), identify().device
     options = sampling_options(snapshot.config, guidance, steps)
     captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(prompts)
-    model = load_model(snapshot, weights, device, settle_kernels(snapshot.config, device))
+    model = fuse(load_model(snapshot, weights, device, settle_kernels(snapshot.config, device)))
     return [Image.fromarray(image.numpy()) for image in draw_pictures(snapshot, model, captions_NLC, seed, options)]
 
 

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from mdit.config import ModelConfig
-from mdit.masking import Mask, restore_tokens
+from mdit.masking import Mask, drop_tokens, restore_tokens
 from mdit.models.layers import (
     CrossAttention,
     FinalLayer,
     Mlp,
     PatchEmbed,
     SelfAttention,
-    Stream,
-    StreamNorm,
     SwiGLU,
     TimestepEmbedder,
     layer_norm,
+    modulate,
     position_embedding,
     round_up,
 )
@@ -47,11 +46,11 @@ class Block(nn.Module):
         width = dim if qkv_ratio == 1 else round_up(int(dim * qkv_ratio), 2 * head_dim)
         hidden = int(dim * ffn_ratio)
         self.out_std = out_std
-        self.norm1 = StreamNorm(dim, eps)
+        self.norm1 = layer_norm(dim, eps)
         self.attn = SelfAttention(dim, width, head_dim, eps, use_bias)
-        self.norm2 = StreamNorm(dim, eps)
+        self.norm2 = layer_norm(dim, eps)
         self.cross_attn = CrossAttention(dim, head_dim, eps, use_bias)
-        self.norm3 = StreamNorm(dim, eps)
+        self.norm3 = layer_norm(dim, eps)
         self.mlp = (
             ExpertChoice(dim, hidden, config.multiple_of, config.num_experts, config.capacity_factor)
             if has_experts
@@ -59,12 +58,12 @@ class Block(nn.Module):
         )
         self.adaLN_modulation = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(config.dim, 6 * dim))
 
-    def forward(self, stream: Stream, caption_NLD: Tensor, condition_ND: Tensor) -> Stream:
-        shift1, scale1, gate1, shift3, scale3, gate3 = self.adaLN_modulation(condition_ND).chunk(6, dim=1)
-        x, h = self.norm1(stream, shift1, scale1)
-        x, h = self.norm2(Stream(x, self.attn(h), gate1))
-        x, h = self.norm3(Stream(x, self.cross_attn(h, caption_NLD)), shift3, scale3)
-        return Stream(x, self.mlp(h), gate3)
+    def forward(self, x_NTD: Tensor, caption_NLD: Tensor, condition_ND: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(condition_ND).unsqueeze(1)
+        shift1, scale1, gate1, shift3, scale3, gate3 = modulation.chunk(6, dim=-1)
+        x = x_NTD + gate1 * self.attn(modulate(self.norm1(x_NTD), shift1, scale1))
+        x = x + self.cross_attn(self.norm2(x), caption_NLD)
+        return x + gate3 * self.mlp(modulate(self.norm3(x), shift3, scale3))
 
     def init_weights(self) -> None:
         for layer in (self.attn, self.cross_attn, self.mlp):
@@ -80,15 +79,14 @@ class CaptionBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, eps, use_bias = config.dim, config.norm_eps, config.use_bias
-        self.norm1 = StreamNorm(dim, eps)
+        self.norm1 = layer_norm(dim, eps)
         self.attn = SelfAttention(dim, dim, config.head_dim, eps, use_bias)
-        self.norm2 = StreamNorm(dim, eps)
+        self.norm2 = layer_norm(dim, eps)
         self.mlp = SwiGLU(dim, self.FFN_RATIO * dim, config.multiple_of, use_bias)
 
     def forward(self, y_NLD: Tensor) -> Tensor:
-        y, h = self.norm1(Stream(y_NLD))
-        y, h = self.norm2(Stream(y, self.attn(h)))
-        return y + self.mlp(h)
+        y = y_NLD + self.attn(self.norm1(y_NLD))
+        return y + self.mlp(self.norm2(y))
 
     def init_weights(self) -> None:
         self.attn.init_weights(0.02)
@@ -108,26 +106,6 @@ class CaptionProjection(nn.Module):
         return self.y_proj(caption_NLC)
 
 
-class MixerExit(nn.Sequential):
-    """The kept tokens leave the mixer for the backbone: gathered, added up and normalised in one pass, then projected.
-
-    Where both have one width (as in tiny_2) they are only gathered.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        if config.mixer_dim != config.dim:
-            self.append(StreamNorm(config.mixer_dim, config.norm_eps))
-            self.append(nn.Linear(config.mixer_dim, config.dim, bias=config.use_bias))
-
-    def forward(self, stream: Stream, mask: Mask | None) -> Stream:
-        if not self:
-            return stream.kept(mask)
-        norm, linear = self
-        _, h = norm(stream, mask=mask)
-        return Stream(linear(h))
-
-
 class MicroDiT(nn.Module):
     """The network F(c_in * x; c_noise, caption) inside EDM's preconditioning. Torch's global RNG draws the weights."""
 
@@ -145,7 +123,7 @@ class MicroDiT(nn.Module):
         self.patch_mixer = nn.ModuleList(mixer_blocks(config))
         if self.patch_mixer:
             self.patch_mixer_map_xin = projection(dim, config.mixer_dim, config)
-            self.patch_mixer_map_xout = MixerExit(config)
+            self.patch_mixer_map_xout = projection(config.mixer_dim, dim, config)
             self.patch_mixer_map_y = projection(dim, config.mixer_dim, config)
         self.blocks = nn.ModuleList(backbone_blocks(config))
         self.final_layer = FinalLayer(dim, patch**2 * config.latent_channels, config.norm_eps)
@@ -163,31 +141,33 @@ class MicroDiT(nn.Module):
 
     def forward(self, x_NCHW: Tensor, c_noise_N: Tensor, caption_NLC: Tensor, *, mask: Mask | None = None) -> Tensor:
         """-> (N, C, H, W) in the parameters' dtype. With a mask the backbone sees kept patches; the others are zero."""
-        dtype = self.final_layer.linear.weight.dtype
-        x = (self.x_embedder(x_NCHW.to(dtype)) + self.pos_embed).to(dtype)
-        y = self.y_emb_preprocess(self.y_embedder(caption_NLC.to(dtype)))
-        condition = self.t_embedder(c_noise_N) + self.pooled_y_emb_process(y.mean(dim=1))
-
-        if self.patch_mixer:
-            y_mixer = self.caption_for(self.patch_mixer, self.patch_mixer_map_y(y))
-            stream = Stream(self.patch_mixer_map_xin(x))
-            for block in self.patch_mixer:
-                stream = block(stream, y_mixer, condition)
-            stream = self.patch_mixer_map_xout(stream, mask)
-        else:
-            stream = Stream(x).kept(mask)
-
-        y = self.caption_for(self.blocks, y)
-        for block in self.blocks:
-            stream = block(stream, y, condition)
-        x = self.final_layer(stream, condition)
+        x, y, condition = self.embed(x_NCHW, c_noise_N, caption_NLC)
+        x = self.transform(x, y, condition, mask)
         if mask is not None:
             x = restore_tokens(x, mask)
         return self.unpatchify(x)
 
-    def caption_for(self, blocks: nn.ModuleList, y_NLD: Tensor) -> Tensor:
-        """The form in which these blocks, all alike in this, read the caption."""
-        return y_NLD
+    def embed(self, x_NCHW: Tensor, c_noise_N: Tensor, caption_NLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> patches (N, T, D), caption (N, L, D), and what modulates the blocks, of noise level and caption (N, D)."""
+        dtype = self.final_layer.linear.weight.dtype
+        x = (self.x_embedder(x_NCHW.to(dtype)) + self.pos_embed).to(dtype)
+        y = self.y_emb_preprocess(self.y_embedder(caption_NLC.to(dtype)))
+        return x, y, self.t_embedder(c_noise_N) + self.pooled_y_emb_process(y.mean(dim=1))
+
+    def transform(self, x_NTD: Tensor, caption_NLD: Tensor, condition_ND: Tensor, mask: Mask | None) -> Tensor:
+        """Patch-mixer, deferred masking, backbone, head. -> (N, K, p * p * C) of the kept patches."""
+        x = x_NTD
+        if self.patch_mixer:
+            x, caption_mixer = self.patch_mixer_map_xin(x), self.patch_mixer_map_y(caption_NLD)
+            for block in self.patch_mixer:
+                x = block(x, caption_mixer, condition_ND)
+        if mask is not None:
+            x = drop_tokens(x, mask)
+        if self.patch_mixer:
+            x = self.patch_mixer_map_xout(x)
+        for block in self.blocks:
+            x = block(x, caption_NLD, condition_ND)
+        return self.final_layer(x, condition_ND)
 
     def unpatchify(self, x_NTP: Tensor) -> Tensor:
         """(N, T, p * p * C) -> (N, C, H, W)"""
@@ -254,10 +234,10 @@ def is_expert_block(index: int, every_n: int) -> bool:
     return every_n > 0 and index > 0 and (index + 1) % every_n == 0
 
 
-def projection(in_dim: int, out_dim: int, config: ModelConfig) -> nn.Module:
-    """Into the mixer's width; nothing where it is the backbone's (as in tiny_2)."""
+def projection(in_dim: int, out_dim: int, config: ModelConfig) -> nn.Sequential:
+    """Norm and linear map between the widths of mixer and backbone; empty where they are one (as in tiny_2)."""
     if in_dim == out_dim:
-        return nn.Identity()
+        return nn.Sequential()
     return nn.Sequential(layer_norm(in_dim, config.norm_eps), nn.Linear(in_dim, out_dim, bias=config.use_bias))
 
 

@@ -1,65 +1,29 @@
 """Attention, feed-forward and embedding layers. Parameter names are those of the released checkpoints.
 
-Shapes: N batch, T image tokens, L caption tokens, D width of the stream, A width of the attention (heads x head_dim).
+Shapes: N batch, T image tokens, L caption tokens, D width of the tokens, A width of the attention (heads x head_dim).
 Every norm is a LayerNorm without bias; q and k are normalised over the full width A, without a scale.
-
-A block hands its result on as a `Stream`, a sum that is not yet taken: whoever reads it next adds, normalises and
-modulates in one pass over memory (mdit.kernels.patch_mixing).
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdit.kernels import masked_attention, patch_mixing, swiglu
-from mdit.masking import Mask, drop_tokens
+
+def modulate(x_NTD: Tensor, shift_N1D: Tensor, scale_N1D: Tensor) -> Tensor:
+    return x_NTD * (1 + scale_N1D) + shift_N1D
 
 
-class Stream(NamedTuple):
-    """The residual stream x + gate * y, not yet added. No gate: x + y; no y: x alone."""
-
-    x_NTD: Tensor
-    y_NTD: Tensor | None = None
-    gate_ND: Tensor | None = None
-
-    def added(self) -> Tensor:
-        if self.y_NTD is None:
-            return self.x_NTD
-        if self.gate_ND is None:
-            return self.x_NTD + self.y_NTD
-        return torch.addcmul(self.x_NTD, self.gate_ND.unsqueeze(1), self.y_NTD)
-
-    def kept(self, mask: Mask | None) -> "Stream":
-        """Only the tokens that the mask keeps; what is dropped is not even added."""
-        if mask is None:
-            return self
-        y_NKD = None if self.y_NTD is None else drop_tokens(self.y_NTD, mask)
-        return Stream(drop_tokens(self.x_NTD, mask), y_NKD, self.gate_ND)
+def unscaled_norm(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension without weight and bias."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-class StreamNorm(nn.Module):
-    """LayerNorm without bias of what a stream adds up to, then * (1 + scale) + shift."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(
-        self,
-        stream: Stream,
-        shift_ND: Tensor | None = None,
-        scale_ND: Tensor | None = None,
-        mask: Mask | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """-> (the stream, added up; its normalised and modulated form), of the tokens that the mask keeps."""
-        keep_NK = None if mask is None else mask.keep_NK
-        return patch_mixing.add_norm_modulate(
-            stream.x_NTD, stream.y_NTD, stream.gate_ND, self.weight, shift_ND, scale_ND, self.eps, keep_NK
-        )
+def softmax_attention(q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int) -> Tensor:
+    """-> (N, T, A), by head."""
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_NTA, k_NLA, v_NLA))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
 def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
@@ -74,7 +38,9 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, dim, bias=use_bias)
 
     def forward(self, x_NTD: Tensor) -> Tensor:
-        return self.proj(masked_attention.self_attention(self.qkv(x_NTD), self.num_heads, self.eps))
+        q, k, v = self.qkv(x_NTD).chunk(3, dim=-1)
+        q, k = unscaled_norm(q, self.eps), unscaled_norm(k, self.eps)
+        return self.proj(softmax_attention(q, k, v, self.num_heads))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
@@ -92,8 +58,9 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=use_bias)
 
     def forward(self, x_NTD: Tensor, caption_NLD: Tensor) -> Tensor:
-        q_NTD, kv_NLX = self.q_linear(x_NTD), self.kv_linear(caption_NLD)
-        return self.proj(masked_attention.cross_attention(q_NTD, kv_NLX, self.num_heads, self.eps))
+        k, v = self.kv_linear(caption_NLD).chunk(2, dim=-1)
+        q, k = unscaled_norm(self.q_linear(x_NTD), self.eps), unscaled_norm(k, self.eps)
+        return self.proj(softmax_attention(q, k, v, self.num_heads))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.q_linear.weight, std=0.02)
@@ -102,7 +69,7 @@ class CrossAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(w1 x) * w2 x), of width 2/3 `hidden` rounded up to `multiple_of`; w1 and w2 are one matmul."""
+    """w3(silu(w1 x) * w2 x), of width 2/3 `hidden` rounded up to `multiple_of`."""
 
     def __init__(self, dim: int, hidden: int, multiple_of: int, use_bias: bool) -> None:
         super().__init__()
@@ -112,21 +79,12 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(width, dim, bias=use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu.swiglu_linear(F.linear(x, *side_by_side(self.w1, self.w2)), self.w3.weight, self.w3.bias)
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.w1.weight, std=0.02)
         nn.init.trunc_normal_(self.w2.weight, std=out_std)
         nn.init.trunc_normal_(self.w3.weight, std=out_std)
-
-
-def side_by_side(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one linear layer that gives the outputs of these, one after the other.
-
-    A copy of weights, a few MB, saves passes over all tokens: they are read once, and have one gradient.
-    """
-    biases = [layer.bias for layer in layers]
-    return torch.cat([layer.weight for layer in layers]), None if biases[0] is None else torch.cat(biases)
 
 
 class Mlp(nn.Module):
@@ -147,18 +105,14 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(N, C, H, W) -> (N, T, D), one linear map of each patch. Its weight has a convolution's shape (D, C, p, p)."""
+    """(N, C, H, W) -> (N, T, D), one linear map of each patch."""
 
     def __init__(self, patch_size: int, channels: int, dim: int) -> None:
         super().__init__()
-        self.patch_size = patch_size
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        n, c, height, width = x_NCHW.shape
-        p = self.patch_size
-        patches = x_NCHW.reshape(n, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.reshape(n, -1, c * p * p), self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(x_NCHW).flatten(2).transpose(1, 2)
 
     def init_weights(self) -> None:
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))  # a view: fills the parameter itself
@@ -191,12 +145,11 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(dim, 2 * dim))
-        self.norm_final = StreamNorm(dim, eps)
+        self.norm_final = layer_norm(dim, eps)
 
-    def forward(self, stream: Stream, condition_ND: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition_ND).chunk(2, dim=1)
-        _, h = self.norm_final(stream, shift, scale)
-        return self.linear(h)
+    def forward(self, x_NTD: Tensor, condition_ND: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition_ND).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x_NTD), shift, scale))
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.adaLN_modulation[1].weight)

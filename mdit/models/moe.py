@@ -1,9 +1,9 @@
 """Expert-choice mixture of experts: every expert takes the same number of tokens from every image."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdit.kernels import expert_choice
 from mdit.models.layers import round_up
 
 
@@ -25,10 +25,14 @@ class ExpertChoice(nn.Module):
         return int(self.capacity_factor * num_tokens / self.num_experts)
 
     def forward(self, x_NTD: Tensor) -> Tensor:
-        routing = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1]))
-        hidden_EMF = torch.bmm(expert_choice.gather_tokens(x_NTD, routing), self.w1)
-        out_EMD = expert_choice.gelu_bmm(hidden_EMF, self.w2, routing.weights_NEK)
-        return expert_choice.scatter_tokens(out_EMD, routing)
+        """Tokens reach their experts, and come back, by one-hot products, as the released code moves them."""
+        p_NTE = self.gate(x_NTD).softmax(dim=-1, dtype=torch.promote_types(x_NTD.dtype, torch.float32))
+        weights_NEK, tokens_NEK = p_NTE.transpose(1, 2).topk(self.tokens_per_expert(x_NTD.shape[1]), dim=-1)
+        one_hot_NEKT = F.one_hot(tokens_NEK, x_NTD.shape[1]).to(x_NTD.dtype)
+        chosen_NEKD = torch.einsum("nekt,ntd->nekd", one_hot_NEKT, x_NTD)
+        hidden_NEKF = F.gelu(torch.einsum("nekd,edf->nekf", chosen_NEKD, self.w1))
+        out_NEKD = torch.einsum("nekf,efd->nekd", hidden_NEKF, self.w2) * weights_NEK.unsqueeze(-1).to(x_NTD.dtype)
+        return torch.einsum("nekt,nekd->ntd", one_hot_NEKT, out_NEKD)
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=0.02)

@@ -1,11 +1,14 @@
-"""What is done to a plain MicroDiT before an engine takes it: shards, float8, recomputation, compilation, in order."""
+"""What is done to a plain MicroDiT before an engine takes it: fusion, shards, float8, recomputation, compilation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from mdit.models import MicroDiT
 from mdit.parallel.fp8 import use_fp8
+from mdit.parallel.fuse import fuse
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.recompute import recompute
 from mdit.parallel.settings import RunSettings
@@ -18,6 +21,7 @@ def parallelize(model: MicroDiT, settings: RunSettings, plan: ParallelPlan) -> N
 
     Every rank has drawn the whole model from the same seed and keeps its part: equal weights under any plan.
     """
+    fuse(model)
     if plan.expert_group is not None:
         from mdit.parallel import expert  # needs deepspeed
 
@@ -28,11 +32,15 @@ def parallelize(model: MicroDiT, settings: RunSettings, plan: ParallelPlan) -> N
         tensor.shard_blocks(model, plan.tensor_group)
     if settings.fp8:
         use_fp8(model)
-    blocks = [*model.patch_mixer, *model.blocks]
-    for block in blocks:
+    for block in blocks_of(model):
         recompute(block, settings.activation_checkpointing)
     if settings.compile:
-        compile_each(blocks)
+        compile_each(blocks_of(model))
+
+
+def blocks_of(model: MicroDiT) -> list[nn.Module]:
+    """The blocks that are recomputed and compiled one by one."""
+    return [*model.patch_mixer, *model.blocks]
 
 
 def compile_each(blocks: list[nn.Module], backend: str | Callable = "inductor") -> None:
@@ -45,3 +53,15 @@ def compile_each(blocks: list[nn.Module], backend: str | Callable = "inductor") 
     config.accumulated_recompile_limit = max(forms, config.accumulated_recompile_limit)
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
+
+
+@contextmanager
+def compiling(blocks: list[nn.Module], backend: str | Callable = "inductor") -> Iterator[None]:
+    """Inside, every block is compiled as a run does it; afterwards all that was compiled is forgotten."""
+    try:
+        compile_each(blocks, backend)
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch.compiler.reset()

@@ -18,10 +18,11 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from mdit.kernels import expert_choice
+from mdit.kernels.expert_choice import Routing
 from mdit.models import MicroDiT
-from mdit.models.moe import ExpertChoice
-from mdit.parallel.shard import Shard, mark
+from mdit.parallel.fuse import FusedExpertChoice
+from mdit.parallel.shard import Shard, cut
+from mdit.parallel.swap import swap
 
 
 def join_deepspeed() -> None:
@@ -43,10 +44,18 @@ def group_name(expert_parallel: int) -> str:
 
 
 def shard_experts(model: MicroDiT, group: torch.distributed.ProcessGroup) -> None:
-    """Keep this rank's experts of every expert layer, in place. Parameters keep their names."""
+    """Keep this rank's experts of every expert layer of a fused model, in place. Parameters keep their names."""
     for block in (*model.patch_mixer, *model.blocks):
-        if isinstance(block.mlp, ExpertChoice):
-            block.mlp = ExpertParallel(block.mlp, group)
+        if isinstance(block.mlp, FusedExpertChoice):
+            shard_layer(block.mlp, group)
+
+
+def shard_layer(layer: FusedExpertChoice, group: torch.distributed.ProcessGroup) -> None:
+    ep = torch.distributed.get_world_size(group)
+    for part in (layer.w1, layer.w2):
+        cut(part, Shard(dim=0, index=torch.distributed.get_rank(group), count=ep), group)
+        part.allreduce, part.group_name = False, group_name(ep)
+    swap(layer, ExpertParallel, group=group, ep=ep)
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
@@ -55,33 +64,25 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [group for group in split if group["params"]]
 
 
-class ExpertParallel(ExpertChoice, MoE):
-    """An ExpertChoice whose w1 and w2 hold this rank's experts; E of `num_experts` counts all of them."""
+class ExpertParallel(FusedExpertChoice, MoE):
+    """Its w1 and w2 hold this rank's experts; E of `num_experts` counts all of them."""
 
-    def __init__(self, whole: ExpertChoice, group: torch.distributed.ProcessGroup) -> None:
-        nn.Module.__init__(self)  # neither parent's: the weights are there, and DeepSpeed's gate is not wanted
-        self.num_experts, self.capacity_factor = whole.num_experts, whole.capacity_factor
-        self.group, self.ep = group, torch.distributed.get_world_size(group)
-        self.gate = whole.gate
-        shard = Shard(dim=0, index=torch.distributed.get_rank(group), count=self.ep)
-        for name in ("w1", "w2"):
-            part = nn.Parameter(shard.take(getattr(whole, name).detach()))
-            part.allreduce, part.group_name = False, group_name(self.ep)
-            mark(part, shard, group)
-            setattr(self, name, part)
+    group: torch.distributed.ProcessGroup
+    ep: int
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """DeepSpeed's engine calls this; the groups are made already."""
 
-    def forward(self, x_NTD: Tensor) -> Tensor:
-        routing = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1]))
+    def dispatch(self, x_NTD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        tokens_EMD, weights_NEK = super().dispatch(x_NTD, routing)
         # The weights travel while the first matmul waits for nothing but the tokens.
-        weights_PNeK = self.exchange(by_owner(routing.weights_NEK.transpose(0, 1), self.ep).transpose(1, 2))
-        tokens_PeMD = self.exchange(by_owner(expert_choice.gather_tokens(x_NTD, routing), self.ep))
-        hidden_eMF = torch.bmm(tokens_PeMD.transpose(0, 1).flatten(1, 2), self.w1)
-        out_eMD = expert_choice.gelu_bmm(hidden_eMF, self.w2, weights_PNeK.flatten(0, 1))
-        back_PeMD = self.exchange(out_eMD.unflatten(1, (self.ep, -1)).transpose(0, 1))
-        return expert_choice.scatter_tokens(back_PeMD.flatten(0, 1), routing)
+        weights_PNeK = self.exchange(by_owner(weights_NEK.transpose(0, 1), self.ep).transpose(1, 2))
+        tokens_PeMD = self.exchange(by_owner(tokens_EMD, self.ep))
+        return tokens_PeMD.transpose(0, 1).flatten(1, 2), weights_PNeK.flatten(0, 1)
+
+    def combine(self, out_EMD: Tensor, routing: Routing) -> Tensor:
+        back_PeMD = self.exchange(out_EMD.unflatten(1, (self.ep, -1)).transpose(0, 1))
+        return super().combine(back_PeMD.flatten(0, 1), routing)
 
     def exchange(self, x_P: Tensor) -> Tensor:
         """Entry p of the first dimension goes to rank p of the group, and what comes from rank p arrives as entry p."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mdit.config import UserError
-from mdit.kernels import expert_choice
+from mdit.kernels.expert_choice import Routing
 from mdit.kernels.fp8_linear import (
     MULTIPLE,
     InFloat8,
@@ -29,21 +29,34 @@ from mdit.kernels.fp8_linear import (
 )
 from mdit.masking import Mask
 from mdit.models import MicroDiT
-from mdit.models.layers import Stream, StreamNorm, SwiGLU, side_by_side
+from mdit.models.layers import SwiGLU
 from mdit.models.moe import ExpertChoice
+from mdit.parallel.fuse import (
+    AddNormModulate,
+    FusedExpertChoice,
+    FusedMicroDiT,
+    FusedSwiGLU,
+    PendingResidual,
+    side_by_side,
+)
 from mdit.parallel.settings import RunSettings
+from mdit.parallel.swap import swap
 
 OLDEST_GPU = (8, 9)  # Ada: the first with float8 in its tensor cores
 
 
-class Fp8StreamNorm(StreamNorm):
+class Fp8AddNormModulate(AddNormModulate):
     """Hands on its result in both forms: as written, for gradients of weights, and in float8, for the matmul itself."""
 
     def forward(
-        self, stream: Stream, shift_ND: Tensor | None = None, scale_ND: Tensor | None = None, mask: Mask | None = None
+        self,
+        pending: PendingResidual,
+        shift_ND: Tensor | None = None,
+        scale_ND: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> tuple[Tensor, InFloat8]:
         keep_NK = None if mask is None else mask.keep_NK
-        return fp8_add_norm_modulate(*stream, self.weight, shift_ND, scale_ND, self.eps, keep_NK)
+        return fp8_add_norm_modulate(*pending, self.weight, shift_ND, scale_ND, self.eps, keep_NK)
 
 
 class Fp8Linear(nn.Linear):
@@ -51,18 +64,17 @@ class Fp8Linear(nn.Linear):
         return fp8_linear(x, self.weight, self.bias)
 
 
-class Fp8SwiGLU(SwiGLU):
+class Fp8SwiGLU(FusedSwiGLU):
     def forward(self, x: Tensor | InFloat8) -> Tensor:
         return fp8_swiglu(x, *side_by_side(self.w1, self.w2), self.w3.weight, self.w3.bias)
 
 
-class Fp8ExpertChoice(ExpertChoice):
-    def forward(self, x_NTD: Tensor) -> Tensor:
-        routing = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1]))
+class Fp8ExpertChoice(FusedExpertChoice):
+    def experts(self, x_NTD: Tensor, routing: Routing) -> Tensor:
         return fp8_experts(x_NTD, self.w1, self.w2, routing)
 
 
-class Fp8MicroDiT(MicroDiT):
+class Fp8MicroDiT(FusedMicroDiT):
     def caption_for(self, blocks: nn.ModuleList, y_NLD: Tensor) -> Tensor | InFloat8:
         """Quantised once for the keys and values of all blocks."""
         in_float8 = all(isinstance(block.cross_attn.kv_linear, Fp8Linear) for block in blocks)
@@ -71,22 +83,23 @@ class Fp8MicroDiT(MicroDiT):
 
 IN_FP8 = {
     nn.Linear: Fp8Linear,
-    SwiGLU: Fp8SwiGLU,
-    ExpertChoice: Fp8ExpertChoice,
-    StreamNorm: Fp8StreamNorm,
-    MicroDiT: Fp8MicroDiT,
+    FusedSwiGLU: Fp8SwiGLU,
+    FusedExpertChoice: Fp8ExpertChoice,
+    AddNormModulate: Fp8AddNormModulate,
+    FusedMicroDiT: Fp8MicroDiT,
 }
 AS_WRITTEN = {ours: theirs for theirs, ours in IN_FP8.items()}
 
 
 def use_fp8(model: MicroDiT, on: bool = True) -> None:
-    """Switch the blocks' matmuls to float8 or back, in place. All compiled code is dropped and made again when it next
-    runs: whether Dynamo's guards see another class depends on the version of torch."""
+    """Switch the blocks' matmuls of a fused model to float8 or back, in place. All compiled code is dropped and made
+    again when it next runs: whether Dynamo's guards see another class depends on the version of torch."""
     changed = False
     for layer in (model, *matmuls(model), *norms(model)):
-        wanted = (IN_FP8 if on else AS_WRITTEN).get(type(layer), type(layer))
-        changed |= wanted is not type(layer)
-        layer.__class__ = wanted
+        form = (IN_FP8 if on else AS_WRITTEN).get(type(layer))
+        if form is not None:
+            swap(layer, form)
+            changed = True
     if changed and "torch._dynamo" in sys.modules:  # else nothing was compiled, and to import it takes seconds
         torch.compiler.reset()
 
@@ -99,7 +112,7 @@ def matmuls(model: MicroDiT) -> Iterator[nn.Module]:
             yield from (layer for layer in layers if fits(layer))
 
 
-def norms(model: MicroDiT) -> Iterator[StreamNorm]:
+def norms(model: MicroDiT) -> Iterator[nn.Module]:
     """The norms whose readers are all in float8 then. (Experts have a router, and gather what they quantise.)"""
     for block in (*model.patch_mixer, *model.blocks):
         readers = {block.norm1: block.attn.qkv, block.norm2: block.cross_attn.q_linear}

@@ -9,7 +9,6 @@ Outputs are the same bits in all three, gradients as well with "selective"; with
 are added up in another order. Where blocks are compiled, each way is fused, and so rounded, otherwise.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,7 +20,8 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from mdit.models.layers import Stream
+from mdit.parallel.fuse import FusedBlock, PendingResidual
+from mdit.parallel.swap import swap
 
 # Small, and safer kept: a choice made again could fall otherwise where what leads to it is rounded otherwise.
 ROUTING = ("aten.topk.", "mdit.expert_route.")
@@ -38,29 +38,31 @@ DEAR = (
 
 
 def recompute(block: nn.Module, mode: str) -> None:
-    """Wrap the forward of a `mdit.models.dit.Block` in place, before `block.compile()`. `mode` as above."""
-    if mode == "none":
-        return
-    plain = block.forward
+    """Let a `FusedBlock` compute as `mode` says, in place, before `block.compile()`."""
+    if mode != "none":
+        swap(block, {"selective": SelectiveRecompute, "block": BlockRecompute}[mode])
 
-    # Functions of this file: Dynamo passes over frames of torch.utils.checkpoint and would leave the block uncompiled.
-    def selective(stream: Stream, caption_NLD: Tensor, condition_ND: Tensor) -> Stream:
-        return checkpoint(plain, stream, caption_NLD, condition_ND, **OPTIONS, context_fn=keeping_the_dear)
 
-    def whole(stream: Stream, caption_NLD: Tensor, condition_ND: Tensor) -> Stream:
+class SelectiveRecompute(FusedBlock):
+    def forward(self, pending: PendingResidual, caption_NLD: Tensor, condition_ND: Tensor) -> PendingResidual:
+        arguments = pending, caption_NLD, condition_ND
+        return checkpoint(super().forward, *arguments, **OPTIONS, context_fn=keeping_the_dear)
+
+
+class BlockRecompute(FusedBlock):
+    """The result is added up inside, so that one tensor is kept between two blocks and not three.
+
+    (Selectively that would save nothing: what is added is a matmul's result, or with experts as large as one.)
+    """
+
+    def forward(self, pending: PendingResidual, caption_NLD: Tensor, condition_ND: Tensor) -> PendingResidual:
         # Compiled, the second run is fused and so rounded in its own way; else it gives the same bits.
         context_fn = keeping_the_routing if torch.compiler.is_compiling() else noop_context_fn
-        return checkpoint(added, plain, stream, caption_NLD, condition_ND, **OPTIONS, context_fn=context_fn)
+        arguments = pending, caption_NLD, condition_ND
+        return PendingResidual(checkpoint(self.added, *arguments, **OPTIONS, context_fn=context_fn))
 
-    block.forward = {"selective": selective, "block": whole}[mode]
-
-
-def added(forward: Callable[..., Stream], stream: Stream, caption_NLD: Tensor, condition_ND: Tensor) -> Stream:
-    """A block whose result is added up inside, so that one tensor is kept between two blocks and not three.
-
-    (With "selective" that would save nothing: what is added is a matmul's result, or with experts as large as one.)
-    """
-    return Stream(forward(stream, caption_NLD, condition_ND).added())
+    def added(self, pending: PendingResidual, caption_NLD: Tensor, condition_ND: Tensor) -> Tensor:
+        return super().forward(pending, caption_NLD, condition_ND).added()
 
 
 def keep(kept: tuple[str, ...], _, op, *args, **kwargs) -> CheckpointPolicy:

@@ -38,8 +38,10 @@ CONTIGUOUS = torch.contiguous_format
 WHOLE = Shard()
 
 
-def mark(parameter: nn.Parameter, shard: Shard, group: torch.distributed.ProcessGroup) -> None:
-    """Note on a parameter that it is a part, and which ranks hold the others (in the order of their index)."""
+@torch.no_grad()
+def cut(parameter: nn.Parameter, shard: Shard, group: torch.distributed.ProcessGroup) -> None:
+    """Keep a part of a parameter, in place, and note on it which, and which ranks hold the others (by index)."""
+    parameter.data = shard.take(parameter)
     parameter.shard, parameter.shard_group = shard, group
 
 

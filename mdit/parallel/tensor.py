@@ -22,17 +22,18 @@ from torch.distributed import ProcessGroup
 
 from mdit.kernels import swiglu
 from mdit.models import MicroDiT
-from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU, side_by_side
-from mdit.parallel.shard import Shard, mark
+from mdit.models.layers import CrossAttention, SelfAttention, softmax_attention
+from mdit.parallel.fuse import FusedSwiGLU, side_by_side
+from mdit.parallel.shard import Shard, cut
+from mdit.parallel.swap import swap
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # one for each part of apex and Transformer Engine that is not there
     from megatron.core import parallel_state
-    from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import (
-        ColumnParallelLinear,
-        RowParallelLinear,
         copy_to_tensor_model_parallel_region,
+        linear_with_grad_accumulation_and_async_allreduce,
+        reduce_from_tensor_model_parallel_region,
         set_tensor_model_parallel_attributes,
     )
 
@@ -64,144 +65,101 @@ def start(tp: int) -> tuple[ProcessGroup, DeepSpeedMPU]:
 
 
 def shard_blocks(model: MicroDiT, group: ProcessGroup) -> None:
-    """Cut a whole model's attention and dense feed-forward layers, in place; names and order of parameters stay.
+    """Cut a fused model's attention and dense feed-forward layers, in place; names and order of parameters stay.
 
     Every rank of the group has to come with the same weights.
     """
     for block in (model.y_emb_preprocess, *model.patch_mixer, *model.blocks):
-        block.attn = SelfAttentionPart(block.attn, group)
+        cut_column(block.attn.qkv, group, blocks=3)
+        cut_row(block.attn.proj, group)
+        swap(block.attn, SelfAttentionPart, group=group, num_heads=block.attn.num_heads // group.size())
         if hasattr(block, "cross_attn"):
-            block.cross_attn = CrossAttentionPart(block.cross_attn, group)
-        if isinstance(block.mlp, SwiGLU):
-            block.mlp = SwiGLUPart(block.mlp, group)
+            cross = block.cross_attn
+            cut_column(cross.q_linear, group)
+            cut_column(cross.kv_linear, group, blocks=2)
+            cut_row(cross.proj, group)
+            swap(cross, CrossAttentionPart, group=group, num_heads=cross.num_heads // group.size())
+        if isinstance(block.mlp, FusedSwiGLU):
+            cut_column(block.mlp.w1, group)
+            cut_column(block.mlp.w2, group)
+            cut_row(block.mlp.w3, group)
+            swap(block.mlp, SwiGLUPart, group=group)
 
 
-class SelfAttentionPart(nn.Module):
-    """A SelfAttention's heads of this rank."""
+def cut_column(layer: nn.Linear, group: ProcessGroup, blocks: int = 1) -> None:
+    """Keep this rank's rows of each of `blocks` blocks of a weight: (N, T, D) -> (N, T, blocks * P)"""
+    for parameter in layer.parameters():
+        cut(parameter, Shard(0, group.rank(), group.size(), blocks), group)
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=blocks)
+    swap(layer, Column, group=group)
 
-    def __init__(self, whole: SelfAttention, group: ProcessGroup) -> None:
-        super().__init__()
-        self.num_heads, self.eps, self.group = whole.num_heads // group.size(), whole.eps, group
-        self.qkv = Column(whole.qkv, group, blocks=3)
-        self.proj = Row(whole.proj, group)
+
+def cut_row(layer: nn.Linear, group: ProcessGroup) -> None:
+    """Keep this rank's columns of a weight: (N, T, P) -> (N, T, D)"""
+    cut(layer.weight, Shard(1, group.rank(), group.size()), group)
+    set_tensor_model_parallel_attributes(layer.weight, is_parallel=True, dim=1, stride=1)
+    swap(layer, Row, group=group)
+
+
+class Column(nn.Linear):
+    group: ProcessGroup
+
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        return linear_with_grad_accumulation_and_async_allreduce(
+            x_NTD,
+            self.weight,
+            self.bias,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=True,
+            sequence_parallel=False,
+            tp_group=self.group,
+        )
+
+
+class Row(nn.Linear):
+    group: ProcessGroup
+
+    def forward(self, x_NTP: Tensor) -> Tensor:
+        return self.sum_over_ranks(F.linear(x_NTP, self.weight))
+
+    def sum_over_ranks(self, part_NTD: Tensor) -> Tensor:
+        """The sum, in the memory of `part_NTD`; then the bias."""
+        whole_NTD = reduce_from_tensor_model_parallel_region(part_NTD, group=self.group)
+        return whole_NTD if self.bias is None else whole_NTD + self.bias
+
+
+class SelfAttentionPart(SelfAttention):
+    """This rank's heads."""
+
+    group: ProcessGroup
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         qkv_NT3P = self.qkv(x_NTD).unflatten(-1, (3, -1))
         q_NTP, k_NTP = FullWidthNorm.apply(qkv_NT3P[:, :, :2], self.eps, self.group).unbind(2)
-        return self.proj(attend(q_NTP, k_NTP, qkv_NT3P[:, :, 2], self.num_heads))
+        return self.proj(softmax_attention(q_NTP, k_NTP, qkv_NT3P[:, :, 2], self.num_heads))
 
 
-class CrossAttentionPart(nn.Module):
-    """A CrossAttention's heads of this rank."""
+class CrossAttentionPart(CrossAttention):
+    """This rank's heads."""
 
-    def __init__(self, whole: CrossAttention, group: ProcessGroup) -> None:
-        super().__init__()
-        self.num_heads, self.eps, self.group = whole.num_heads // group.size(), whole.eps, group
-        self.q_linear = Column(whole.q_linear, group)
-        self.kv_linear = Column(whole.kv_linear, group, blocks=2)
-        self.proj = Row(whole.proj, group)
+    group: ProcessGroup
 
     def forward(self, x_NTD: Tensor, caption_NLD: Tensor) -> Tensor:
         k_NLP, v_NLP = self.kv_linear(caption_NLD).chunk(2, dim=-1)
         q_NTP = FullWidthNorm.apply(self.q_linear(x_NTD), self.eps, self.group)
         k_NLP = FullWidthNorm.apply(k_NLP, self.eps, self.group)
-        return self.proj(attend(q_NTP, k_NLP, v_NLP, self.num_heads))
+        return self.proj(softmax_attention(q_NTP, k_NLP, v_NLP, self.num_heads))
 
 
-class SwiGLUPart(nn.Module):
-    """A SwiGLU's columns of this rank."""
+class SwiGLUPart(FusedSwiGLU):
+    """This rank's columns."""
 
-    def __init__(self, whole: SwiGLU, group: ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
-        self.w1 = Column(whole.w1, group)
-        self.w2 = Column(whole.w2, group)
-        self.w3 = GatedRow(whole.w3, group)
+    group: ProcessGroup
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         x_NTD = copy_to_tensor_model_parallel_region(x_NTD, self.group)  # all-reduces the gradient
-        return self.w3(F.linear(x_NTD, *side_by_side(self.w1, self.w2)))
-
-
-class Column(ColumnParallelLinear):
-    """This rank's rows of each of `blocks` blocks of a linear layer's weight. (N, T, D) -> (N, T, blocks * P)"""
-
-    def __init__(self, whole: nn.Linear, group: ProcessGroup, blocks: int = 1) -> None:
-        super().__init__(
-            whole.in_features,
-            whole.out_features,
-            config=megatron_config(whole, group),
-            init_method=None,
-            bias=whole.bias is not None,
-            gather_output=False,
-            stride=blocks,
-            tp_group=group,
-        )
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=blocks)
-        shard = Shard(0, group.rank(), group.size(), blocks)
-        fill(self.weight, whole.weight, shard, group)
-        if whole.bias is not None:
-            fill(self.bias, whole.bias, shard, group)
-
-    def forward(self, x_NTD: Tensor) -> Tensor:
-        output, _ = super().forward(x_NTD)
-        return output
-
-
-class Row(RowParallelLinear):
-    """This rank's columns of a linear layer's weight. (N, T, P) -> (N, T, D): the sum over ranks, then the bias."""
-
-    def __init__(self, whole: nn.Linear, group: ProcessGroup) -> None:
-        super().__init__(
-            whole.in_features,
-            whole.out_features,
-            config=megatron_config(whole, group),
-            init_method=None,
-            bias=whole.bias is not None,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            tp_group=group,
-        )
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
-        fill(self.weight, whole.weight, Shard(1, group.rank(), group.size()), group)
-        if whole.bias is not None:
-            fill(self.bias, whole.bias, Shard(), group)
-
-    def forward(self, x_NTP: Tensor) -> Tensor:
-        output, _ = super().forward(x_NTP)
-        return output
-
-
-class GatedRow(Row):
-    """silu(a) * b through the weight, fused where kernels run (mdit.kernels.swiglu)."""
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, **_) -> Tensor:
-        """Megatron's matmul before the sum over ranks; of a and b side by side."""
-        return swiglu.swiglu_linear(input, weight)
-
-
-def megatron_config(whole: nn.Linear, group: ProcessGroup) -> ModelParallelConfig:
-    """No GPU needed to make a layer, weights in the dtype of `whole` and left for `fill`."""
-    return ModelParallelConfig(
-        tensor_model_parallel_size=group.size(),
-        params_dtype=whole.weight.dtype,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-    )
-
-
-@torch.no_grad()
-def fill(part: nn.Parameter, whole: Tensor, shard: Shard, group: ProcessGroup) -> None:
-    """Give a parameter its part of `whole`, in memory of its own."""
-    part.data = shard.take(whole)
-    if shard.count > 1:
-        mark(part, shard, group)
-
-
-def attend(q_NTP: Tensor, k_NLP: Tensor, v_NLP: Tensor, num_heads: int) -> Tensor:
-    """Softmax attention of this rank's heads -> (N, T, P)"""
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_NTP, k_NLP, v_NLP))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        ab_NTP = F.linear(x_NTD, *side_by_side(self.w1, self.w2))
+        return self.w3.sum_over_ranks(swiglu.swiglu_linear(ab_NTP, self.w3.weight))
 
 
 class FullWidthNorm(torch.autograd.Function):

@@ -16,6 +16,7 @@ from mdit.eval.samples import grid, sample_latents, save_png, to_images
 from mdit.eval.validation import ExpertCoverage, validation_loss
 from mdit.files import optional
 from mdit.models import MicroDiT
+from mdit.parallel.fuse import fuse
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.meter import Meter
@@ -104,4 +105,4 @@ class Evaluator:
         parameters = dict(model.named_parameters())
         for name, value in self.engine.full_weights(self.ema.partitions):
             parameters[name].copy_(value)
-        return model.eval().requires_grad_(False)
+        return fuse(model).eval().requires_grad_(False)

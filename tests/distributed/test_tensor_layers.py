@@ -13,6 +13,7 @@ from mdit.config import ModelConfig
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
+from mdit.parallel.fuse import fuse
 from mdit.parallel.shard import gather_whole, shard_of
 from tests.recipes import tiny_config, tiny_model
 from tests.training import run_in_processes
@@ -29,7 +30,7 @@ CONFIG = tiny_config(model=EVEN, training={"global_batch_size": 4}, optim={"eps"
 def open_model(config: ModelConfig) -> MicroDiT:
     """Drawn, also where a model starts from zeros: gates, biases and an output that would hide what is behind them."""
     torch.manual_seed(0)
-    model = MicroDiT(config)
+    model = fuse(MicroDiT(config))
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)

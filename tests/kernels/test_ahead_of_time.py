@@ -22,6 +22,7 @@ from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, launch, recorded
 from mdit.models import MicroDiT, presets
 from mdit.parallel.fp8 import use_fp8
+from mdit.parallel.fuse import fuse
 from tests.recipes import tiny_config
 
 pytest.importorskip("triton")
@@ -180,7 +181,7 @@ def kind(found: Launch) -> tuple:
 @pytest.mark.parametrize("mask_ratio, fp8", [(0.5, False), (0.0, True)])
 def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio, fp8):
     config = tiny_config(model=presets.tiny_2(8, **TINY).model_dump(), training={"mask_ratio": mask_ratio})
-    model = MicroDiT(config.model).bfloat16()
+    model = fuse(MicroDiT(config.model)).bfloat16()
     use_fp8(model, fp8)
     captions_NLC = torch.randn(4, config.model.caption_length, config.model.caption_channels)
     drawn = draw(config, 0, slice(0, 4))

@@ -12,6 +12,7 @@ from mdit.kernels.expert_choice import Routing, reference
 from mdit.kernels.expert_choice.reference import one_hot_expert_choice
 from mdit.kernels.launch import recorded
 from mdit.models.moe import ExpertChoice
+from mdit.parallel.fuse import fuse
 from tests.kernels.accuracy import (
     DEVICE,
     DTYPES,
@@ -24,7 +25,7 @@ MULTIPLE_OF = 8
 
 
 def layer(num_experts: int, capacity_factor: float, dim: int = 6) -> ExpertChoice:
-    moe = ExpertChoice(dim, 8, MULTIPLE_OF, num_experts, capacity_factor).double()
+    moe = fuse(ExpertChoice(dim, 8, MULTIPLE_OF, num_experts, capacity_factor)).double()
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
     return moe

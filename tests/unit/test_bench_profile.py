@@ -15,6 +15,7 @@ from mdit.config import load_config
 from mdit.costs.trace import training_flops
 from mdit.diffusion.edm import draw, edm_loss
 from mdit.models import MicroDiT
+from mdit.parallel.fuse import fuse
 from tests.bench_rows import row
 from tests.recipes import tiny_config
 
@@ -100,7 +101,7 @@ def test_every_kernel_of_ours_is_known():
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
     config, folder = tiny_config(), tmp_path_factory.mktemp("profile")
-    model, cpu = MicroDiT(config.model), torch.device("cpu")
+    model, cpu = fuse(MicroDiT(config.model)), torch.device("cpu")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     shape, calls = config.model, []
     latents = torch.randn(8, shape.latent_channels, shape.latent_size, shape.latent_size)

@@ -244,7 +244,7 @@ def test_memory_on_a_gpu():
     dist.start(world)
     try:
         before = torch.cuda.memory_allocated()
-        engine = Engine(MicroDiT(config.model), config, Execution(RunSettings(), ds_config), ParallelPlan(world))
+        engine = Engine(model_of(config), config, Execution(RunSettings(), ds_config), ParallelPlan(world))
         ema = EMA(config.ema, engine.master_weights)
         with dispatch.using():
             for step in (1, 2):

@@ -22,6 +22,7 @@ from mdit.models.presets import xl_2
 from mdit.parallel import fp8
 from mdit.parallel.apply import parallelize
 from mdit.parallel.fp8 import check_fp8, use_fp8
+from mdit.parallel.fuse import FusedMicroDiT, fuse
 from mdit.parallel.plan import ParallelPlan, check_plan
 from mdit.parallel.settings import RunSettings, load_run_settings
 from tests.recipes import tiny_config, tiny_model
@@ -38,7 +39,7 @@ def new_model(**changes) -> MicroDiT:
     model = MicroDiT(tiny_model(**{**SIXTEENS, **changes}))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return model
+    return fuse(model)
 
 
 def forward(model: MicroDiT) -> Tensor:
@@ -157,7 +158,7 @@ def test_what_is_handed_on_in_float8_changes_no_bit(monkeypatch, kernels):
     use_fp8(handed_on)
     monkeypatch.setattr(fp8, "norms", lambda model: [])
     use_fp8(alone)
-    alone.__class__ = MicroDiT
+    alone.__class__ = FusedMicroDiT
     with dispatch.using(*in_triton, off_gpu=True):
         with Calls() as seen:
             found = with_gradients(handed_on)
@@ -302,7 +303,7 @@ def losses(*, fp8_on: bool) -> Tensor:
     """Of a tiny model that learns latents whose mean depends on the caption."""
     config = tiny_config(model=SIXTEENS, training={"mask_ratio": 0.5})
     torch.manual_seed(0)
-    model = MicroDiT(config.model)
+    model = fuse(MicroDiT(config.model))
     use_fp8(model, fp8_on)
     adamw = torch.optim.AdamW(model.parameters(), lr=2e-3)
     found = []

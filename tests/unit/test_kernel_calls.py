@@ -13,6 +13,7 @@ from mdit.kernels import expert_choice, masked_attention, patch_mixing, swiglu
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
 from mdit.models.presets import xl_2
+from mdit.parallel.fuse import fuse
 from tests.recipes import tiny_model
 
 OPS = {
@@ -60,7 +61,7 @@ def called(monkeypatch):
 def test_the_calls_are_those_of_a_forward_pass(called, changes, mask_ratio):
     config = tiny_model(**changes)
     mask = sample_mask(torch.rand(3, config.num_patches), mask_ratio)
-    MicroDiT(config)(torch.randn(3, 4, 8, 8), torch.zeros(3), torch.randn(3, 5, 12), mask=mask)
+    fuse(MicroDiT(config))(torch.randn(3, 4, 8, 8), torch.zeros(3), torch.randn(3, 5, 12), mask=mask)
     in_the_model = Counter(called)
     called.clear()
     for call in kernel_calls(config, 3, mask_ratio):

@@ -18,6 +18,7 @@ from mdit.config import UserError
 from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.models import MicroDiT
+from mdit.parallel.fuse import fuse
 from mdit.parallel.settings import RunSettings, resolve_ds_config
 from tests import bench_rows
 from tests.recipes import tiny_config
@@ -201,7 +202,7 @@ def test_what_is_not_done_in_time_is_broken_off():
 
 
 def test_a_rung_is_switched_off_again():
-    model = MicroDiT(tiny_config().model)
+    model = fuse(MicroDiT(tiny_config().model))
     before = [(type(module), dict(module.__dict__)) for module in model.modules()]
     for rung in RUNGS:
         with ladder.switched(model, rung, backend="eager"):

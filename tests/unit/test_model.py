@@ -9,11 +9,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mdit.diffusion.edm import Draw, edm_loss
 from mdit.masking import Mask, restore_tokens
 from mdit.models import MicroDiT, dit, layers
 from mdit.models.moe import ExpertChoice
+from mdit.parallel.fuse import PendingResidual, fuse
 from tests.recipes import tiny_model
 
 EPS = 1e-6
@@ -133,6 +135,10 @@ def pixels_of(patch, config):
     return slice(row, row + p), slice(column, column + p)
 
 
+def project(w, x):
+    return affine(w, "1", norm(x, w["0.weight"])) if w else x
+
+
 def network(w, config, latents, c_noise, caption, keep=None):
     """The whole forward pass; `keep` lists the kept patches of every image."""
     p, images = config.patch_size, []
@@ -144,13 +150,13 @@ def network(w, config, latents, c_noise, caption, keep=None):
     condition = timestep(part(w, "t_embedder"), c_noise) + mlp(part(w, "pooled_y_emb_process"), y.mean(1))
     if config.use_patch_mixer:
         narrow = {name: part(w, f"patch_mixer_map_{name}") for name in ("xin", "xout", "y")}
-        x, y_mixer = (affine(m, "1", norm(z, m["0.weight"])) for m, z in ((narrow["xin"], x), (narrow["y"], y)))
+        x, y_mixer = project(narrow["xin"], x), project(narrow["y"], y)
         for i in range(config.mixer_depth):
             x = block(part(w, f"patch_mixer.{i}"), x, y_mixer, condition, config)
     if keep is not None:
         x = torch.stack([tokens[rows] for tokens, rows in zip(x, keep)])
     if config.use_patch_mixer:
-        x = affine(narrow["xout"], "1", norm(x, narrow["xout"]["0.weight"]))
+        x = project(narrow["xout"], x)
     for i in range(config.depth):
         x = block(part(w, f"blocks.{i}"), x, y, condition, config)
     x = final(part(w, "final_layer"), x, condition)
@@ -237,12 +243,12 @@ def test_block_modulates_attention_and_feed_forward_but_not_cross_attention(has_
     assert module.attn.qkv.out_features == 3 * 16  # 24 * 0.5 rounded up to 2 heads of 8
     tolerance = 1e-5 if has_experts else 1e-10
     inputs = [x, caption, condition, *w.values()]
-    found = module(layers.Stream(x), caption, condition).added()
+    found = module(x, caption, condition)
     assert_equal_with_gradients(found, block(w, x, caption, condition, config), inputs, tolerance)
 
     y, gate = tensor(2, 16, 24), tensor(2, 24)  # what the block before has left to be added
     expected = block(w, x + gate.unsqueeze(1) * y, caption, condition, config)
-    found = module(layers.Stream(x, y, gate), caption, condition).added()
+    found = fuse(module)(PendingResidual(x, y, gate), caption, condition).added()
     assert_equal_with_gradients(found, expected, [*inputs, y, gate], tolerance)
 
 
@@ -256,19 +262,8 @@ def test_caption_block_is_a_plain_attention_block():
 def test_final_layer_modulates_its_norm():
     module, x, condition = randomised(layers.FinalLayer(12, 16, EPS)), tensor(2, 5, 12), tensor(2, 12)
     w = weights_of(module)
-    found = module(layers.Stream(x), condition)
+    found = module(x, condition)
     assert_equal_with_gradients(found, final(w, x, condition), [x, condition, *w.values()])
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_stream_adds_up_and_keeps_tokens_in_either_order(gated):
-    x, y, gate = tensor(2, 5, 4), tensor(2, 5, 4), tensor(2, 4) if gated else None
-    mask = Mask(torch.tensor([[3, 0], [4, 2]]), 5)
-    whole = x + (gate.unsqueeze(1) if gated else 1) * y
-    torch.testing.assert_close(layers.Stream(x, y, gate).added(), whole)
-    expected = torch.stack([whole[0, [3, 0]], whole[1, [4, 2]]])
-    torch.testing.assert_close(layers.Stream(x, y, gate).kept(mask).added(), expected)
-    assert layers.Stream(x).added() is x and layers.Stream(x, y, gate).kept(None).y_NTD is y
 
 
 def test_timestep_embedder_has_256_frequencies_cosines_first():
@@ -288,12 +283,6 @@ def test_position_embedding_at_double_resolution_passes_through_the_old_position
     assert torch.equal(new.view(8, 8, 16)[::2, ::2], old.view(4, 4, 16))
 
 
-def test_patch_embedding_is_its_convolution():
-    module, x = randomised(layers.PatchEmbed(2, 4, 12)), tensor(3, 4, 8, 6)
-    expected = module.proj(x).flatten(2).transpose(1, 2)
-    assert_equal_with_gradients(module(x), expected, [x, *module.parameters()])
-
-
 def test_unpatchify_inverts_cutting_into_patches():
     config = tiny_model()
     latents = torch.randn(2, config.latent_channels, config.latent_size, config.latent_size)
@@ -311,13 +300,15 @@ def test_unpatchify_inverts_cutting_into_patches():
         {},
         {"use_bias": True},
         {"use_patch_mixer": False},
+        {"mixer_dim": 32},
         {"experts_every_n": 0, "num_experts": 1, "capacity_factor": 1.0},
     ],
-    ids=["tiny", "biases", "no mixer", "dense"],
+    ids=["tiny", "biases", "no mixer", "as tiny_2", "dense"],
 )
-def test_network_equals_the_formula_with_all_gradients(changes, masked):
+@pytest.mark.parametrize("form", [nn.Module.eval, fuse], ids=["plain", "fused"])
+def test_network_equals_the_formula_with_all_gradients(form, changes, masked):
     config = tiny_model(**changes)
-    model = randomised(MicroDiT(config), std=0.15)
+    model = form(randomised(MicroDiT(config), std=0.15))
     latents, c_noise, caption = batch(config)
     mask = Mask(torch.rand(2, config.num_patches).argsort(1)[:, :6], config.num_patches) if masked else None
     w = weights_of(model)
@@ -337,9 +328,8 @@ def test_new_blocks_let_only_cross_attention_through():
     config = tiny_model()
     for module in MicroDiT(config).blocks:
         x, caption, condition = torch.randn(2, 16, 32), torch.randn(2, 5, 32), torch.randn(2, 32)
-        _, h = module.norm2(layers.Stream(x))
-        expected = x + module.cross_attn(h, caption)
-        assert torch.equal(module(layers.Stream(x), caption, condition).added(), expected)
+        expected = x + module.cross_attn(module.norm2(x), caption)
+        assert torch.equal(module(x, caption, condition), expected)
 
 
 def test_same_seed_gives_the_same_weights():

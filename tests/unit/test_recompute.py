@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from mdit.config import ModelConfig
 from mdit.kernels import dispatch
 from mdit.models.dit import Block
-from mdit.models.layers import Stream, SwiGLU
+from mdit.models.layers import SwiGLU
 from mdit.models.presets import xl_2
+from mdit.parallel.fuse import PendingResidual, fuse
 from mdit.parallel.recompute import recompute
 from tests.recipes import tiny_model
 
@@ -37,11 +38,11 @@ def new_block(kind: str = "experts", mode: str = "none") -> Block:
 
 def block_of(config: ModelConfig, kind: str) -> Block:
     options = dict(dim=config.dim, qkv_ratio=0.5, ffn_ratio=2.0, has_experts=kind == "experts", out_std=0.02)
-    return Block(config, **options)
+    return fuse(Block(config, **options))
 
 
 def inputs() -> list[Tensor]:
-    """x, y and gate of a stream, caption, condition."""
+    """x, y and gate of a residual, caption, condition."""
     torch.manual_seed(1)
     shapes = (N, T, D), (N, T, D), (N, D), (N, L, D), (N, D)
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -50,7 +51,7 @@ def inputs() -> list[Tensor]:
 def run(block: Block) -> tuple[Tensor, list[Tensor]]:
     """-> what the block adds up to, and the gradients of inputs and weights of a function of that."""
     x, y, gate, caption, condition = leaves = inputs()
-    out = block(Stream(x, y, gate), caption, condition).added()
+    out = block(PendingResidual(x, y, gate), caption, condition).added()
     gradients = torch.autograd.grad(out.sin().sum(), [*leaves, *block.parameters()])
     return out.detach(), list(gradients)
 
@@ -110,12 +111,12 @@ def test_values_and_gradients_stay(kernels, kind):
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_a_stream_of_one_tensor_and_no_gradients_wanted(mode):
+def test_a_residual_of_one_tensor_and_no_gradients_wanted(mode):
     """What enters the first block; what validation asks for."""
     x, _, _, caption, condition = inputs()
     with torch.no_grad():
-        expected = new_block()(Stream(x), caption, condition).added()
-        assert torch.equal(new_block(mode=mode)(Stream(x), caption, condition).added(), expected)
+        expected = new_block()(PendingResidual(x), caption, condition).added()
+        assert torch.equal(new_block(mode=mode)(PendingResidual(x), caption, condition).added(), expected)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
@@ -150,7 +151,7 @@ def test_matmuls_attention_and_routing_run_once_with_selective(kernels):
 
 def test_w1_and_w2_are_one_matmul_in_both_directions(kernels):
     """A product, and its two gradients, of both together, and nothing that adds or copies besides the weights."""
-    x, mlp = torch.randn(3, D, requires_grad=True), SwiGLU(D, 48, 8, use_bias=False)
+    x, mlp = torch.randn(3, D, requires_grad=True), fuse(SwiGLU(D, 48, 8, use_bias=False))
     with dispatch.using(*(dispatch.OPS if kernels == "triton" else ()), off_gpu=True), Operations() as seen:
         mlp(x).sum().backward()
     assert seen.count["aten.mm.default"] == (3 if kernels == "triton" else 6)  # w3's are inside the op
@@ -175,7 +176,7 @@ def test_memory_shrinks_in_the_order_of_the_modes_at_the_papers_shapes(kernels, 
             condition = torch.empty(n, d, dtype=torch.bfloat16)
         recompute(block, mode)
         with dispatch.using(*(dispatch.OPS if kernels == "triton" else ()), off_gpu=True), Operations() as seen:
-            out = block(Stream(x), caption, condition)
+            out = block(PendingResidual(x), caption, condition)
         kept[mode] = seen.kept()
         del out
     stream = n * t * d * 2
@@ -219,12 +220,12 @@ def alone():
 
 
 def test_experts_elsewhere_are_asked_once_with_selective(alone):
-    from mdit.parallel.expert import ExpertParallel
+    from mdit.parallel.expert import shard_layer
 
     counts, gradients = {}, {}
     for mode in MODES:
         block = new_block()
-        block.mlp = ExpertParallel(block.mlp, alone)
+        shard_layer(block.mlp, alone)
         recompute(block, mode)
         with Operations() as seen:
             _, gradients[mode] = run(block)
