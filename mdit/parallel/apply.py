@@ -63,5 +63,5 @@ def compiling(blocks: list[nn.Module], backend: str | Callable = "inductor") -> 
         yield
     finally:
         for block in blocks:
-            block._compiled_call_impl = None
+            vars(block).pop("_compiled_call_impl", None)  # set by compile() on the instance
         torch.compiler.reset()

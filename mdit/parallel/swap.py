@@ -12,8 +12,10 @@ def swap(module: nn.Module, form: type[nn.Module], **attributes) -> None:
     Its parameters, their names, its hooks and whoever holds it notice nothing; `attributes` are set besides.
     """
     assert issubclass(form, type(module)) or issubclass(type(module), form), (type(module), form)
-    vars(module).setdefault("built_as", type(module))
+    built_as = vars(module).setdefault("built_as", type(module))
     module.__class__ = form
+    if form is built_as:
+        del module.built_as
     for name, value in attributes.items():
         setattr(module, name, value)
 

@@ -22,8 +22,8 @@ from torch.distributed import ProcessGroup
 
 from mdit.kernels import swiglu
 from mdit.models import MicroDiT
-from mdit.models.layers import CrossAttention, SelfAttention, softmax_attention
-from mdit.parallel.fuse import FusedSwiGLU, side_by_side
+from mdit.models.layers import softmax_attention
+from mdit.parallel.fuse import FusedCrossAttention, FusedSelfAttention, FusedSwiGLU, side_by_side
 from mdit.parallel.shard import Shard, cut
 from mdit.parallel.swap import swap
 
@@ -72,18 +72,18 @@ def shard_blocks(model: MicroDiT, group: ProcessGroup) -> None:
     for block in (model.y_emb_preprocess, *model.patch_mixer, *model.blocks):
         cut_column(block.attn.qkv, group, blocks=3)
         cut_row(block.attn.proj, group)
-        swap(block.attn, SelfAttentionPart, group=group, num_heads=block.attn.num_heads // group.size())
+        swap(block.attn, TensorParallelSelfAttention, group=group, num_heads=block.attn.num_heads // group.size())
         if hasattr(block, "cross_attn"):
             cross = block.cross_attn
             cut_column(cross.q_linear, group)
             cut_column(cross.kv_linear, group, blocks=2)
             cut_row(cross.proj, group)
-            swap(cross, CrossAttentionPart, group=group, num_heads=cross.num_heads // group.size())
+            swap(cross, TensorParallelCrossAttention, group=group, num_heads=cross.num_heads // group.size())
         if isinstance(block.mlp, FusedSwiGLU):
             cut_column(block.mlp.w1, group)
             cut_column(block.mlp.w2, group)
             cut_row(block.mlp.w3, group)
-            swap(block.mlp, SwiGLUPart, group=group)
+            swap(block.mlp, TensorParallelSwiGLU, group=group)
 
 
 def cut_column(layer: nn.Linear, group: ProcessGroup, blocks: int = 1) -> None:
@@ -91,17 +91,17 @@ def cut_column(layer: nn.Linear, group: ProcessGroup, blocks: int = 1) -> None:
     for parameter in layer.parameters():
         cut(parameter, Shard(0, group.rank(), group.size(), blocks), group)
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=blocks)
-    swap(layer, Column, group=group)
+    swap(layer, ColumnParallelLinear, group=group)
 
 
 def cut_row(layer: nn.Linear, group: ProcessGroup) -> None:
     """Keep this rank's columns of a weight: (N, T, P) -> (N, T, D)"""
     cut(layer.weight, Shard(1, group.rank(), group.size()), group)
     set_tensor_model_parallel_attributes(layer.weight, is_parallel=True, dim=1, stride=1)
-    swap(layer, Row, group=group)
+    swap(layer, RowParallelLinear, group=group)
 
 
-class Column(nn.Linear):
+class ColumnParallelLinear(nn.Linear):
     group: ProcessGroup
 
     def forward(self, x_NTD: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Column(nn.Linear):
         )
 
 
-class Row(nn.Linear):
+class RowParallelLinear(nn.Linear):
     group: ProcessGroup
 
     def forward(self, x_NTP: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Row(nn.Linear):
         return whole_NTD if self.bias is None else whole_NTD + self.bias
 
 
-class SelfAttentionPart(SelfAttention):
+class TensorParallelSelfAttention(FusedSelfAttention):
     """This rank's heads."""
 
     group: ProcessGroup
@@ -139,7 +139,7 @@ class SelfAttentionPart(SelfAttention):
         return self.proj(softmax_attention(q_NTP, k_NTP, qkv_NT3P[:, :, 2], self.num_heads))
 
 
-class CrossAttentionPart(CrossAttention):
+class TensorParallelCrossAttention(FusedCrossAttention):
     """This rank's heads."""
 
     group: ProcessGroup
@@ -151,7 +151,7 @@ class CrossAttentionPart(CrossAttention):
         return self.proj(softmax_attention(q_NTP, k_NLP, v_NLP, self.num_heads))
 
 
-class SwiGLUPart(FusedSwiGLU):
+class TensorParallelSwiGLU(FusedSwiGLU):
     """This rank's columns."""
 
     group: ProcessGroup
