@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from unittest import mock
 
 import hypothesis
@@ -15,15 +16,54 @@ for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) == signal.SIG_IGN:  # as in a shell's background or under nohup, where their tests fail
         signal.signal(number, default)
 
+TESTS = Path(__file__).parent
+QUICK = {  # the files of `make quick`: every room's fastest tests, under a minute together on two cores
+    "kernels/test_choice.py",
+    "kernels/test_registered.py",
+    "test_house.py",
+    "unit/test_bench_report.py",
+    "unit/test_caches.py",
+    "unit/test_config.py",
+    "unit/test_kernel_calls.py",
+    "unit/test_decode.py",
+    "unit/test_documents.py",
+    "unit/test_edm.py",
+    "unit/test_ema.py",
+    "unit/test_encoders.py",
+    "unit/test_files.py",
+    "unit/test_masking.py",
+    "unit/test_meter.py",
+    "unit/test_model.py",
+    "unit/test_order.py",
+    "unit/test_plan.py",
+    "unit/test_presets.py",
+    "unit/test_quantise.py",
+    "unit/test_sampler.py",
+    "unit/test_samples.py",
+    "unit/test_settings.py",
+    "unit/test_shards.py",
+    "unit/test_snapshot.py",
+    "unit/test_sources.py",
+    "unit/test_sources_emoji.py",
+    "unit/test_validation.py",
+}
+
 hypothesis.settings.register_profile("mdit", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("mdit")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`-m quick` does not even import the other files."""
+    if config.option.markexpr == "quick" and collection_path.is_file():
+        return None if collection_path.relative_to(TESTS).as_posix() in QUICK else True
+
+
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in items:
+        if item.path.relative_to(TESTS).as_posix() in QUICK:
+            item.add_marker(pytest.mark.quick)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)

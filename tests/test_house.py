@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import mdit
+from tests.conftest import QUICK
 from tests.processes import PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -343,10 +344,11 @@ def test_no_file_is_called_after_nothing():
 
 
 def test_what_is_said_twice_agrees():
-    """The drawing and its script, the version and the one to cite, the modules that tests import ahead."""
+    """The drawing and its script, the version and the one to cite, modules imported ahead, files of quick tests."""
     drawing = ROOT / "docs/pictures/architecture.svg"
     assert runpy.run_path(str(drawing.with_suffix(".py")))["draw"]() == drawing.read_text(encoding="utf-8")
     assert all((ROOT / f"{name.replace('.', '/')}.py").exists() for name in PRELOAD if name.startswith("mdit."))
+    assert all((ROOT / "tests" / path).exists() for path in QUICK)
     assert f"\nversion: {mdit.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ RECIPE = dict(
     model={"mixer_dim": 16},  # 2 heads, for two tensor ranks
     training={"num_steps": STEPS, "global_batch_size": 16},
     optim={"eps": 1e-5},
-    report={"validate_every": 5},
+    report={"validate_every": 5, "checkpoint_every": STEPS},
 )
 
 

@@ -6,6 +6,7 @@ process of its own, forked when everything is imported.
 """
 
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -163,6 +164,7 @@ def main(library: str, place: str) -> None:
     fake.install(Path(library))
     for module in (*PRELOAD, "torch._dynamo", "torch._inductor.compile_fx"):  # whatever DeepSpeed and FakeTensor import
         importlib.import_module(module)
+    gc.freeze()  # what was imported is no garbage: collections need not look through all of it
     scenarios = json.loads((folder / "scenarios.json").read_text())
     children = []
     for name, scenario in scenarios.items():
