@@ -95,7 +95,7 @@ def test_a_rehearsal_from_end_to_end(contact, tmp_path, monkeypatch, capfd):
     assert commits == {read_json(out / "training" / "config.json")["commit"]} == {"1234567"}
     kinds = [row["kind"] for row in report["rows"]]
     assert kinds.count("profile") == 1 and kinds.count("stage") == 6  # of one stage two micro-batches and ZeRO-2
-    assert not [row["problem"] for row in report["rows"] if row["problem"]]
+    assert not [row["problem"] for row in report["rows"] if row.get("problem")]
     assert read_json(out / "reductions" / "reductions.json")["rows"]
     names = packed(tmp_path)
     assert {"out/training/samples/step_00000004.png", "out/training/metrics.jsonl", "out/kernels/kernels.json"} <= {
