@@ -150,9 +150,8 @@ def compare_expert_layers(
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.02)
         x_NTD = torch.randn(images, config.num_patches, shape[1], device=device, dtype=dtype, requires_grad=True)
-        turns = [
-            [milliseconds(form, x_NTD) for form in (fuse(copy.deepcopy(layer)), layer)] for _ in range(1 + repeats)
-        ]
+        forms = (fuse(copy.deepcopy(layer)), layer)
+        turns = [[milliseconds(form, x_NTD) for form in forms] for _ in range(1 + repeats)]
         lines.append([f"{place}, T = {config.num_patches}, F = {shape[2]}"])
         for times in zip(*(zip(*form) for form in zip(*turns[1:]))):  # the first turn warms up
             ours, theirs = map(statistics.median, times)
