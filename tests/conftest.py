@@ -18,8 +18,8 @@ for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 TESTS = Path(__file__).parent
 QUICK = {  # the files of `make quick`: every room's fastest tests, under a minute together on two cores
-    "kernels/test_choice.py",
-    "kernels/test_registered.py",
+    "kernels/test_selection.py",
+    "kernels/test_custom_op.py",
     "test_house.py",
     "unit/test_bench_report.py",
     "unit/test_caches.py",
