@@ -41,6 +41,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int, Field(gt=0, le=2**16)]  # pixels, channels, tokens
 Count = Annotated[int, Field(ge=0, le=2**10)]  # layers, experts
 Ratio = Annotated[float, Field(gt=0, le=2**6)]
+Embeddings = Literal["f16", "i8b64"]  # formats of caption embeddings
 Location = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # of a file or directory
 
 
@@ -140,7 +141,7 @@ class PrecomputeConfig(Section):
     image_size: Size
     image_encoder: str
     text_encoder: str
-    embeddings: Literal["f16", "i8b64"] = Field("f16", description="how caption embeddings are stored: docs/data.md")
+    embeddings: Embeddings = Field("f16", description="how caption embeddings are stored: docs/data.md")
 
 
 class DataConfig(Section):

@@ -6,14 +6,17 @@ nothing to pad.
 """
 
 import math
+from typing import Any
 
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn
+from nvidia.dali import types as dali_types
 
 from mdit.data.manifest import TAR_BLOCK, SampleLayout
 from mdit.data.prefetcher import Batch, Buffer, Prefetcher
 from mdit.data.quantise import BLOCK
 
+types: Any = dali_types  # whose stub lacks its enumerations
 WORDS = {8: types.INT64, 4: types.INT32, 2: types.INT16}  # by their bytes
 
 
@@ -25,7 +28,7 @@ class DaliLoader:
 
     def __init__(self, prefetcher: Prefetcher, batch_size: int, device: torch.device) -> None:
         self._prefetcher, self._device, self._on_gpu = prefetcher, device, device.type == "cuda"
-        self._pipeline = build_pipeline(prefetcher.layout, batch_size, device.index if self._on_gpu else None)
+        self._pipeline: Any = build_pipeline(prefetcher.layout, batch_size, device.index if self._on_gpu else None)
         self._running: Buffer | None = None
         self._copying: list[tuple] = []  # outputs that torch may still be reading, each with an event behind that
 
@@ -43,7 +46,8 @@ class DaliLoader:
             # DALI knows nothing of torch's stream, where kernels queue up that read a batch: what goes out is a copy.
             self._copying = [(held, copied) for held, copied in self._copying if not copied.query()]
             self._copying.append((outputs, torch.cuda.current_stream(self._device).record_event()))
-        batch = Batch(*tensors, buffer.texts, buffer.samples, buffer.step)
+        latents_NCHW, captions_NLC = tensors
+        batch = Batch(latents_NCHW, captions_NLC, buffer.texts, buffer.samples, buffer.step)
         self._prefetcher.recycle(buffer)
         self._running = None
         if (following := self._prefetcher.take_filled()) is not None:
@@ -81,7 +85,7 @@ def build_pipeline(layout: SampleLayout, batch_size: int, device_id: int | None)
     # Slices are copied word by word: the wider, the faster.
     word = math.gcd(8, layout.latent_bytes, values_bytes, layout.embedding_bytes)
 
-    def cut(start: int, size: int, dtype: types.DALIDataType, shape: list[int]):
+    def cut(start: int, size: int, dtype: Any, shape: list[int]):
         return fn.reinterpret(words[:, start // word : (start + size) // word], dtype=dtype, shape=shape)
 
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)

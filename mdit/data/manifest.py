@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mdit.config import NonNegativeInt, PositiveInt, Section, UserError, parse_section
+from mdit.config import Embeddings, NonNegativeInt, PositiveInt, Section, UserError, parse_section
 from mdit.data.quantise import BLOCK, dequantise, stored_bytes
 from mdit.descriptions import Encoders
 from mdit.documents import read_json
@@ -24,7 +24,7 @@ class ShardError(UserError):
 class MemberFormat(Section):
     """`f16` is little-endian IEEE half; `i8b64` is described in `mdit.data.quantise`."""
 
-    dtype: Literal["f16", "i8b64"]
+    dtype: Embeddings
     shape: tuple[PositiveInt, ...]
 
 
@@ -42,7 +42,7 @@ class SampleLayout(Section):
 
     latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     embedding_shape: tuple[PositiveInt, PositiveInt]
-    embeddings: Literal["f16", "i8b64"] = "f16"
+    embeddings: Embeddings = "f16"
 
     @cached_property
     def embedding_bytes(self) -> int:
@@ -106,7 +106,8 @@ class Manifest(Section):
     @property
     def layout(self) -> SampleLayout:
         lat, emb = self.members.lat, self.members.emb
-        return SampleLayout(latent_shape=lat.shape, embedding_shape=emb.shape, embeddings=emb.dtype)
+        shapes = {"latent_shape": lat.shape, "embedding_shape": emb.shape}
+        return SampleLayout.model_validate({**shapes, "embeddings": emb.dtype})
 
 
 def read_manifest(directory: str | Path) -> Manifest:

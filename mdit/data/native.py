@@ -15,7 +15,7 @@ class NativeLoader:
     def __init__(self, prefetcher: Prefetcher, device: torch.device) -> None:
         self._prefetcher, self._device = prefetcher, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._copying: tuple[Batch, torch.cuda.Event] | None = None  # the next batch, and the event behind its copy
+        self._copying: tuple[Batch, torch.Event] | None = None  # the next batch, and the event behind its copy
 
     def __iter__(self) -> "NativeLoader":
         return self
@@ -35,11 +35,13 @@ class NativeLoader:
             tensor.record_stream(computing)  # else the next copy could take its memory while it is still read
         return batch
 
-    def _copy(self, buffer: Buffer) -> tuple[Batch, torch.cuda.Event]:
+    def _copy(self, buffer: Buffer) -> tuple[Batch, torch.Event]:
         """Start it. Dequantisation, where samples are in 8 bits, is part of it."""
+        assert self._stream is not None
         with torch.cuda.stream(self._stream):
             rows = buffer.rows.to(self._device, non_blocking=True)
-            buffer.copied.record()
+            if buffer.copied is not None:
+                buffer.copied.record()
             batch = Batch(*self._prefetcher.layout.split(rows), buffer.texts, buffer.samples, buffer.step)
         done = self._stream.record_event()
         self._prefetcher.recycle(buffer)

@@ -176,22 +176,22 @@ class LatentSet:
         if not possible.all():
             wrong = int(np.argmin(possible))
             raise self._impossible(samples[wrong], shards[wrong], rows[wrong])
-        fields = [samples.tolist(), *(rows[name].tolist() for name in INDEX_DTYPE.names)]
+        fields = [samples.tolist(), *(rows[name].tolist() for name in INDEX_DTYPE.names or ())]
         return [SampleLocation(*values) for values in zip(*fields)]
 
-    def read_row(self, location: SampleLocation, row: memoryview | np.ndarray) -> str:
+    def read_row(self, location: SampleLocation, row: np.ndarray) -> str:
         """Read a sample's row into `row` (`layout.row_bytes` writable bytes), compare its checksum and return its
         caption. From any number of threads. Raises ShardError."""
         text = bytearray(location.text_bytes)
         wanted = self.layout.row_bytes + location.text_bytes
         shard = open_shard(self._owner, self.directory / self.manifest.shards[location.shard].file)
         try:
-            found = os.preadv(shard.descriptor, [row, text], location.offset)
+            found = os.preadv(shard.descriptor, [row.data, text], location.offset)
         except OSError as error:
             raise self._damaged(location, str(error.strerror)) from None
         if found != wanted:
             raise self._damaged(location, f"{found} of {wanted} bytes are there")
-        digest = xxhash.xxh3_64(row)
+        digest = xxhash.xxh3_64(row.data)
         digest.update(text)
         if digest.intdigest() != location.xxh3:
             index = self.index.path.name

@@ -6,16 +6,15 @@ complete. `finish_set` joins the records to index.npy and manifest.json. Bytes d
 
 import os
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 import xxhash
+from webdataset.writer import TarWriter
 
-from mdit.config import Section, UserError, parse_section
+from mdit.config import Embeddings, Section, UserError, parse_section
 from mdit.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -76,23 +75,23 @@ class PartWriter:
         self._dali_indexes: list[FileEntry] = []
         self._entries: list[tuple[int, int, int, int]] = []
         self._keys: list[str] = []  # of the open shard
-        self._tar: webdataset.TarWriter | None = None
+        self._tar: Any = None  # a webdataset.TarWriter
 
     def write(self, key: str, latent: np.ndarray, embedding: np.ndarray, caption: str) -> None:
         """Append one sample: latent (C, H, W), embedding (L, C), any float dtype. `key` is unique in the set and holds
         no dot. Raises NotFinite, with nothing written, when a value is not finite in fp16."""
         if "." in key:
             raise ValueError(f"key {key!r} holds a dot, which ends a key in a tar of samples")
-        latent = self._half(key, "latents", latent, self.layout.latent_shape).tobytes()
+        lat = self._half(key, "latents", latent, self.layout.latent_shape).tobytes()
         half = self._half(key, "caption embedding", embedding, self.layout.embedding_shape)
-        embedding = quantise(half) if self.layout.embeddings == "i8b64" else half.tobytes()
+        emb = quantise(half) if self.layout.embeddings == "i8b64" else half.tobytes()
         text = caption.encode()
         if self._tar is None:
             self._file = open(self.directory / f"{self._name}.tar.tmp", "w+b")
-            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+            self._tar = TarWriter(self._file, encoder=False, mtime=0)
         offset = self._tar.tarstream.offset
         # TarWriter sorts members by name: emb.bin, lat.bin, txt. Each is a header block and data padded to blocks.
-        self._tar.write({"__key__": key, "emb.bin": embedding, "lat.bin": latent, "txt": text})
+        self._tar.write({"__key__": key, "emb.bin": emb, "lat.bin": lat, "txt": text})
         self._keys.append(key)
         self._entries.append((len(self._shards), len(text), offset, 0))
         if offset + self.layout.row_bytes + padded(len(text)) >= self.shard_bytes:
@@ -242,20 +241,18 @@ class ShardWriter(PartWriter):
     def __init__(
         self,
         directory: str | Path,
-        latent_shape: Sequence[int],
-        embedding_shape: Sequence[int],
+        latent_shape: tuple[int, int, int],
+        embedding_shape: tuple[int, int],
         encoders: dict[str, dict[str, Any]],
         fingerprint: dict[str, Any],
         shard_bytes: int = SHARD_BYTES,
-        embeddings: str = "f16",
+        embeddings: Embeddings = "f16",
     ) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise UserError(f"{directory}: is not empty, and shards are never rewritten; choose another directory")
-        layout = SampleLayout(
-            latent_shape=tuple(latent_shape), embedding_shape=tuple(embedding_shape), embeddings=embeddings
-        )
+        layout = SampleLayout(latent_shape=latent_shape, embedding_shape=embedding_shape, embeddings=embeddings)
         self._encoders, self._fingerprint = check_descriptions(encoders, f"{directory}: encoders"), fingerprint
         super().__init__(directory, 0, layout, shard_bytes)
 

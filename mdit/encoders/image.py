@@ -15,6 +15,9 @@ PIXEL_SCALE = 1.5
 
 
 class ImageEncoder(Protocol):
+    @property
+    def device(self) -> torch.device | str: ...
+
     def encode(self, images_NCHW: Tensor) -> Tensor:
         """(N, 3, H, W) float pictures in [-1, 1] -> (N, C, h, w) float32 latents on the encoder's device."""
         ...
@@ -67,14 +70,18 @@ class AutoencoderEncoder:
     def weights(self) -> str:
         return digest(self.autoencoder.parameters())
 
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.device
+
     @torch.no_grad()
     def encode(self, images_NCHW: Tensor) -> Tensor:
-        images_NCHW = images_NCHW.to(self.autoencoder.device, self.dtype)
+        images_NCHW = images_NCHW.to(self.device, self.dtype)
         return (self.autoencoder.encode(images_NCHW).latent_dist.mode().float() - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
-        latents_NCHW = latents_NCHW.to(self.autoencoder.device, torch.float32) / self.scale + self.shift
+        latents_NCHW = latents_NCHW.to(self.device, torch.float32) / self.scale + self.shift
         return self.autoencoder.decode(latents_NCHW.to(self.dtype)).sample.float()
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from mdit.config import UserError, parse_section
+from mdit.config import Embeddings, UserError, parse_section
 from mdit.data.manifest import SampleLayout
 from mdit.data.writer import SHARD_BYTES, NotFinite, PartWriter
 from mdit.descriptions import Encoders
@@ -47,19 +47,22 @@ NOT_FINITE = "not finite"
 class SampleProducer(Protocol):
     """Producer of samples from parts: `mdit.precompute.pipeline.EncodingPipeline`."""
 
-    def layout(self, image_size: int, embeddings: str) -> SampleLayout: ...
+    def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout: ...
 
     def settle(self, stored: dict[str, Any] | None, captions: Callable[[], Sequence[str]]) -> None:
         """Take text statistics from stored descriptions of the encoders, or measure them on captions, where needed."""
 
     def encoders(self) -> dict[str, dict[str, Any]]:
         """Their descriptions, for the manifest."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """Further settings that decide the bytes."""
+        ...
 
     def device_name(self) -> str:
         """Name of the GPU that does the work, or "cpu", for the report."""
+        ...
 
     def samples(self, work: Iterable[WorkItem]) -> Generator[Samples, None, None]: ...
 
@@ -78,7 +81,7 @@ class BuildJob:
     sets: Mapping[int, Path]
     build_settings: dict[str, Any]
     owner: str = "this command's"
-    embeddings: str = "f16"
+    embeddings: Embeddings = "f16"
     shard_bytes: int = SHARD_BYTES
     limit: int | None = None
     captions: Callable[[], Sequence[str]] | None = None
@@ -209,7 +212,7 @@ def _plan(
     """The plan of a set, and the parts to make. `others` are the plans for other image sizes. Raises UserError
     when something else is stored."""
     known, changing = stored or before, bool(job.extend or job.remake)
-    if before is not None and (unfinished.is_joined() if stored else not changing):
+    if known is not None and before is not None and (unfinished.is_joined() if stored else not changing):
         return known, ()
     producer.settle(known and known.encoders.plain(), job.captions or partial(first_captions, job.source, job.limit))
     if before is None:

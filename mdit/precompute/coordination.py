@@ -12,13 +12,12 @@ records of the parts that stay, and when the others are made, its files move to 
 there. Last, manifest.json is replaced. So there is the old set or the new one, and the files of the old one stay.
 """
 
-import errno
 import fcntl
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +30,7 @@ from mdit.descriptions import Encoders
 from mdit.dist import logger
 from mdit.documents import parse_json
 from mdit.files import sync, write_json, write_text
+from mdit.precompute.locks import RecordLocks
 from mdit.precompute.report import (
     REPORT,
     Report,
@@ -131,8 +131,8 @@ def require_plan(directory: Path, begun: Plan, wanted: Plan, owner: str) -> None
 def require_same_making(directory: Path, finished: Plan, wanted: Plan, owner: str) -> None:
     """Raise UserError naming the first difference, but for the parts, between the plan of a finished set and the one
     wanted."""
-    found, wanted = ({**_hoisted(plan), "parts": {}} for plan in (finished, wanted))
-    _require_equal(found, wanted, f"{directory / PLAN}: was made with", owner, f"remove {directory} to make it again")
+    found, asked = ({**_hoisted(plan), "parts": {}} for plan in (finished, wanted))
+    _require_equal(found, asked, f"{directory / PLAN}: was made with", owner, f"remove {directory} to make it again")
 
 
 class SetInProgress:
@@ -144,11 +144,15 @@ class SetInProgress:
     def __init__(self, directory: Path, layout: SampleLayout, build_settings: dict[str, Any]) -> None:
         self.directory, self.layout, self.build_settings = directory, layout, build_settings
         self.work = _work(directory)
-        self._lock_path = _lock_path(directory)
-        self._lock: int | None = None
+        self._opened: RecordLocks | None = None
         self._held: set[int] = set()
         self._reports: dict[int, Report] = {}
         self._change: Change | None = None
+
+    @property
+    def locks(self) -> RecordLocks:
+        assert self._opened is not None, "agree() comes first"
+        return self._opened
 
     def agree(self, make_plan: Callable[[Plan | None, Plan | None], tuple[Plan, Collection[str]]]) -> Plan:
         """The plan of all processes. `make_plan` is called by one at a time; it takes what was stored by another, or
@@ -156,7 +160,7 @@ class SetInProgress:
         parts to make, or raises UserError. When that or what follows fails and there was no plan, nothing is left."""
         new = [path for path in self.directory.parents if not path.exists()]
         self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self._open_lock()
+        self._opened = RecordLocks(_lock_path(self.directory))
         stored, finished = read_plan(self.directory), is_finished(self.directory)
         try:
             if stored is not None:
@@ -166,7 +170,7 @@ class SetInProgress:
                 before = plan_of_finished(self.directory) if finished else None
                 plan, made = make_plan(None, before)
                 if made or not finished:
-                    os.truncate(self._lock, 0)
+                    os.truncate(self.locks.descriptor, 0)
                     shutil.rmtree(self.work, ignore_errors=True)
                     self.work.mkdir()
                     if before is not None:
@@ -175,31 +179,31 @@ class SetInProgress:
         except BaseException:
             if stored is None:
                 shutil.rmtree(self.work, ignore_errors=True)
-                self._lock_path.unlink(missing_ok=True)
+                self.locks.path.unlink(missing_ok=True)
                 for path in new:
                     with suppress(OSError):  # another process has use for it
                         path.rmdir()
             raise
-        self._unlock(0, 1)
+        self.locks.release(0, 1)
         return plan
 
     def is_joined(self) -> bool:
         """Whether the parts' records are, or may be, gone into the manifest."""
-        return self._is_unlocked() or self._is_done() or (self.work / MANIFEST).exists()
+        return self.locks.are_removed() or self._is_done() or (self.work / MANIFEST).exists()
 
     def writer(self, part: int, shard_bytes: int) -> PartWriter:
         """A writer of a part that was claimed."""
-        again = self._change is not None and part < len(self._change.replaces.parts)
-        suffix = f"_{self._change.number:04d}" if again else ""
+        change = self._change
+        suffix = f"_{change.number:04d}" if change and part < len(change.replaces.parts) else ""
         return PartWriter(self.work, part, self.layout, shard_bytes, new_report(), suffix)
 
     def claim(self, part: int) -> bool:
         """Whether this process is to make the part: it is not complete, and nobody is at it. May be called by a thread
         beside the one that writes."""
-        if part in self._held or not self._try_lock(1 + part, 1):
+        if part in self._held or not self.locks.acquire(1 + part, 1):
             return False
-        if os.pread(self._lock, 1, 1 + part) == COMPLETE or self.is_joined():
-            self._unlock(1 + part, 1)
+        if os.pread(self.locks.descriptor, 1, 1 + part) == COMPLETE or self.is_joined():
+            self.locks.release(1 + part, 1)
             return False
         if is_written(self.work, part):  # by a process that was killed before it could say so; or it stays as it is
             self.complete(part)
@@ -209,13 +213,13 @@ class SetInProgress:
 
     def complete(self, part: int) -> None:
         """Let go of a part that was claimed and made."""
-        os.pwrite(self._lock, COMPLETE, 1 + part)
-        self._unlock(1 + part, 1)
+        os.pwrite(self.locks.descriptor, COMPLETE, 1 + part)
+        self.locks.release(1 + part, 1)
         self._held.discard(part)
 
     def left(self, num_parts: int) -> int:
         """Number of parts that are not complete."""
-        return num_parts - os.pread(self._lock, num_parts, 1).count(COMPLETE)
+        return num_parts - os.pread(self.locks.descriptor, num_parts, 1).count(COMPLETE)
 
     def reports(self) -> dict[int, Report]:
         """Part -> report, of the complete ones, as far as another process has not joined them to a set meanwhile."""
@@ -229,10 +233,10 @@ class SetInProgress:
         """Give the set its name when all parts are complete and nobody else is at it. -> its report; None when it is
         not finished. Raises UserError, after removing what there is, when no picture was written; TooManyRejected,
         with all left as it is, when more than the share `max_rejected` of what was read for it was left out."""
-        if not self._try_lock(0, 0):
+        if not self.locks.acquire(0, 0):
             return None
         try:
-            if self._is_unlocked():  # what there is now may be another process's next change
+            if self.locks.are_removed():  # what there is now may be another process's next change
                 return (read_report(self.directory) or new_report()) if is_finished(self.directory) else None
             if not self._is_done():
                 if not self.is_joined():
@@ -249,17 +253,17 @@ class SetInProgress:
                 else:
                     self._replace()
             shutil.rmtree(self.work, ignore_errors=True)  # what a process left that was killed while it removed it
-            self._lock_path.unlink(missing_ok=True)
+            self.locks.path.unlink(missing_ok=True)
             return read_report(self.directory) or new_report()
         finally:
-            self._unlock(0, 0)
+            self.locks.release(0, 0)
 
     def __enter__(self) -> "SetInProgress":
         return self
 
     def __exit__(self, *error) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
+        if self._opened is not None:
+            os.close(self._opened.descriptor)
 
     def _begin_change(self, before: Plan, made: Collection[str]) -> None:
         dataset, report = open_dataset(self.directory), read_report(self.directory) or {}
@@ -274,7 +278,7 @@ class SetInProgress:
         report = merge_parts(reports)
         if report["written"] == 0:
             shutil.rmtree(self.work)
-            self._lock_path.unlink()
+            self.locks.path.unlink()
             raise UserError(f"{self.directory}: no picture can be used: {summary(report)}")
         made = merge(reports[name] for name in (reports if self._change is None else self._change.made))
         if (share := rejected_share(made)) > max_rejected:
@@ -301,33 +305,8 @@ class SetInProgress:
         old = ", ".join(name for name in files if name not in {*listed})
         logger.info(f"{self.directory}: stay for runs that read the set as it was, to be removed after them: {old}")
 
-    def _is_unlocked(self) -> bool:
-        """Whether another process has removed the lock, as the last one does."""
-        return os.fstat(self._lock).st_nlink == 0
-
     def _is_done(self) -> bool:
         return is_finished(self.directory) and not (self.work / PLAN).exists()
-
-    def _open_lock(self) -> None:
-        """Wait for the lock for planning, on the file that has the name."""
-        while True:
-            self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, 0)
-            if os.fstat(self._lock).st_nlink:
-                return
-            os.close(self._lock)  # removed while this process waited
-
-    def _try_lock(self, start: int, length: int) -> bool:
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            raise
-        return True
-
-    def _unlock(self, start: int, length: int) -> None:
-        fcntl.lockf(self._lock, fcntl.LOCK_UN, length, start)
 
 
 def _work(directory: Path) -> Path:
@@ -376,7 +355,7 @@ def _require_equal(found: dict[str, Any], wanted: dict[str, Any], was: str, owne
             )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": [1]}} -> {"a.b.0": 1}"""
     flat = {}
     for key, value in values.items():

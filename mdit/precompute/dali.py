@@ -8,6 +8,7 @@ the two differ by less than 0.25 of 255 in the mean and by at most 8. nvJPEG is 
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,11 +71,11 @@ class DaliDecoder:
         images = {size: torch.cat([*parts[size], rest.images[size]])[order] for size in self.image_sizes}
         return Decoded(images, sorted(kept), {others[i]: reason for i, reason in rest.rejected.items()})
 
-    def _run(self, pictures: Sequence[bytes], extents: Sequence[tuple[int, int]]) -> dict[int, Tensor]:
+    def _run(self, pictures: Sequence[Any], extents: Sequence[Any]) -> dict[int, Tensor]:
         """Image size -> uint8 (n, size, size, 3), for at most BATCH_SIZE pictures. Raises RuntimeError."""
-        inputs = {"pictures": [np.frombuffer(picture, np.uint8) for picture in pictures]}
+        inputs: dict[str, list] = {"pictures": [np.frombuffer(picture, np.uint8) for picture in pictures]}
         for size in self.image_sizes:
-            boxes = [source_box(*extent, size) for extent in extents]
+            boxes = [source_box(width, height, size) for width, height in extents]
             inputs[f"start_{size}"] = [np.array([top, left], np.float32) for left, top, _, _ in boxes]
             inputs[f"end_{size}"] = [np.array([bottom, right], np.float32) for _, _, right, bottom in boxes]
         outputs = self.pipeline.run(**inputs)
@@ -84,8 +85,10 @@ class DaliDecoder:
         return dict(zip(self.image_sizes, images, strict=True))
 
     def _build_pipeline(self):
-        from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali import Pipeline, fn
+        from nvidia.dali import types as dali_types
 
+        types: Any = dali_types  # whose stub lacks its enumerations
         on_gpu = self.device.type == "cuda"
         index = torch.cuda.current_device() if on_gpu and self.device.index is None else self.device.index
         pipeline = Pipeline(BATCH_SIZE, self.pillow.threads, index if on_gpu else None, prefetch_queue_depth=1)

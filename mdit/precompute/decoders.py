@@ -15,6 +15,7 @@ from mdit.precompute.decode import Decoded, PillowDecoder
 class Decoder(Protocol):
     def __call__(self, pictures: Sequence[bytes | Image.Image]) -> Decoded:
         """Decode each picture once for all image sizes. What is wrong with a picture is in the result, never raised."""
+        ...
 
 
 def build_decoder(image_sizes: Sequence[int], min_side: int, device: torch.device, *, engine: str = "auto") -> Decoder:

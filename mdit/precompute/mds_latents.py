@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
+from mdit.config import Embeddings
 from mdit.data.manifest import SampleLayout
 from mdit.precompute.pipeline import Sample, Samples, WorkItem, ahead, read
 from mdit.sources import Rejected
@@ -21,7 +22,7 @@ class ImportedLatents:
         self.part = part
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
 
-    def layout(self, image_size: int, embeddings: str) -> SampleLayout:
+    def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout:
         return SampleLayout(
             latent_shape=self.part.latent_shape, embedding_shape=self.part.embedding_shape, embeddings=embeddings
         )

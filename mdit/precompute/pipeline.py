@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdit.config import UserError
+from mdit.config import Embeddings, UserError
 from mdit.data.manifest import SampleLayout
 from mdit.dist import work_on
 from mdit.documents import explain
@@ -94,7 +94,7 @@ class EncodingPipeline:
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.decoder, self.batch_size, self.overlap = decoder, batch_size, overlap
 
-    def layout(self, image_size: int, embeddings: str) -> SampleLayout:
+    def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout:
         return SampleLayout(
             latent_shape=self.image_encoder.latent_shape(image_size),
             embedding_shape=(self.text_encoder.max_tokens, self.text_encoder.channels),
@@ -121,7 +121,7 @@ class EncodingPipeline:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(getattr(self.image_encoder, "autoencoder", self.image_encoder).device)
+        return torch.device(self.image_encoder.device)
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -168,7 +168,7 @@ class EncodingPipeline:
         images_NCHW = images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.image_encoder.encode(images_NCHW).half().cpu().numpy()
 
-    def _embed(self, batches: Iterable[PictureBatch]) -> Iterator[Samples]:
+    def _embed(self, batches: Iterable[PictureBatch]) -> Generator[Samples, None, None]:
         bytes_each = 2 * self.text_encoder.max_tokens * self.text_encoder.channels
         together = max(1, min(BATCHES_TOGETHER * self.batch_size, TOGETHER_BYTES // bytes_each))
         embed = CaptionCache(self.text_encoder, max(CACHED_BYTES // bytes_each, together + self.batch_size))
@@ -199,7 +199,7 @@ def read(work: WorkItem) -> Iterator[Any]:
 def ahead(items: Iterator[T], device: torch.device = CPU, depth: int = 2) -> Generator[T, None, None]:
     """The same items, made in a thread that works on `device`, up to `depth` of them before they are asked for. Raises
     here what is raised there."""
-    end = object()
+    end: Any = object()
     with ThreadPoolExecutor(1, initializer=work_on, initargs=(device,)) as thread:
         coming = deque(thread.submit(next, items, end) for _ in range(depth))
         try:

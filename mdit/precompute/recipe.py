@@ -86,6 +86,7 @@ def _build_settings(config: TrainConfig, directory: Path, split: str) -> dict[st
     its captions: of those that the set in `directory` was made from where the folder is not there, as on machines that
     only train."""
     recipe = config.data.precompute
+    assert recipe is not None
     build_settings = {"split": split, "caption_length": config.model.caption_length, **recipe.model_dump(mode="json")}
     if not isinstance(recipe.source, FolderSource):
         return build_settings
@@ -100,6 +101,7 @@ def _build_settings(config: TrainConfig, directory: Path, split: str) -> dict[st
 
 def _make_missing(config: TrainConfig, progress: bool, device: torch.device | str, max_rejected: float) -> None:
     recipe = config.data.precompute
+    assert recipe is not None
     for directory, split in _makeable(config).items():
         check_set(directory, _build_settings(config, directory, split), OWNER)
     image_encoder, text_encoder = _encoders(config, device)
@@ -135,6 +137,7 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
 def _encoders(config: TrainConfig, device: torch.device | str) -> tuple[ImageEncoder, TextEncoder]:
     """The encoders of the recipe: if a set is there already, those that made it. Raises UserError."""
     recipe, length = config.data.precompute, config.model.caption_length
+    assert recipe is not None
     for directory in filter(is_finished, _directories(config)):
         described = read_manifest(directory).encoders.plain()
         image, text = described["image"], described["text"]
