@@ -132,14 +132,6 @@ def test_nothing_is_written_for_a_recipe_that_cannot_be_made(tmp_path, change, m
     assert not list(tmp_path.iterdir())
 
 
-def test_a_size_of_pictures_that_the_autoencoder_cannot_take(tmp_path):
-    path = save_autoencoder(tmp_path / "vae")  # latents of 2 x 2 pixels
-    source = {"name": "folder", "path": "nowhere", "validation_share": 0.1}  # is not looked at
-    with pytest.raises(UserError, match="image_size 17: image encoder '.*vae' takes multiples of 2 pixels"):
-        make(recipe(tmp_path / "data", source, precompute={"image_size": 17, "image_encoder": str(path)}))
-    assert not (tmp_path / "data").exists()
-
-
 def test_an_autoencoder_that_was_replaced_makes_no_second_set(tmp_path, monkeypatch):
     """The validation set is there, the training set is not."""
     model, changes = {**MODEL, "latent_channels": 4}, {"image_size": 16, "image_encoder": str(tmp_path / "vae")}
@@ -180,12 +172,6 @@ def test_embeddings_in_8_bits(folder, tmp_path):
     make(recipe(tmp_path, precompute={"embeddings": "i8b64"}))
     small, large = (open_dataset(path / "validation") for path in (tmp_path, folder))
     assert small.layout.embeddings == "i8b64" and small.layout.embedding_bytes < 0.6 * large.layout.embedding_bytes
-    (latents, captions, texts), (latents_f16, captions_f16, texts_f16) = (
-        read_samples(s, range(8)) for s in (small, large)
-    )
-    assert texts == texts_f16 and torch.equal(latents, latents_f16)
-    assert not torch.equal(captions, captions_f16)
-    assert (captions.float() - captions_f16.float()).abs().max() < 0.01 * captions_f16.float().abs().max()
 
 
 def test_missing_shards_without_a_way_to_make_them(tmp_path):
