@@ -146,14 +146,6 @@ def test_two_processes_of_a_launcher_make_what_one_makes(downloads, undisturbed,
     assert f"{tmp_path}/16: " in told and f"{tmp_path}/24: " in told
 
 
-def test_the_same_command_on_three_machines_makes_what_one_makes(downloads, undisturbed, start, tmp_path):
-    all_three = [start(flags(downloads, tmp_path, 16, 24, extra=["--min_side", "14"])) for _ in range(3)]
-    for child in all_three:
-        child.join(timeout=120)
-    assert [child.exitcode for child in all_three] == [0, 0, 0]
-    assert contents(tmp_path) == contents(undisturbed)
-
-
 # --- other sources
 
 
@@ -267,15 +259,6 @@ def test_a_source_that_grew_or_changed_is_noticed_and_the_set_follows(downloads,
     assert f"{out}/16: 39 samples" in capsys.readouterr().out
 
 
-def test_more_left_out_than_may_be(downloads, tmp_path, capsys):
-    arguments = flags(downloads, tmp_path, extra=["--limit", "20"])
-    error = refused([*arguments, "--max_rejected", "0.1"], capsys)
-    assert "16: is not finished, as" in error and "1 no caption (00000.tar/000009)" in error
-    assert [path.name for path in tmp_path.iterdir()] == [".16.lock", ".16.partial"]
-    precompute.main([*arguments, "--max_rejected", error.split()[-6]])
-    assert f"{tmp_path}/16: " in capsys.readouterr().out
-
-
 def refused(arguments, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: precompute.main([str(argument) for argument in arguments]))
@@ -291,8 +274,6 @@ def refused(arguments, capsys) -> str:
         (["--limit", "5"], "16/manifest.json: was made with limit = None, but this command's is 5; remove"),
         (["--caption_length", "9"], "made with caption_length = 12, but this command's is 9"),
         (["--embeddings", "i8b64"], "made with embeddings = 'f16', but this command's is 'i8b64'"),
-        (["--min_side", "15"], "made with min_side = 14, but this command's is 15"),
-        (["--precision", "bfloat16"], "made with precision = 'float32', but this command's is 'bfloat16'"),
     ],
 )
 def test_a_set_is_not_made_again_in_another_way(downloads, undisturbed, capsys, change, message):
