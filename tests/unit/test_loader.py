@@ -81,9 +81,6 @@ def test_directories_that_do_not_fit_together(tmp_path, directories):
 def test_the_engine_that_is_taken(monkeypatch, wanted, device, installed, engine):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     assert choose_engine(wanted, torch.device(device))[0] == engine
-
-
-def test_dali_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="data_engine = 'dali', but DALI is not installed: pip install"):
         choose_engine("dali", torch.device("cpu"))

@@ -159,13 +159,3 @@ def test_what_no_font_can_draw_is_spelled_out_with_one_line(monkeypatch, caplog)
     assert r"\u6f22" in record.getMessage() and r"\U0001f600" in record.getMessage()
     assert all(lettering.has(font, letter) for text in texts for letter in text if letter != " ")
     lettering._choose.cache_clear()
-
-
-def test_a_font_is_found_that_has_most(monkeypatch):
-    """With matplotlib's, at least, accents and Cyrillic are drawn as they are."""
-    pytest.importorskip("matplotlib")
-    lettering._choose.cache_clear()
-    font, texts = lettering.lettering(["crème brûlée", "Красное яблоко"], 11)
-    assert texts == ["crème brûlée", "Красное яблоко"]
-    assert all(lettering.has(font, letter) for text in texts for letter in text if letter != " ")
-    assert np.asarray(grid(torch.zeros(1, 96, 96, 3, dtype=torch.uint8), ["Я"])).min() == 0
