@@ -124,7 +124,7 @@ def test_modules_import_only_from_lower_floors_or_their_own_part():
         ("mdit/models/dit.py", "from mdit import train"),
         ("mdit/models/dit.py", "from mdit.diffusion import edm"),
         ("mdit/models/dit.py", "from ..diffusion import edm"),
-        ("mdit/models/dit.py", "def f():\n    from mdit.diffusion.edm import draw"),
+        ("mdit/models/dit.py", "def f():\n    from mdit.diffusion.edm import sample_noise"),
         ("mdit/models/dit.py", "if TYPE_CHECKING:\n    import mdit.parallel"),
         ("mdit/models/dit.py", "import importlib\nimportlib.import_module('mdit.train')"),
         ("mdit/config.py", "from mdit.masking import Mask"),

@@ -29,7 +29,7 @@ from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, identify
 from mdit.meeting import start
 from mdit.models import meta_model
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.shard import WHOLE, Shard
 
 GIB = 2**30
@@ -39,7 +39,9 @@ T = TypeVar("T")
 def fragments_of(config: TrainConfig, world: World, ep: int) -> list[Fragment]:
     """Every parameter's part, end to end, cut evenly over the ranks that hold the same part."""
     model = meta_model(config.model)
-    experts = {f"{name}.{w}" for name, m in model.named_modules() if isinstance(m, ExpertChoice) for w in ("w1", "w2")}
+    experts = {
+        f"{name}.{w}" for name, m in model.named_modules() if isinstance(m, ExpertChoiceMoE) for w in ("w1", "w2")
+    }
     fragments, offset = [], 0
     for name, parameter in model.named_parameters():
         shape, shard, share, shares = tuple(parameter.shape), WHOLE, world.rank, world.size

@@ -46,7 +46,7 @@ from mdit.dist import identify
 from mdit.files import try_to_write
 from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT, meta_model, presets
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.fuse import fuse
 from mdit.parallel.settings import AUTO_TOKENS
 
@@ -142,7 +142,7 @@ def compare_expert_layers(
     Both forms multiply the chosen tokens by the experts' matrices. One-hot adds 8 T / 12 F of their FLOPs to move the
     tokens (T tokens of an image, F the experts' width), so narrow layers and large images gain the most.
     """
-    experts = [(name, part) for name, part in meta_model(config).named_modules() if isinstance(part, ExpertChoice)]
+    experts = [(name, part) for name, part in meta_model(config).named_modules() if isinstance(part, ExpertChoiceMoE)]
     lines = [["layer of experts", "forward, by index ms", "one-hot ms", "ratio"]]
     lines[0] += ["forward and backward, by index ms", "one-hot ms", "ratio"]
     for (place, shape), part in {(name.split(".")[0], part.w1.shape): part for name, part in experts}.items():
@@ -159,7 +159,7 @@ def compare_expert_layers(
     print(table(lines))
 
 
-def milliseconds(layer: ExpertChoice, x_NTD: Tensor) -> tuple[float, float]:
+def milliseconds(layer: ExpertChoiceMoE, x_NTD: Tensor) -> tuple[float, float]:
     """Milliseconds of forward, and of forward and backward."""
     wait = torch.cuda.synchronize if x_NTD.is_cuda else lambda: None
     wait()

@@ -18,7 +18,7 @@ from mdit.bench.batches import MadeUp
 from mdit.bench.clock import Marks
 from mdit.bench.trial import give_back_memory
 from mdit.config import TrainConfig, UserError
-from mdit.diffusion.edm import Draw, denoise, draw, edm_loss
+from mdit.diffusion.edm import StepNoise, denoise, edm_loss, sample_noise
 from mdit.dist import World
 from mdit.parallel.apply import blocks_of
 from mdit.parallel.plan import ParallelPlan
@@ -51,8 +51,8 @@ class Contender:
         """The modules that are compiled one by one: blocks, as a run with "compile": true does it."""
         return blocks_of(self.model)
 
-    def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, drawn: Draw) -> Tensor:
-        return edm_loss(self.model, latents_NCHW, captions_NLC, drawn, self.config.noise.sigma_data)
+    def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise) -> Tensor:
+        return edm_loss(self.model, latents_NCHW, captions_NLC, noise, self.config.noise.sigma_data)
 
     def to_device(self) -> None:
         """Move to the device, with a new optimizer."""
@@ -93,8 +93,8 @@ class Contender:
         marks.put("data")
         batch = next(batches)
         marks.put("forward")
-        drawn = draw(config, len(self.losses), slice(0, micro_batch), self.device)
-        loss = self.loss(batch.latents_NCHW, batch.captions_NLC, drawn)
+        noise = sample_noise(config, len(self.losses), slice(0, micro_batch), self.device)
+        loss = self.loss(batch.latents_NCHW, batch.captions_NLC, noise)
         marks.put("backward")
         loss.backward()
         marks.put("optimizer")
@@ -134,25 +134,25 @@ class Baseline(Contender):
     ) -> None:
         super().__init__(name, model, config, device, precision)
         self.mask_ratio = config.training.mask_ratio
-        # It draws its own mask: none is drawn for it.
+        # It draws its own mask: none is sampled for it.
         self.config = config.model_copy(update={"training": config.training.model_copy(update={"mask_ratio": 0.0})})
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.model]
 
-    def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, drawn: Draw) -> Tensor:
+    def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise) -> Tensor:
         """`edm_loss` over the patches that the model has kept."""
         sigma_data, latents = self.config.noise.sigma_data, latents_NCHW.float()
-        captions = captions_NLC * drawn.keep_caption_N.view(-1, 1, 1).to(captions_NLC.dtype)
-        sigma, dropped = drawn.sigma_N.view(-1, 1, 1, 1), None
+        captions = captions_NLC * noise.keep_caption_N.view(-1, 1, 1).to(captions_NLC.dtype)
+        sigma, dropped = noise.sigma_N.view(-1, 1, 1, 1), None
 
         def net(x_NCHW: Tensor, c_noise_N: Tensor, captions_NLC: Tensor, mask: None) -> Tensor:
             nonlocal dropped
-            output, dropped = self.call(x_NCHW, drawn.sigma_N, captions_NLC)
+            output, dropped = self.call(x_NCHW, noise.sigma_N, captions_NLC)
             return output
 
-        denoised = denoise(net, latents + sigma * drawn.noise_NCHW, drawn.sigma_N, captions, sigma_data)
+        denoised = denoise(net, latents + sigma * noise.noise_NCHW, noise.sigma_N, captions, sigma_data)
         error = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2 * (denoised - latents) ** 2
         if dropped is None:
             return error.mean()

@@ -21,7 +21,7 @@ from mdit.config import ModelConfig, kept_tokens
 from mdit.kernels import expert_choice, fp8_linear, masked_attention, patch_mixing, swiglu
 from mdit.kernels.expert_choice import Routing
 from mdit.models.dit import Block, MicroDiT
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 
 EPS = 1e-6
 STAGES = {  # of the paper: latent_size, mask_ratio, and a micro-batch of 16,384 kept tokens
@@ -155,7 +155,7 @@ def _of_block(
     yield CROSS_ATTENTION, where, {**_heads(n, tokens, block.cross_attn), "L": length}
     yield NORM, where, norm3
     mlp = block.mlp
-    if not isinstance(mlp, ExpertChoice):
+    if not isinstance(mlp, ExpertChoiceMoE):
         yield SWIGLU, where, _swiglu(n, tokens, mlp)
         return
     num_experts, dim, width = mlp.w1.shape
@@ -196,7 +196,7 @@ def _fp8_of_block(block: Block, n: int, tokens: int, length: int, first: bool) -
     norm1, norm2, norm3 = _norms(block, n, tokens, first)
     linear = [(rows, attn.qkv, norm1), (rows, attn.proj, None), (rows, cross.q_linear, norm2), (rows, cross.proj, None)]
     linear.append((n * length, cross.kv_linear, None))
-    if isinstance(mlp, ExpertChoice):
+    if isinstance(mlp, ExpertChoiceMoE):
         (num_experts, dim, width), k = mlp.w1.shape, mlp.tokens_per_expert(tokens)
         if _in_float8(dim, width):
             yield FP8_EXPERTS, {"N": n, "T": tokens, "E": num_experts, "K": k, "D": dim, "F": width}

@@ -9,7 +9,7 @@ from mdit.config import ModelConfig, TrainConfig, UserError
 from mdit.costs.trace import Form
 from mdit.models import MicroDiT, meta_model
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.plan import problem
 from mdit.parallel.settings import DEEPSPEED_BUCKET, RunSettings, bucket_size, resolve_ds_config
 
@@ -103,8 +103,8 @@ def count_weights(config: ModelConfig) -> Weights:
     return Weights(experts, matrices, sum(p.numel() for p in model.parameters()) - experts - matrices)
 
 
-def expert_layers(model: MicroDiT) -> list[ExpertChoice]:
-    return [block.mlp for block in (*model.patch_mixer, *model.blocks) if isinstance(block.mlp, ExpertChoice)]
+def expert_layers(model: MicroDiT) -> list[ExpertChoiceMoE]:
+    return [block.mlp for block in (*model.patch_mixer, *model.blocks) if isinstance(block.mlp, ExpertChoiceMoE)]
 
 
 @cache

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from mdit.config import ModelConfig, UserError, kept_tokens
-from mdit.diffusion.edm import Draw, edm_loss
+from mdit.diffusion.edm import StepNoise, edm_loss
 from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.kernels.custom_op import FUNCTIONS
@@ -39,7 +39,7 @@ from mdit.kernels.launch import Launch, recorded
 from mdit.masking import Mask
 from mdit.models import MicroDiT
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings
@@ -222,7 +222,7 @@ def layers(config: ModelConfig, mask_ratio: float) -> list[Layer]:
         found.append(Layer(module, tuple(x.shape for x in inputs), output.shape))
 
     for module in model.modules():
-        if isinstance(module, SelfAttention | CrossAttention | SwiGLU | ExpertChoice):
+        if isinstance(module, SelfAttention | CrossAttention | SwiGLU | ExpertChoiceMoE):
             module.register_forward_hook(note)
     with torch.no_grad():
         loss_of_batch()
@@ -240,13 +240,13 @@ def on_meta(
         captions = torch.empty(n, *config.caption_shape, dtype=torch.half)
         keep = torch.empty(n, kept_tokens(config.num_patches, mask_ratio), dtype=torch.int64)
         mask = Mask(keep, config.num_patches) if mask_ratio else None
-        drawn = Draw(torch.empty(n), torch.empty(shape), torch.empty(n, dtype=torch.bool), mask)
+        noise = StepNoise(torch.empty(n), torch.empty(shape), torch.empty(n, dtype=torch.bool), mask)
     if form.tp > 1:
         take_part(model, form.tp)
     settings = RunSettings(fp8=form.fp8, activation_checkpointing=form.checkpointing)
     parallelize(model, settings, ParallelPlan(World(0, 1, 0, torch.device("meta"))))
-    batch = [latents, captions, keep, drawn.sigma_N, drawn.noise_NCHW, drawn.keep_caption_N]
-    return model, lambda: edm_loss(model, latents, captions, drawn, sigma_data=0.5), batch
+    batch = [latents, captions, keep, noise.sigma_N, noise.noise_NCHW, noise.keep_caption_N]
+    return model, lambda: edm_loss(model, latents, captions, noise, sigma_data=0.5), batch
 
 
 def take_part(model: MicroDiT, tp: int) -> None:

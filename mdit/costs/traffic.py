@@ -13,7 +13,7 @@ from mdit.costs.machines import Machine
 from mdit.costs.trace import layers
 from mdit.models import meta_model
 from mdit.models.layers import CrossAttention, SelfAttention
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def exchanged_bytes(config: TrainConfig, layout: Layout) -> tuple[int, int]:
     back, and their weights there in float32."""
     total = count = 0
     for module, (shape, *_), _ in layers(config.model, config.training.mask_ratio):
-        if isinstance(module, ExpertChoice):
+        if isinstance(module, ExpertChoiceMoE):
             chosen = module.num_experts * module.tokens_per_expert(shape[1])
             total, count = total + chosen * (2 * layout.itemsize * shape[2] + 4), count + 1
     return layout.micro_batch * total, count
@@ -82,7 +82,7 @@ def _tensor_traffic(config: TrainConfig, layout: Layout) -> Traffic:
     n, again = layout.tp, 2 if layout.checkpointing == "block" else 1
     numbers = rows = count = 0
     for module, inputs, output in layers(config.model, config.training.mask_ratio):
-        if isinstance(module, ExpertChoice):
+        if isinstance(module, ExpertChoiceMoE):
             continue
         numbers += again * output.numel() + sum(shape.numel() for shape in inputs)
         count += again + len(inputs)

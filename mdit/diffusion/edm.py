@@ -17,7 +17,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_NCHW, sigma_N) -> (N, C, H, 
 
 
 @dataclass(frozen=True)
-class Draw:
+class StepNoise:
     """Every random number of a step, for some samples of its global batch (float32; `keep_caption_N` bool)."""
 
     sigma_N: Tensor
@@ -25,13 +25,13 @@ class Draw:
     keep_caption_N: Tensor
     mask: Mask | None
 
-    def __getitem__(self, rows: slice) -> "Draw":
+    def __getitem__(self, rows: slice) -> "StepNoise":
         mask = None if self.mask is None else self.mask[rows]
-        return Draw(self.sigma_N[rows], self.noise_NCHW[rows], self.keep_caption_N[rows], mask)
+        return StepNoise(self.sigma_N[rows], self.noise_NCHW[rows], self.keep_caption_N[rows], mask)
 
 
-def draw(config: TrainConfig, step: int, samples: slice, device: torch.device | str = "cpu") -> Draw:
-    """Rows `samples` of what step `step` draws: a function of (seed, step, sample) and of nothing else.
+def sample_noise(config: TrainConfig, step: int, samples: slice, device: torch.device | str = "cpu") -> StepNoise:
+    """Rows `samples` of the random numbers of a step: a function of (seed, step, sample) and of nothing else.
 
     The whole global batch is drawn and sliced, so any number of processes and any micro-batch sees the same numbers; a
     CPU and a GPU draw different ones. Call it once a step: 512 px at a batch of 2,048 are 134 MB before the slice.
@@ -44,7 +44,7 @@ def draw(config: TrainConfig, step: int, samples: slice, device: torch.device | 
     patch_noise = torch.rand(n, model.num_patches, generator=generator, device=device)
     noise = torch.randn(shape, generator=generator, device=device)
     mask = sample_mask(patch_noise[samples], config.training.mask_ratio)
-    return Draw(sigma[samples], noise[samples].clone(), keep_caption[samples], mask)
+    return StepNoise(sigma[samples], noise[samples].clone(), keep_caption[samples], mask)
 
 
 def generator_for(*key, device: torch.device | str = "cpu") -> torch.Generator:
@@ -65,26 +65,28 @@ def denoise(
     return c_skip * x_NCHW + c_out * net(c_in * x_NCHW, c_noise, captions_NLC, mask=mask).float()
 
 
-def edm_loss(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, draw: Draw, sigma_data: float) -> Tensor:
+def edm_loss(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, sigma_data: float) -> Tensor:
     """Mean over samples and kept patches of lambda(sigma) |D(x + sigma n) - x|^2 (equation 8). A scalar, float32."""
-    return edm_losses(net, latents_NCHW, captions_NLC, draw, sigma_data).mean()
+    return edm_losses(net, latents_NCHW, captions_NLC, noise, sigma_data).mean()
 
 
-def edm_losses(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, draw: Draw, sigma_data: float) -> Tensor:
+def edm_losses(
+    net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, sigma_data: float
+) -> Tensor:
     """(N,) float32: the loss of every sample, a mean over its kept patches, of which all samples have equally many.
 
     Deterministic given its arguments. Dropped captions are all zeros, as classifier-free guidance expects them.
     """
     latents = latents_NCHW.float()
-    captions = captions_NLC * draw.keep_caption_N.view(-1, 1, 1).to(captions_NLC.dtype)
-    sigma = draw.sigma_N.view(-1, 1, 1, 1)
-    noisy = latents + sigma * draw.noise_NCHW
-    denoised = denoise(net, noisy, draw.sigma_N, captions, sigma_data, draw.mask)
+    captions = captions_NLC * noise.keep_caption_N.view(-1, 1, 1).to(captions_NLC.dtype)
+    sigma = noise.sigma_N.view(-1, 1, 1, 1)
+    noisy = latents + sigma * noise.noise_NCHW
+    denoised = denoise(net, noisy, noise.sigma_N, captions, sigma_data, noise.mask)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     error = weight * (denoised - latents) ** 2
-    if draw.mask is None:
+    if noise.mask is None:
         return error.flatten(1).mean(1)
-    kept = draw.mask.image(*latents.shape[-2:])
+    kept = noise.mask.image(*latents.shape[-2:])
     return (error * kept).flatten(1).sum(1) / (kept.flatten(1).sum(1) * latents.shape[1])
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mdit.config import NoiseConfig, TrainConfig
-from mdit.diffusion.edm import Draw, edm_loss, generator_for
+from mdit.diffusion.edm import StepNoise, edm_loss, generator_for
 from mdit.kernels import expert_choice
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 
 NUM_SIGMAS = 5
 
@@ -49,17 +49,19 @@ def validation_loss(
         rows = slice(start, start + batch_size)
         latents, captions = latents_NCHW[rows].float(), captions_NLC[rows]
         for s, sigma in enumerate(validation_sigmas(config.noise)):
-            draw = _draw(config.seed, indices[rows], s, sigma, latents)
-            sums[s] += edm_loss(net, latents, captions, draw, config.noise.sigma_data).double() * len(latents)
+            noise = _noise(config.seed, indices[rows], s, sigma, latents)
+            sums[s] += edm_loss(net, latents, captions, noise, config.noise.sigma_data).double() * len(latents)
     return sums
 
 
-def _draw(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Tensor) -> Draw:
+def _noise(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Tensor) -> StepNoise:
     noise = [
         torch.randn(like_NCHW.shape[1:], generator=generator_for(seed, "validation", index, s)) for index in indices
     ]
     every = torch.ones(len(indices), dtype=torch.bool, device=like_NCHW.device)
-    return Draw(torch.full_like(like_NCHW[:, 0, 0, 0], sigma), torch.stack(noise).to(like_NCHW.device), every, None)
+    return StepNoise(
+        torch.full_like(like_NCHW[:, 0, 0, 0], sigma), torch.stack(noise).to(like_NCHW.device), every, None
+    )
 
 
 class ExpertCoverage:
@@ -74,7 +76,7 @@ class ExpertCoverage:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, ExpertChoice)]
+        self.layers = [module for module in model.modules() if isinstance(module, ExpertChoiceMoE)]
         self.totals = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
         self._hooks = []
 
@@ -88,7 +90,7 @@ class ExpertCoverage:
             hook.remove()
 
     @torch.no_grad()
-    def _add_choices(self, layer: ExpertChoice, gate: nn.Module, args: tuple, logits_NTE: Tensor) -> None:
+    def _add_choices(self, layer: ExpertChoiceMoE, gate: nn.Module, args: tuple, logits_NTE: Tensor) -> None:
         routing = expert_choice.route(logits_NTE, layer.tokens_per_expert(logits_NTE.shape[1]))
         experts_NT = (routing.slots_NTE >= 0).double().sum(dim=-1)
         sums = [torch.ones_like(experts_NT), experts_NT == 0, experts_NT, experts_NT**2, routing.weights_NEK]

@@ -25,7 +25,7 @@ from mdit.models.layers import (
     position_embedding,
     round_up,
 )
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 
 
 class Block(nn.Module):
@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(dim, head_dim, eps, use_bias)
         self.norm3 = layer_norm(dim, eps)
         self.mlp = (
-            ExpertChoice(dim, hidden, config.multiple_of, config.num_experts, config.capacity_factor)
+            ExpertChoiceMoE(dim, hidden, config.multiple_of, config.num_experts, config.capacity_factor)
             if has_experts
             else SwiGLU(dim, hidden, config.multiple_of, use_bias)
         )

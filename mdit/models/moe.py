@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mdit.models.layers import round_up
 
 
-class ExpertChoice(nn.Module):
+class ExpertChoiceMoE(nn.Module):
     """E two-layer GELU networks of width F; each sees its K = int(capacity_factor * T / E) best tokens of an image.
 
     A token may be chosen by several experts (their outputs add up) or by none (its output is zero).

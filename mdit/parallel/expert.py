@@ -20,7 +20,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from mdit.kernels.expert_choice import Routing
 from mdit.models import MicroDiT
-from mdit.parallel.fuse import FusedExpertChoice
+from mdit.parallel.fuse import FusedExpertChoiceMoE
 from mdit.parallel.shard import Shard, cut
 from mdit.parallel.swap import swap
 
@@ -46,16 +46,16 @@ def group_name(expert_parallel: int) -> str:
 def shard_experts(model: MicroDiT, group: torch.distributed.ProcessGroup) -> None:
     """Keep this rank's experts of every expert layer of a fused model, in place. Parameters keep their names."""
     for block in (*model.patch_mixer, *model.blocks):
-        if isinstance(block.mlp, FusedExpertChoice):
+        if isinstance(block.mlp, FusedExpertChoiceMoE):
             shard_layer(block.mlp, group)
 
 
-def shard_layer(layer: FusedExpertChoice, group: torch.distributed.ProcessGroup) -> None:
+def shard_layer(layer: FusedExpertChoiceMoE, group: torch.distributed.ProcessGroup) -> None:
     ep = torch.distributed.get_world_size(group)
     for part in (layer.w1, layer.w2):
         cut(part, Shard(dim=0, index=torch.distributed.get_rank(group), count=ep), group)
         part.allreduce, part.group_name = False, group_name(ep)
-    swap(layer, ExpertParallel, group=group, ep=ep)
+    swap(layer, ExpertParallelMoE, group=group, ep=ep)
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
@@ -64,7 +64,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [group for group in split if group["params"]]
 
 
-class ExpertParallel(FusedExpertChoice, MoE):
+class ExpertParallelMoE(FusedExpertChoiceMoE, MoE):
     """Its w1 and w2 hold this rank's experts; E of `num_experts` counts all of them."""
 
     group: torch.distributed.ProcessGroup

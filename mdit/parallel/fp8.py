@@ -30,10 +30,10 @@ from mdit.kernels.fp8_linear import (
 from mdit.masking import Mask
 from mdit.models import MicroDiT
 from mdit.models.layers import SwiGLU
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.fuse import (
     AddNormModulate,
-    FusedExpertChoice,
+    FusedExpertChoiceMoE,
     FusedMicroDiT,
     FusedSwiGLU,
     PendingResidual,
@@ -69,7 +69,7 @@ class Fp8SwiGLU(FusedSwiGLU):
         return fp8_swiglu(x, *side_by_side(self.w1, self.w2), self.w3.weight, self.w3.bias)
 
 
-class Fp8ExpertChoice(FusedExpertChoice):
+class Fp8ExpertChoiceMoE(FusedExpertChoiceMoE):
     def experts(self, x_NTD: Tensor, routing: Routing) -> Tensor:
         return fp8_experts(x_NTD, self.w1, self.w2, routing)
 
@@ -84,7 +84,7 @@ class Fp8MicroDiT(FusedMicroDiT):
 IN_FP8 = {
     nn.Linear: Fp8Linear,
     FusedSwiGLU: Fp8SwiGLU,
-    FusedExpertChoice: Fp8ExpertChoice,
+    FusedExpertChoiceMoE: Fp8ExpertChoiceMoE,
     AddNormModulate: Fp8AddNormModulate,
     FusedMicroDiT: Fp8MicroDiT,
 }
@@ -108,7 +108,7 @@ def matmuls(model: MicroDiT) -> Iterator[nn.Module]:
     """The layers that can be in float8, whether they are or not."""
     for block in (*model.patch_mixer, *model.blocks):
         for part in (block.attn, block.cross_attn, block.mlp):
-            layers = [part] if isinstance(part, SwiGLU | ExpertChoice) else part.children()
+            layers = [part] if isinstance(part, SwiGLU | ExpertChoiceMoE) else part.children()
             yield from (layer for layer in layers if fits(layer))
 
 
@@ -123,7 +123,7 @@ def norms(model: MicroDiT) -> Iterator[nn.Module]:
 
 def fits(layer: nn.Module) -> bool:
     """Are all dimensions of its matrices what torch._scaled_mm takes?"""
-    weights = [layer.w1, layer.w2] if isinstance(layer, ExpertChoice) else list(layer.parameters())
+    weights = [layer.w1, layer.w2] if isinstance(layer, ExpertChoiceMoE) else list(layer.parameters())
     return not any(size % MULTIPLE for weight in weights for size in weight.shape[-2:])
 
 

@@ -19,7 +19,7 @@ from mdit.masking import Mask, drop_tokens
 from mdit.models import MicroDiT
 from mdit.models.dit import Block, CaptionBlock
 from mdit.models.layers import CrossAttention, FinalLayer, PatchEmbed, SelfAttention, SwiGLU
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.swap import swap
 
 M = TypeVar("M", bound=nn.Module)
@@ -156,7 +156,7 @@ def side_by_side(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return torch.cat([layer.weight for layer in layers]), None if biases[0] is None else torch.cat(biases)
 
 
-class FusedExpertChoice(ExpertChoice):
+class FusedExpertChoiceMoE(ExpertChoiceMoE):
     """By index. Two seams: where the tokens' experts are (`dispatch`, `combine`), and how they compute (`experts`)."""
 
     def forward(self, x_NTD: Tensor) -> Tensor:
@@ -191,6 +191,6 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     SelfAttention: FusedSelfAttention,
     CrossAttention: FusedCrossAttention,
     SwiGLU: FusedSwiGLU,
-    ExpertChoice: FusedExpertChoice,
+    ExpertChoiceMoE: FusedExpertChoiceMoE,
     PatchEmbed: FusedPatchEmbed,
 }

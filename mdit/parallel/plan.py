@@ -17,7 +17,7 @@ from mdit.config import ModelConfig, UserError
 from mdit.dist import World
 from mdit.models import meta_model
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.settings import RunSettings
 
 
@@ -100,7 +100,7 @@ def problem(config: ModelConfig, gpus: int, stage: int, ep: int, tp: int) -> str
 
 
 def has_experts(config: ModelConfig) -> bool:
-    return any(isinstance(module, ExpertChoice) for module in meta_model(config).modules())
+    return any(isinstance(module, ExpertChoiceMoE) for module in meta_model(config).modules())
 
 
 @cache

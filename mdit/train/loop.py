@@ -5,7 +5,7 @@ import torch
 from mdit.checkpoint.training_state import Checkpoint
 from mdit.config import TrainConfig
 from mdit.data.loader import Batch, build_loader
-from mdit.diffusion.edm import draw, edm_losses
+from mdit.diffusion.edm import edm_losses, sample_noise
 from mdit.dist import StopSignal, logger
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
@@ -101,7 +101,7 @@ def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig)
     """One step on this rank's share of the global batch, micro-batch by micro-batch -> (N,) the loss of each sample."""
     share = len(batch.latents_NCHW)
     first = engine.plan.data_rank * share
-    noise = draw(config, step, slice(first, first + share), engine.world.device)
+    noise = sample_noise(config, step, slice(first, first + share), engine.world.device)
     engine.set_learning_rate(learning_rate(step, config.training.num_steps, config.optim))
     losses = []
     for rows in engine.micro_batches(share):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from mdit.config import load_config
 from mdit.data.order import GlobalOrder
 from mdit.data.shards import open_dataset, read_samples
-from mdit.diffusion.edm import draw, edm_loss
+from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.models import MicroDiT
 from mdit.train.optim import learning_rate
 from tests.training import read_metrics, train, write_ds_json, write_recipe
@@ -27,7 +27,7 @@ def plain_run(config):
         for group in adamw.param_groups:
             group["lr"] = learning_rate(step, config.training.num_steps, optim)
         latents, captions, _ = read_samples(dataset, order.batch(step))
-        loss = edm_loss(model, latents, captions, draw(config, step, slice(0, batch)), config.noise.sigma_data)
+        loss = edm_loss(model, latents, captions, sample_noise(config, step, slice(0, batch)), config.noise.sigma_data)
         adamw.zero_grad()
         loss.backward()
         norms[step + 1] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm))

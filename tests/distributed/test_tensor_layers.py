@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import ModelConfig
-from mdit.diffusion.edm import draw, edm_loss
+from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
 from mdit.parallel.fuse import fuse
@@ -133,7 +133,7 @@ def train_plain() -> tuple[list[float], list[float], dict[str, Tensor]]:
     )
     losses, norms = [], []
     for step in range(STEPS):
-        loss = edm_loss(model, *batch(step), draw(CONFIG, step, slice(None)), CONFIG.noise.sigma_data)
+        loss = edm_loss(model, *batch(step), sample_noise(CONFIG, step, slice(None)), CONFIG.noise.sigma_data)
         adamw.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)))
@@ -175,9 +175,9 @@ def train_layout(plan, stage: int, bf16: bool = False, recompute: str = "none") 
     losses, norms, ours = torch.zeros(STEPS), [], slice(plan.data_rank * share, (plan.data_rank + 1) * share)
     for step in range(STEPS):
         latents, captions = (values[ours] for values in batch(step))
-        drawn = draw(CONFIG, step, ours)
+        noise = sample_noise(CONFIG, step, ours)
         for rows in engine.micro_batches(share):
-            loss = edm_loss(engine, latents[rows], captions[rows], drawn[rows], sigma_data)
+            loss = edm_loss(engine, latents[rows], captions[rows], noise[rows], sigma_data)
             engine.backward(loss)
             losses[step] += loss.detach() / (share // 2)
         engine.step()

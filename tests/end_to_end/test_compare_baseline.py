@@ -10,7 +10,7 @@ from mdit import cli
 from mdit.bench.baseline import OURS, BaselineComparison, Pace, Turn, ratios, take_turns
 from mdit.bench.contenders import Baseline, Contender
 from mdit.bench.report import Report
-from mdit.diffusion.edm import draw, edm_loss
+from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.dist import World
 from mdit.masking import Mask
 from mdit.models import MicroDiT
@@ -203,7 +203,7 @@ def test_the_search_for_a_micro_batch(limit, rate, largest, asked):
 
 
 class Fixed(torch.nn.Module):
-    """Our model behind the baseline's signature, with a mask that is not drawn."""
+    """Our model behind the baseline's signature, with a mask that is not noise."""
 
     def __init__(self, net, mask):
         super().__init__()
@@ -223,16 +223,16 @@ def perturbed(config):
 
 def test_the_baseline_is_given_the_loss_of_our_model():
     config = tiny_config(training={"global_batch_size": 3, "mask_ratio": 0.5})
-    model, drawn = perturbed(config.model), draw(config, 7, slice(0, 3))
-    mask = Mask(drawn.mask.keep_NK, 16)
+    model, noise = perturbed(config.model), sample_noise(config, 7, slice(0, 3))
+    mask = Mask(noise.mask.keep_NK, 16)
     latents, captions = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 12)
     baseline = Baseline("fixed", Fixed(model, mask), config, CPU, "fp32")
-    expected = edm_loss(model, latents, captions, drawn, config.noise.sigma_data)
-    torch.testing.assert_close(baseline.loss(latents, captions, drawn), expected)
+    expected = edm_loss(model, latents, captions, noise, config.noise.sigma_data)
+    torch.testing.assert_close(baseline.loss(latents, captions, noise), expected)
     ours, theirs = Contender("ours", model, config, CPU, "fp32").data(4), baseline.data(4)
     assert torch.equal(next(ours[1]).latents_NCHW, next(theirs[1]).latents_NCHW)  # the same data, and for 3 images
     assert theirs[0].training.mask_ratio == 0 and torch.equal(  # the same noise
-        draw(ours[0], 1, slice(0, 4)).noise_NCHW, draw(theirs[0], 1, slice(0, 4)).noise_NCHW
+        sample_noise(ours[0], 1, slice(0, 4)).noise_NCHW, sample_noise(theirs[0], 1, slice(0, 4)).noise_NCHW
     )
 
 
@@ -255,9 +255,9 @@ def test_a_plain_step_in_every_precision(precision, weights):
     config, batches = found.data(4)
     batches.step = 0
     for number in range(2):
-        batch, drawn = next(batches), draw(config, number, slice(0, 4))
+        batch, noise = next(batches), sample_noise(config, number, slice(0, 4))
         optimizer.zero_grad()
-        edm_loss(expected, batch.latents_NCHW, batch.captions_NLC, drawn, config.noise.sigma_data).backward()
+        edm_loss(expected, batch.latents_NCHW, batch.captions_NLC, noise, config.noise.sigma_data).backward()
         torch.nn.utils.clip_grad_norm_(expected.parameters(), optim.max_grad_norm)
         optimizer.step()
     assert figures.steps == 1 and len(found.losses) == 2 and {p.dtype for p in found.model.parameters()} == {weights}

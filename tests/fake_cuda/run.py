@@ -128,8 +128,9 @@ def _evaluate_on_the_cpu() -> None:
 def _draw_on_the_first_gpu() -> None:
     from mdit.train import loop
 
-    draw = loop.draw
-    loop.draw = lambda config, step, samples, device: draw(config, step, samples, torch.device("cuda", 0))
+    sample = loop.sample_noise
+    gpu = torch.device("cuda", 0)
+    loop.sample_noise = lambda config, step, samples, device: sample(config, step, samples, gpu)
 
 
 def _read_on_the_first_gpu() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mdit import cli
-from mdit.diffusion.edm import draw, edm_losses
+from mdit.diffusion.edm import edm_losses, sample_noise
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, launch, recorded
 from mdit.models import MicroDiT, presets
@@ -184,13 +184,13 @@ def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio, fp8):
     model = fuse(MicroDiT(config.model)).bfloat16()
     use_fp8(model, fp8)
     captions_NLC = torch.randn(4, config.model.caption_length, config.model.caption_channels)
-    drawn = draw(config, 0, slice(0, 4))
+    noise = sample_noise(config, 0, slice(0, 4))
 
     def net(*inputs, mask):
         return model(*(t.bfloat16() for t in inputs), mask=mask)
 
     with recorded() as run, dispatch.using(*dispatch.OPS, off_gpu=True), build_kernels.without_float8_matmuls():
-        edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, drawn, config.noise.sigma_data).mean().backward()
+        edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, noise, config.noise.sigma_data).mean().backward()
     checked = {found.kernel.fn.__name__ for found in build_kernels.launches_of_check(32, torch.bfloat16)}
     assert checked > {"_attend_backward", "_mix_backward", "_scatter", "_swiglu_backward", "_quantise_gelu"}
     calls = build_kernels.chosen_calls([(config.model, 4, mask_ratio)], every_width=True, fp8=fp8)

@@ -11,7 +11,7 @@ from mdit.kernels import dispatch, expert_choice
 from mdit.kernels.expert_choice import Routing, reference
 from mdit.kernels.expert_choice.reference import one_hot_expert_choice
 from mdit.kernels.launch import recorded
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.fuse import fuse
 from tests.kernels.accuracy import (
     DEVICE,
@@ -24,14 +24,14 @@ from tests.kernels.accuracy import (
 MULTIPLE_OF = 8
 
 
-def layer(num_experts: int, capacity_factor: float, dim: int = 6) -> ExpertChoice:
-    moe = fuse(ExpertChoice(dim, 8, MULTIPLE_OF, num_experts, capacity_factor)).double()
+def layer(num_experts: int, capacity_factor: float, dim: int = 6) -> ExpertChoiceMoE:
+    moe = fuse(ExpertChoiceMoE(dim, 8, MULTIPLE_OF, num_experts, capacity_factor)).double()
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
     return moe
 
 
-def assert_equals_one_hot_form(moe: ExpertChoice, x_NTD: torch.Tensor, tolerance: float = 1e-5) -> None:
+def assert_equals_one_hot_form(moe: ExpertChoiceMoE, x_NTD: torch.Tensor, tolerance: float = 1e-5) -> None:
     x_NTD = x_NTD.requires_grad_()
     inputs = (x_NTD, moe.gate.weight, moe.w1, moe.w2)
     ours, definition = moe(x_NTD), one_hot_expert_choice(*inputs, moe.tokens_per_expert(x_NTD.shape[1]))

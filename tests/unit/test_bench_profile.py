@@ -13,7 +13,7 @@ from mdit.bench.roofline import CATEGORY_OF_OP, category_work
 from mdit.bench.row import HostTime, KernelTime
 from mdit.config import load_config
 from mdit.costs.trace import training_flops
-from mdit.diffusion.edm import draw, edm_loss
+from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.models import MicroDiT
 from mdit.parallel.fuse import fuse
 from tests.bench_rows import row
@@ -110,7 +110,9 @@ def profiled(tmp_path_factory):
     def step():
         calls.append(None)
         optimizer.zero_grad()
-        edm_loss(model, latents, captions, draw(config, 0, slice(0, 8), cpu), config.noise.sigma_data).backward()
+        edm_loss(
+            model, latents, captions, sample_noise(config, 0, slice(0, 8), cpu), config.noise.sigma_data
+        ).backward()
         optimizer.step()
 
     step()

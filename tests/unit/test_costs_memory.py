@@ -14,7 +14,7 @@ from mdit.costs.layouts import Layout, ZeroOptions
 from mdit.costs.memory import host_bytes, memory_moments, predict_memory
 from mdit.costs.trace import Form, trace
 from mdit.costs.traffic import predict_traffic
-from mdit.diffusion.edm import draw, edm_loss
+from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.models import MicroDiT
@@ -83,7 +83,7 @@ def one_pass(config, model, n=8, device="cpu", dtype=torch.float32):
     shape = config.model
     latents = torch.randn(n, shape.latent_channels, shape.latent_size, shape.latent_size, device=device)
     captions = torch.randn(n, shape.caption_length, shape.caption_channels, device=device, dtype=dtype)
-    return edm_loss(model, latents, captions, draw(config, 0, slice(0, n), device), config.noise.sigma_data)
+    return edm_loss(model, latents, captions, sample_noise(config, 0, slice(0, n), device), config.noise.sigma_data)
 
 
 def model_of(config, mode="none"):

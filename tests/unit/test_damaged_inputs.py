@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 
 from mdit.config import CONFIGS, TrainConfig
 from mdit.costs.trace import training_flops
-from mdit.diffusion.edm import draw, edm_loss
+from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.dist import World
 from mdit.documents import UserError
 from mdit.models import MicroDiT
@@ -330,13 +330,13 @@ def weights_after_a_step(run) -> torch.Tensor:
     parallelize(model, run.execution.settings, plan)
     engine = Engine(model, config, run.execution, plan)
     sizes, captions = config.model, (config.model.caption_length, config.model.caption_channels)
-    drawn = draw(config, 0, slice(0, batch), run.world.device)
+    noise = sample_noise(config, 0, slice(0, batch), run.world.device)
     latents = torch.linspace(-1, 1, sizes.latent_channels * sizes.latent_size**2)
     latents = latents.view(sizes.latent_channels, sizes.latent_size, sizes.latent_size)
     engine.set_learning_rate(learning_rate(0, config.training.num_steps, config.optim))
     for rows in engine.micro_batches(batch):
         count = len(range(*rows.indices(batch)))
         inputs = latents.expand(count, *latents.shape), torch.ones(count, *captions)
-        engine.backward(edm_loss(engine, *inputs, drawn[rows], config.noise.sigma_data))
+        engine.backward(edm_loss(engine, *inputs, noise[rows], config.noise.sigma_data))
     engine.step()
     return torch.cat([weight.flatten().cpu() for _, weight in engine.full_weights()])

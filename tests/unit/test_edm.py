@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdit.diffusion.edm import Draw, denoise, denoiser, draw, edm_loss, generator_for
+from mdit.diffusion.edm import StepNoise, denoise, denoiser, edm_loss, generator_for, sample_noise
 from mdit.masking import Mask
 from tests.recipes import tiny_config
 
@@ -70,7 +70,7 @@ def hand_loss(latents, captions, d):
 def test_loss_is_the_mean_over_kept_patches_of_the_weighted_squared_error(masked):
     latents, sigma, captions = inputs()
     mask = Mask(torch.rand(3, 16).argsort(1)[:, :4], 16) if masked else None
-    d = Draw(sigma, torch.randn(3, 4, 8, 8), torch.tensor([True, False, True]), mask)
+    d = StepNoise(sigma, torch.randn(3, 4, 8, 8), torch.tensor([True, False, True]), mask)
     loss = edm_loss(net, latents, captions, d, SIGMA_DATA)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert loss.item() == pytest.approx(hand_loss(latents, captions, d).item(), rel=1e-5)
@@ -79,7 +79,7 @@ def test_loss_is_the_mean_over_kept_patches_of_the_weighted_squared_error(masked
 def test_loss_of_half_precision_latents_is_computed_in_float32():
     latents, sigma, captions = inputs()
     latents, captions = latents.half(), captions.half()
-    d = Draw(sigma, torch.randn(3, 4, 8, 8), torch.tensor([True, False, True]), None)
+    d = StepNoise(sigma, torch.randn(3, 4, 8, 8), torch.tensor([True, False, True]), None)
     loss = edm_loss(lambda x, t, c, mask: net(x, t, c.float()), latents, captions, d, SIGMA_DATA)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(hand_loss(latents, captions, d).item(), rel=1e-4)
@@ -87,7 +87,7 @@ def test_loss_of_half_precision_latents_is_computed_in_float32():
 
 def test_perfect_network_has_zero_loss():
     latents, sigma, captions = inputs()
-    d = Draw(sigma, torch.randn(3, 4, 8, 8), torch.ones(3, dtype=torch.bool), None)
+    d = StepNoise(sigma, torch.randn(3, 4, 8, 8), torch.ones(3, dtype=torch.bool), None)
 
     def perfect(x, c_noise, captions, mask):
         s = sigma.view(-1, 1, 1, 1)
@@ -102,20 +102,22 @@ def test_loss_at_the_start_is_one_whatever_sigma():
     """lambda(sigma) makes the target's variance 1: a zero network on data of deviation sigma_data scores 1."""
     for sigma in (0.01, 1.0, 50.0):
         latents = SIGMA_DATA * torch.randn(64, 4, 8, 8)
-        d = Draw(torch.full((64,), sigma), torch.randn(64, 4, 8, 8), torch.ones(64, dtype=torch.bool), None)
+        d = StepNoise(torch.full((64,), sigma), torch.randn(64, 4, 8, 8), torch.ones(64, dtype=torch.bool), None)
         loss = edm_loss(lambda x, t, c, mask: torch.zeros_like(x), latents, torch.zeros(64, 1, 1), d, SIGMA_DATA)
         assert loss.item() == pytest.approx(1, rel=0.05)
 
 
 def test_mean_of_the_losses_of_equal_micro_batches_is_the_loss_of_the_batch():
     latents, sigma, captions = torch.randn(6, 4, 8, 8), torch.rand(6) + 0.1, torch.randn(6, 5, 12)
-    d = Draw(sigma, torch.randn(6, 4, 8, 8), torch.arange(6) % 2 == 0, Mask(torch.rand(6, 16).argsort(1)[:, :4], 16))
+    d = StepNoise(
+        sigma, torch.randn(6, 4, 8, 8), torch.arange(6) % 2 == 0, Mask(torch.rand(6, 16).argsort(1)[:, :4], 16)
+    )
     parts = [slice(0, 2), slice(2, 4), slice(4, 6)]
     losses = [edm_loss(net, latents[rows], captions[rows], d[rows], SIGMA_DATA) for rows in parts]
     assert sum(losses) / 3 == pytest.approx(edm_loss(net, latents, captions, d, SIGMA_DATA).item(), rel=1e-5)
 
 
-def same(a: Draw, b: Draw) -> bool:
+def same(a: StepNoise, b: StepNoise) -> bool:
     masks = (a.mask is None and b.mask is None) or torch.equal(a.mask.keep_NK, b.mask.keep_NK)
     pairs = [(a.sigma_N, b.sigma_N), (a.noise_NCHW, b.noise_NCHW), (a.keep_caption_N, b.keep_caption_N)]
     return masks and all(torch.equal(x, y) for x, y in pairs)
@@ -127,15 +129,15 @@ def test_any_split_of_the_batch_draws_the_same_numbers(data, mask_ratio, step):
     batch = data.draw(st.integers(1, 12))
     cuts = sorted(data.draw(st.sets(st.integers(1, batch - 1)))) if batch > 1 else []
     config = tiny_config(training={"global_batch_size": batch, "mask_ratio": mask_ratio})
-    everything = draw(config, step, slice(0, batch))
+    everything = sample_noise(config, step, slice(0, batch))
     for start, stop in zip([0, *cuts], [*cuts, batch]):
-        part = draw(config, step, slice(start, stop))
+        part = sample_noise(config, step, slice(start, stop))
         assert len(part.sigma_N) == stop - start
         assert same(part, everything[start:stop])
 
 
 def whole(config, step=0):
-    return draw(config, step, slice(0, config.training.global_batch_size))
+    return sample_noise(config, step, slice(0, config.training.global_batch_size))
 
 
 def test_a_draw_is_reproducible_and_leaves_the_global_generator_alone():

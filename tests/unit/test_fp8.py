@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mdit.config import UserError
 from mdit.costs.kernel_calls import fp8_calls
 from mdit.costs.trace import training_flops
-from mdit.diffusion.edm import draw, edm_loss
+from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.dist import World
 from mdit.kernels import dispatch, fp8_linear
 from mdit.kernels.fp8_linear import reference
@@ -311,7 +311,7 @@ def losses(*, fp8_on: bool) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         kind_N = torch.randint(-1, 2, (8, 1, 1), generator=generator).float()
         latents = kind_N.unsqueeze(-1) + 0.3 * torch.randn(8, 4, 8, 8, generator=generator)
-        loss = edm_loss(model, latents, kind_N.expand(-1, 5, 12), draw(config, step, slice(0, 8)), 0.9)
+        loss = edm_loss(model, latents, kind_N.expand(-1, 5, 12), sample_noise(config, step, slice(0, 8)), 0.9)
         adamw.zero_grad()
         loss.backward()
         adamw.step()

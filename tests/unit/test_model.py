@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from mdit.diffusion.edm import Draw, edm_loss
+from mdit.diffusion.edm import StepNoise, edm_loss
 from mdit.masking import Mask, restore_tokens
 from mdit.models import MicroDiT, dit, layers
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.fuse import PendingResidual, fuse
 from tests.recipes import tiny_model
 
@@ -228,7 +228,7 @@ def test_mlp_norms_after_gelu():
 
 
 def test_experts_add_up_what_each_makes_of_its_best_tokens():
-    module, x = randomised(ExpertChoice(6, 8, 8, num_experts=3, capacity_factor=1.5)), tensor(2, 8, 6)
+    module, x = randomised(ExpertChoiceMoE(6, 8, 8, num_experts=3, capacity_factor=1.5)), tensor(2, 8, 6)
     w = weights_of(module)
     assert_equal_with_gradients(module(x), experts(w, x, 1.5), [x, *w.values()], tolerance=1e-5)
 
@@ -384,8 +384,8 @@ def test_output_is_exactly_zero_at_dropped_patches_and_nowhere_else():
 def test_masked_loss_has_no_gradient_with_respect_to_outputs_at_dropped_patches():
     mask = Mask(torch.tensor([[3, 9, 12], [0, 1, 15]]), 16)
     output = torch.randn(2, 4, 8, 8, requires_grad=True)
-    draw = Draw(torch.tensor([0.4, 2.0]), torch.randn(2, 4, 8, 8), torch.tensor([True, True]), mask)
-    loss = edm_loss(lambda *args, mask: output, torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), draw, 0.9)
+    noise = StepNoise(torch.tensor([0.4, 2.0]), torch.randn(2, 4, 8, 8), torch.tensor([True, True]), mask)
+    loss = edm_loss(lambda *args, mask: output, torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), noise, 0.9)
     (gradient,) = torch.autograd.grad(loss, output)
     dropped = mask.image(8, 8).expand_as(output) == 0
     assert not gradient[dropped].any() and gradient[~dropped].all()
@@ -416,10 +416,10 @@ def test_a_few_steps_lower_the_masked_loss_and_move_every_weight(use_patch_mixer
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     latents, caption = torch.randn(8, 4, 8, 8), torch.randn(8, 5, 12)
     mask = Mask(torch.rand(8, 16).argsort(1)[:, :8], 16)
-    draw = Draw(torch.linspace(0.3, 2.0, 8), torch.randn(8, 4, 8, 8), torch.ones(8, dtype=torch.bool), mask)
+    noise = StepNoise(torch.linspace(0.3, 2.0, 8), torch.randn(8, 4, 8, 8), torch.ones(8, dtype=torch.bool), mask)
     losses = []
     for _ in range(5):
-        loss = edm_loss(model, latents, caption, draw, 0.9)
+        loss = edm_loss(model, latents, caption, noise, 0.9)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -453,5 +453,5 @@ def test_linspace_rounds_as_numpy(first, last, count):
 
 def test_experts_sit_in_every_second_block_but_the_last():
     model = MicroDiT(tiny_model(depth=6, mixer_depth=4))
-    assert [isinstance(b.mlp, ExpertChoice) for b in model.blocks] == [False, True, False, True, False, False]
-    assert [isinstance(b.mlp, ExpertChoice) for b in model.patch_mixer] == [False, True, False, True]
+    assert [isinstance(b.mlp, ExpertChoiceMoE) for b in model.blocks] == [False, True, False, True, False, False]
+    assert [isinstance(b.mlp, ExpertChoiceMoE) for b in model.patch_mixer] == [False, True, False, True]

@@ -12,7 +12,7 @@ from mdit.diffusion.edm import generator_for
 from mdit.eval.evaluate import evaluate
 from mdit.eval.validation import NUM_SIGMAS, ExpertCoverage, validation_loss, validation_sigmas
 from mdit.models import MicroDiT
-from mdit.models.moe import ExpertChoice
+from mdit.models.moe import ExpertChoiceMoE
 
 CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])
 COUNT = 7
@@ -85,7 +85,7 @@ class Router(torch.nn.Module):
 
 def watched(logits_NTE, capacity_factor):
     num_tokens, num_experts = logits_NTE.shape[1:]
-    layer = ExpertChoice(4, 8, 8, num_experts, capacity_factor)
+    layer = ExpertChoiceMoE(4, 8, 8, num_experts, capacity_factor)
     layer.init_weights(0.02)
     layer.gate = Router(logits_NTE)
     with ExpertCoverage(torch.nn.Sequential(layer)) as coverage:
