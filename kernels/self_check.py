@@ -7,6 +7,7 @@ and version of Triton. How accurate the kernels are is the business of tests/ker
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -26,23 +27,19 @@ def compare_with_reference(op: str, device: torch.device, dtype: torch.dtype, he
 
     Raises UserError where a kernel has left the GPU useless to this process.
     """
-    if device.type == "cuda":  # a kernel runs on the current device, wherever its tensors are
-        with torch.cuda.device(device):
-            return _compare(op, device, dtype, head_dim)
-    return _compare(op, device, dtype, head_dim)
-
-
-def _compare(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     call, shapes = EXAMPLES[op]
     inputs = _random([torch.Size(shape) for shape in shapes(HEADS * head_dim)], 0, device, dtype)
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        with dispatch.using(op):  # before PyTorch: what is never written is then not by chance what PyTorch left there
+        # First, so that what it never writes is not by chance what PyTorch left there. A kernel runs on the current
+        # device, wherever its tensors are.
+        with dispatch.using(op), current:
             found = _with_gradients(call, inputs, dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:  # whatever the compiler, the driver or the launch may say
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if _is_lost(device):
+        if is_lost(device):
             raise UserError(f"the kernels of {op} end in {reason}; MDIT_KERNELS=reference does without them") from None
         return reason
     with dispatch.using():
@@ -50,14 +47,12 @@ def _compare(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
         exact = _with_gradients(call, [t.double() for t in inputs], dtype)
     names = [f"output {i + 1}" for i in range(len(found) - len(inputs))]
     names += [f"the gradient of input {i + 1}" for i in range(len(inputs))]
-    for name, *three in zip(names, found, plain, exact, strict=True):
-        if complaint := _complaint(*three, dtype):
-            return f"{name} {complaint}"
-    return None
+    complaints = (_complaint(*three, dtype) for three in zip(found, plain, exact, strict=True))
+    return next((f"{name} {complaint}" for name, complaint in zip(names, complaints) if complaint), None)
 
 
-def _is_lost(device: torch.device) -> bool:
-    """After a write where none may be, every call to the GPU fails."""
+def is_lost(device: torch.device) -> bool:
+    """Whether every call to the GPU fails from now on, as after a write where none may be."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -141,16 +136,8 @@ def _complaint(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) 
     row or column."""
     if found.shape != exact.shape or found.dtype != plain.dtype:
         return f"is {found.dtype} {tuple(found.shape)}, expected {plain.dtype} {tuple(exact.shape)}"
-    for size in (_mean, _largest):
+    for size in (lambda t: t.square().mean().sqrt().item(), lambda t: t.abs().max().item()):
         off, own, whole = size(found.double() - exact), size(plain.double() - exact), size(exact)
         if not off <= WORSE * own + (torch.finfo(dtype).eps / 4 + FINEST) * whole:  # not: NaN is no less either
             return f"is off by {off / whole:.1e} of its size, PyTorch by {own / whole:.1e}"
     return ""
-
-
-def _mean(t: Tensor) -> float:
-    return t.square().mean().sqrt().item()
-
-
-def _largest(t: Tensor) -> float:
-    return t.abs().max().item()

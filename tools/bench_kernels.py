@@ -14,7 +14,7 @@ or matmul reaches in the same run. The error is the largest relative error (by n
 kernels against the op's reference.
 
 The largest row of every op comes first, then those of the largest share of a step. OUT/kernels.json (its rows:
-kernels/comparison.py) and OUT/kernels.md are written after every row, and --resume goes on with what is missing.
+mdit/bench/kernel_report.py) and OUT/kernels.md are written after every row, and --resume goes on with what is missing.
 Without a GPU, or with --tiny, tiny shapes show that all this works.
 """
 
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdit import cli
+from mdit.bench.kernel_report import HEAD, MAIN, NOT_MEASURED, KernelReport, KernelRow, Times
 from mdit.bench.report import environment
 from mdit.config import ModelConfig, UserError
 from mdit.costs.kernel_calls import EPS, EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
 from mdit.dist import settle_numerics
-from mdit.kernels import comparison, dispatch, expert_choice, patch_mixing, swiglu
+from mdit.kernels import dispatch, expert_choice, patch_mixing, swiglu
+from mdit.kernels.self_check import is_lost
 from mdit.models import presets
 
 START = time.monotonic()
@@ -53,7 +55,7 @@ WITHOUT_FP8 = {
     "fp8_linear.fp8_swiglu": lambda x, weight, w3: swiglu.swiglu_linear(F.linear(x, weight), w3),
     "fp8_linear.fp8_experts": lambda x, w1, w2, *routing: routed(x, w1, w2, expert_choice.Routing(*routing)),
 }
-CONTENDERS = (*comparison.MAIN, *BACKENDS, "one_hot")
+CONTENDERS = (*MAIN, *BACKENDS, "one_hot")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP = 3
 FLUSH_BYTES = 2**28  # several times the L2 cache
@@ -72,11 +74,44 @@ class Contender(NamedTuple):
     function: Callable
     in_triton: bool = False
     prepare: Callable[[list], list] = list  # what it gets of the call's inputs
-    backward: bool = True
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(parse_arguments(arguments))
+    args = parse_arguments(arguments)
+    settle_numerics()
+    gpu = torch.cuda.is_available()
+    if not gpu and not args.tiny:
+        print("no GPU here: tiny shapes on the CPU, without what only a GPU can tell")
+        args.tiny = True
+    dtype = args.dtype or ("bf16" if gpu else "fp32")
+    bench = Bench("cuda" if gpu else "cpu", DTYPES[dtype], args.repeats, args.interpret)
+    calls, rows = rows_of(args, bench.dtype.itemsize)
+    report = KernelReport(
+        environment=environment(torch.device(bench.device)),
+        settings={"dtype": dtype, "preset": "tiny" if args.tiny else args.preset, "repeats": args.repeats},
+        ceilings=ceilings(bench),
+        rows=rows,
+    )
+    print(report.environment, report.settings, report.ceilings, sep="\n")
+    if args.resume:
+        report.take_over(args.out / "kernels.json")
+    save = partial(report.save, args.out) if args.out else lambda: None
+    save()
+    print(" | ".join(HEAD))
+    longest = 0.0
+    for row in report.to_measure():
+        began = time.monotonic()
+        if began + longest - START > args.budget_s:
+            break
+        measured, error = measure_row(calls[row.key], args.contenders, bench)
+        measured_row = row.model_copy(update={"measured": measured, "error": error})
+        report.rows[report.rows.index(row)] = measured_row
+        longest = max(longest, time.monotonic() - began)
+        print(" | ".join(measured_row.cells(report.ceilings)), flush=True)
+        save()
+        if is_lost(torch.device(bench.device)):  # a kernel that wrote where it must not ends every other one too
+            raise UserError(f"the GPU is lost to this process since {row.op} {row.label}; go on with --resume")
+    print("\n" + report.summary())
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -92,66 +127,28 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     add("--repeats", type=cli.whole(1), default=20)
     add("--tiny", action="store_true", help="tiny shapes; always so where there is no GPU")
-    add("--interpret", action="store_true", help="without a GPU: the error of the kernels, under TRITON_INTERPRET=1")
+    add("--interpret", action="store_true", help="without a GPU: the kernels' error, under TRITON_INTERPRET=1")
     args = parser.parse_args(arguments)
     if args.resume and args.out is None:
         parser.error("--resume: says nothing without --out")
-    args.budget_s = args.budget_s if args.budget_s is not None else 270 if torch.cuda.is_available() else 50
+    args.budget_s = args.budget_s or (270 if torch.cuda.is_available() else 50)
     if args.interpret and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1"):
         parser.error("--interpret: is for a machine without a GPU, with TRITON_INTERPRET=1 set")
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    settle_numerics()
-    gpu = torch.cuda.is_available()
-    if not gpu and not args.tiny:
-        print("no GPU here: tiny shapes on the CPU, without what only a GPU can tell")
-        args.tiny = True
-    dtype = args.dtype or ("bf16" if gpu else "fp32")
-    bench = Bench("cuda" if gpu else "cpu", DTYPES[dtype], args.repeats, args.interpret)
-    settings = {"dtype": dtype, "preset": "tiny" if args.tiny else args.preset, "repeats": args.repeats}
-    here = environment(torch.device(bench.device)).model_dump()
-    report = {"schema": comparison.SCHEMA, "environment": here, "settings": settings}
-    report |= {"ceilings": ceilings(bench)}
-    print(", ".join(f"{name} {value}" for name, value in {**report["environment"], **settings}.items()))
-    print(", ".join(f"{name} {value:,.1f}" for name, value in report["ceilings"].items()))
-
-    calls, rows = rows_of(args, bench.dtype.itemsize)
-    comparison.plan(rows, report["ceilings"])
-    report["rows"] = rows + (comparison.take_over(args.out, report, rows) if args.resume else [])
-    save = partial(comparison.write, args.out, report) if args.out else lambda: None
-    save()
-    print(comparison.HEADER)
-    longest = 0.0
-    for row in comparison.in_order(rows):
-        began = time.monotonic()
-        if began + longest - START > args.budget_s:
-            break
-        row["measured"], row["error"] = measure_row(calls[id(row)], args.contenders, bench)
-        row |= comparison.judge(row, report["ceilings"])
-        longest = max(longest, time.monotonic() - began)
-        print(comparison.line(row), flush=True)
-        save()
-        still_there(bench, row)
-    print("\n" + comparison.summary(report["rows"]))
-
-
-def rows_of(args: argparse.Namespace, itemsize: int) -> tuple[dict[int, KernelCall], list[comparison.Row]]:
-    """-> the call behind every row (by the row's id), and the rows: equal shapes once, nothing measured yet. A whole
+def rows_of(args: argparse.Namespace, itemsize: int) -> tuple[dict[str, KernelCall], list[KernelRow]]:
+    """-> the call behind every row, by the row's key, and the rows: equal shapes once, nothing measured yet. A whole
     layer of experts belongs to no stage, since its parts do, nor do the matmuls, which are another way of computing."""
-    calls: dict[int, KernelCall] = {}
-    rows: dict[str, comparison.Row] = {}
+    calls: dict[str, KernelCall] = {}
+    rows: dict[str, KernelRow] = {}
 
     def add(call: KernelCall) -> dict[str, int]:
-        name = comparison.key(call.op, call.shape)
-        if name not in rows:
-            forward = {"bytes": call.forward_bytes(itemsize), "flops": call.forward_flops}
-            backward = {"bytes": call.backward_bytes(itemsize), "flops": call.backward_flops}
-            rows[name] = {"op": call.op, "shape": call.shape, "label": call.label, "stages": {}, "forward": forward}
-            rows[name]["both"] = {what: forward[what] + backward[what] for what in forward}
-            calls[id(rows[name])] = call
-        return rows[name]["stages"]
+        moved = call.forward_bytes(itemsize) + call.backward_bytes(itemsize)
+        flops = call.forward_flops + call.backward_flops
+        row = KernelRow(op=call.op, shape=call.shape, label=call.label, stages={}, bytes=moved, flops=flops)
+        calls.setdefault(row.key, call)
+        return rows.setdefault(row.key, row).stages
 
     for name, (config, mask_ratio, default) in stages(args).items():
         for n in args.micro_batch or [default]:
@@ -177,11 +174,11 @@ def stages(args: argparse.Namespace) -> dict[str, tuple[ModelConfig, float, int]
     return {name: (preset(latent_size), mask, n) for name, (latent_size, mask, n) in STAGES.items()}
 
 
-def measure_row(call: KernelCall, wanted: list[str], bench: Bench) -> tuple[dict[str, Any], float | None]:
+def measure_row(call: KernelCall, wanted: list[str], bench: Bench) -> tuple[dict[str, Times | str], float | None]:
     """-> {contender: its numbers, or why there are none}, and the error of the kernels."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    found: dict[str, Any] = {}
+    found: dict[str, Times | str] = {}
     error = None
     inputs = call.inputs(bench.device, bench.dtype)
     for name, contender in contenders(call).items():
@@ -230,28 +227,25 @@ def normalised(inputs: list[Tensor], heads: int) -> list[Tensor]:
     return [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
 
 
-def measure(contender: Contender, inputs: list[Tensor | None], bench: Bench, name: str) -> dict[str, Any] | str:
+def measure(contender: Contender, inputs: list[Tensor | None], bench: Bench, name: str) -> Times | str:
     if bench.device == "cpu" and (contender.in_triton or name in BACKENDS):
-        return comparison.NOT_MEASURED
+        return NOT_MEASURED
     forward, both = passes(contender, inputs)
-    whole = both if contender.backward else forward
     for _ in range(WARM_UP):
-        whole()
-    found = {"forward_ms": milliseconds(forward, bench), "both_ms": None, "peak_mib": None}
-    if contender.backward:
-        found["both_ms"] = milliseconds(both, bench)
+        both()
+    forward_ms, both_ms, peak_mib = milliseconds(forward, bench), milliseconds(both, bench), None
     if bench.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        whole()
-        found["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return found
+        both()
+        peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return Times(forward_ms=forward_ms, both_ms=both_ms, peak_mib=peak_mib)
 
 
 def passes(contender: Contender, inputs: list[Tensor | None]) -> tuple[Callable, Callable]:
     """-> forward, and forward and backward for fixed cotangents; both keep what backward needs, as in training."""
     leaves = [None if t is None else t.detach() for t in contender.prepare(inputs)]
-    wanted = [t for t in leaves if t is not None and t.is_floating_point() and contender.backward]
+    wanted = [t for t in leaves if t is not None and t.is_floating_point()]
     for leaf in wanted:
         leaf.requires_grad_()
 
@@ -302,17 +296,6 @@ def milliseconds(function: Callable, bench: Bench) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
-
-
-def still_there(bench: Bench, row: dict[str, Any]) -> None:
-    """A kernel that wrote where it must not ends every other one of its process too."""
-    try:
-        if bench.device == "cuda":
-            torch.cuda.synchronize()
-    except RuntimeError:
-        raise UserError(
-            f"the GPU is lost to this process since {row['op']} {row['label']}; go on with --resume"
-        ) from None
 
 
 def ceilings(bench: Bench) -> dict[str, float]:

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mdit.bench.kernel_report import SCHEMA as KERNELS_SCHEMA
+from mdit.bench.kernel_report import KernelReport, KernelRow
 from mdit.bench.plots import draw, draw_losses
 from mdit.bench.profile import summary
 from mdit.bench.recipe_cost import Stage, choose_rows
@@ -21,11 +23,10 @@ from mdit.bench.stages import STAGES
 from mdit.config import CONFIGS, UserError, load_config, parse_section
 from mdit.documents import parse_json, read_json
 from mdit.files import write_json
-from mdit.kernels import comparison
 
 PRICES = (3.75, 2.0)
 NOT_MEASURED = "not measured"
-REPORTS = {"throughput": SCHEMA, "kernels": comparison.SCHEMA, "reductions": "mdit-reductions/1"}
+REPORTS = {"throughput": SCHEMA, "kernels": KERNELS_SCHEMA, "reductions": "mdit-reductions/1"}
 STATE, METRICS, SAMPLES = "first_contact.json", "metrics.jsonl", "samples.png"
 REGION = re.compile(r"(<!-- measured: (\w+) -->)(.*?)(<!-- /measured -->)", re.S)
 
@@ -36,6 +37,7 @@ class Figures:
 
     environment: Environment | None = None
     throughput: Report | None = None
+    kernels: KernelReport | None = None
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # all of them as JSON
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,7 +60,7 @@ class Figures:
 
 def load(directory: Path) -> Figures:
     """Raises UserError for what is no figure of a GPU: of a CPU, of tiny shapes, of a rehearsal, of no known commit."""
-    reports, throughput, environment = {}, None, None
+    reports, throughput, kernels, environment = {}, None, None, None
     for name, schema in REPORTS.items():
         path = next((p for p in (directory / name / f"{name}.json", directory / f"{name}.json") if p.exists()), None)
         if path is None:
@@ -74,12 +76,14 @@ def load(directory: Path) -> Figures:
         reports[name], environment = report, environment or here
         if name == "throughput":
             throughput = Report.load(path)
+        if name == "kernels":
+            kernels = KernelReport.load(path)
     state = directory / STATE
     if state.exists() and read_json(state, "the state")["environment"].get("rehearsal"):
         raise UserError(f"{state}: of a rehearsal, whose figures are of no GPU")
     lines = next((p for p in (directory / "training" / METRICS, directory / METRICS) if p.exists()), None)
     told = lines.read_text(encoding="utf-8").splitlines() if lines and reports else []
-    return Figures(environment, throughput, reports, [parse_json(line, lines) for line in told])
+    return Figures(environment, throughput, kernels, reports, [parse_json(line, lines) for line in told])
 
 
 def _no_figures(report: dict[str, Any], environment: Environment) -> str | None:
@@ -209,20 +213,20 @@ def _pictures(beside: Path, *names: str) -> str:
 
 
 def _kernels(figures: Figures, beside: Path) -> str:
-    report = figures.reports.get("kernels", {"rows": []})
-    largest: dict[str, comparison.Row] = {}
-    for row in sorted(report["rows"], key=lambda row: -row["share"]):
-        if row["measured"]:
-            largest.setdefault(row["op"], row)
-    if not largest:
+    largest: dict[str, KernelRow] = {}
+    for row in figures.kernels.by_share() if figures.kernels else ():
+        if row.measured:
+            largest.setdefault(row.op, row)
+    if figures.kernels is None or not largest:
         return (
             "On a GPU: not measured. No kernel has run on one yet; `auto`, with its check, is what keeps a surprise "
             "away from a run."
         )
-    ceilings = ", ".join(f"{value:,.0f} {name}" for name, value in report["ceilings"].items())
-    parts = [f"{figures.source}, {report['settings']['dtype']}; the largest copy and matmul reach {ceilings}."]
-    parts += [comparison.summary(report["rows"]), "The largest row of each op:"]
-    return "\n\n".join([*parts, "\n".join([comparison.HEADER, *map(comparison.line, largest.values())])])
+    report = figures.kernels
+    ceilings = ", ".join(f"{value:,.0f} {name}" for name, value in report.ceilings.items())
+    parts = [f"{figures.source}, {report.settings['dtype']}; the largest copy and matmul reach {ceilings}."]
+    parts += [report.summary(), "The largest row of each op:"]
+    return "\n\n".join([*parts, report.table_of(list(largest.values()))])
 
 
 def _reductions(figures: Figures, beside: Path) -> str:

@@ -390,7 +390,7 @@ def test_a_kernel_that_has_cost_the_process_its_gpu_ends_the_run(in_pytorch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nand advice")
 
     in_pytorch.setattr(swiglu_kernels, "swiglu_linear", faulty)
-    in_pytorch.setattr("mdit.kernels.self_check._is_lost", lambda device: True)
+    in_pytorch.setattr("mdit.kernels.self_check.is_lost", lambda device: True)
     with pytest.raises(UserError, match="swiglu end in .*illegal memory access.*=reference does"):
         found_in("swiglu")
 
