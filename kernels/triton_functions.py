@@ -8,10 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def swiglu_gradients(a, b, du):
-    """u = silu(a) * b: da, db and u."""
+    """u = silu(a) * b: da, db and silu(a)."""
     sigmoid = tl.sigmoid(a)
     silu = a * sigmoid
-    return du * b * (sigmoid + silu * (1 - sigmoid)), du * silu, silu * b
+    return du * b * (sigmoid + silu * (1 - sigmoid)), du * silu, silu
 
 
 @triton.jit

@@ -119,12 +119,12 @@ def _gated_gradient(
     a_ptrs, u_ptrs, here = ab_ptr + row * ab_stride + column, u_ptr + row * C + column, row * 2 * C + column
     a = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(a_ptrs + C, mask=inside, other=0.0).to(tl.float32)
-    da, db, u = swiglu_gradients(a, b, tl.load(u_ptrs, mask=inside, other=0.0).to(tl.float32))
+    da, db, silu = swiglu_gradients(a, b, tl.load(u_ptrs, mask=inside, other=0.0).to(tl.float32))
     da, db = da.to(dab_ptr.dtype.element_ty), db.to(dab_ptr.dtype.element_ty)
     tl.store(dab_ptr + here, da, mask=inside)
     tl.store(dab_ptr + here + C, db, mask=inside)
     tl.debug_barrier()  # no thread overwrites what another has yet to read
-    tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=inside)
+    tl.store(u_ptrs, (silu * b).to(u_ptr.dtype.element_ty), mask=inside)
     da, db = da.to(tl.float32), db.to(tl.float32)
     largest = tl.maximum(magnitude(da), magnitude(db))
     scale, inverse = scales(tl.max(largest, axis=1, keep_dims=True))

@@ -112,39 +112,59 @@ def _norm_backward(
     """Gradients of q and k from those of the normalised q (in parts, one for PART_L keys) and k (in place)."""
     block = (tl.num_programs(0) - 1 - tl.program_id(0)) // 2
     if tl.program_id(0) % 2 == 0:
-        _row_gradients(
+        _query_rows(
             q_ptr, q_stride_n, q_stride_t, q_stats_ptr, parts_ptr, part_stride_part, part_stride_n, part_stride_t,
-            tl.cdiv(L, PART_L), dq_ptr, dq_stride_n, dq_stride_t, block, N, T, A, ROWS, BLOCK_A,
+            dq_ptr, dq_stride_n, dq_stride_t, block, N, T, L, A, PART_L, ROWS, BLOCK_A,
         )  # fmt: skip
     else:
-        _row_gradients(
-            k_ptr, k_stride_n, k_stride_t, k_stats_ptr, dk_ptr, 0, dk_stride_n, dk_stride_t,
-            1, dk_ptr, dk_stride_n, dk_stride_t, block, N, L, A, ROWS, BLOCK_A,
+        _key_rows(
+            k_ptr, k_stride_n, k_stride_t, k_stats_ptr, dk_ptr, dk_stride_n, dk_stride_t, block, N, L, A, ROWS, BLOCK_A
         )  # fmt: skip
 
 
 @triton.jit
-def _row_gradients(
-    x_ptr, x_stride_n, x_stride_t, stats_ptr, parts_ptr, part_stride_part, part_stride_n, part_stride_t, parts,
-    dx_ptr, dx_stride_n, dx_stride_t, block, N, T, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr,
+def _query_rows(
+    q_ptr, q_stride_n, q_stride_t, stats_ptr, parts_ptr, part_stride_part, part_stride_n, part_stride_t,
+    dq_ptr, dq_stride_n, dq_stride_t, block, N, T, L,
+    A: tl.constexpr, PART_L: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (g - mean(g) - y * mean(g * y)), y = (x - mean) * rstd, from the parts of y's gradient g."""
     row, image, token, valid = rows_of(block, N, T, ROWS)
     n, column = image.to(tl.int64), tl.arange(0, BLOCK_A)[None, :]
     inside = valid[:, None] & (column < A)
-    part_ptrs = parts_ptr + (n * part_stride_n + token * part_stride_t)[:, None] + column
-    g = tl.load(part_ptrs, mask=inside, other=0.0).to(tl.float32)
-    for _ in range(1, parts):
-        part_ptrs += part_stride_part
-        g += tl.load(part_ptrs, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + (n * x_stride_n + token * x_stride_t)[:, None] + column, mask=inside, other=0.0)
+    offset = (n * part_stride_n + token * part_stride_t)[:, None] + column
+    g = tl.load(parts_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    for _ in range(1, tl.cdiv(L, PART_L)):
+        parts_ptr += part_stride_part
+        g += tl.load(parts_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(q_ptr + (n * q_stride_n + token * q_stride_t)[:, None] + column, mask=inside, other=0.0)
+    g = _norm_gradient(x, g, stats_ptr, N * T, row, valid, A)
+    tl.store(dq_ptr + (n * dq_stride_n + token * dq_stride_t)[:, None] + column, g, mask=inside)
+
+
+@triton.jit
+def _key_rows(
+    k_ptr, k_stride_n, k_stride_t, stats_ptr, dk_ptr, dk_stride_n, dk_stride_t, block, N, L,
+    A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """The same of one part, in place; as a call of `_query_rows` it takes 3 to 7 instructions more."""
+    row, image, token, valid = rows_of(block, N, L, ROWS)
+    n, column = image.to(tl.int64), tl.arange(0, BLOCK_A)[None, :]
+    inside = valid[:, None] & (column < A)
+    pointer = dk_ptr + (n * dk_stride_n + token * dk_stride_t)[:, None] + column
+    g = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(k_ptr + (n * k_stride_n + token * k_stride_t)[:, None] + column, mask=inside, other=0.0)
+    tl.store(pointer, _norm_gradient(x, g, stats_ptr, N * L, row, valid, A), mask=inside)
+
+
+@triton.jit
+def _norm_gradient(x, g, stats_ptr, rows, row, valid, A: tl.constexpr):
+    """rstd * (g - mean(g) - y * mean(g * y)) for y = (x - mean) * rstd. x and g are zero outside the row."""
     mean = tl.load(stats_ptr + row, mask=valid, other=0.0)[:, None]
-    rstd = tl.load(stats_ptr + N * T + row, mask=valid, other=0.0)[:, None]
+    rstd = tl.load(stats_ptr + rows + row, mask=valid, other=0.0)[:, None]
     y = (x.to(tl.float32) - mean) * rstd
     by_mean = tl.sum(g, axis=1)[:, None] / A
     by_scale = tl.sum(g * y, axis=1)[:, None] / A
-    dx = (rstd * (g - by_mean - y * by_scale)).to(x.dtype)
-    tl.store(dx_ptr + (n * dx_stride_n + token * dx_stride_t)[:, None] + column, dx, mask=inside)
+    return (rstd * (g - by_mean - y * by_scale)).to(x.dtype)
 
 
 def backward_blocks(T: int, L: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

@@ -48,7 +48,8 @@ def _row_statistics(
 def rows_of(block, N, T, ROWS: tl.constexpr):
     """Numbers of a block of the N * T rows, their images and tokens, and which of them exist."""
     row = block * ROWS + tl.arange(0, ROWS)
-    return row, row // T, row % T, row < N * T
+    valid = row < N * T
+    return row, row // T, row % T, valid
 
 
 @triton.jit
