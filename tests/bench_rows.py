@@ -8,7 +8,7 @@ from mdit.bench.report import Environment
 from mdit.bench.row import BenchmarkRow, Measured, StepTime, describe, stage_name
 from mdit.config import CONFIGS, TrainConfig, load_config
 from mdit.dist import World
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import Execution, RunSettings
 
 VERSIONS = dict(torch="2.11.0+cu130", cuda="13.0", triton="3.6.0", deepspeed="0.19.8")
 H100 = Environment(
@@ -37,10 +37,8 @@ def described(name: str, kind: str) -> BenchmarkRow:
         kind=kind,
         name=stage_name(recipe(name)),
         config=recipe(name),
-        settings=RunSettings(),
-        ds_config=ds_config,
+        execution=Execution(RunSettings(), ds_config, frozenset(["swiglu"])),
         world=World(0, 1, 0, torch.device("cpu")),
-        kernels=["swiglu"],
     ).with_(peak_tflops=H100.peak_tflops)
 
 

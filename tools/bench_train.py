@@ -26,8 +26,8 @@ from mdit import cli, dist
 from mdit.bench.plots import draw
 from mdit.bench.report import Report, earlier_rows, environment
 from mdit.bench.row import MADE_UP
-from mdit.bench.session import JSON, Session
-from mdit.bench.stages import STAGES, Job, prepare_data, settle
+from mdit.bench.session import JSON, Session, print_rank0
+from mdit.bench.stages import STAGES, Job, prepare_data, resolve_job
 from mdit.config import CONFIGS
 from mdit.dist import World, configure_logging, gather, identify, on_all_ranks
 from mdit.files import try_to_write
@@ -36,7 +36,7 @@ from mdit.meeting import start
 START = time.monotonic()
 PRICES = (3.75, 2.0)
 REPORT_BUDGET_S = {"cuda": 465.0, "cpu": 50.0}
-LADDER_SECONDS = 2.0  # a rung at most, beside its parity
+LADDER_SECONDS = 2.0  # a step at most, beside its parity
 PARITY_STEPS = {"cuda": 50, "cpu": 40}
 SECONDS, SECONDS_OF_TINY = 12.0, 2.0
 
@@ -64,24 +64,22 @@ def tells(error: BaseException) -> bool:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    add = parser.add_argument
+    add, count, boolean = parser.add_argument, cli.whole(1), argparse.BooleanOptionalAction
     add("--recipe", type=Path, action="append", help="TOML, or a run's config.json; several times; default: the stages")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipes")
     add("--ds_config", type=Path, help="how it is run; default: zero1.json, of several processes zero2.json")
-    add("--compile", action=argparse.BooleanOptionalAction, help="instead of what the JSON says")
+    add("--compile", action=boolean, help="instead of what the JSON says")
     add("--kernels", choices=("auto", "reference", "triton"), help="instead of what the JSON says")
-    add("--fp8", action=argparse.BooleanOptionalAction, help="instead of what the JSON says")
-    add("--micro_batch", type=int, nargs="+", help="images at once on a GPU, each a row; default: what a run takes")
-    add("--global_batch", type=int, help="default: the recipe's")
-    add(
-        "--data", choices=("made_up", "recipe"), default="made_up", help="made up on the device, or the recipe's shards"
-    )
-    add("--steps", type=int, default=3, help="measured at least; default: 3")
-    add("--seconds", type=float, help="for as many steps as fit; default: 12 a row, of tiny shapes 2")
-    add("--warm_up", type=int, help="steps before; default: 1, or 2 where a step is one micro-batch")
-    add("--dollars_per_gpu_hour", type=float, action="append", help="several times; default: 3.75 and 2")
+    add("--fp8", action=boolean, help="instead of what the JSON says")
+    add("--micro_batch", type=count, nargs="+", help="images at once on a GPU, each a row; default: what a run takes")
+    add("--global_batch", type=count, help="default: the recipe's")
+    add("--data", choices=("made_up", "recipe"), default="made_up", help="default: made up on the device")
+    add("--steps", type=count, default=3, help="measured at least; default: 3")
+    add("--seconds", type=cli.positive, help="for as many steps as fit; default: 12 a row, of tiny shapes 2")
+    add("--warm_up", type=cli.whole(0), help="steps before; default: 1, or 2 where a step is one micro-batch")
+    add("--dollars_per_gpu_hour", type=cli.positive, action="append", help="several times; default: 3.75 and 2")
     add("--ladder", action="store_true", help="measure the ladder instead of stages")
-    add("--parity_steps", type=int, help="of the ladder's longest comparisons of losses; default: 50, on a CPU 40")
+    add("--parity_steps", type=count, help="of the ladder's longest comparisons of losses; default: 50, on a CPU 40")
     add("--profile", action="store_true", help="profile instead of measuring stages")
     add("--out", type=Path, metavar="DIR", help="write what is measured to DIR")
     add("--report", type=Path, metavar="DIR", help="all of it, and plots, to DIR")
@@ -89,71 +87,55 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="keep the rows that DIR holds, measure the others")
     add(
         "--budget_s",
-        type=float,
-        help="begin nothing that would end later; default: none; for --report 465, on a CPU 50",
+        type=cli.positive,
+        help="begin nothing that ends later; default for --report: 465, on a CPU 50",
     )
     add("--tiny", action="store_true", help="tiny shapes; without a GPU always so, unless there is a --recipe")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     args = parser.parse_args(arguments)
-    args.command = shlex.join(["tools/bench_train.py", *(sys.argv[1:] if arguments is None else arguments)])
-    check(args, parser)
-    return args
-
-
-def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.report and (args.out or args.ladder or args.profile):
         parser.error("--report: has a directory, the ladder and the profile of its own")
     args.out = args.report or args.out
     if args.resume and args.out is None:
-        parser.error("--resume: says nothing without --out or --report")
-    args.dollars_per_gpu_hour = args.dollars_per_gpu_hour or list(PRICES)
-    for name in ("micro_batch", "global_batch", "steps", "seconds", "parity_steps", "budget_s", "dollars_per_gpu_hour"):
-        value = getattr(args, name)
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and not 0 < one < float("inf"):
-                parser.error(f"--{name} {one:g}: expected more than 0")
-    if args.warm_up is not None and args.warm_up < 0:
-        parser.error(f"--warm_up {args.warm_up}: expected 0 or more")
+        parser.error("--resume requires --out or --report")
+    args.command = shlex.join(["tools/bench_train.py", *(sys.argv[1:] if arguments is None else arguments)])
+    return args
 
 
 def run(args: argparse.Namespace, world: World) -> bool:
-    """-> whether all stages that there was time for were measured, be it with a smaller micro-batch."""
-    kind = world.device.type
+    """Measure -> whether all stages that there was time for were measured, be it with a smaller micro-batch."""
+    kind, prices = world.device.type, args.dollars_per_gpu_hour or list(PRICES)
     if kind == "cpu" and not (args.recipe or args.tiny):
         args.tiny = True
-        tell(world, "no GPU here: tiny shapes on the CPU, which show that this works and say nothing of the stages")
+        print_rank0(world, "no GPU here: tiny shapes on the CPU, which say nothing of the stages")
     seconds = args.seconds or (SECONDS_OF_TINY if args.tiny else SECONDS)
     jobs = wanted_jobs(args, world)
     for job in jobs:
         prepare_data(job, world)
     start(world)
-    here, prices = environment(world.device, world.size), args.dollars_per_gpu_hour
-    read = args.resume and world.is_first  # the other ranks may not see its disk
-    rows = on_all_ranks(world, lambda: earlier_rows(args.out / JSON, here) if read else [])
-    report = Report(environment=here, command=args.command, rows=gather(rows, world)[0])
+    here, read = environment(world.device, world.size), args.resume and world.is_first  # others may not see its disk
+    rows = gather(on_all_ranks(world, lambda: earlier_rows(args.out / JSON, here) if read else []), world)[0]
+    report = Report(environment=here, command=args.command, rows=rows)
     if args.out and world.is_first:
         args.out.mkdir(parents=True, exist_ok=True)
         try_to_write(args.out / JSON)
     budget_s = args.budget_s or (REPORT_BUDGET_S[kind] if args.report else float("inf"))
     session = Session(report, world, START + budget_s, directory=args.out, prices=prices)
     session.write()
-    tell(world, f"{here}\n")
+    print_rank0(world, f"{here}\n")
     if args.report or not (args.ladder or args.profile):
         session.stages(jobs, warm_up=args.warm_up, steps=args.steps, seconds=seconds)
     if args.report or args.profile:
-        session.profile(jobs[0].short)  # some seconds; the ladder takes what is left
+        session.profile(jobs[0].shortened())  # some seconds; the ladder takes what is left
     if args.report or args.ladder:
-        session.ladder(
-            jobs[0].short,
-            parity_steps=args.parity_steps or PARITY_STEPS[kind],
-            steps=args.steps,
-            seconds=min(seconds, LADDER_SECONDS),
-        )
-    tell(world, "\n" + report.tables(prices))
+        parity_steps = args.parity_steps or PARITY_STEPS[kind]
+        ladder_seconds = min(seconds, LADDER_SECONDS)
+        session.ladder(jobs[0].shortened(), parity_steps=parity_steps, steps=args.steps, seconds=ladder_seconds)
+    print_rank0(world, "\n" + report.tables(prices))
     if args.report:
         session.plots(args.report)
     if session.missing:
-        tell(world, f"\nnot measured, for want of time: {'; '.join(session.missing)}. --resume goes on with it")
+        print_rank0(world, f"\nnot measured, for want of time: {'; '.join(session.missing)}. --resume goes on with it")
     return not any(row.problem and not row.ran_out_of_memory for row in report.of_kind("stage"))
 
 
@@ -168,16 +150,8 @@ def wanted_jobs(args: argparse.Namespace, world: World) -> list[Job]:
     )
     ds_config = args.ds_config or CONFIGS / ("zero1.json" if world.size == 1 else "zero2.json")
     recipes = args.recipe or [CONFIGS / f"{name}.toml" for name in STAGES]
-    return [
-        settle(recipe, ds_config, world, micro_batch=micro_batch, **options)
-        for recipe in recipes
-        for micro_batch in args.micro_batch or [None]
-    ]
-
-
-def tell(world: World, text: str) -> None:
-    if world.is_first:
-        print(text, flush=True)
+    sizes = args.micro_batch or [None]
+    return [resolve_job(recipe, ds_config, world, micro_batch=size, **options) for recipe in recipes for size in sizes]
 
 
 if __name__ == "__main__":

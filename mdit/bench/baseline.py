@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 
-from mdit.bench.clock import median_step
-from mdit.bench.contenders import PRECISIONS, Contender, in_one_line
+from mdit.bench.contenders import PRECISIONS, Contender
 from mdit.bench.report import Report, environment
-from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, StepTime, describe, one_line
+from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, describe, one_line
+from mdit.bench.stages import in_one_line
+from mdit.bench.timing import StepPhases, summarize
 from mdit.dist import World
 from mdit.parallel.apply import compiling
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import Execution, RunSettings
 
 LOSSES = 10  # of the first steps that a report keeps
 OURS, BASELINE = "ours", "baseline"
@@ -53,7 +54,7 @@ class Turn(NamedTuple):
 def take_turns(entries: list[Turn], pace: Pace, backend: str | Callable = "inductor") -> list[Measured | str]:
     """Figures of each entry, or the problem why there are none: the others go on without it. What is compiled is
     compiled in the first turn, whose steps may be far from the median, so one more is not measured."""
-    steps: list[list[dict[str, float]]] = [[] for _ in entries]
+    steps: list[list[StepPhases]] = [[] for _ in entries]
     peaks, problems = [0.0] * len(entries), [""] * len(entries)
     with ExitStack() as stack:
         for entry in entries:
@@ -76,16 +77,9 @@ def take_turns(entries: list[Turn], pace: Pace, backend: str | Callable = "induc
     return [problems[i] or summed_up(entries[i], steps[i], peaks[i]) for i in range(len(entries))]
 
 
-def summed_up(entry: Turn, steps: list[dict[str, float]], peak_gib: float) -> Measured:
-    median, losses = median_step(steps), entry.contender.losses[:LOSSES]
-    return Measured(
-        steps=len(steps),
-        images_per_second=1e3 * entry.micro_batch / median["step"],
-        milliseconds=StepTime(**median),
-        fastest_ms=min(sum(step.values()) for step in steps),
-        peak_gib=peak_gib,
-        losses=tuple(torch.stack(losses).tolist() if losses else ()),
-    )
+def summed_up(entry: Turn, steps: list[StepPhases], peak_gib: float) -> Measured:
+    losses = entry.contender.losses[:LOSSES]
+    return summarize(steps, entry.micro_batch, peak_gib=peak_gib, losses=torch.stack(losses).tolist() if losses else ())
 
 
 @dataclass
@@ -168,16 +162,15 @@ class BaselineComparison:
 
     def row(self, pairing: str, who: str, entry: Turn, found: Measured | str) -> BenchmarkRow:
         contender, size = entry.contender, entry.micro_batch
-        bf16 = {"enabled": contender.precision != "fp32"}
+        sizes = {"train_batch_size": size, "train_micro_batch_size_per_gpu": size, "zero_optimization": {"stage": 0}}
+        bf16 = {"bf16": {"enabled": contender.precision != "fp32"}}
+        kernels = self.kernels if who == OURS else []
         row = describe(
             kind="baseline",
             name=f"{who}, {'compiled' if entry.compile else 'eager'}",
             config=self.contenders[OURS].config,
-            settings=RunSettings(compile=entry.compile),
-            ds_config={"train_batch_size": size, "train_micro_batch_size_per_gpu": size, "bf16": bf16}
-            | {"zero_optimization": {"stage": 0}},
+            execution=Execution(RunSettings(compile=entry.compile), sizes | bf16, frozenset(kernels)),
             world=self.world,
-            kernels=self.kernels if who == OURS else [],
         )
         setting = row.setting.model_copy(update={"weights": PRECISIONS[contender.precision]})
         parameters = sum(p.numel() for p in contender.model.parameters())

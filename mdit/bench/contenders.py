@@ -14,15 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mdit.bench.batches import MadeUp
-from mdit.bench.clock import Marks
-from mdit.bench.trial import give_back_memory
+from mdit.bench.run import SyntheticBatches, free_memory
+from mdit.bench.stages import in_one_line, with_batch
+from mdit.bench.timing import PhaseTimer, StepPhases, time_steps
 from mdit.config import TrainConfig, UserError
 from mdit.diffusion.edm import StepNoise, denoise, edm_loss, sample_noise
 from mdit.dist import World
 from mdit.parallel.apply import blocks_of
 from mdit.parallel.plan import ParallelPlan
-from mdit.parallel.settings import RunSettings
 from mdit.train.meter import memory_gib
 
 Precision = Literal["fp32", "bf16", "amp"]
@@ -44,7 +43,7 @@ class Contender:
         self.model = model.to(self.dtype)
         self.losses: list[Tensor] = []
         self.optimizer: torch.optim.AdamW | None = None
-        self._data: dict[int, tuple[TrainConfig, MadeUp]] = {}
+        self._data: dict[int, tuple[TrainConfig, SyntheticBatches]] = {}
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
@@ -70,44 +69,38 @@ class Contender:
         self.optimizer, self.weights, self.masters = None, [], []
         self.model.zero_grad(set_to_none=True)
         self.model.to("cpu")
-        give_back_memory()
+        free_memory()
 
-    def measure(self, micro_batch: int, warm_up: int, steps: int) -> tuple[list[dict[str, float]], float]:
+    def measure(self, micro_batch: int, warm_up: int, steps: int) -> tuple[list[StepPhases], float]:
         """Train -> the milliseconds of every step behind the first `warm_up`, and the peak in GiB."""
-        on_gpu, marks = self.device.type == "cuda", Marks(self.device)
+        timer = PhaseTimer(self.device)
         if self.optimizer is None:
             self.to_device()
-        if on_gpu:
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         for _ in range(warm_up):
-            self.step(micro_batch, marks)
-        wait = torch.cuda.synchronize if on_gpu else lambda: None
-        wait()
-        marks.begin()
-        for _ in range(steps):
-            self.step(micro_batch, marks)
-        return marks.end(wait), memory_gib(self.device)
+            self.step(micro_batch, timer)
+        return time_steps(lambda: self.step(micro_batch, timer), timer, steps=steps), memory_gib(self.device)
 
-    def step(self, micro_batch: int, marks: Marks) -> None:
+    def step(self, micro_batch: int, timer: PhaseTimer) -> None:
         config, batches = self.data(micro_batch)
-        marks.put("data")
+        timer.mark("data")
         batch = next(batches)
-        marks.put("forward")
+        timer.mark("forward")
         noise = sample_noise(config, len(self.losses), slice(0, micro_batch), self.device)
         loss = self.loss(batch.latents_NCHW, batch.captions_NLC, noise)
-        marks.put("backward")
+        timer.mark("backward")
         loss.backward()
-        marks.put("optimizer")
+        timer.mark("optimizer")
         self.update()
         self.losses.append(loss.detach())
 
-    def data(self, micro_batch: int) -> tuple[TrainConfig, MadeUp]:
+    def data(self, micro_batch: int) -> tuple[TrainConfig, SyntheticBatches]:
         """The recipe at a global batch of one micro-batch, and its batches: the same for every contender."""
         if micro_batch not in self._data:
-            training = self.config.training.model_copy(update={"global_batch_size": micro_batch})
-            config = self.config.model_copy(update={"training": training})
+            config = with_batch(self.config, micro_batch)
             here = ParallelPlan(World(rank=0, size=1, local_rank=0, device=self.device))
-            self._data = {micro_batch: (config, MadeUp(config, RunSettings(), here))}
+            self._data = {micro_batch: (config, SyntheticBatches(config, here))}
         return self._data[micro_batch]
 
     @torch.no_grad()
@@ -184,7 +177,3 @@ class Baseline(Contender):
         if not output.requires_grad:
             raise UserError(f"{self.name}: its output has no gradient, so there is nothing to train")
         self.to_host()
-
-
-def in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from mdit.bench.clock import length_of_union
 from mdit.bench.row import BenchmarkRow, HostTime, KernelTime, Profile
+from mdit.bench.timing import length_of_union
 
 TRACE = "step.pt.trace.json.gz"  # TensorBoard's plugin asks for the end, Perfetto opens it as it is
 KERNELS, NAME_LENGTH, BAR = 15, 120, 28
@@ -72,7 +72,7 @@ def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Pa
                 _whole(step, device)
                 step_ms = 1e3 * (time.perf_counter() - began) / steps
             profiler.step()
-    events = profiler.events()
+    events = profiler.events() or []
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(directory / TRACE))

@@ -6,12 +6,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from mdit.config import PositiveFloat, Section, TrainConfig
+from mdit.config import ModelConfig, PositiveFloat, Section, TrainConfig
 from mdit.costs.machines import MACHINES, Machine
 from mdit.costs.trace import training_flops
 from mdit.dist import World
 from mdit.models.dit import meta_model
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import Execution
 
 Kind = Literal["stage", "ladder", "baseline", "profile"]
 Phase = Literal["data", "forward", "backward", "optimizer"]
@@ -72,6 +72,9 @@ class Parity(Section):
     mean_first: float
     mean_last: float
 
+    def __str__(self) -> str:
+        return f"{self.largest:.1e} in {self.steps}"
+
 
 class Measured(Section):
     """Figures of `steps` optimizer steps. `images_per_second`: the global batch over the median step, of all GPUs.
@@ -89,7 +92,7 @@ class Measured(Section):
 
 
 class KernelTime(Section):
-    """Calls and milliseconds a step of one kernel or operator."""
+    """One kernel or operator: calls and milliseconds of a step."""
 
     name: str
     category: str
@@ -209,39 +212,44 @@ def describe(
     kind: Kind,
     name: str,
     config: TrainConfig,
-    settings: RunSettings,
-    ds_config: dict,
+    execution: Execution,
     world: World,
-    kernels: Sequence[str],
     data: str = MADE_UP,
     images: int | None = None,
 ) -> BenchmarkRow:
     """A row before anything is measured. `images`: of the whole stage, where the global batch is not the recipe's."""
-    machine = machine_of(world.device)
+    settings, bf16, machine = execution.settings, execution.dtype == torch.bfloat16, machine_of(world.device)
+    parameters, flops_per_image = _size(config.model, config.training.mask_ratio)
     setting = Setting(
         gpus=world.size,
-        micro_batch=ds_config["train_micro_batch_size_per_gpu"],
-        global_batch=ds_config["train_batch_size"],
-        precision="bf16" if ds_config["bf16"]["enabled"] else "fp32",
+        micro_batch=execution.micro_batch,
+        global_batch=execution.global_batch,
+        precision="bf16" if bf16 else "fp32",
         fp8=settings.fp8,
-        kernels=tuple(sorted(kernels)),
+        kernels=tuple(sorted(execution.triton_ops)),
         compile=settings.compile,
         activation_checkpointing=settings.activation_checkpointing,
-        zero_stage=ds_config["zero_optimization"]["stage"],
+        zero_stage=execution.deepspeed["zero_optimization"]["stage"],
     )
     return BenchmarkRow(
         kind=kind,
         name=name,
         recipe=config.name,
         images=images or config.training.num_steps * config.training.global_batch_size,
-        parameters=sum(p.numel() for p in meta_model(config.model).parameters()),
+        parameters=parameters,
         latent_size=config.model.latent_size,
         mask_ratio=config.training.mask_ratio,
         setting=setting,
         data=data,
-        flops_per_image=training_flops(config.model, config.training.mask_ratio),
-        peak_tflops=machine.peak / 1e12 if machine and setting.precision == "bf16" and not setting.fp8 else None,
+        flops_per_image=flops_per_image,
+        peak_tflops=machine.peak / 1e12 if machine and bf16 and not settings.fp8 else None,
     )
+
+
+@cache
+def _size(model: ModelConfig, mask_ratio: float) -> tuple[int, float]:
+    """Parameters, and FLOPs of an image."""
+    return sum(p.numel() for p in meta_model(model).parameters()), training_flops(model, mask_ratio)
 
 
 @cache
@@ -286,15 +294,6 @@ def _step(row: BenchmarkRow, prices: Sequence[float]) -> str:
     return f"{ms.step:,.1f} = " + " + ".join(f"{getattr(ms, phase):,.1f}" for phase in PHASES)
 
 
-def _stage(row: BenchmarkRow, prices: Sequence[float]) -> str:
-    return " / ".join(f"{row.stage_dollars(price):,.0f}" for price in prices) if row.kind == "stage" else ""
-
-
-def _parity(row: BenchmarkRow, prices: Sequence[float]) -> str:
-    parity = row.figures.parity
-    return f"{parity.largest:.1e} in {parity.steps}" if parity else ""
-
-
 def _or_nothing(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -307,8 +306,10 @@ COLUMNS: dict[str, Callable[[BenchmarkRow, Sequence[float]], str]] = {
     "coll.": lambda row, prices: _or_nothing(row.figures.milliseconds.communication, ",.1f"),
     "TFLOP/s": lambda row, prices: f"{row.tflops:.3g}",
     "MFU": lambda row, prices: _or_nothing(row.mfu, ".1%"),
-    "GiB": lambda row, prices: f"{row.figures.peak_gib:.1f}",
+    "GiB": lambda row, prices: _or_nothing(row.figures.peak_gib, ".1f"),
     "$ a million": lambda row, prices: " / ".join(f"{row.dollars_per_million(p):,.2f}" for p in prices),
-    "$ the stage": _stage,
-    "loss parity": _parity,
+    "$ the stage": lambda row, prices: " / ".join(
+        f"{row.stage_dollars(p):,.0f}" for p in prices if row.kind == "stage"
+    ),
+    "loss parity": lambda row, prices: str(row.figures.parity or ""),
 }

@@ -4,20 +4,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdit.bench.clock import largest
-from mdit.bench.ladder import climb
+from mdit.bench.ladder import Ladder
 from mdit.bench.plots import draw
 from mdit.bench.profile import profile_step, summary
 from mdit.bench.report import Report
 from mdit.bench.roofline import category_work
-from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Work, one_line
+from mdit.bench.row import BenchmarkRow, Work, one_line
 from mdit.bench.stages import Job, attempt
+from mdit.bench.timing import largest
 from mdit.config import UserError
 from mdit.dist import World
 from mdit.files import write_text
 
 JSON, MARKDOWN = "throughput.json", "throughput.md"
-
 PROFILED_STEPS = 1  # beside one that starts the profiler: a step has thousands of kernels
 
 
@@ -47,96 +46,91 @@ class Session:
         longest, waiting = 0.0, list(jobs)
         while waiting:
             job = waiting.pop(0)
-            row = self.report.find(job.row(self.world))
-            if row is None:
+            row = job.row(self.world)
+            if (settled := self.report.find(row)) is None:
                 left = self.left()
                 if longest > left:
-                    self.missing.append(f"{job.row(self.world).name}, micro-batch {job.micro_batch}")
+                    self.missing.append(f"{row.name}, micro-batch {job.micro_batch}")
                     continue
-                row = attempt(job, self.world, warm_up=warm_up, steps=steps, seconds=seconds)
-                self.add(row)
+                settled = measure_stage(job, self.world, warm_up=warm_up, steps=steps, seconds=seconds)
+                self.add(settled)
                 longest = max(longest, left - self.left())
-                self.tell(one_line(row))
-            if row.ran_out_of_memory and (smaller := job.halved()):
+                print_rank0(self.world, one_line(settled))
+            if settled.ran_out_of_memory and (smaller := job.halved()):
                 waiting.insert(0, smaller)
 
     def ladder(self, job: Job, *, parity_steps: int, steps: int, seconds: float) -> None:
-        """From the paper's model to ours at a job's shapes, in the time that is left. Where the paper's model finds no
-        memory, all of it is done with a smaller micro-batch: the others are compared with it."""
+        """From the paper's model to ours at a job's shapes, in the time that is left."""
         earlier = [row for row in self.report.of_kind("ladder") if row.recipe == job.config.name]
         if earlier and not any(row.is_open for row in earlier):
             return
         warm_up, on_gpu = max(1, parity_steps // 5), self.world.device.type == "cuda"
         traced = "" if on_gpu else "; what is compiled is traced only, since a CPU's compiler takes minutes"
-        self.tell(f"\nladder: the learning rate warms up over {warm_up} steps, so that losses move{traced}")
-        told: set[str] = set()
+        print_rank0(
+            self.world, f"\nladder: the learning rate warms up over {warm_up} steps, so that losses move{traced}"
+        )
+        printed: set[str] = set()
 
         def save(rows: list[BenchmarkRow]) -> None:
-            if rows[0].ran_out_of_memory and job.halved():
-                raise _TooLarge
             self.add(*rows)
             for row in rows:
-                if row.name not in told and not row.is_open:
-                    told.add(row.name)
-                    self.tell(one_line(row))
+                if row.name not in printed and not row.is_open:
+                    printed.add(row.name)
+                    print_rank0(self.world, one_line(row))
 
-        while True:
-            try:
-                rows = climb(
-                    job.learning(warm_up).config,
-                    job.settings,
-                    job.ds_config,
-                    self.world,
-                    steps=steps,
-                    seconds=seconds,
-                    parity_steps=min(10, parity_steps),
-                    long_parity_steps=parity_steps,
-                    budget_s=round(self.left()),
-                    backend="inductor" if on_gpu else "eager",
-                    save=save,
-                )
-                break
-            except _TooLarge:
-                self.tell(f"the paper's model: {OUT_OF_MEMORY} at micro-batch {job.micro_batch}")
-                job = job.halved()
-        self.missing += [f"{row.name} (ladder)" for row in rows if row.is_open]
+        ladder = Ladder(
+            job.learning(warm_up),
+            self.world,
+            steps=steps,
+            seconds=seconds,
+            parity_steps=min(10, parity_steps),
+            long_parity_steps=parity_steps,
+            backend="inductor" if on_gpu else "eager",
+        )
+        self.missing += [f"{row.name} (ladder)" for row in ladder.climb(round(self.left()), save) if row.is_open]
 
     def profile(self, job: Job) -> None:
         """Where a step goes; the trace lies in the report's directory."""
         row = job.row(self.world, kind="profile")
         earlier = self.report.find(row)
-        if earlier is not None:
-            self.tell(summary(earlier))
-            return
-        if self.left() <= 0:
+        if earlier is None and self.left() <= 0:
             self.missing.append(f"{row.name} (profile)")
             return
-        directory = self.directory if self.world.is_first else None
-        with job.trial(self.world) as trial:
-            trial.losses(1)
-            found = profile_step(trial.step, device=self.world.device, directory=directory, steps=PROFILED_STEPS)
-        work = {name: Work(**one) for name, one in category_work(job.config, row.setting.model_dump()).items()}
-        row = row.with_(profile=found.model_copy(update={"work": work}))
-        self.add(row)
-        self.tell("\n" + summary(row))
+        if earlier is None:
+            directory = self.directory if self.world.is_first else None
+            with job.run(self.world) as run:
+                run.losses(1)
+                found = profile_step(run.step, device=self.world.device, directory=directory, steps=PROFILED_STEPS)
+            work = {name: Work(**one) for name, one in category_work(job.config, row.setting.model_dump()).items()}
+            earlier = row.with_(profile=found.model_copy(update={"work": work}))
+            self.add(earlier)
+        print_rank0(self.world, "\n" + summary(earlier))
 
     def plots(self, directory: Path) -> None:
-        if not self.world.is_first:
-            return
-        try:
-            for path in draw(self.report, directory):
-                self.tell(f"drawn: {path}")
-        except UserError as error:
-            self.tell(f"not drawn: {error}")
+        if self.world.is_first:
+            try:
+                print(*(f"drawn: {path}" for path in draw(self.report, directory)), sep="\n", flush=True)
+            except UserError as error:
+                print(f"not drawn: {error}", flush=True)
 
     def left(self) -> float:
         """Seconds until the deadline, the same on all ranks."""
         return -largest(time.monotonic() - self.deadline, self.world)
 
-    def tell(self, text: str) -> None:
-        if self.world.is_first:
-            print(text, flush=True)
+
+def measure_stage(job: Job, world: World, *, warm_up: int | None, steps: int, seconds: float) -> BenchmarkRow:
+    """The row of a job, with its memory by part."""
+    if warm_up is None:  # a step of several micro-batches has seen all shapes
+        warm_up = 2 if job.share == job.micro_batch else 1
+
+    def measure():
+        with job.run(world) as run:
+            measured = run.measure(warm_up=warm_up, steps=steps, seconds=seconds)
+            return measured.model_copy(update={"memory_gib": run.memory()})
+
+    return attempt(job.row(world), measure, world)
 
 
-class _TooLarge(Exception):
-    """The ladder's first rung found no memory."""
+def print_rank0(world: World, text: str) -> None:
+    if world.is_first:
+        print(text, flush=True)

@@ -1,19 +1,19 @@
-"""What a benchmark is asked to measure: recipes and a DeepSpeed JSON, settled as a run is, and the row of each."""
+"""Jobs of a benchmark: recipes and a DeepSpeed JSON, resolved as a run is, at other batch sizes or in tiny shapes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mdit.bench.report import TINY
-from mdit.bench.row import MADE_UP, OUT_OF_MEMORY, BenchmarkRow, Kind, describe, stage_name
-from mdit.bench.trial import Trial, give_back_memory
+from mdit.bench.row import MADE_UP, OUT_OF_MEMORY, BenchmarkRow, Kind, Measured, describe, stage_name
+from mdit.bench.run import BenchmarkRun, free_memory
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, logger
-from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings
+from mdit.parallel.settings import Execution, load_ds_json, load_run_settings
 from mdit.precompute import is_precomputed, precompute
 from mdit.train.run import resolve_execution
 
@@ -27,50 +27,62 @@ LATENTS_OF_TINY = 4  # times fewer on a side
 
 @dataclass(frozen=True)
 class Job:
-    """One row to measure. `images` are those of the whole stage, whatever global batch is measured."""
+    """One row to measure. `data`: "made up" or "recipe". `images`: of the whole stage, whatever batch is measured."""
 
     config: TrainConfig
-    settings: RunSettings
-    ds_config: dict
-    data: Literal["made up", "recipe"]
+    execution: Execution
+    data: str
     images: int
-    kernels: tuple[str, ...]
 
     @property
     def micro_batch(self) -> int:
-        return self.ds_config["train_micro_batch_size_per_gpu"]
+        return self.execution.micro_batch
 
     @property
     def share(self) -> int:
         """Samples of a step for each process."""
-        return self.micro_batch * self.ds_config["gradient_accumulation_steps"]
+        return self.micro_batch * self.execution.accumulation_steps
 
-    def row(self, world: World, kind: Kind = "stage") -> BenchmarkRow:
+    def row(self, world: World, kind: Kind = "stage", name: str | None = None) -> BenchmarkRow:
         """Its row, without figures."""
         return describe(
             kind=kind,
-            name=stage_name(self.config),
+            name=name or stage_name(self.config),
             config=self.config,
-            settings=self.settings,
-            ds_config=self.ds_config,
+            execution=self.execution,
             world=world,
-            kernels=self.kernels,
             data=MADE_UP if self.data == MADE_UP else ", ".join(self.config.data.train),
             images=self.images,
         )
 
-    def trial(self, world: World) -> Trial:
-        return Trial(self.config, self.settings, self.ds_config, world, data=self.data)
+    def run(self, world: World, **options: Any) -> BenchmarkRun:
+        return BenchmarkRun(self.config, self.execution, world, data=self.data, **options)
 
-    @property
-    def short(self) -> "Job":
+    def sized(self, micro_batch: int, accumulation_steps: int) -> "Job":
+        """The same job with another micro-batch, and so many of them a step."""
+        batch = self.execution.global_batch // self.share * micro_batch * accumulation_steps
+        sizes = {
+            "train_batch_size": batch,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation_steps,
+        }
+        execution = replace(self.execution, deepspeed=self.execution.deepspeed | sizes)
+        return replace(self, config=with_batch(self.config, batch), execution=execution)
+
+    def shortened(self) -> "Job":
         """With two micro-batches a step, or fewer: for what needs many steps, or few kernels."""
-        micro, shares = self.micro_batch, self.ds_config["train_batch_size"] // self.share
-        if self.share <= 2 * micro:
-            return self
-        batch = 2 * micro * shares
-        sizes = {"train_batch_size": batch, "gradient_accumulation_steps": 2}
-        return replace(self, config=with_batch(self.config, batch), ds_config=self.ds_config | sizes)
+        return self.sized(self.micro_batch, min(2, self.execution.accumulation_steps))
+
+    def halved(self) -> "Job | None":
+        """With the next smaller micro-batch that divides the share, at most half; None below one image."""
+        sizes = range(self.micro_batch // 2, 0, -1)
+        return next((self.sized(size, self.share // size) for size in sizes if self.share % size == 0), None)
+
+    def enlarged(self, times: int) -> "Job":
+        """With so many times the micro-batch: in the same global batch where enough micro-batches make it up, else in
+        one that is larger by as much."""
+        fewer, rest = divmod(self.execution.accumulation_steps, times)
+        return self.sized(self.micro_batch * times, self.execution.accumulation_steps if rest else fewer)
 
     def learning(self, warm_up: int) -> "Job":
         """With a warm-up of the learning rate over so many steps at most: the recipe's thousands leave a loss where it
@@ -78,16 +90,8 @@ class Job:
         optim = self.config.optim.model_copy(update={"warmup_steps": min(warm_up, self.config.optim.warmup_steps)})
         return replace(self, config=self.config.model_copy(update={"optim": optim}))
 
-    def halved(self) -> "Job | None":
-        """With the next smaller micro-batch that divides the share, at most half; None below one image."""
-        for size in range(self.micro_batch // 2, 0, -1):
-            if self.share % size == 0:
-                sizes = {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": self.share // size}
-                return replace(self, ds_config=self.ds_config | sizes)
-        return None
 
-
-def settle(
+def resolve_job(
     recipe: Path,
     ds_path: Path,
     world: World,
@@ -96,7 +100,7 @@ def settle(
     global_batch: int | None = None,
     micro_batch: int | None = None,
     mdit: dict[str, Any] | None = None,
-    data: Literal["made up", "recipe"] = MADE_UP,
+    data: str = MADE_UP,
     tiny: bool = False,
 ) -> Job:
     """Read, check and resolve, as a run does. `mdit` goes over the JSON's own section. Raises UserError."""
@@ -111,55 +115,50 @@ def settle(
     ds_json |= {"mdit": {**settings, **(mdit or {})}}
     if micro_batch is not None:
         ds_json |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
-    execution = resolve_execution(ds_json, ds_path, config, recipe, world)
-    kernels = tuple(sorted(execution.triton_ops))
-    return Job(config, execution.settings, execution.deepspeed, data, images, kernels)
+    return Job(config, resolve_execution(ds_json, ds_path, config, recipe, world), data, images)
 
 
 def tiny_form(config: TrainConfig) -> TrainConfig:
     """The same recipe with a model and a batch for a CPU, and another name, since its figures say nothing of it."""
     latent_size = max(4 * config.model.patch_size, config.model.latent_size // LATENTS_OF_TINY)
-    changes = {"latent_size": latent_size, **TINY_MODEL}
-    model = config.model.model_copy(update=changes)
-    tiny = config.model_copy(update={"model": model, "name": config.name + TINY})
-    return with_batch(tiny, TINY_BATCH)
+    model = config.model.model_copy(update={"latent_size": latent_size, **TINY_MODEL})
+    return with_batch(config.model_copy(update={"model": model, "name": config.name + TINY}), TINY_BATCH)
 
 
 def with_batch(config: TrainConfig, global_batch: int) -> TrainConfig:
-    return config.model_copy(
-        update={"training": config.training.model_copy(update={"global_batch_size": global_batch})}
-    )
+    training = config.training.model_copy(update={"global_batch_size": global_batch})
+    return config.model_copy(update={"training": training})
 
 
-def attempt(job: Job, world: World, *, warm_up: int | None, steps: int, seconds: float) -> BenchmarkRow:
-    """The row of a job: what Trial.measure finds, or why it finds nothing.
+def attempt(row: BenchmarkRow, measure: Callable[[], Measured], world: World, *, alone: bool = False) -> BenchmarkRow:
+    """The row with what `measure` gives, or with the reason why it gives nothing; UserError passes through.
 
-    With one process, whatever goes wrong is a row. Several cannot go on when one of them fails: then it raises.
+    Several processes cannot go on when one of them fails: then it raises, unless all fail alike, as `alone` has it.
     """
-    if warm_up is None:  # a step of several micro-batches has seen all shapes
-        warm_up = 2 if job.share == job.micro_batch else 1
-    row = job.row(world)
+    alone = alone or world.size == 1
     try:
-        with job.trial(world) as trial:
-            measured = trial.measure(warm_up=warm_up, steps=steps, seconds=seconds)
-            return row.with_(measured=measured.model_copy(update={"memory_gib": trial.memory()}))
+        return row.with_(measured=measure())
     except UserError:
         raise
     except torch.OutOfMemoryError:
-        problem = f"{OUT_OF_MEMORY} at micro-batch {job.micro_batch}"
-        if world.size > 1:
+        problem = f"{OUT_OF_MEMORY} at micro-batch {row.setting.micro_batch}"
+        if not alone:
             raise UserError(f"{problem}: give a smaller --micro_batch") from None
-    except Exception as error:  # whatever a compiler or a driver may say: the other rows still count
-        if world.size > 1:
+    except Exception as error:  # whatever a compiler, a driver or a kernel may say: the other rows still count
+        if not alone:
             raise
-        logger.warning("traceback of a row that failed", exc_info=error)
-        problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-    give_back_memory()  # behind the except clauses, which hold what the failed step held
+        logger.warning(f"traceback of {row.name}, which failed", exc_info=error)
+        problem = in_one_line(error)
+    free_memory()  # behind the except clauses, which hold what the failed step held
     return row.with_(problem=problem)
 
 
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def prepare_data(job: Job, world: World) -> None:
-    """The sets that a job reads, made as a run would make them where the recipe says how. Raises UserError."""
+    """Make the sets that a job reads as a run would make them, where the recipe says how. Raises UserError."""
     if job.data == MADE_UP:
         return
     while not (world.is_first or is_precomputed(job.config)):

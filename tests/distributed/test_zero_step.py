@@ -8,8 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from mdit.bench.batches import MadeUp
-from mdit.bench.trial import plan_of
+from mdit.bench.run import SyntheticBatches, plan_of
 from mdit.dist import World
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
@@ -30,7 +29,7 @@ STEPS, POISONED = 3, 1
 BF16 = {"bf16": {"enabled": True}}
 
 
-def build(world: World, ds_json: dict, config=CONFIG) -> tuple[Engine, MadeUp]:
+def build(world: World, ds_json: dict, config=CONFIG) -> tuple[Engine, SyntheticBatches]:
     settings = load_run_settings(ds_json, "test")
     plan = plan_of(settings.expert_parallel, settings.tensor_parallel, world)
     ds_config = resolve_ds_config(ds_json, config, data_size=plan.data_size, bf16_works=False, path="test")
@@ -39,7 +38,7 @@ def build(world: World, ds_json: dict, config=CONFIG) -> tuple[Engine, MadeUp]:
     for parameter in model.parameters():  # the released initialisation leaves most gradients zero at first
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     parallelize(model, settings, plan)
-    return Engine(model, config, Execution(settings, ds_config), plan), MadeUp(config, settings, plan)
+    return Engine(model, config, Execution(settings, ds_config), plan), SyntheticBatches(config, plan)
 
 
 def trained(world: World, ds_json: dict, **options) -> dict:

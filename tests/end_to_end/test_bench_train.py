@@ -133,31 +133,31 @@ def bench_without_memory(arguments: list[str]) -> None:
     """A device on which two images fit at once."""
     import torch
 
-    from mdit.bench.clock import MarkedEngine
+    from mdit.bench.run import TimedEngine
 
-    call = MarkedEngine.__call__
+    call = TimedEngine.__call__
 
     def limited(self, x_NCHW, *args, **kwargs):
         if len(x_NCHW) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return call(self, x_NCHW, *args, **kwargs)
 
-    MarkedEngine.__call__ = limited
+    TimedEngine.__call__ = limited
     bench(arguments)
 
 
 def bench_with_a_broken_kernel(arguments: list[str]) -> None:
     """At the first micro-batch that is tried."""
-    from mdit.bench.trial import Trial
+    from mdit.bench.run import BenchmarkRun
 
-    measure = Trial.measure
+    measure = BenchmarkRun.measure
 
     def breaking(self, **keys):
-        if self.engine.micro_batch_size == 2:
+        if self.engine.execution.micro_batch == 2:
             raise RuntimeError("no kernel image is available\nand more")
         return measure(self, **keys)
 
-    Trial.measure = breaking
+    BenchmarkRun.measure = breaking
     bench(arguments)
 
 
@@ -165,7 +165,7 @@ def test_a_row_that_fails_leaves_the_others(tmp_path):
     asked = ["--recipe", write_recipe(tmp_path), "--micro_batch", "2", "4", "--out", tmp_path]
     code, output = run(*QUICK, *asked, function=bench_with_a_broken_kernel)
     assert code == 1 and "Traceback" in output
-    assert [row.problem for row in read(tmp_path)] == ["RuntimeError: no kernel image is available", None]
+    assert [row.problem for row in read(tmp_path)] == ["RuntimeError: no kernel image is available and more", None]
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_a_row_that_fails_leaves_the_others(tmp_path):
         (["--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),
         (["--ds_config", "nowhere.json"], "nowhere.json: cannot read the DeepSpeed JSON"),
         (["--micro_batch", "3"], "train_micro_batch_size_per_gpu = 3 does not divide the 8 samples"),
-        (["--global_batch", "-8"], "--global_batch -8: expected more than 0"),
-        (["--budget_s", "-1"], "--budget_s -1: expected more than 0"),
-        (["--dollars_per_gpu_hour", "nan"], "--dollars_per_gpu_hour nan: expected more than 0"),
-        (["--warm_up", "-1"], "--warm_up -1: expected 0 or more"),
-        (["--resume"], "--resume: says nothing without --out or --report"),
+        (["--global_batch", "-8"], "--global_batch: -8 is not between 1 and"),
+        (["--budget_s", "-1"], "--budget_s: -1: expected more than 0"),
+        (["--dollars_per_gpu_hour", "nan"], "--dollars_per_gpu_hour: nan: expected more than 0"),
+        (["--warm_up", "-1"], "--warm_up: -1 is not between 0 and"),
+        (["--resume"], "--resume requires --out or --report"),
         (["--report", "a", "--out", "b"], "--report: has a directory"),
         (["--kernels", "fast"], "argument --kernels: invalid choice: 'fast'"),
         (["--set", "training.mask_ratio=2"], "training.mask_ratio"),

@@ -67,4 +67,4 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'mdit\[bench\]'"):
-        draw(Report(environment=H100, command="bench"), tmp_path)
+        draw(Report(environment=H100, command="bench", rows=[profile()]), tmp_path)

@@ -6,10 +6,10 @@ import torch
 from mdit.bench import row as row_module
 from mdit.bench.report import Report, earlier_rows, environment, table
 from mdit.bench.row import Parity, describe
-from mdit.bench.stages import settle, tiny_form
+from mdit.bench.stages import resolve_job, tiny_form
 from mdit.config import CONFIGS, UserError, load_config
 from mdit.dist import World
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import Execution, RunSettings
 from tests.bench_rows import CPU, H100, figures, row
 
 HERE = World(0, 1, 0, torch.device("cpu"))
@@ -42,9 +42,9 @@ def test_where_there_is_an_mfu(monkeypatch, device, changes, has_mfu):
     bf16 = changes.pop("bf16", True)
     ds_config = {"train_batch_size": 2048, "train_micro_batch_size_per_gpu": 256}
     ds_config |= {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": 1}}
-    options = dict(ds_config=ds_config, world=HERE, kernels=["swiglu", "patch_mixing"])
+    execution = Execution(RunSettings(**changes), ds_config, frozenset(["swiglu", "patch_mixing"]))
     config = load_config(CONFIGS / "res_256_pretrain.toml")
-    found = describe(kind="stage", name="a", config=config, settings=RunSettings(**changes), **options)
+    found = describe(kind="stage", name="a", config=config, execution=execution, world=HERE)
     assert (found.with_(measured=figures(641.0)).mfu is not None) == has_mfu
     assert found.setting.kernels == ("patch_mixing", "swiglu")
 
@@ -141,22 +141,26 @@ def test_tiny_shapes_do_not_pass_for_the_recipe():
 
 
 def job(**options):
-    return settle(CONFIGS / "res_256_pretrain.toml", CONFIGS / "zero1.json", HERE, **options)
+    return resolve_job(CONFIGS / "res_256_pretrain.toml", CONFIGS / "zero1.json", HERE, **options)
 
 
 def test_a_job_is_settled_like_a_run():
     assert job().micro_batch == 256 and job().share == 2048 and job().images == 512_000_000
     changed = job(global_batch=1536, micro_batch=384, mdit={"compile": True})
     assert changed.micro_batch == 384 and changed.share == 1536 and changed.images == 512_000_000
-    assert changed.settings.compile and not job().settings.compile
+    assert changed.execution.settings.compile and not job().execution.settings.compile
     sizes, half = [], changed
     while half := half.halved():
         sizes.append(half.micro_batch)
-        assert half.micro_batch * half.ds_config["gradient_accumulation_steps"] == 1536
+        assert half.micro_batch * half.execution.accumulation_steps == 1536
+    small = changed.sized(2, 4)
+    same, more = small.enlarged(2), small.enlarged(3)
+    assert (same.micro_batch, same.share, same.config.training.global_batch_size) == (4, 8, 8)
+    assert (more.micro_batch, more.share, more.execution.global_batch) == (6, 24, 24)
     assert sizes == [192, 96, 48, 24, 12, 6, 3, 1]
-    short = job().short
+    short = job().shortened()
     assert (short.micro_batch, short.share, short.config.training.global_batch_size) == (256, 512, 512)
-    assert short.short == short and short.images == 512_000_000
+    assert short.shortened() == short and short.images == 512_000_000
     assert job().learning(10).config.optim.warmup_steps == 10
     with pytest.raises(UserError, match="train_micro_batch_size_per_gpu = 100 does not divide the 2048 samples"):
         job(micro_batch=100)

@@ -1,0 +1,123 @@
+"""How long the phases of optimizer steps take: marks that a step leaves as it goes, read when all steps are done."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed
+
+from mdit.bench.row import PHASES, Measured, Phase, StepTime
+from mdit.dist import World
+
+StepPhases = dict[Phase, float]  # milliseconds of one step
+
+
+class PhaseTimer:
+    """Milliseconds of each phase of the steps between `start` and `stop`; a step begins with "data". On a GPU by events
+    that nobody waits for until all steps are done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.running = device, False
+        self.marks: list[tuple[Phase, torch.cuda.Event | float]] = []
+
+    def start(self) -> None:
+        self.wait()
+        self.marks, self.running = [], True
+
+    def mark(self, phase: Phase) -> None:
+        """A phase begins, and the one before it ends."""
+        if not self.running:
+            return
+        now: torch.cuda.Event | float = time.perf_counter()
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self.marks.append((phase, now))
+
+    def stop(self) -> list[StepPhases]:
+        self.mark("data")
+        self.running = False
+        self.wait()
+        steps: list[StepPhases] = []
+        for (phase, begin), (_, end) in pairwise(self.marks):
+            if phase == "data":
+                steps.append(dict.fromkeys(PHASES, 0.0))
+            steps[-1][phase] += _milliseconds(begin, end)
+        return steps
+
+    def wait(self) -> None:
+        """Block until the device has done all that was queued."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _milliseconds(begin: Any, end: Any) -> float:
+    """From one mark to another: events of a GPU, or seconds."""
+    return begin.elapsed_time(end) if isinstance(begin, torch.cuda.Event) else 1e3 * (end - begin)
+
+
+def summarize(
+    steps: Sequence[StepPhases],
+    global_batch: int,
+    *,
+    world: World | None = None,
+    communication: float | None = None,
+    peak_gib: float | None = None,
+    losses: Iterable[float] = (),
+) -> Measured:
+    """Figures of timed steps, of the slowest rank. A collective, on the CPU, where several ranks are given."""
+    lengths = [sum(step.values()) for step in steps]
+    middle = lengths.index(statistics.median_low(lengths))
+    own = [lengths[middle], min(lengths), *(steps[middle][phase] for phase in PHASES)]
+    slowest, fastest, *phases = max(gather_floats(own, world)) if world else own
+    return Measured(
+        steps=len(steps),
+        images_per_second=1e3 * global_batch / slowest,
+        milliseconds=StepTime(step=slowest, **dict(zip(PHASES, phases)), communication=communication),
+        fastest_ms=fastest,
+        peak_gib=peak_gib,
+        losses=tuple(losses),
+    )
+
+
+def gather_floats(values: Sequence[float], world: World) -> list[list[float]]:
+    """The values of every rank. A collective, on the CPU: a GPU goes on undisturbed."""
+    if world.size == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.float64)
+    of_all = [torch.empty_like(own) for _ in range(world.size)]
+    torch.distributed.all_gather(of_all, own)
+    return [one.tolist() for one in of_all]
+
+
+def largest(value: float, world: World) -> float:
+    """The largest of all ranks' values. A collective, on the CPU."""
+    return max(gather_floats([value], world))[0]
+
+
+def length_of_union(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of a line that some span covers."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def time_steps(
+    step: Callable[[], object], timer: PhaseTimer, *, steps: int, seconds: float = 0.0, world: World | None = None
+) -> list[StepPhases]:
+    """Phases of as many steps as `seconds` have room for, at least `steps`; on all ranks equally many."""
+    timer.start()
+    started, done, more = time.perf_counter(), 0, True
+    while more:
+        step()
+        done += 1
+        fits = (time.perf_counter() - started) * (done + 1) / done <= seconds
+        more = done < steps or fits
+        if world is not None:
+            more = bool(largest(more, world))
+    return timer.stop()
