@@ -26,12 +26,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    from mdit.checkpoint.snapshot import load_model, load_snapshot
+    from mdit.checkpoint.snapshot import load_snapshot
     from mdit.dist import identify
     from mdit.eval.evaluate import evaluate
-    from mdit.eval.samples import grid, sampling_options, save_png, settle_kernels
+    from mdit.eval.samples import grid, sampling_model, sampling_options, save_png
     from mdit.files import try_to_write, write_json
-    from mdit.parallel.fuse import fuse
 
     snapshot, device = load_snapshot(args.snapshot), identify().device
     options = sampling_options(snapshot.config, args.guidance, args.num_steps)
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     picture, scores = args.out / "grid.png", args.out / "scores.json"
     for path in (picture, scores):
         try_to_write(path)
-    model = fuse(load_model(snapshot, args.weights, device, settle_kernels(snapshot.config, device)))
+    model = sampling_model(snapshot, args.weights, device)
     found = evaluate(snapshot, model, num_pictures=args.num_pictures, seed=args.seed, options=options)
     save_png(grid(found.pictures_NHWC, found.captions), picture)
     settings = {"step": snapshot.step, "weights": args.weights, "pictures": len(found.captions), "seed": args.seed}

@@ -33,13 +33,13 @@ def sampling_options(config: TrainConfig, guidance: float | None, num_steps: int
     return {"guidance": report.guidance, "num_steps": report.sampler_steps}
 
 
-def settle_kernels(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Choose, for this process, what a snapshot's model runs in, as "auto" does for training -> its number format."""
+def sampling_model(snapshot: Snapshot, kind: WeightKind, device: torch.device) -> MicroDiT:
+    """A snapshot's network, fused, in the number format and with the kernels that "auto" takes for training here."""
     work_on(device)
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    in_triton, reason = choose_kernels("auto", device, dtype, config.model.head_dim, "a snapshot's model")
+    in_triton, reason = choose_kernels("auto", device, dtype, snapshot.config.model.head_dim, "a snapshot's model")
     logger.info(f"{dtype}; kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
-    return dtype
+    return fuse(load_model(snapshot, kind, device, dtype))
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def generate(
     prompts, device = [prompts] if isinstance(prompts, str) else list(prompts), identify().device
     options = sampling_options(snapshot.config, guidance, steps)
     captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(prompts)
-    model = fuse(load_model(snapshot, weights, device, settle_kernels(snapshot.config, device)))
+    model = sampling_model(snapshot, weights, device)
     return [Image.fromarray(image.numpy()) for image in draw_pictures(snapshot, model, captions_NLC, seed, options)]
 
 

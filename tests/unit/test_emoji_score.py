@@ -132,7 +132,7 @@ def test_a_prompt_is_a_line(tmp_path, content, prompts):
 def test_evaluate_refuses_before_the_work(snapshot, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "out" / "grid.png").mkdir(parents=True)
-    monkeypatch.setattr("mdit.checkpoint.snapshot.load_model", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr("mdit.eval.samples.load_model", lambda *arguments: pytest.fail("loaded"))
     for arguments, message in (
         (["--out", str(tmp_path / "file")], f"error: {tmp_path}/file: File exists"),
         (["--out", str(tmp_path / "out")], f"error: {tmp_path}/out/grid.png: Is a directory"),
