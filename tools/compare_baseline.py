@@ -38,8 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from mdit import cli
-from mdit.bench.baseline import BASELINE, OURS, PACES, BaselineComparison
-from mdit.bench.contenders import PRECISIONS, Baseline, Contender
+from mdit.bench.baseline import BASELINE, OURS, PACES, PRECISIONS, Baseline, BaselineComparison, Contender
 from mdit.bench.report import table
 from mdit.bench.stages import in_one_line
 from mdit.config import CONFIGS, ModelConfig, TrainConfig, UserError, kept_tokens, load_config

@@ -1,33 +1,199 @@
-"""Our model against another one, in one process: they train in turn, on the same batches and the same machine.
+"""Our model against another one, in one process: both train by the plainest step there is, on the same batches.
 
-On a GPU contenders take turns of several steps, and the one that waits leaves the device: its weights wait in host
-memory, masters and moments start anew with its next turn, so that each has all memory when it runs. On a CPU they take
-turns step by step.
+    precision   weights                     computing
+    fp32        float32                     float32
+    bf16        bfloat16, float32 masters   bfloat16, as we train
+    amp         float32                     bfloat16 under torch.autocast, as the released code trains
+
+A step is one micro-batch: noise, loss, backward, clip, fused AdamW; no ZeRO. On a GPU contenders take turns of several
+steps, and the one that waits leaves the device: its weights wait in host memory, masters and moments start anew with
+its next turn, so that each has all memory when it runs. On a CPU they take turns step by step.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from mdit.bench.contenders import PRECISIONS, Contender
 from mdit.bench.report import Report, environment
 from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, describe, one_line
-from mdit.bench.stages import in_one_line
-from mdit.bench.timing import StepPhases, summarize
+from mdit.bench.run import SyntheticBatches, free_memory
+from mdit.bench.stages import in_one_line, with_batch
+from mdit.bench.timing import PhaseTimer, StepPhases, summarize, time_steps
+from mdit.config import TrainConfig, UserError
+from mdit.diffusion.edm import StepNoise, edm_errors, edm_loss, sample_noise
 from mdit.dist import World
-from mdit.parallel.apply import compiling
+from mdit.models import MicroDiT
+from mdit.parallel.apply import blocks_of, compiling
+from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Execution, RunSettings
+from mdit.train.meter import memory_gib
 
+Precision = Literal["fp32", "bf16", "amp"]
+PRECISIONS = {
+    "fp32": "float32",
+    "bf16": "bfloat16 weights, float32 masters",
+    "amp": "float32 weights, autocast to bfloat16",
+}
 LOSSES = 10  # of the first steps that a report keeps
 OURS, BASELINE = "ours", "baseline"
 FASTER = 1.02  # twice the micro-batch has to bring so much for the search to go on
 SEARCHED = "search"  # the pairing of rows that stand alone
+
+
+class Contender:
+    """A model that trains. `losses` are those of all its steps so far, not waited for."""
+
+    def __init__(
+        self, name: str, model: nn.Module, config: TrainConfig, device: torch.device, precision: Precision
+    ) -> None:
+        self.name, self.config, self.device, self.precision = name, config, device, precision
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.model = model.to(self.dtype)
+        self.losses: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.masters = self.weights
+        self.optimizer: torch.optim.AdamW | None = None
+        self._data: dict[int, tuple[TrainConfig, SyntheticBatches]] = {}
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The modules that are compiled one by one: blocks, as a run with "compile": true does it."""
+        return blocks_of(cast(MicroDiT, self.model))
+
+    def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise) -> Tensor:
+        return edm_loss(self.model, latents_NCHW, captions_NLC, noise, self.config.noise.sigma_data)
+
+    def to_device(self) -> None:
+        """Move to the device, with a new optimizer."""
+        self.model.to(self.device)
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.masters = self.weights
+        if self.precision == "bf16":
+            self.masters = [p.detach().float().requires_grad_() for p in self.weights]
+        optim = self.config.optim
+        options: dict[str, Any] = dict(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.masters, **options, fused=True)
+
+    def to_host(self) -> None:
+        """Move to host memory, so that the device is the other's."""
+        self.optimizer, self.weights, self.masters = None, [], []
+        self.model.zero_grad(set_to_none=True)
+        self.model.to("cpu")
+        free_memory()
+
+    def measure(self, micro_batch: int, warm_up: int, steps: int) -> tuple[list[StepPhases], float]:
+        """Train -> the milliseconds of every step behind the first `warm_up`, and the peak in GiB."""
+        timer = PhaseTimer(self.device)
+        if self.optimizer is None:
+            self.to_device()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for _ in range(warm_up):
+            self.step(micro_batch, timer)
+        return time_steps(lambda: self.step(micro_batch, timer), timer, steps=steps), memory_gib(self.device)
+
+    def step(self, micro_batch: int, timer: PhaseTimer) -> None:
+        config, batches = self.data(micro_batch)
+        timer.mark("data")
+        batch = next(batches)
+        timer.mark("forward")
+        noise = sample_noise(config, len(self.losses), slice(0, micro_batch), self.device)
+        loss = self.loss(batch.latents_NCHW, batch.captions_NLC, noise)
+        timer.mark("backward")
+        loss.backward()
+        timer.mark("optimizer")
+        self.update()
+        self.losses.append(loss.detach())
+
+    def data(self, micro_batch: int) -> tuple[TrainConfig, SyntheticBatches]:
+        """The recipe at a global batch of one micro-batch, and its batches: the same for every contender."""
+        if micro_batch not in self._data:
+            config = with_batch(self.config, micro_batch)
+            here = ParallelPlan(World(rank=0, size=1, local_rank=0, device=self.device))
+            self._data = {micro_batch: (config, SyntheticBatches(config, here))}
+        return self._data[micro_batch]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Clip the gradients, step AdamW, drop the gradients."""
+        assert self.optimizer is not None
+        if self.masters is not self.weights:
+            used = [(master, w.grad) for master, w in zip(self.masters, self.weights) if w.grad is not None]
+            gradients = [torch.empty_like(master) for master, _ in used]
+            torch._foreach_copy_(gradients, [gradient for _, gradient in used])
+            for (master, _), gradient in zip(used, gradients):
+                master.grad = gradient
+        torch.nn.utils.clip_grad_norm_(self.masters, self.config.optim.max_grad_norm)
+        self.optimizer.step()
+        if self.masters is not self.weights:
+            torch._foreach_copy_(self.weights, self.masters)
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+
+
+class Baseline(Contender):
+    """model(latents_NCHW, sigma_N, captions_NLC, mask_ratio) -> (N, C, H, W), or that and (N, T), 1 where a patch was
+    dropped. It makes its own conditioning of sigma and drops its own patches."""
+
+    def __init__(
+        self, name: str, model: nn.Module, config: TrainConfig, device: torch.device, precision: Precision
+    ) -> None:
+        super().__init__(name, model, config, device, precision)
+        self.mask_ratio = config.training.mask_ratio
+        # It draws its own mask: none is sampled for it.
+        self.config = config.model_copy(update={"training": config.training.model_copy(update={"mask_ratio": 0.0})})
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.model]
+
+    def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise) -> Tensor:
+        """`edm_loss` over the patches that the model has kept."""
+        dropped: Tensor | None = None
+
+        def net(x_NCHW: Tensor, c_noise_N: Tensor, captions_NLC: Tensor, mask: None) -> Tensor:
+            nonlocal dropped
+            output, dropped = self.call(x_NCHW, noise.sigma_N, captions_NLC)
+            return output
+
+        error = edm_errors(net, latents_NCHW, captions_NLC, noise, self.config.noise.sigma_data)
+        if dropped is None:
+            return error.mean()
+        patch, grid = self.config.model.patch_size, self.config.model.latent_size // self.config.model.patch_size
+        kept = F.interpolate((1 - dropped.float()).view(-1, 1, grid, grid), scale_factor=patch)
+        return (error * kept).sum() / (kept.sum() * error.shape[1])
+
+    def call(self, x_NCHW: Tensor, sigma_N: Tensor, captions_NLC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-> its output, and what it dropped, if it says."""
+        mixed = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "amp" else nullcontext()
+        with mixed:
+            answer = self.model(x_NCHW.to(self.dtype), sigma_N, captions_NLC.to(self.dtype), self.mask_ratio)
+        return answer if isinstance(answer, tuple) else (answer, None)
+
+    def check(self) -> None:
+        """Raise UserError, naming the model, unless it trains on two images and answers in the documented shapes."""
+        self.to_device()
+        batch = next(self.data(2)[1])
+        sigma_N, tokens = torch.ones(2, device=self.device), (2, self.config.model.num_patches)
+        try:
+            output, dropped = self.call(batch.latents_NCHW.float(), sigma_N, batch.captions_NLC)
+        except Exception as error:  # of code that is not ours
+            raise UserError(f"{self.name}: raised {in_one_line(error)}") from None
+        for what, found, expected in (("output", output, tuple(batch.latents_NCHW.shape)), ("mask", dropped, tokens)):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            if shape != expected and not (what == "mask" and found is None):
+                raise UserError(f"{self.name}: its {what} is {shape}, expected {expected}")
+        if not output.requires_grad:
+            raise UserError(f"{self.name}: its output has no gradient, so there is nothing to train")
+        self.to_host()
 
 
 @dataclass(frozen=True)

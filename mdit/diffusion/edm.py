@@ -73,7 +73,18 @@ def edm_loss(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: S
 def edm_losses(
     net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, sigma_data: float
 ) -> Tensor:
-    """(N,) float32: the loss of every sample, a mean over its kept patches, of which all samples have equally many.
+    """(N,) float32: the loss of every sample, a mean over its kept patches, of which all samples have equally many."""
+    error = edm_errors(net, latents_NCHW, captions_NLC, noise, sigma_data)
+    if noise.mask is None:
+        return error.flatten(1).mean(1)
+    kept = noise.mask.image(*error.shape[-2:])
+    return (error * kept).flatten(1).sum(1) / (kept.flatten(1).sum(1) * error.shape[1])
+
+
+def edm_errors(
+    net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, sigma_data: float
+) -> Tensor:
+    """(N, C, H, W) float32: lambda(sigma) (D(x + sigma n) - x)^2, of dropped patches too.
 
     Deterministic given its arguments. Dropped captions are all zeros, as classifier-free guidance expects them.
     """
@@ -83,11 +94,7 @@ def edm_losses(
     noisy = latents + sigma * noise.noise_NCHW
     denoised = denoise(net, noisy, noise.sigma_N, captions, sigma_data, noise.mask)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    error = weight * (denoised - latents) ** 2
-    if noise.mask is None:
-        return error.flatten(1).mean(1)
-    kept = noise.mask.image(*latents.shape[-2:])
-    return (error * kept).flatten(1).sum(1) / (kept.flatten(1).sum(1) * latents.shape[1])
+    return weight * (denoised - latents) ** 2
 
 
 def denoiser(net: Callable, captions_NLC: Tensor, sigma_data: float, guidance: float = 1.0) -> Denoiser:

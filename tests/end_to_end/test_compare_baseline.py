@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from mdit import cli
-from mdit.bench.baseline import OURS, BaselineComparison, Pace, Turn, ratios, take_turns
-from mdit.bench.contenders import Baseline, Contender
+from mdit.bench.baseline import OURS, Baseline, BaselineComparison, Contender, Pace, Turn, ratios, take_turns
 from mdit.bench.report import Report
 from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.dist import World
