@@ -4,6 +4,7 @@ import itertools
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mdit.config import ModelConfig, TrainConfig, UserError
 from mdit.costs.trace import Form
@@ -135,7 +136,7 @@ def candidates(
     found, errors = [], []
     for stage, (ep, tp) in itertools.product((1, 2, 3), groups):
         if problem(config.model, gpus, stage, ep, tp) is None:
-            ds_json = {"zero_optimization": {"stage": stage}}
+            ds_json: dict[str, Any] = {"zero_optimization": {"stage": stage}}
             if micro_batch is not None:
                 ds_json["train_micro_batch_size_per_gpu"] = micro_batch
             try:
