@@ -119,8 +119,8 @@ def make_set(directory: Path, args: argparse.Namespace) -> None:
     captions = rng.normal(size=(16, *args.embedding)).astype(np.float16)
     length, channels = args.embedding
     encoders = {"image": {"id": "pixels"}, "text": {"id": "none", "max_tokens": length, "channels": channels}}
-    shapes, options = (args.latent, args.embedding), {"shard_bytes": SHARD_BYTES, "embeddings": args.embeddings}
-    with ShardWriter(directory, *shapes, encoders, {}, **options) as writer:
+    shapes = tuple(args.latent), tuple(args.embedding)
+    with ShardWriter(directory, *shapes, encoders, {}, SHARD_BYTES, embeddings=args.embeddings) as writer:
         for i in range(args.samples):
             writer.write(f"{i:08d}", latents[i % 16], captions[i % 16], f"a caption of about fifty letters, number {i}")
 
