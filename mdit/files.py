@@ -45,6 +45,11 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
+def measure(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file, as they are written down to know it again."""
+    return {"bytes": path.stat().st_size, "xxh3": checksum(path)}
+
+
 def patiently(read: Callable[[], T], definite: tuple[type[OSError], ...] = DEFINITE) -> T:
     """The result of `read`, called again after a while where the file system fails (EIO, EACCES, ESTALE), before that
     is believed. `definite` errors are believed at once: that something is not there, or is no directory."""

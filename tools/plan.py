@@ -25,8 +25,7 @@ from mdit.costs.prediction import Prediction, fitted, predict
 from mdit.costs.time import PARTS, host_seconds
 from mdit.costs.trace import training_flops
 from mdit.files import write_json
-from mdit.parallel.plan import data_parallel_size
-from mdit.parallel.settings import load_ds_json, load_run_settings, resolve_ds_config
+from mdit.parallel.settings import Execution, load_ds_json
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "res_256_pretrain.toml"
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -106,16 +105,14 @@ def layouts(config: TrainConfig, gpus: int, machine: Machine, args: argparse.Nam
         return found if args.micro_batch else [fitted(config, layout, machine) for layout in found]
     from mdit.train.engine import check_ds_config  # with all of DeepSpeed, which nothing else here needs
 
-    ds_json = load_ds_json(args.ds_config)
-    settings = load_run_settings(ds_json, args.ds_config)
     asked = {"activation_checkpointing": checkpointing, "kernels": args.kernels, "fp8": args.fp8 or None}
-    settings = settings.model_copy(update={key: value for key, value in asked.items() if value is not None})
-    if args.micro_batch is not None:
-        ds_json |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": "auto"}
-    options = {"data_size": data_parallel_size(settings, gpus, args.ds_config), "bf16_works": True}
-    check_ds_config(resolve_ds_config(ds_json, config, path=args.ds_config, **options), args.ds_config)
-    triton = settings.kernels == "triton" or (settings.kernels == "auto" and machine.triton)
-    layout = layout_of(ds_json, settings, config, gpus, triton=triton, path=args.ds_config)
+    asked = {key: value for key, value in asked.items() if value is not None}
+    ds_json = load_ds_json(args.ds_config, mdit=asked, micro_batch=args.micro_batch)
+    execution = Execution.resolve(ds_json, config, processes=gpus, bf16_works=True, path=args.ds_config)
+    check_ds_config(execution.deepspeed, args.ds_config)
+    kernels = execution.settings.kernels
+    triton = kernels == "triton" or (kernels == "auto" and machine.triton)
+    layout = layout_of(execution, config, gpus, triton=triton, path=args.ds_config)
     require_fp8(layout, machine)
     return [layout]
 

@@ -229,7 +229,7 @@ def describe(
         kernels=tuple(sorted(execution.triton_ops)),
         compile=settings.compile,
         activation_checkpointing=settings.activation_checkpointing,
-        zero_stage=execution.deepspeed["zero_optimization"]["stage"],
+        zero_stage=execution.zero_stage,
     )
     return BenchmarkRow(
         kind=kind,

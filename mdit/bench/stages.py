@@ -13,7 +13,7 @@ from mdit.bench.row import MADE_UP, OUT_OF_MEMORY, BenchmarkRow, Kind, Measured,
 from mdit.bench.run import BenchmarkRun, free_memory
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.dist import World, logger
-from mdit.parallel.settings import Execution, load_ds_json, load_run_settings
+from mdit.parallel.settings import Execution, load_ds_json
 from mdit.precompute import is_precomputed, precompute
 from mdit.train.run import resolve_execution
 
@@ -61,12 +61,7 @@ class Job:
     def sized(self, micro_batch: int, accumulation_steps: int) -> "Job":
         """The same job with another micro-batch, and so many of them a step."""
         batch = self.execution.global_batch // self.share * micro_batch * accumulation_steps
-        sizes = {
-            "train_batch_size": batch,
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulation_steps,
-        }
-        execution = replace(self.execution, deepspeed=self.execution.deepspeed | sizes)
+        execution = self.execution.with_batch(batch, micro_batch, accumulation_steps)
         return replace(self, config=with_batch(self.config, batch), execution=execution)
 
     def shortened(self) -> "Job":
@@ -110,11 +105,7 @@ def resolve_job(
     images = config.training.num_steps * config.training.global_batch_size
     if global_batch is not None:
         config = with_batch(config, global_batch)
-    ds_json = load_ds_json(ds_path)
-    settings = load_run_settings(ds_json, ds_path).model_dump(exclude_unset=True)
-    ds_json |= {"mdit": {**settings, **(mdit or {})}}
-    if micro_batch is not None:
-        ds_json |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
+    ds_json = load_ds_json(ds_path, mdit=mdit, micro_batch=micro_batch)
     return Job(config, resolve_execution(ds_json, ds_path, config, recipe, world), data, images)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from mdit.config import ModelConfig, TrainConfig, UserError, load_config
 from mdit.descriptions import check_descriptions
 from mdit.documents import read_json
-from mdit.files import checksum, follow, point_to, replacing_directory, save_tensors, write_json
+from mdit.files import follow, measure, point_to, replacing_directory, save_tensors, write_json
 from mdit.models import MicroDiT
 
 WeightKind = Literal["ema", "raw"]
@@ -107,7 +107,7 @@ def write_snapshot(
             save_tensors(full, partial / f"{kind}.safetensors")
         write_json(partial / "config.json", {**config_json, "step": step})
         write_json(partial / "encoders.json", encoders)
-        write_json(partial / CHECKSUMS, {file.name: _measure(file) for file in sorted(partial.iterdir())})
+        write_json(partial / CHECKSUMS, {file.name: measure(file) for file in sorted(partial.iterdir())})
 
 
 def load_snapshot(path: str | Path) -> Snapshot:
@@ -120,7 +120,7 @@ def load_snapshot(path: str | Path) -> Snapshot:
 def seal_snapshot(path: str | Path) -> Snapshot:
     """Accept the documents as they are now: once they, and weights that nobody touched, are a snapshot."""
     directory, checksums = _open(path)
-    checksums |= {name: _measure(directory / name) for name in DOCUMENTS}
+    checksums |= {name: measure(directory / name) for name in DOCUMENTS}
     snapshot = _read(directory, checksums)
     snapshot.weights("raw")
     snapshot.weights("ema")
@@ -211,16 +211,12 @@ def _read(directory: Path, checksums: dict[str, Any]) -> Snapshot:
     return Snapshot(directory, step, config, check_descriptions(read_json(file), file), checksums)
 
 
-def _measure(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "xxh3": checksum(file)}
-
-
 def _compare(file: Path, checksums: dict[str, Any], content: bool = True) -> None:
     """Raise UserError unless a file has the size, and the content, that it was written with."""
     if file.name not in checksums or not file.is_file():
         raise UserError(f"{file}: is missing, here or in {CHECKSUMS}")
     written = checksums[file.name]
-    found = _measure(file) if content else {"bytes": file.stat().st_size, "xxh3": written["xxh3"]}
+    found = measure(file) if content else {"bytes": file.stat().st_size, "xxh3": written["xxh3"]}
     if found != written:
         both = "{bytes} bytes, xxh3 {xxh3}".format_map
         way = f"; edited on purpose? tools/convert_checkpoint.py seal {file.parent}" if file.name in DOCUMENTS else ""

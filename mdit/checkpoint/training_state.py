@@ -37,8 +37,8 @@ from mdit.dist import World, gather, logger, on_all_ranks, shared
 from mdit.documents import parse_json
 from mdit.files import (
     DEFINITE,
-    checksum,
     in_the_name_of,
+    measure,
     partial_name,
     patiently,
     remove_directory,
@@ -69,7 +69,7 @@ class Checkpoint:
         """Raises OSError where a file cannot be read, which says nothing about its content. One that is not there is
         looked for again: network file systems may show a file late."""
         try:
-            return patiently(partial(describe, self.path / name), definite=()) == self.state["files"][name]
+            return patiently(partial(measure, self.path / name), definite=()) == self.state["files"][name]
         except DEFINITE:
             return False
 
@@ -101,7 +101,7 @@ def save_training_state(
 
     def write() -> dict[str, dict]:
         with in_the_name_of(final, hidden):
-            return {path.name: describe(path) for path in write_fragments(hidden, world.rank, tensors, fragments)}
+            return {path.name: measure(path) for path in write_fragments(hidden, world.rank, tensors, fragments)}
 
     def write_state() -> None:
         files = {name: entry for rank in gathered for name, entry in rank["files"].items()}
@@ -167,10 +167,6 @@ def chunks(fragments: list[Fragment], kinds: int) -> Iterator[list[Fragment]]:
         chunk.append(fragment)
         size += fragment_bytes
     yield chunk
-
-
-def describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "xxh3": checksum(path)}
 
 
 def find_latest(directory: Path, world: World) -> Checkpoint | None:

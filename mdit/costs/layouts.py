@@ -6,13 +6,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mdit.config import ModelConfig, TrainConfig, UserError
 from mdit.costs.trace import Form
 from mdit.models import MicroDiT, meta_model
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.plan import problem
-from mdit.parallel.settings import DEEPSPEED_BUCKET, RunSettings, bucket_size, resolve_ds_config
+from mdit.parallel.settings import DEEPSPEED_BUCKET, Execution
 
 SIZES = (1, 2, 4, 8)  # of expert and tensor groups that are tried: within a node
 
@@ -136,45 +138,36 @@ def candidates(
     found, errors = [], []
     for stage, (ep, tp) in itertools.product((1, 2, 3), groups):
         if problem(config.model, gpus, stage, ep, tp) is None:
-            ds_json: dict[str, Any] = {"zero_optimization": {"stage": stage}}
-            if micro_batch is not None:
-                ds_json["train_micro_batch_size_per_gpu"] = micro_batch
+            spread = {"expert_parallel": ep, "tensor_parallel": tp}
+            ds_json: dict[str, Any] = {"zero_optimization": {"stage": stage}, "mdit": spread}
+            ds_json |= {"train_micro_batch_size_per_gpu": "auto" if micro_batch is None else micro_batch}
             try:
-                options = {"data_size": gpus // tp, "bf16_works": True, "path": f"--gpus {gpus}"}
-                resolved = resolve_ds_config(ds_json, config, **options)
+                execution = Execution.resolve(ds_json, config, processes=gpus, bf16_works=True, path=f"--gpus {gpus}")
             except UserError as error:
                 errors.append(error)
             else:
-                options = ZeroOptions(reduce_bucket_size=bucket_size(config))
-                found.append(Layout(gpus, stage, *_batches(resolved), ep, tp, checkpointing, triton, options=options))
+                options = ZeroOptions(reduce_bucket_size=execution.zero.reduce_bucket_size)
+                batches = execution.micro_batch, execution.accumulation_steps
+                found.append(Layout(gpus, stage, *batches, ep, tp, checkpointing, triton, options=options))
     if not found:
         raise errors[0]
     return found
 
 
-def layout_of(
-    ds_json: dict, settings: RunSettings, config: TrainConfig, gpus: int, *, triton: bool, path: str | Path
-) -> Layout:
-    """The layout that a DeepSpeed JSON and its "mdit" section (RunSettings) ask for."""
+def layout_of(execution: Execution, config: TrainConfig, gpus: int, *, triton: bool, path: str | Path) -> Layout:
+    """The layout that a DeepSpeed JSON asks for."""
+    settings, zero = execution.settings, execution.zero
     ep, tp = settings.expert_parallel, settings.tensor_parallel
-    resolved = resolve_ds_config(ds_json, config, data_size=max(1, gpus // tp), bf16_works=True, path=path)
-    micro_batch, accumulation = _batches(resolved)
-    zero = resolved["zero_optimization"]
-    moved = {key: zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
-    if moved["offload_param"] or (moved["offload_optimizer"] and zero["stage"] != 2):
-        key = next(key for key in reversed(moved) if moved[key])
+    if execution.offloads_parameters or (execution.offloads_optimizer and zero.stage != 2):
+        key = "offload_param" if execution.offloads_parameters else "offload_optimizer"
         why = "a paper plan knows offload_optimizer at stage 2 only"
-        raise UserError(f"{path}: zero_optimization.{key} = {zero[key]!r}: {why}")
-    if not resolved["bf16"]["enabled"]:
+        raise UserError(f"{path}: zero_optimization.{key}.device = 'cpu': {why}")
+    if execution.dtype != torch.bfloat16:
         raise UserError(f"{path}: bf16.enabled = False: a paper plan is for bfloat16")
-    if why := problem(config.model, gpus, zero["stage"], ep, tp):
+    if why := problem(config.model, gpus, zero.stage, ep, tp):
         raise UserError(f"{path}: {why}")
-    options = ZeroOptions(**{key: zero[key] for key in ZeroOptions.__dataclass_fields__ if key in zero})
-    checkpointing = settings.activation_checkpointing
-    plain = Layout(gpus, zero["stage"], micro_batch, accumulation, ep, tp, checkpointing, triton, options=options)
-    return replace(plain, offload=moved["offload_optimizer"], fp8=settings.fp8)
-
-
-def _batches(resolved: dict) -> tuple[int, int]:
-    """(images of a micro-batch, micro-batches of a step): what a run would take (mdit.parallel.settings)."""
-    return resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]
+    given = zero.model_dump(exclude_unset=True)
+    options = ZeroOptions(**{key: given[key] for key in ZeroOptions.__dataclass_fields__ if key in given})
+    batches, checkpointing = (execution.micro_batch, execution.accumulation_steps), settings.activation_checkpointing
+    plain = Layout(gpus, zero.stage, *batches, ep, tp, checkpointing, triton, options=options)
+    return replace(plain, offload=execution.offloads_optimizer, fp8=settings.fp8)

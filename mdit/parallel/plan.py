@@ -9,7 +9,6 @@ Neighbouring ranks, those of one node, talk most. Nothing here changes what is l
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 from torch.distributed import ProcessGroup
 
@@ -18,7 +17,7 @@ from mdit.dist import World
 from mdit.models import meta_model
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoiceMoE
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import Execution, RunSettings
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,12 @@ class ParallelPlan:
         return self.world.size // self.tensor_parallel
 
 
-def data_parallel_size(settings: RunSettings, world_size: int, path: str | Path) -> int:
-    """Into how many shares a global batch is cut. Raises UserError, naming the JSON at `path`, for uneven groups."""
-    for key in ("expert_parallel", "tensor_parallel"):
-        value = getattr(settings, key)
-        if world_size % value:
-            raise UserError(f'{path}: "mdit": {key} = {value} does not divide the {world_size} processes')
-    return world_size // settings.tensor_parallel
-
-
-def check_plan(settings: RunSettings, model: ModelConfig, zero: dict, world_size: int, path: str | Path) -> None:
+def check_plan(execution: Execution, model: ModelConfig, world_size: int, path: object) -> None:
     """Raise UserError, naming the JSON at `path`, for a plan that its `zero_optimization` or this model cannot have."""
+    settings, zero = execution.settings, execution.zero
     ep, tp = settings.expert_parallel, settings.tensor_parallel
-    found = problem(model, world_size, zero["stage"], ep, tp)
-    if ep > 1 and not zero.get("reduce_scatter", True):
+    found = problem(model, world_size, execution.zero_stage, ep, tp)
+    if ep > 1 and not zero.reduce_scatter:
         found = f"expert_parallel = {ep} with zero_optimization.reduce_scatter = false: expected true"
     if tp > 1 and settings.compile:
         found = f"tensor_parallel = {tp} with compile = true: expected false"

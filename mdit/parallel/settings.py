@@ -5,7 +5,7 @@ DeepSpeed, which by itself takes unknown keys, strings for numbers, and keys tha
 recipe owns are "auto" in the JSON; "auto" is everywhere as if the key were not there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,56 +180,113 @@ class DeepSpeedJson(Section):
     data_types: Annotated[Any, never("gradients are always accumulated in float32")] = None
 
 
-def load_ds_json(path: str | Path) -> dict[str, Any]:
+def load_ds_json(path: str | Path, *, mdit: dict[str, Any] | None = None, micro_batch: int | None = None) -> dict:
+    """A DeepSpeed JSON as it is written; `mdit`, for its section of that name, and `micro_batch` go over it."""
     values = read_json(path, "the DeepSpeed JSON")
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    if mdit and isinstance(values.get("mdit", {}), dict):
+        values |= {"mdit": values.get("mdit", {}) | mdit}
+    if micro_batch is not None:
+        values |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
     return values
 
 
-def load_run_settings(ds_json: dict, path: str | Path) -> RunSettings:
-    """The "mdit" section. Raises UserError for what is wrong in it; `resolve_ds_config` judges the rest."""
-    return parse_section(RunSettings, _without_auto(ds_json.get("mdit", {})), f'{path}: "mdit"')
+@dataclass(frozen=True)
+class Execution:
+    """How a run is executed, never what it learns: resolved once, from the DeepSpeed JSON and the recipe.
 
-
-def resolve_ds_config(
-    ds_json: dict, config: TrainConfig, *, data_size: int, bf16_works: bool, path: str | Path
-) -> dict:
-    """What DeepSpeed is given: the JSON with every "auto" filled from the recipe. Pure.
-
-    `data_size` processes share a global batch: all of them, but for tensor parallelism. `bf16_works` says whether this
-    machine computes in bfloat16 ("auto" takes it where it does). Raises UserError for what `DeepSpeedJson` does not
-    have, a value that contradicts the recipe, and a global batch that the processes cannot share evenly.
+    `settings` is the JSON's "mdit" section, `deepspeed` all that DeepSpeed is given; `triton_ops` are the ops that run
+    in Triton, `kernels_reason` says why those.
     """
-    given = parse_section(DeepSpeedJson, _without_auto(ds_json), path)
-    resolved = given.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"mdit"})
-    resolved["zero_optimization"]["reduce_bucket_size"] = bucket_size(
-        config, given.zero_optimization.reduce_bucket_size
-    )
-    resolved.setdefault("bf16", {}).setdefault("enabled", bf16_works)
-    resolved.update(_batch_sizes(given, config, data_size, path))
-    _agree(given.gradient_clipping, "gradient_clipping", config.optim.max_grad_norm, "optim.max_grad_norm", path)
-    resolved["gradient_clipping"] = config.optim.max_grad_norm
-    resolved["data_types"] = {"grad_accum_dtype": "fp32"}
-    resolved.setdefault("steps_per_print", 10**9)  # the loop reports
-    resolved["timers"] = {"throughput": {"enabled": False}}  # it lets the GPU run dry twice a micro-batch
-    # The optimizer is made from the recipe; DeepSpeed shards whatever it is handed.
-    resolved["zero_allow_untested_optimizer"], resolved["zero_force_ds_cpu_optimizer"] = True, False
-    if not given.comms_logger.enabled:  # DeepSpeed takes the section itself for a yes
-        resolved.pop("comms_logger", None)
-    return resolved
 
+    settings: RunSettings
+    deepspeed: dict[str, Any]
+    triton_ops: frozenset[str] = frozenset()
+    kernels_reason: str = ""
 
-def computing_dtype(ds_config: dict) -> torch.dtype:
-    """The number format that a model computes in under what `resolve_ds_config` gives: in training, and whenever a run
-    looks at its model."""
-    return torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    @classmethod
+    def resolve(
+        cls, ds_json: dict[str, Any], config: TrainConfig, *, processes: int, bf16_works: bool, path: object
+    ) -> "Execution":
+        """The JSON with every "auto" filled from the recipe. Pure.
 
+        `bf16_works` says whether this machine computes in bfloat16 ("auto" takes it where it does). Raises UserError,
+        naming the JSON at `path`, for what `DeepSpeedJson` does not have, a value that contradicts the recipe, and a
+        global batch that the processes cannot share evenly.
+        """
+        given = parse_section(DeepSpeedJson, _without_auto(ds_json), path)
+        resolved = given.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"mdit"})
+        bucket = min(given.zero_optimization.reduce_bucket_size, count_parameters(config.model))  # it is all allocated
+        resolved["zero_optimization"]["reduce_bucket_size"] = bucket
+        resolved.setdefault("bf16", {}).setdefault("enabled", bf16_works)
+        resolved.update(_batch_sizes(given, config, processes, path))
+        _agree(given.gradient_clipping, "gradient_clipping", config.optim.max_grad_norm, "optim.max_grad_norm", path)
+        resolved["gradient_clipping"] = config.optim.max_grad_norm
+        resolved["data_types"] = {"grad_accum_dtype": "fp32"}
+        resolved.setdefault("steps_per_print", 10**9)  # the loop reports
+        resolved["timers"] = {"throughput": {"enabled": False}}  # it lets the GPU run dry twice a micro-batch
+        # The optimizer is made from the recipe; DeepSpeed shards whatever it is handed.
+        resolved["zero_allow_untested_optimizer"], resolved["zero_force_ds_cpu_optimizer"] = True, False
+        if not given.comms_logger.enabled:  # DeepSpeed takes the section itself for a yes
+            resolved.pop("comms_logger", None)
+        return cls(given.mdit, resolved)
 
-def bucket_size(config: TrainConfig, wanted: int = DEEPSPEED_BUCKET) -> int:
-    """Numbers of DeepSpeed's bucket for gradients, no more than the model has. It allocates all of it: 1 or 2 GB by
-    default."""
-    return min(wanted, count_parameters(config.model))
+    @cached_property
+    def zero(self) -> ZeRO:
+        return parse_section(ZeRO, self.deepspeed["zero_optimization"], "zero_optimization")
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed["zero_optimization"]["stage"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format that the model computes in, in training and whenever a run looks at it."""
+        return torch.bfloat16 if self.deepspeed["bf16"]["enabled"] else torch.float32
+
+    @property
+    def global_batch(self) -> int:
+        return self.deepspeed["train_batch_size"]
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of one forward pass of a process."""
+        return self.deepspeed["train_micro_batch_size_per_gpu"]
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of an optimizer step."""
+        return self.deepspeed["gradient_accumulation_steps"]
+
+    def with_batch(self, global_batch: int, micro_batch: int, accumulation_steps: int) -> "Execution":
+        sizes = {
+            "train_batch_size": global_batch,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation_steps,
+        }
+        return replace(self, deepspeed=self.deepspeed | sizes)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether optimizer states and step are on the CPU."""
+        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device != "none"
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return self.zero.offload_param is not None and self.zero.offload_param.device != "none"
+
+    def layout(self, world_size: int) -> dict[str, Any]:
+        """All that the partitions of a checkpoint depend on."""
+        zero = dict(self.deepspeed["zero_optimization"])
+        return {
+            "world_size": world_size,
+            "expert_parallel": self.settings.expert_parallel,
+            "tensor_parallel": self.settings.tensor_parallel,
+            "zero_stage": zero.pop("stage"),
+            "zero_options": zero,  # some of them reorder or cut partitions
+            "bf16": self.dtype == torch.bfloat16,
+        }
 
 
 @cache
@@ -243,8 +300,12 @@ def _without_auto(values: Any) -> Any:
     return values
 
 
-def _batch_sizes(given: DeepSpeedJson, config: TrainConfig, data_size: int, path) -> dict:
-    batch = config.training.global_batch_size
+def _batch_sizes(given: DeepSpeedJson, config: TrainConfig, processes: int, path: object) -> dict[str, int]:
+    """Micro-batches x accumulation x processes, of which tensor-parallel ones work as one, is the global batch."""
+    for key in ("expert_parallel", "tensor_parallel"):
+        if processes % (value := getattr(given.mdit, key)):
+            raise UserError(f'{path}: "mdit": {key} = {value} does not divide the {processes} processes')
+    batch, data_size = config.training.global_batch_size, processes // given.mdit.tensor_parallel
     _agree(given.train_batch_size, "train_batch_size", batch, "training.global_batch_size", path)
     share, rest = divmod(batch, data_size)
     if rest:
@@ -282,57 +343,3 @@ def _auto_micro_batch(config: TrainConfig, share: int) -> int:
 def _agree(value, key: str, expected, recipe_key: str, path) -> None:
     if value not in (None, expected):
         raise UserError(f"{path}: {key} = {value!r} contradicts the recipe's {recipe_key} = {expected!r}")
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a run is executed, never what it learns: resolved once, from the DeepSpeed JSON and the recipe.
-
-    `settings` is the JSON's "mdit" section, `deepspeed` all that DeepSpeed is given; `triton_ops` are the ops that run
-    in Triton, `kernels_reason` says why those.
-    """
-
-    settings: RunSettings
-    deepspeed: dict[str, Any]
-    triton_ops: frozenset[str] = frozenset()
-    kernels_reason: str = ""
-
-    @cached_property
-    def zero(self) -> ZeRO:
-        return parse_section(ZeRO, self.deepspeed["zero_optimization"], "zero_optimization")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format that the model computes in, in training and whenever a run looks at it."""
-        return computing_dtype(self.deepspeed)
-
-    @property
-    def global_batch(self) -> int:
-        return self.deepspeed["train_batch_size"]
-
-    @property
-    def micro_batch(self) -> int:
-        """Images of one forward pass of a process."""
-        return self.deepspeed["train_micro_batch_size_per_gpu"]
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches of an optimizer step."""
-        return self.deepspeed["gradient_accumulation_steps"]
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether optimizer states and step are on the CPU."""
-        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device != "none"
-
-    def layout(self, world_size: int) -> dict[str, Any]:
-        """All that the partitions of a checkpoint depend on."""
-        zero = dict(self.deepspeed["zero_optimization"])
-        return {
-            "world_size": world_size,
-            "expert_parallel": self.settings.expert_parallel,
-            "tensor_parallel": self.settings.tensor_parallel,
-            "zero_stage": zero.pop("stage"),
-            "zero_options": zero,  # some of them reorder or cut partitions
-            "bf16": self.dtype == torch.bfloat16,
-        }

@@ -20,14 +20,8 @@ from mdit.data.shards import open_dataset
 from mdit.dist import World, gather, logger
 from mdit.kernels.selection import choose_kernels
 from mdit.parallel.fp8 import check_fp8
-from mdit.parallel.plan import check_plan, data_parallel_size
-from mdit.parallel.settings import (
-    Execution,
-    count_parameters,
-    load_ds_json,
-    load_run_settings,
-    resolve_ds_config,
-)
+from mdit.parallel.plan import check_plan
+from mdit.parallel.settings import Execution, count_parameters, load_ds_json
 from mdit.precompute import is_precomputed, precompute
 from mdit.provenance import commit, package_versions
 from mdit.train.engine import check_ds_config
@@ -96,13 +90,11 @@ def check_what_is_there(run_dir: Path, config: TrainConfig) -> None:
 
 def resolve_execution(ds_json: dict, ds_path: Path, config: TrainConfig, recipe: Path, world: World) -> Execution:
     """Resolve a DeepSpeed JSON beside a recipe, and choose the kernels, for this machine. Raises UserError."""
-    settings = load_run_settings(ds_json, ds_path)
     bf16_works = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    data_size = data_parallel_size(settings, world.size, ds_path)
-    ds_config = resolve_ds_config(ds_json, config, data_size=data_size, bf16_works=bf16_works, path=ds_path)
-    execution = Execution(settings, ds_config)
+    execution = Execution.resolve(ds_json, config, processes=world.size, bf16_works=bf16_works, path=ds_path)
+    settings = execution.settings
     check_ds_config(execution.deepspeed, ds_path)
-    check_plan(settings, config.model, ds_config["zero_optimization"], world.size, ds_path)
+    check_plan(execution, config.model, world.size, ds_path)
     check_implementation(config.optim, world.device, recipe, execution)
     choose_engine(settings.data_engine, world.device)  # refuses one that is not installed
     options = world.device, execution.dtype, config.model.head_dim, ds_path, settings.fp8
@@ -167,7 +159,7 @@ def describe(run: Run, start: int) -> str:
             f"model: {count_parameters(config.model) / 1e6:,.1f} M parameters, {config.model.num_patches} patches, "
             f"{kept} kept",
             f"processes: {run.world.size}, experts over {settings.expert_parallel}, tensors over "
-            f"{settings.tensor_parallel}, ZeRO-{execution.zero.stage}, {str(execution.dtype).removeprefix('torch.')}",
+            f"{settings.tensor_parallel}, ZeRO-{execution.zero_stage}, {str(execution.dtype).removeprefix('torch.')}",
             f"batch: {training.global_batch_size} = {run.world.size // settings.tensor_parallel} shares x "
             f"{execution.micro_batch} samples x {execution.accumulation_steps} accumulated",
             f"{'resuming' if start else 'starting'} at step {start} of {training.num_steps}",

@@ -12,7 +12,7 @@ from mdit.bench.run import SyntheticBatches, plan_of
 from mdit.dist import World
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
-from mdit.parallel.settings import Execution, load_run_settings, resolve_ds_config
+from mdit.parallel.settings import Execution
 from mdit.train import engine as engines
 from mdit.train.engine import Engine
 from mdit.train.loop import optimizer_step
@@ -30,15 +30,15 @@ BF16 = {"bf16": {"enabled": True}}
 
 
 def build(world: World, ds_json: dict, config=CONFIG) -> tuple[Engine, SyntheticBatches]:
-    settings = load_run_settings(ds_json, "test")
+    execution = Execution.resolve(ds_json, config, processes=world.size, bf16_works=False, path="test")
+    settings = execution.settings
     plan = plan_of(settings.expert_parallel, settings.tensor_parallel, world)
-    ds_config = resolve_ds_config(ds_json, config, data_size=plan.data_size, bf16_works=False, path="test")
     torch.manual_seed(0)
     model = MicroDiT(config.model)
     for parameter in model.parameters():  # the released initialisation leaves most gradients zero at first
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     parallelize(model, settings, plan)
-    return Engine(model, config, Execution(settings, ds_config), plan), SyntheticBatches(config, plan)
+    return Engine(model, config, execution, plan), SyntheticBatches(config, plan)
 
 
 def trained(world: World, ds_json: dict, **options) -> dict:

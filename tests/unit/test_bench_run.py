@@ -8,7 +8,7 @@ import torch
 from mdit.bench.run import BenchmarkRun
 from mdit.bench.timing import PhaseTimer, length_of_union, summarize
 from mdit.config import TrainConfig, load_config
-from mdit.parallel.settings import Execution, RunSettings, resolve_ds_config
+from mdit.parallel.settings import Execution
 from tests.recipes import tiny_config
 from tests.training import read_metrics, run_in_processes, train, write_ds_json, write_recipe
 
@@ -16,7 +16,7 @@ from tests.training import read_metrics, run_in_processes, train, write_ds_json,
 def resolve(config: TrainConfig, size: int = 1, stage: int = 2, micro_batch: int = 2, bf16: bool = False) -> Execution:
     ds_json = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": micro_batch}
     ds_json["bf16"] = {"enabled": bf16}
-    return Execution(RunSettings(), resolve_ds_config(ds_json, config, data_size=size, bf16_works=False, path="ds"))
+    return Execution.resolve(ds_json, config, processes=size, bf16_works=False, path="ds")
 
 
 def losses_of_the_recipes_data(world, recipe: str, steps: int) -> list[float]:

@@ -14,7 +14,7 @@ from mdit.costs.trace import Product, forward_flops
 from mdit.costs.traffic import predict_traffic
 from mdit.models import meta_model
 from mdit.models.presets import tiny_2, xl_2
-from mdit.parallel.settings import RunSettings, load_ds_json, load_run_settings
+from mdit.parallel.settings import Execution, load_ds_json
 from tests.recipes import tiny_config
 
 H100 = MACHINES["h100"]
@@ -92,11 +92,15 @@ def test_rings_leave_a_node_with_one_step_in_eight():
 PROFILE = CONFIGS / "zero2_24gb.json"
 
 
+def layout_in(ds_json: dict, config, gpus: int, *, triton: bool = True) -> Layout:
+    execution = Execution.resolve(ds_json, config, processes=gpus, bf16_works=True, path="ds.json")
+    return layout_of(execution, config, gpus, triton=triton, path="ds.json")
+
+
 @pytest.mark.parametrize("stage", ["256_pretrain", "512_finetune"])  # the smallest and the largest
 def test_xl_2_trains_on_one_gpu_of_24_gb(stage):
     config = load_config(PROFILE.with_name(f"res_{stage}.toml"))
-    ds_json, small = load_ds_json(PROFILE), MACHINES["rtx4090"]
-    layout = layout_of(ds_json, load_run_settings(ds_json, PROFILE), config, 1, triton=False, path=PROFILE)
+    small, layout = MACHINES["rtx4090"], layout_in(load_ds_json(PROFILE), config, 1, triton=False)
     assert layout.offload and layout.label == "ZeRO-2 dp1 host"
     found, inside = predict(config, layout, small), predict(config, replace(layout, offload=False), small)
     assert found.fits and found.memory.peak < 14 * 2**30 and not inside.fits
@@ -223,23 +227,26 @@ def test_candidates_are_the_layouts_that_can_be():
     [
         ({"stage": 3}, {"expert_parallel": 2}, "zero_optimization.stage = 3: expected stage 1 or 2"),
         ({"stage": 2}, {"expert_parallel": 2, "tensor_parallel": 2}, "one of them has to be 1"),
-        ({"stage": 2}, {"expert_parallel": 16}, "groups of 16 do not divide 8 GPUs"),
+        ({"stage": 2}, {"expert_parallel": 16}, "expert_parallel = 16 does not divide the 8 processes"),
         ({"stage": 2}, {"tensor_parallel": 4}, "does not divide the 10 heads of blocks.1.attn"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, {}, "offload_optimizer at stage 2 only"),
-        ({"stage": 3, "offload_param": {"device": "cpu"}}, {}, "offload_param = .* offload_optimizer at stage 2 only"),
+        (
+            {"stage": 3, "offload_param": {"device": "cpu"}},
+            {},
+            "offload_param.device = 'cpu': .* offload_optimizer at stage 2 only",
+        ),
         ({"stage": 5}, {}, "stage = 5: .* less than or equal to 3"),
     ],
 )
 def test_a_json_that_cannot_be_planned_is_named(zero, settings, message):
     with pytest.raises(UserError, match=message) as raised:
-        layout_of({"zero_optimization": zero}, RunSettings(**settings), XL, 8, triton=True, path="ds.json")
+        layout_in({"zero_optimization": zero, "mdit": settings}, XL, 8)
     assert str(raised.value).startswith("ds.json: ") and "\n" not in str(raised.value)
 
 
 def test_a_json_decides_what_memory_depends_on():
     ds_json = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e7, "overlap_comm": True}}
-    ds_json["train_micro_batch_size_per_gpu"] = 64
-    settings = RunSettings(expert_parallel=4, activation_checkpointing="block")
-    layout = layout_of(ds_json, settings, XL, 16, triton=True, path="ds.json")
+    ds_json |= {"train_micro_batch_size_per_gpu": 64}
+    layout = layout_in(ds_json | {"mdit": {"expert_parallel": 4, "activation_checkpointing": "block"}}, XL, 16)
     expected = Layout(16, 2, 64, 2, ep=4, checkpointing="block", triton=True)
     assert layout == replace(expected, options=ZeroOptions(overlap_comm=True, reduce_bucket_size=50_000_000))

@@ -21,7 +21,7 @@ from mdit.models import MicroDiT
 from mdit.models.presets import tiny_2
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
-from mdit.parallel.settings import Execution, RunSettings, resolve_ds_config
+from mdit.parallel.settings import Execution, RunSettings
 from tests.recipes import tiny_config
 from tests.training import run_in_processes
 
@@ -195,11 +195,12 @@ def measure(plan, layout) -> dict:
     zero = {"stage": layout.stage, **OPTIONS}
     zero |= {"offload_optimizer": {"device": "cpu"}} if layout.offload else {}
     ds_json = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
-    ds_config = resolve_ds_config(ds_json, config, data_size=plan.data_size, bf16_works=True, path="test")
+    ds_json |= {"mdit": {"tensor_parallel": plan.tensor_parallel}}
+    execution = Execution.resolve(ds_json, config, processes=plan.world.size, bf16_works=True, path="test")
     with Storages() as watch:
         model = MicroDiT(config.model)
         parallelize(model, RunSettings(), plan)
-        engine = Engine(model, config, Execution(RunSettings(), ds_config), plan)
+        engine = Engine(model, config, execution, plan)
         del model
         ema = EMA(config.ema, engine.master_weights)
         for step in (1, 2):
@@ -239,12 +240,12 @@ def test_memory_on_a_gpu():
     config = tiny_config(model=tiny_2().model_dump(), training={"global_batch_size": 2 * n})
     zero = {"stage": 2, "reduce_bucket_size": bucket}
     ds_json = {"train_micro_batch_size_per_gpu": n, "zero_optimization": zero}
-    ds_config = resolve_ds_config(ds_json, config, data_size=1, bf16_works=True, path="test")
+    execution = Execution.resolve(ds_json, config, processes=1, bf16_works=True, path="test")
     world = dist.World(0, 1, 0, torch.device("cuda", 0))
     dist.start(world)
     try:
         before = torch.cuda.memory_allocated()
-        engine = Engine(model_of(config), config, Execution(RunSettings(), ds_config), ParallelPlan(world))
+        engine = Engine(model_of(config), config, execution, ParallelPlan(world))
         ema = EMA(config.ema, engine.master_weights)
         with dispatch.using():
             for step in (1, 2):

@@ -182,10 +182,6 @@ def test_cores_are_counted_where_nobody_tells_which_are_ours(monkeypatch):
     assert cores() == os.cpu_count()
 
 
-def test_only_rank_0_is_first():
-    assert World(0, 2, 0, CPU).is_first and not World(1, 2, 1, CPU).is_first
-
-
 def test_only_rank_0_tells_the_story_but_all_may_warn():
     before = logger.level
     try:

@@ -24,7 +24,7 @@ from mdit.parallel.apply import parallelize
 from mdit.parallel.fp8 import check_fp8, use_fp8
 from mdit.parallel.fuse import FusedMicroDiT, fuse
 from mdit.parallel.plan import ParallelPlan, check_plan
-from mdit.parallel.settings import RunSettings, load_run_settings
+from mdit.parallel.settings import Execution, RunSettings
 from tests.recipes import tiny_config, tiny_model
 from tests.training import attempt, read_metrics, train, write_ds_json, write_recipe
 
@@ -257,16 +257,17 @@ def test_compiled_blocks_call_the_kernels():
 
 def test_off_unless_the_json_says_so():
     assert RunSettings().fp8 is False
-    assert load_run_settings({"mdit": {"fp8": True}}, "ds.json").fp8 is True
-    with pytest.raises(UserError, match="ds.json.*fp8"):
-        load_run_settings({"mdit": {"fp8": "yes please"}}, "ds.json")
+
+
+def execution(stage: int, **settings) -> Execution:
+    return Execution(RunSettings(**settings), {"zero_optimization": {"stage": stage}})
 
 
 @pytest.mark.parametrize("key", ["expert_parallel", "tensor_parallel"])
 def test_groups_of_gpus_are_refused(key):
     with pytest.raises(UserError, match=f'^ds.json: "mdit": {key} = 2 with fp8 = true: expected false$'):
-        check_plan(RunSettings(**{key: 2, "fp8": True}), tiny_model(), {"stage": 2}, 2, "ds.json")
-    check_plan(RunSettings(fp8=True), tiny_model(), {"stage": 3}, 2, "ds.json")
+        check_plan(execution(2, **{key: 2, "fp8": True}), tiny_model(), 2, "ds.json")
+    check_plan(execution(3, fp8=True), tiny_model(), 2, "ds.json")
 
 
 def checked(monkeypatch, capability=(9, 0), bf16=True, in_triton=("fp8_linear",), device="cuda", on=True):

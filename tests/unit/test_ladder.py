@@ -17,7 +17,7 @@ from mdit.bench.row import MADE_UP, Parity
 from mdit.bench.stages import Job
 from mdit.config import UserError
 from mdit.dist import World
-from mdit.parallel.settings import Execution, RunSettings, resolve_ds_config
+from mdit.parallel.settings import Execution, RunSettings
 from tests.recipes import tiny_config
 from tests.training import run_in_processes
 
@@ -28,8 +28,8 @@ BOUND = 1e-4  # relative, of a loss after ten steps in float32
 def job(config=None, micro_batch=8, **settings) -> Job:
     config = config or tiny_config()
     ds_json = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": micro_batch}
-    ds_config = resolve_ds_config(ds_json, config, data_size=1, bf16_works=False, path="ds.json")
-    return Job(config, Execution(RunSettings(**settings), ds_config), MADE_UP, 1)
+    execution = Execution.resolve(ds_json, config, processes=1, bf16_works=False, path="ds.json")
+    return Job(config, Execution(RunSettings(**settings), execution.deepspeed), MADE_UP, 1)
 
 
 class Backend:

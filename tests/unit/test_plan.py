@@ -9,30 +9,33 @@ from mdit.config import UserError
 from mdit.dist import World
 from mdit.models.presets import tiny_2, xl_2
 from mdit.parallel import plan
-from mdit.parallel.plan import ParallelPlan, check_plan, data_parallel_size, uneven
-from mdit.parallel.settings import RunSettings, load_run_settings
-from tests.recipes import tiny_model
+from mdit.parallel.plan import ParallelPlan, check_plan, uneven
+from mdit.parallel.settings import Execution
+from tests.recipes import tiny_config, tiny_model
 
 MODEL = tiny_model(mixer_dim=16)  # 4 experts; every attention has an even number of heads
 
 
-def error_of(world_size=8, zero=None, model=MODEL, **settings):
+def check(world_size=8, zero=None, model=MODEL, **settings) -> None:
+    config = tiny_config(model=model.model_dump(), training={"global_batch_size": 24 * world_size})
+    ds_json = {"zero_optimization": {"stage": 2, **(zero or {})}, "mdit": settings}
+    execution = Execution.resolve(ds_json, config, processes=world_size, bf16_works=False, path="ds.json")
+    check_plan(execution, model, world_size, "ds.json")
+
+
+def error_of(**options):
     with pytest.raises(UserError) as caught:
-        settings = RunSettings(**settings)
-        data_parallel_size(settings, world_size, "ds.json")
-        check_plan(settings, model, {"stage": 2, **(zero or {})}, world_size, "ds.json")
+        check(**options)
     assert "\n" not in str(caught.value) and str(caught.value).startswith('ds.json: "mdit": ')
     return str(caught.value)
 
 
 def test_expert_parallel_ranks_each_have_a_share_of_the_batch():
-    assert data_parallel_size(RunSettings(expert_parallel=4), 8, "ds.json") == 8
     place = ParallelPlan(World(5, 8, 5, torch.device("cpu")))
     assert (place.data_rank, place.data_size) == (5, 8)
 
 
 def test_tensor_parallel_neighbours_have_the_same_share():
-    assert data_parallel_size(RunSettings(tensor_parallel=2), 8, "ds.json") == 4
     places = [ParallelPlan(World(rank, 8, rank, torch.device("cpu")), tensor_parallel=2) for rank in range(8)]
     assert [place.data_rank for place in places] == [0, 0, 1, 1, 2, 2, 3, 3] and places[0].data_size == 4
 
@@ -95,11 +98,10 @@ def test_two_ranks_share_the_papers_models(model):
 @pytest.mark.parametrize("settings", [{}, {"expert_parallel": 4}, {"expert_parallel": 1, "tensor_parallel": 1}])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_what_fits_passes(settings, stage):
-    assert data_parallel_size(RunSettings(**settings), 8, "ds.json") == 8
-    check_plan(RunSettings(**settings), MODEL, {"stage": stage}, 8, "ds.json")
+    check(zero={"stage": stage}, **settings)
 
 
 @pytest.mark.parametrize("value", ["2", 2.5, True, None, 0, -2])
 def test_only_whole_numbers_above_0(value):
-    with pytest.raises(UserError, match='ds.json: "mdit": expert_parallel'):
-        load_run_settings({"mdit": {"expert_parallel": value}}, "ds.json")
+    with pytest.raises(UserError, match="ds.json: mdit.expert_parallel = "):
+        check(expert_parallel=value)

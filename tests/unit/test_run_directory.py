@@ -21,7 +21,7 @@ from mdit.dist import World
 from mdit.files import clean_leftovers, replacing_directory
 from mdit.parallel.shard import WHOLE
 from mdit.train import run_directory
-from mdit.train.run_directory import RunDirectory, check_place, finished_at
+from mdit.train.run_directory import RunDirectory, check_place
 from tests.recipes import tiny_config
 from tests.training import ENCODERS, run_in_processes
 
@@ -167,14 +167,14 @@ def test_checkpoints_that_cannot_be_listed_are_never_a_fresh_start(tmp_path, con
 
 def test_a_file_that_shows_late_is_not_missing(tmp_path, config, monkeypatch):
     path = begun(tmp_path / "run", config, 2)
-    measure, failures = training_state.checksum, [FileNotFoundError(errno.ENOENT, "not yet")]
+    measure, failures = training_state.measure, [FileNotFoundError(errno.ENOENT, "not yet")]
 
     def late(file):
         if failures:
             raise failures.pop()
         return measure(file)
 
-    monkeypatch.setattr(training_state, "checksum", late)
+    monkeypatch.setattr(training_state, "measure", late)
     assert opened(path, config).checkpoint.step == 2
 
 
@@ -272,15 +272,6 @@ def test_first_weights_are_remembered(tmp_path, config):
     begun(tmp_path / "another", config, 2)
     with pytest.raises(UserError, match="begun without it"):
         opened(tmp_path / "another", config, init_from=other)
-
-
-def test_finished_is_a_run_with_its_snapshot(tmp_path, config):
-    path = begun(tmp_path / "run", config, 18, 20)
-    assert finished_at(path, 20) is None
-    written = snapshot(path / "snapshots", config, 20)
-    assert finished_at(path, 20) == 20 and finished_at(path, 21) is None
-    (written / "config.json").unlink()
-    assert finished_at(path, 20) is None
 
 
 def test_a_moved_schedule_is_told(tmp_path, config, caplog):

@@ -24,10 +24,8 @@ from mdit.parallel.settings import (
     Offload,
     RunSettings,
     ZeRO,
-    bucket_size,
+    count_parameters,
     load_ds_json,
-    load_run_settings,
-    resolve_ds_config,
 )
 from mdit.train.engine import check_ds_config
 from tests.recipes import tiny_config
@@ -38,7 +36,8 @@ CONFIG = tiny_config(training={"global_batch_size": 24})
 
 def resolve(ds_json, world_size=2, config=CONFIG, bf16_works=False):
     zero = {"zero_optimization": {"stage": 2}}
-    return resolve_ds_config({**zero, **ds_json}, config, data_size=world_size, bf16_works=bf16_works, path="ds.json")
+    options = dict(processes=world_size, bf16_works=bf16_works, path="ds.json")
+    return Execution.resolve({**zero, **ds_json}, config, **options).deepspeed
 
 
 def error_of(ds_json, **keys):
@@ -51,7 +50,7 @@ def error_of(ds_json, **keys):
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_json_resolves(path):
     config = tiny_config(training={"global_batch_size": 64})
-    resolved = resolve_ds_config(load_ds_json(path), config, data_size=2, bf16_works=True, path=path)
+    resolved = Execution.resolve(load_ds_json(path), config, processes=2, bf16_works=True, path=path).deepspeed
     check_ds_config(resolved, path)
     assert "auto" not in json.dumps(resolved)
     assert resolved["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero")[0])
@@ -171,7 +170,7 @@ def test_what_is_wrong_at_any_depth_is_one_line(tmp_path, content, parts):
     path = tmp_path / "ds.json"
     path.write_text(content)
     with pytest.raises(UserError) as caught:
-        resolve_ds_config(load_ds_json(path), CONFIG, data_size=1, bf16_works=False, path=path)
+        Execution.resolve(load_ds_json(path), CONFIG, processes=1, bf16_works=False, path=path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and message.isprintable() and all(part in message for part in parts), message
 
@@ -182,7 +181,7 @@ def test_what_deepspeeds_own_examples_write_is_taken():
     resolved = resolve({"zero_optimization": zero | offload, "steps_per_print": "auto", "train_batch_size": "auto"})
     check_ds_config(resolved, "ds.json")
     kept = {key: value for key, value in (zero | offload).items() if value != "auto"}
-    assert resolved["zero_optimization"] == kept | {"reduce_bucket_size": bucket_size(CONFIG)}
+    assert resolved["zero_optimization"] == kept | {"reduce_bucket_size": count_parameters(CONFIG.model)}
 
 
 def test_a_comms_logger_that_is_off_is_off():
@@ -226,9 +225,10 @@ def test_zero_section_is_judged_by_deepspeed():
 
 
 def test_own_section_is_strict():
-    assert load_run_settings({"mdit": {"compile": True}}, "ds.json").compile
-    with pytest.raises(UserError, match='ds.json: "mdit": unknown key compil'):
-        load_run_settings({"mdit": {"compil": True}}, "ds.json")
+    options = dict(processes=1, bf16_works=False, path="ds.json")
+    ds_json = {"zero_optimization": {"stage": 1}, "mdit": {"compile": True}}
+    assert Execution.resolve(ds_json, CONFIG, **options).settings.compile
+    assert "unknown key mdit.compil = True; did you mean compile?" in error_of({"mdit": {"compil": True}})
 
 
 def test_unreadable_json(tmp_path):
@@ -250,12 +250,10 @@ def test_options_that_cut_partitions_are_part_of_a_checkpoints_layout():
 def test_the_bucket_is_no_larger_than_the_model_unless_the_json_says_so():
     config = tiny_config()
     numbers = sum(p.numel() for p in MicroDiT(config.model).parameters())
-    resolved = {}
-    for keys in ({}, {"reduce_bucket_size": 7_000}):
-        ds_json = {"zero_optimization": {"stage": 2, **keys}}
-        resolved[len(keys)] = resolve_ds_config(ds_json, config, data_size=1, bf16_works=False, path="x.json")
-    assert resolved[0]["zero_optimization"] == {"stage": 2, "reduce_bucket_size": numbers}
-    assert resolved[1]["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 7_000}
-    huge = resolve({"zero_optimization": {"stage": 2, "reduce_bucket_size": 2**62}}, config=config)
-    assert huge["zero_optimization"] == resolved[0]["zero_optimization"]
-    assert bucket_size(load_config(REPOSITORY / "configs" / "res_256_pretrain.toml")) == 500_000_000
+    found = [
+        resolve({"zero_optimization": {"stage": 2, **keys}}, config=config)["zero_optimization"]
+        for keys in ({}, {"reduce_bucket_size": 7_000}, {"reduce_bucket_size": 2**62})
+    ]
+    assert [zero["reduce_bucket_size"] for zero in found] == [numbers, 7_000, numbers]
+    large = load_config(REPOSITORY / "configs" / "res_256_pretrain.toml")
+    assert resolve({}, world_size=8, config=large)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
