@@ -231,7 +231,7 @@ def test_memory_and_traffic_of_engines(ep, tp):
 @pytest.mark.gpu
 def test_memory_on_a_gpu():
     """What torch reports of the second step of a small model, in bfloat16 under ZeRO-2."""
-    from mdit import dist
+    from mdit import dist, meeting
     from mdit.parallel.plan import ParallelPlan
     from mdit.train.ema import EMA
     from mdit.train.engine import Engine
@@ -242,7 +242,7 @@ def test_memory_on_a_gpu():
     ds_json = {"train_micro_batch_size_per_gpu": n, "zero_optimization": zero}
     execution = Execution.resolve(ds_json, config, processes=1, bf16_works=True, path="test")
     world = dist.World(0, 1, 0, torch.device("cuda", 0))
-    dist.start(world)
+    meeting.start(world)
     try:
         before = torch.cuda.memory_allocated()
         engine = Engine(model_of(config), config, execution, ParallelPlan(world))
