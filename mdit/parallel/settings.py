@@ -185,8 +185,9 @@ def load_ds_json(path: str | Path, *, mdit: dict[str, Any] | None = None, micro_
     values = read_json(path, "the DeepSpeed JSON")
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    if mdit and isinstance(values.get("mdit", {}), dict):
-        values |= {"mdit": values.get("mdit", {}) | mdit}
+    own = {} if values.get("mdit", "auto") == "auto" else values["mdit"]
+    if mdit and isinstance(own, dict):  # else it is refused where it is resolved
+        values |= {"mdit": own | mdit}
     if micro_batch is not None:
         values |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
     return values
