@@ -87,7 +87,7 @@ class KernelRow(Section):
         if speedup:
             worth_it = "yes" if speedup >= WORTH_IT else "no"
         cells = [self.op, self.label, str(sum(self.stages.values())), *map(times, MAIN), others or "-"]
-        more = (self.rate(ceilings), memory, error, speedup and f"{speedup:.2f}", worth_it)
+        more = (self.rate(ceilings), memory, error, f"{speedup:.2f}" if speedup else None, worth_it)
         return [*cells, *(cell or NOT_MEASURED for cell in more)]
 
 

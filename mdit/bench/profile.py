@@ -7,7 +7,8 @@ that waits for it waits longer here than in an unprofiled run.
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,18 +59,20 @@ class Event(NamedTuple):
 def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Path | None, steps: int = 2) -> Profile:
     """The profile of `steps` calls of `step`, after one that starts the profiler; the trace lies in `directory`."""
     on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     once = schedule(wait=0, warmup=1, active=steps, repeat=1)
+    step_ms = 0.0
     # acc_events only keeps torch from warning that events of earlier cycles are lost: there is one cycle.
     with profile(activities=activities, schedule=once, acc_events=True) as profiler:
-        _whole(step, device)
+        step()
+        wait()
         profiler.step()
         began = time.perf_counter()
         for number in range(steps):
-            if number < steps - 1:
-                step()
-            else:
-                _whole(step, device)
+            step()
+            if number == steps - 1:
+                wait()
                 step_ms = 1e3 * (time.perf_counter() - began) / steps
             profiler.step()
     events = profiler.events() or []
@@ -89,13 +92,6 @@ def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Pa
     )
 
 
-def _whole(step: Callable[[], Any], device: torch.device) -> None:
-    """Until the device has done it, too."""
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _events(events: Iterable[Any], device: DeviceType) -> Iterable[Event]:
     """Without ranges that somebody marked, and what other threads finish."""
     for event in events:
@@ -111,23 +107,21 @@ def category(name: str) -> str:
 
 def by_category(events: Iterable[Event], steps: int) -> dict[str, float]:
     """{name: ms a step}, the dearest first; only those that are there. They add up to all events' own time."""
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = defaultdict(float)
     for event in events:
-        name = category(event.name)
-        sums[name] = sums.get(name, 0.0) + event.own / 1e3 / steps
+        sums[category(event.name)] += event.own / 1e3 / steps
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def dearest(events: Iterable[Event], steps: int) -> tuple[KernelTime, ...]:
+def dearest(events: Sequence[Event], steps: int) -> tuple[KernelTime, ...]:
     """The KERNELS with the most time, equal names as one; C++ names end where they get long."""
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, float] = defaultdict(float)
+    calls = Counter(event.name for event in events)
     for event in events:
-        found = sums.setdefault(event.name, [0, 0.0])
-        found[0], found[1] = found[0] + 1, found[1] + event.own / 1e3
-    first = sorted(sums.items(), key=lambda item: -item[1][1])[:KERNELS]
+        sums[event.name] += event.own / 1e3 / steps
     return tuple(
-        KernelTime(name=name[:NAME_LENGTH], category=category(name), calls=calls / steps, ms=ms / steps)
-        for name, (calls, ms) in first
+        KernelTime(name=name[:NAME_LENGTH], category=category(name), calls=calls[name] / steps, ms=ms)
+        for name, ms in sorted(sums.items(), key=lambda item: -item[1])[:KERNELS]
     )
 
 

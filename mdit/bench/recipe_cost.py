@@ -133,6 +133,7 @@ def efficiency(stage: Stage, gpus: int, machine: Machine) -> float | None:
 
 def _predicted_rate(stage: Stage, gpus: int, machine: Machine) -> float | None:
     """Images per second and GPU; with fewer images at once where a GPU's share of the batch is smaller."""
+    assert stage.measured is not None
     setting, batch = stage.measured.row.setting, stage.config.training.global_batch_size
     share, rest = divmod(batch, gpus)
     if rest:
@@ -154,11 +155,11 @@ def scaled(stages: Sequence[Stage], gpus: int, machine: Machine) -> tuple[float,
     shared. The mean is weighted with GPU-hours."""
     alone = there = 0.0
     for stage in stages:
-        share = stage.measured and efficiency(stage, gpus, machine)
-        if not share:
+        hours, share = stage.gpu_hours, stage.measured and efficiency(stage, gpus, machine)
+        if not (hours and share):
             return None
-        alone += stage.gpu_hours
-        there += stage.gpu_hours / share
+        alone += hours
+        there += hours / share
     return there / gpus, alone / there
 
 
