@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit import cli
+from mdit.bench.report import table
 from mdit.config import ModelConfig, UserError, kept_tokens, load_config
 from mdit.costs.kernel_calls import STAGES, KernelCall, fp8_calls, kernel_calls
 from mdit.files import try_to_write, write_json
@@ -48,7 +50,6 @@ GROWING = ("A", "F", "IN", "OUT")  # widths that grow with depth
 FP8_CAPABILITY = 89
 STUB = Path(__file__).with_name("libcuda_stub.c")
 EVALUATED = (64, 0.0)  # images at once, and none masked: validation and sampling of a run
-COLUMNS = "{:<34} {:<9} {:>5} {:>9} {:>10} {:>5} {:>6} {:>7}  {}"
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--preset", choices=("xl_2", "tiny_2"), default="xl_2")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--capability", type=int, default=90, help="of the GPU: 80 is an A100, 90 an H100")
-    parser.add_argument("--all", action="store_true", help="every width, not only the first, the middle and the last")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--cache", type=cli.path, metavar="DIR", help="build into DIR, for a GPU machine to find there")
-    parser.add_argument(
-        "--recipe", type=cli.path, action="append", default=[], help="with --cache: its kernels as well"
-    )
+    add = parser.add_argument
+    add("--preset", choices=("xl_2", "tiny_2"), default="xl_2")
+    add("--dtype", choices=DTYPES, default="bf16")
+    add("--capability", type=int, default=90, help="of the GPU: 80 is an A100, 90 an H100")
+    widths = parser.add_mutually_exclusive_group()
+    widths.add_argument("--all", action="store_true", help="every width, not only the first, the middle and the last")
+    widths.add_argument("--few", action="store_true", help="every kernel of every op, but few of its sizes")
+    add("--json", type=Path, help="also write the numbers to this file")
+    add("--cache", type=cli.path, metavar="DIR", help="build into DIR, for a GPU machine to find there")
+    add("--recipe", type=cli.path, action="append", default=[], help="with --cache: its kernels as well")
     more = "with --cache: besides what a run takes of each model; kernels differ with it"
-    parser.add_argument("--micro_batch", type=cli.whole(1), nargs="+", default=[], help=more)
+    add("--micro_batch", type=cli.whole(1), nargs="+", default=[], help=more)
     args = parser.parse_args(arguments)
     if (args.recipe or args.micro_batch) and not args.cache:
         parser.error(f"--{'recipe' if args.recipe else 'micro_batch'}: says nothing without --cache")
@@ -105,7 +107,7 @@ def require_triton() -> None:
 
 
 def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
-    """-> what was built, what is wrong with it, and Triton's version. Prints a line for each build."""
+    """-> what was built, what is wrong with it, and Triton's version. Prints a table of the builds."""
     from mdit.kernels import ahead_of_time  # here, since it imports triton
 
     uses: dict[ahead_of_time.Source, list[Use]] = {}
@@ -118,23 +120,32 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
         except Exception as error:  # the other kernels still count
             wrong.append(f"{call.op} at {call.label} cannot be launched: {reason(error)}")
 
-    print(
-        COLUMNS.format("kernel", "", "warps", "registers", "shared KiB", "stack", "spills", "built s", "first used at")
-    )
+    if args.few:
+        uses = few(uses)
+    lines = [["kernel, first used at", "warps", "registers", "shared KiB", "stack", "spills", "built s"]]
     with fresh_processes() as workers:
-        for source, built in zip(uses, workers.map(build_or_reason, uses)):
-            first, others = uses[source][0], len(uses[source]) - 1
-            where = f"{first.op} {first.where} {first.label}" + (f" and {others} more" if others else "")
+        for (source, used), built in zip(uses.items(), workers.map(partial(attempt, "build"), uses)):
+            where = f"{used[0].op} {used[0].where} {used[0].label}" + f" and {len(used) - 1} more" * (len(used) > 1)
             if isinstance(built, str):
-                print(f"{source.kernel:<34} {first.direction:<9} failed: {built}  {where}")
-                wrong.append(f"{source.kernel} does not compile: {built}")
+                wrong.append(f"{source.kernel} does not compile: {built} ({where})")
                 continue
             numbers = [built.num_warps, built.registers, f"{built.shared_bytes / 1024:.1f}", built.stack_bytes]
             numbers += [built.spill_bytes, f"{built.seconds:.1f}"]
-            print(COLUMNS.format(built.name, first.direction, *numbers, where), flush=True)
+            lines.append([f"{built.name}, {used[0].direction} of {where}", *numbers])
             wrong += [f"{fault} ({where})" for fault in ahead_of_time.faults(built)]
-            builds.append({**asdict(built), "uses": [asdict(use) for use in uses[source]]})
+            builds.append({**asdict(built), "uses": [asdict(use) for use in used]})
+    print(table(lines, markdown=False))
     return builds, wrong, ahead_of_time.VERSION
+
+
+def few(uses: dict) -> dict:
+    """One source of those that an op launches as the same kernel, alike in all but sizes; with all uses that it has."""
+    chosen = {}
+    for source, used in uses.items():
+        flags = [constant for constant in source.constants if constant[1] is None or isinstance(constant[1], bool)]
+        for use in used:
+            chosen[use.op, use.direction, source.kernel, source.num_warps, *flags] = source
+    return {source: uses[source] for source in dict.fromkeys(chosen.values())}
 
 
 def fresh_processes(*initializer: Any) -> ProcessPoolExecutor:
@@ -169,7 +180,7 @@ def fill_cache(args: argparse.Namespace) -> int:
         command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1", str(STUB)]
         subprocess.run(command, check=True)
         with fresh_processes(ahead_of_time.pretend_to_have_a_gpu, args.capability, Path(folder)) as workers:
-            kept = list(workers.map(keep_or_reason, sources))
+            kept = list(workers.map(partial(attempt, "keep"), sources))
     wrong = [
         f"{source.kernel} does not compile: {what}" for source, what in zip(sources, kept) if isinstance(what, str)
     ]
@@ -181,12 +192,12 @@ def fill_cache(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def keep_or_reason(source):
-    """In a worker process."""
+def attempt(method: str, source):
+    """In a worker process: what this function of ahead_of_time gives for the source, or why it fails."""
     from mdit.kernels import ahead_of_time
 
     try:
-        return ahead_of_time.keep(source)
+        return getattr(ahead_of_time, method)(source)
     except Exception as error:  # of Triton's many kinds
         return reason(error)
 
@@ -197,16 +208,6 @@ def launches_of_check(head_dim: int, dtype: torch.dtype) -> list[Launch]:
         for op in dispatch.OPS:
             compare_with_reference(op, torch.device("cpu"), dtype, head_dim)
     return found
-
-
-def build_or_reason(source):
-    """In a worker process."""
-    from mdit.kernels import ahead_of_time
-
-    try:
-        return ahead_of_time.build(source)
-    except Exception as error:  # of Triton's many kinds
-        return reason(error)
 
 
 def reason(error: Exception) -> str:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mdit.kernels import dispatch
+
 GPU = torch.cuda.is_available()
 # The interpreter computes on the CPU; its tl.dot does not know bfloat16. On a GPU the kernels themselves run.
 DEVICE = "cuda" if GPU else "cpu"
@@ -14,6 +16,32 @@ DTYPES = [
     torch.float16,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
 ]
+
+
+def in_triton(*ops: str):
+    """A fixture, inside whose tests these ops run in Triton."""
+
+    @pytest.fixture
+    def triton():
+        pytest.importorskip("triton")
+        with dispatch.using(*ops, off_gpu=True):
+            yield
+
+    return triton
+
+
+def kept_for_backward(function: Callable, inputs: Sequence[Tensor | None]) -> dict[int, int]:
+    """Bytes of the distinct storages that a call keeps for its backward pass, by their addresses."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
+    return kept
 
 
 def gradients(function: Callable, inputs: Sequence[Tensor | None]) -> list[Tensor]:

@@ -71,7 +71,8 @@ def run_tool(*arguments, **environment):
 
 
 def test_every_kernel_of_a_training_step_fits_an_h100_and_spills_nothing(tmp_path):
-    done = run_tool("--json", tmp_path / "builds.json")
+    """Every kernel of every op; `tools/build_kernels.py` alone does it at more of the sizes."""
+    done = run_tool("--few", "--json", tmp_path / "builds.json")
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "builds.json").read_text())

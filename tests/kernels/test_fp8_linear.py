@@ -6,11 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdit.kernels import dispatch, fp8_linear
+from mdit.kernels import fp8_linear
 from mdit.kernels.expert_choice.reference import route
 from mdit.kernels.fp8_linear import reference
 from mdit.kernels.fp8_linear.reference import quantise
-from tests.kernels.accuracy import DEVICE, GPU, assert_same_bits_twice, gradients, poisoned_memory, rms
+from tests.kernels.accuracy import (
+    DEVICE,
+    GPU,
+    assert_same_bits_twice,
+    gradients,
+    in_triton,
+    poisoned_memory,
+    rms,
+)
+
+triton = in_triton("fp8_linear")
 
 # On a GPU cuBLAS adds up in its own way, and in bfloat16 alone is it what a run does.
 DTYPES = [torch.bfloat16] if GPU else [torch.float32, torch.float16]
@@ -46,14 +56,6 @@ def function_of(name: str, module=fp8_linear):
 
 def in_dtype(arguments: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t.to(DEVICE, dtype) for t in arguments]
-
-
-@pytest.fixture
-def triton():
-    """Chosen for fp8_linear inside the test."""
-    pytest.importorskip("triton")
-    with dispatch.using("fp8_linear", off_gpu=True):
-        yield
 
 
 # The definition

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdit.kernels import dispatch, fp8_linear, patch_mixing
+from mdit.kernels import fp8_linear, patch_mixing
 from mdit.kernels.fp8_linear.reference import quantise
 from mdit.kernels.launch import recorded
 from mdit.kernels.patch_mixing import reference
@@ -16,8 +16,11 @@ from tests.kernels.accuracy import (
     assert_as_accurate,
     assert_same_bits_twice,
     gradients,
+    in_triton,
     poisoned_memory,
 )
+
+triton = in_triton("patch_mixing", "fp8_linear")
 
 EPS = 1e-6
 # In the model: attention's result enters; cross-attention's; a first block's input; the mixer's exit; and the rest.
@@ -60,14 +63,6 @@ def inputs(case: str, n: int, t: int, d: int, kept: int | None = None) -> list[T
         some("modulation", n, d),
         keep_NK if "keep" in parts else None,
     ]
-
-
-@pytest.fixture
-def triton():
-    """Chosen inside the test."""
-    pytest.importorskip("triton")
-    with dispatch.using("patch_mixing", "fp8_linear", off_gpu=True):
-        yield
 
 
 @pytest.fixture(params=["reference", "triton"])

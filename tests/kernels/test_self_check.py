@@ -159,10 +159,6 @@ def missing(t: Tensor) -> Tensor:
     return 0 * t
 
 
-def half(t: Tensor) -> Tensor:
-    return t / 2
-
-
 def first_alone(t: Tensor) -> Tensor:
     """The sums of one of two programs."""
     return t * torch.cat([torch.ones(len(t) // 2), torch.zeros(len(t) - len(t) // 2)]).to(t).view(-1, 1)
@@ -230,13 +226,13 @@ def gradient_of_the_sum_unnormed(x, y, gate, weight, shift, scale, eps, keep=Non
     return x.detach() + (x - x.detach()) * 0.5, h
 
 
-def routing(**changes):
-    """Routing with one of its fields changed."""
+def weights(change):
+    """Routing with other weights."""
 
     def faulty(right):
         def kernel(logits, k):
             found = right(logits, k)
-            return found._replace(**{name: change(getattr(found, name)) for name, change in changes.items()})
+            return found._replace(weights_NEK=change(found.weights_NEK))
 
         return kernel
 
@@ -271,29 +267,19 @@ def last_expert_wins(right):
     return kernel
 
 
+# For every op: what each of its formulas may lose, a row and a column of what it writes, and each of its gradients.
 FAULTS = [
     *((f"masked_attention.self_attention: {what}", self_attention(**how)) for what, how in ATTENTION),
     *((f"masked_attention.cross_attention: {what}", cross_attention(**how)) for what, how in ATTENTION),
     ("masked_attention.self_attention: eps dropped", given(lambda qkv, heads, eps: (qkv, heads, 0.0))),
-    ("masked_attention.cross_attention: eps dropped", given(lambda q, kv, heads, eps, *_: (q, kv, heads, 0.0))),
     ("masked_attention.self_attention: last row", output(without_row)),
     ("masked_attention.cross_attention: a column", output(without_column)),
     ("masked_attention.cross_attention: last key", given(lambda q, kv, *more: (q, kv[:, :-1], *more))),
-    (
-        "masked_attention.cross_attention: one key twice",
-        given(lambda q, kv, *more: (q, torch.cat([kv, kv[:, -1:]], 1), *more)),
-    ),
     ("masked_attention.self_attention: gradient without its last row", hooked(without_row, 0)),
-    ("masked_attention.self_attention: gradient without a column", hooked(without_column, 0)),
     ("masked_attention.cross_attention: no gradient of q", hooked(missing, 0)),
-    ("masked_attention.cross_attention: q's gradient halved", hooked(half, 0)),
     ("masked_attention.cross_attention: no gradient of the last key", hooked(without_row, 1)),
     ("patch_mixing.add_norm_modulate: eps dropped", given(lambda *a: (*a[:6], 0.0, *a[7:]))),
     ("patch_mixing.add_norm_modulate: scale in place of 1 + scale", lambda right: modulated_without_one),
-    (
-        "patch_mixing.add_norm_modulate: shift dropped",
-        given(lambda x, y, g, w, shift, *a: (x, y, g, w, None if shift is None else 0 * shift, *a)),
-    ),
     ("patch_mixing.add_norm_modulate: other tokens kept", given(neighbours_tokens)),
     ("patch_mixing.add_norm_modulate: gradient past the norm halved", lambda right: gradient_of_the_sum_unnormed),
     ("patch_mixing.add_norm_modulate: last row", output(without_row)),
@@ -304,14 +290,11 @@ FAULTS = [
         for what, change in [("no gradient", missing), ("gradient without a column", without_column)]
     ),
     ("patch_mixing.add_norm_modulate: one image's sums of the gate", hooked(first_alone, 2)),
-    ("expert_choice.route: the next token's weight", routing(weights_NEK=lambda w: w.roll(1, -1))),
-    ("expert_choice.route: the next expert's weight", routing(weights_NEK=lambda w: w.roll(1, 1))),
-    ("expert_choice.route: the largest weight for all", routing(weights_NEK=lambda w: w[..., :1].expand_as(w))),
+    ("expert_choice.route: the next token's weight", weights(lambda w: w.roll(1, -1))),
+    ("expert_choice.route: the next expert's weight", weights(lambda w: w.roll(1, 1))),
     ("expert_choice.route: softmax of three of four experts", softmax_of_three),
-    ("expert_choice.route: no gradient", routing(weights_NEK=lambda w: w.detach() + 0 * w)),
-    ("expert_choice.route: gradient's last row", hooked(without_row, 0)),
+    ("expert_choice.route: no gradient", weights(lambda w: w.detach() + 0 * w)),
     ("expert_choice.gather_tokens: last row", output(without_row)),
-    ("expert_choice.gather_tokens: a column", output(without_column)),
     ("expert_choice.gather_tokens: no gradient", hooked(missing, 0)),
     ("expert_choice.gelu_bmm: ReLU for GELU", lambda right: with_relu),
     ("expert_choice.gelu_bmm: weights dropped", given(lambda h, w, weights: (h, w, 1 + 0 * weights))),
@@ -319,19 +302,12 @@ FAULTS = [
     ("expert_choice.gelu_bmm: no gradient of h", hooked(missing, 0)),
     ("expert_choice.gelu_bmm: gradient of w2 without a column", hooked(without_column, 1)),
     ("expert_choice.scatter_tokens: the last expert's row alone", last_expert_wins),
-    ("expert_choice.scatter_tokens: last row", output(without_row)),
     ("expert_choice.scatter_tokens: gradient's last row", hooked(without_row, 0)),
     ("swiglu.swiglu_linear: the halves exchanged", given(lambda ab, *more: (exchanged(ab), *more))),
     ("swiglu.swiglu_linear: last row", output(without_row)),
     ("swiglu.swiglu_linear: a column", output(without_column)),
-    (
-        "swiglu.swiglu_linear: a column of 80 left out",
-        given(lambda ab, *more: (without_column(ab).detach() + (ab - ab.detach()), *more)),
-    ),
     ("swiglu.swiglu_linear: no gradient of a", hooked(without_first_half, 0)),
-    ("swiglu.swiglu_linear: no gradient of b", hooked(lambda g: exchanged(without_first_half(exchanged(g))), 0)),
     ("swiglu.swiglu_linear: the halves' gradients exchanged", hooked(exchanged, 0)),
-    ("swiglu.swiglu_linear: no gradient of the weight", hooked(missing, 1)),
     *((f"swiglu.swiglu_linear: a column of input {i}'s gradient", hooked(without_column, i)) for i in range(2)),
     *(
         (f"fp8_linear.{name}: {what}", fault)
@@ -341,17 +317,11 @@ FAULTS = [
             ("the next row's scale", output(lambda out: out * (1 + (torch.arange(out.shape[-2]) % 2)[:, None]))),
             ("last row", output(without_row)),
             ("the gradient's scale twice as large", hooked(lambda g: 2 * g, 0)),
-            ("no gradient of the input", hooked(missing, 0)),
             ("gradient of input 2 without a column", hooked(without_column, 1)),
         ]
     ),
     ("fp8_linear.fp8_add_norm_modulate: scale twice as large", float8(lambda h: h._replace(scale=2 * h.scale))),
-    ("fp8_linear.fp8_add_norm_modulate: last row", float8(lambda h: h._replace(scale=without_row(h.scale)))),
     ("fp8_linear.fp8_swiglu: no gradient of w3", hooked(missing, 3)),
-    (
-        "fp8_linear.fp8_experts: weights dropped",
-        given(lambda x, w1, w2, routing: (x, w1, w2, routing._replace(weights_NEK=1 + 0 * routing.weights_NEK))),
-    ),
     ("fp8_linear.fp8_experts: no gradient of w2", hooked(missing, 2)),
 ]
 

@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdit.kernels import dispatch, swiglu
+from mdit.kernels import swiglu
 from mdit.kernels.swiglu import reference
-from tests.kernels.accuracy import DEVICE, DTYPES, assert_as_accurate, assert_same_bits_twice, gradients
+from tests.kernels.accuracy import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_same_bits_twice,
+    gradients,
+    in_triton,
+    kept_for_backward,
+)
+
+triton = in_triton("swiglu")
 
 SHAPES = [(2, 1, 8), (1, 63, 72), (2, 77, 256), (40, 300), (3, 2, 2, 1152), (72,)]  # (..., F)
 
@@ -22,14 +32,6 @@ def inputs(shape: tuple[int, ...], bias: bool = True, width: int = 24) -> list[T
 
 def low(arguments: list[Tensor | None]) -> list[Tensor | None]:
     return [t.float().to(DEVICE) if t is not None else None for t in arguments]
-
-
-@pytest.fixture
-def triton():
-    """Chosen for swiglu inside the test."""
-    pytest.importorskip("triton")
-    with dispatch.using("swiglu", off_gpu=True):
-        yield
 
 
 def test_reference_is_the_formula():
@@ -97,21 +99,12 @@ def test_triton_writes_nothing_into_its_inputs(triton):
     assert all(torch.equal(t, b) for t, b in zip(arguments, before))
 
 
-def kept_elements(function, arguments: list[Tensor | None]) -> int:
-    """Elements of distinct tensors kept for backward, parameters aside."""
-    ab, *parameters = [t.requires_grad_() if t is not None else None for t in arguments]
-    saved: dict[int, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
-    ):
-        assert function(ab, *parameters).requires_grad
-    return sum(saved.values()) - sum(saved.get(t.data_ptr(), 0) for t in parameters if t is not None)
-
-
 def test_triton_keeps_a_and_b_alone(triton):
     """Half of what PyTorch does, which keeps silu(a) and the product too."""
-    assert kept_elements(swiglu.swiglu_linear, low(inputs((2, 16, 72)))) == 2 * (2 * 16 * 72)
-    assert kept_elements(reference.swiglu_linear, low(inputs((2, 16, 72)))) == 4 * (2 * 16 * 72)
+    ab, *parameters = [t.requires_grad_() for t in low(inputs((2, 16, 72)))]
+    for function, values in ((swiglu.swiglu_linear, 2), (reference.swiglu_linear, 4)):
+        kept = kept_for_backward(function, [ab, *parameters])
+        assert sum(kept.values()) - parameters[0].nbytes == values * (2 * 16 * 72) * 4
 
 
 @pytest.mark.parametrize("bias", [True, False])
