@@ -6,7 +6,9 @@ Parameter and buffer names and shapes are exactly those of the released checkpoi
 """
 
 from functools import cache
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,7 +70,7 @@ class Block(nn.Module):
     def init_weights(self) -> None:
         for layer in (self.attn, self.cross_attn, self.mlp):
             layer.init_weights(self.out_std)
-        nn.init.zeros_(self.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.adaLN_modulation.get_parameter("1.weight"))
 
 
 class CaptionBlock(nn.Module):
@@ -120,12 +122,12 @@ class MicroDiT(nn.Module):
         self.y_embedder = CaptionProjection(config)
         self.y_emb_preprocess = CaptionBlock(config)
         self.pooled_y_emb_process = Mlp(dim, dim, config.norm_eps)
-        self.patch_mixer = nn.ModuleList(mixer_blocks(config))
+        self.patch_mixer = cast(list[Block], nn.ModuleList(mixer_blocks(config)))
         if self.patch_mixer:
             self.patch_mixer_map_xin = projection(dim, config.mixer_dim, config)
             self.patch_mixer_map_xout = projection(config.mixer_dim, dim, config)
             self.patch_mixer_map_y = projection(dim, config.mixer_dim, config)
-        self.blocks = nn.ModuleList(backbone_blocks(config))
+        self.blocks = cast(list[Block], nn.ModuleList(backbone_blocks(config)))
         self.final_layer = FinalLayer(dim, patch**2 * config.latent_channels, config.norm_eps)
         self.init_weights()
 
@@ -200,13 +202,14 @@ def buffers(config: ModelConfig) -> dict[str, Tensor]:
 
 def backbone_blocks(config: ModelConfig) -> list[Block]:
     """Widths grow linearly with depth; experts in every n-th block but the last."""
-    qkv_ratios, ffn_ratios = linspace(*config.qkv_ratio, config.depth), linspace(*config.ffn_ratio, config.depth)
+    # Widths of released checkpoints hang on how NumPy rounds.
+    qkv_ratios, ffn_ratios = (np.linspace(*ratio, config.depth) for ratio in (config.qkv_ratio, config.ffn_ratio))
     return [
         Block(
             config,
             dim=config.dim,
-            qkv_ratio=qkv_ratios[i],
-            ffn_ratio=ffn_ratios[i],
+            qkv_ratio=float(qkv_ratios[i]),
+            ffn_ratio=float(ffn_ratios[i]),
             has_experts=is_expert_block(i, config.experts_every_n) and i < config.depth - 1,
             out_std=0.02 / (2 * (i + 1)) ** 0.5,
         )
@@ -239,14 +242,6 @@ def projection(in_dim: int, out_dim: int, config: ModelConfig) -> nn.Sequential:
     if in_dim == out_dim:
         return nn.Sequential()
     return nn.Sequential(layer_norm(in_dim, config.norm_eps), nn.Linear(in_dim, out_dim, bias=config.use_bias))
-
-
-def linspace(first: float, last: float, count: int) -> list[float]:
-    """Rounded exactly as numpy.linspace, since widths of released checkpoints hang on it; the last value is exact."""
-    if count == 1:
-        return [first]
-    step = (last - first) / (count - 1)
-    return [first + i * step for i in range(count - 1)] + [last]
 
 
 @cache

@@ -131,11 +131,11 @@ class TimestepEmbedder(nn.Module):
         half = self.NUM_FEATURES // 2
         steps = torch.arange(half, dtype=torch.float32, device=c_noise_N.device)
         angles = c_noise_N.float().unsqueeze(1) * torch.exp(-math.log(10000) * steps / half)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp.get_parameter("0.weight").dtype))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.mlp[2].weight, std=0.02)
+        nn.init.normal_(self.mlp.get_parameter("0.weight"), std=0.02)
+        nn.init.normal_(self.mlp.get_parameter("2.weight"), std=0.02)
 
 
 class FinalLayer(nn.Module):
@@ -152,7 +152,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x_NTD), shift, scale))
 
     def init_weights(self) -> None:
-        nn.init.zeros_(self.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.adaLN_modulation.get_parameter("1.weight"))
         nn.init.zeros_(self.linear.weight)
 
 

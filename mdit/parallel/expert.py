@@ -54,14 +54,14 @@ def shard_layer(layer: FusedExpertChoiceMoE, group: torch.distributed.ProcessGro
     ep = torch.distributed.get_world_size(group)
     for part in (layer.w1, layer.w2):
         cut(part, Shard(dim=0, index=torch.distributed.get_rank(group), count=ep), group)
-        part.allreduce, part.group_name = False, group_name(ep)
+        vars(part).update(allreduce=False, group_name=group_name(ep))
     swap(layer, ExpertParallelMoE, group=group, ep=ep)
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
     """For the optimizer: the experts' parameters apart from all others, as ZeRO wants them."""
     split = configure_moe_param_groups(list(model.parameters()))
-    return [group for group in split if group["params"]]
+    return [group for group in split or [] if group["params"]]
 
 
 class ExpertParallelMoE(FusedExpertChoiceMoE, MoE):

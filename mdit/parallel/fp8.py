@@ -29,6 +29,7 @@ from mdit.kernels.fp8_linear import (
 )
 from mdit.masking import Mask
 from mdit.models import MicroDiT
+from mdit.models.dit import Block
 from mdit.models.layers import SwiGLU
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.fuse import (
@@ -75,7 +76,7 @@ class Fp8ExpertChoiceMoE(FusedExpertChoiceMoE):
 
 
 class Fp8MicroDiT(FusedMicroDiT):
-    def caption_for(self, blocks: nn.ModuleList, y_NLD: Tensor) -> Tensor | InFloat8:
+    def caption_for(self, blocks: list[Block], y_NLD: Tensor) -> Tensor | InFloat8:
         """Quantised once for the keys and values of all blocks."""
         in_float8 = all(isinstance(block.cross_attn.kv_linear, Fp8Linear) for block in blocks)
         return quantise(y_NLD) if in_float8 else y_NLD
@@ -115,7 +116,7 @@ def matmuls(model: MicroDiT) -> Iterator[nn.Module]:
 def norms(model: MicroDiT) -> Iterator[nn.Module]:
     """The norms whose readers are all in float8 then. (Experts have a router, and gather what they quantise.)"""
     for block in (*model.patch_mixer, *model.blocks):
-        readers = {block.norm1: block.attn.qkv, block.norm2: block.cross_attn.q_linear}
+        readers: dict[nn.Module, nn.Module] = {block.norm1: block.attn.qkv, block.norm2: block.cross_attn.q_linear}
         if isinstance(block.mlp, SwiGLU):
             readers[block.norm3] = block.mlp
         yield from (norm for norm, reader in readers.items() if fits(reader))

@@ -126,7 +126,7 @@ class FusedMicroDiT(MicroDiT):
             pending = block(pending, caption, condition_ND)
         return self.final_layer(pending, condition_ND)
 
-    def caption_for(self, blocks: nn.ModuleList, caption_NLD: Tensor) -> Tensor:
+    def caption_for(self, blocks: list[Block], caption_NLD: Tensor) -> Tensor:
         """The form in which these blocks, all alike in this, read the caption."""
         return caption_NLD
 
@@ -152,8 +152,8 @@ def side_by_side(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
     A copy of weights, a few MB, saves passes over all tokens: they are read once, and have one gradient.
     """
-    biases = [layer.bias for layer in layers]
-    return torch.cat([layer.weight for layer in layers]), None if biases[0] is None else torch.cat(biases)
+    weight = torch.cat([layer.weight for layer in layers])
+    return weight, None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
 
 
 class FusedExpertChoiceMoE(ExpertChoiceMoE):

@@ -10,6 +10,7 @@ are added up in another order. Where blocks are compiled, each way is fused, and
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,6 @@ def keep(kept: tuple[str, ...], _, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if str(op).startswith(kept) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-OPTIONS = {"use_reentrant": False, "preserve_rng_state": False}  # a block draws no random numbers
+OPTIONS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a block draws no random numbers
 keeping_the_routing = partial(create_selective_checkpoint_contexts, partial(keep, ROUTING))
 keeping_the_dear = partial(create_selective_checkpoint_contexts, partial(keep, ROUTING + DEAR))

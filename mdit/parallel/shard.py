@@ -39,10 +39,10 @@ WHOLE = Shard()
 
 
 @torch.no_grad()
-def cut(parameter: nn.Parameter, shard: Shard, group: torch.distributed.ProcessGroup) -> None:
+def cut(parameter: Tensor, shard: Shard, group: torch.distributed.ProcessGroup) -> None:
     """Keep a part of a parameter, in place, and note on it which, and which ranks hold the others (by index)."""
     parameter.data = shard.take(parameter)
-    parameter.shard, parameter.shard_group = shard, group
+    vars(parameter).update(shard=shard, shard_group=group)
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:
@@ -55,5 +55,5 @@ def gather_whole(part: Tensor, parameter: nn.Parameter) -> Tensor:
     if shard.count == 1:
         return part
     parts = [torch.empty_like(part) for _ in range(shard.count)]
-    torch.distributed.all_gather(parts, part.contiguous(), group=parameter.shard_group)
+    torch.distributed.all_gather(parts, part.contiguous(), group=vars(parameter)["shard_group"])
     return shard.join(parts)

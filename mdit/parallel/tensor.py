@@ -11,6 +11,7 @@ Shapes: N batch, T image tokens, L caption tokens, D width, A width over all ran
 """
 
 import warnings
+from typing import cast
 
 import torch
 import torch.distributed
@@ -22,7 +23,8 @@ from torch.distributed import ProcessGroup
 
 from mdit.kernels import swiglu
 from mdit.models import MicroDiT
-from mdit.models.layers import softmax_attention
+from mdit.models.dit import Block
+from mdit.models.layers import SwiGLU, softmax_attention
 from mdit.parallel.fuse import FusedCrossAttention, FusedSelfAttention, FusedSwiGLU, side_by_side
 from mdit.parallel.shard import Shard, cut
 from mdit.parallel.swap import swap
@@ -60,8 +62,9 @@ def start(tp: int) -> tuple[ProcessGroup, DeepSpeedMPU]:
     """
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory, for programs that read it
-    return parallel_state.get_tensor_model_parallel_group(), DeepSpeedMPU()
+    # A pass over memory, for programs that read what they have not written. (A property of the module's own class.)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[reportAttributeAccessIssue]
+    return cast(ProcessGroup, parallel_state.get_tensor_model_parallel_group()), DeepSpeedMPU()
 
 
 def shard_blocks(model: MicroDiT, group: ProcessGroup) -> None:
@@ -73,13 +76,13 @@ def shard_blocks(model: MicroDiT, group: ProcessGroup) -> None:
         cut_column(block.attn.qkv, group, blocks=3)
         cut_row(block.attn.proj, group)
         swap(block.attn, TensorParallelSelfAttention, group=group, num_heads=block.attn.num_heads // group.size())
-        if hasattr(block, "cross_attn"):
+        if isinstance(block, Block):
             cross = block.cross_attn
             cut_column(cross.q_linear, group)
             cut_column(cross.kv_linear, group, blocks=2)
             cut_row(cross.proj, group)
             swap(cross, TensorParallelCrossAttention, group=group, num_heads=cross.num_heads // group.size())
-        if isinstance(block.mlp, FusedSwiGLU):
+        if isinstance(block.mlp, SwiGLU):
             cut_column(block.mlp.w1, group)
             cut_column(block.mlp.w2, group)
             cut_row(block.mlp.w3, group)
@@ -155,6 +158,7 @@ class TensorParallelSwiGLU(FusedSwiGLU):
     """This rank's columns."""
 
     group: ProcessGroup
+    w3: RowParallelLinear
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         x_NTD = copy_to_tensor_model_parallel_region(x_NTD, self.group)  # all-reduces the gradient

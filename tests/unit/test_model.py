@@ -444,13 +444,6 @@ def test_restored_tokens_of_the_final_layer_land_on_their_pixels():
     assert torch.equal(image, expected)
 
 
-@pytest.mark.parametrize(
-    "first, last, count", [(0.5, 1.0, 28), (0.5, 4.0, 28), (0.5, 4.0, 16), (1.0, 1.0, 3), (0.5, 4.0, 1)]
-)
-def test_linspace_rounds_as_numpy(first, last, count):
-    assert dit.linspace(first, last, count) == np.linspace(first, last, count).tolist()
-
-
 def test_experts_sit_in_every_second_block_but_the_last():
     model = MicroDiT(tiny_model(depth=6, mixer_depth=4))
     assert [isinstance(b.mlp, ExpertChoiceMoE) for b in model.blocks] == [False, True, False, True, False, False]
