@@ -10,7 +10,6 @@ quantised, and the caption is quantised once for all blocks. Only the class of a
 and what hooks are on it stay.
 """
 
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -89,20 +88,13 @@ IN_FP8 = {
     AddNormModulate: Fp8AddNormModulate,
     FusedMicroDiT: Fp8MicroDiT,
 }
-AS_WRITTEN = {ours: theirs for theirs, ours in IN_FP8.items()}
 
 
-def use_fp8(model: MicroDiT, on: bool = True) -> None:
-    """Switch the blocks' matmuls of a fused model to float8 or back, in place. All compiled code is dropped and made
-    again when it next runs: whether Dynamo's guards see another class depends on the version of torch."""
-    changed = False
+def use_fp8(model: MicroDiT) -> None:
+    """Let the blocks' matmuls of a fused model compute in float8, in place, before anything is compiled."""
     for layer in (model, *matmuls(model), *norms(model)):
-        form = (IN_FP8 if on else AS_WRITTEN).get(type(layer))
-        if form is not None:
-            swap(layer, form)
-            changed = True
-    if changed and "torch._dynamo" in sys.modules:  # else nothing was compiled, and to import it takes seconds
-        torch.compiler.reset()
+        if type(layer) in IN_FP8:
+            swap(layer, IN_FP8[type(layer)])
 
 
 def matmuls(model: MicroDiT) -> Iterator[nn.Module]:

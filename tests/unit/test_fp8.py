@@ -125,19 +125,15 @@ def test_in_xl_2_it_is_94_percent_of_the_flops():
     assert total / (images * training_flops(config, 0.75)) == pytest.approx(0.937, abs=0.001)
 
 
-def test_nothing_else_changes_and_there_is_a_way_back():
+def test_nothing_else_changes():
     model = new_model()
     before, names = with_gradients(model), [(name, id(p)) for name, p in model.named_parameters()]
-    classes = [type(module) for module in model.modules()]
     hooked = []
     model.blocks[0].attn.qkv.register_forward_hook(lambda *_: hooked.append(1))
     use_fp8(model)
     use_fp8(model)  # twice is once
     assert [(name, id(p)) for name, p in model.named_parameters()] == names
     assert 0.001 < distance(forward(model), before[0]) < 0.3 and hooked
-    use_fp8(model, False)
-    assert [type(module) for module in model.modules()] == classes
-    assert all(torch.equal(f, b) for f, b in zip(with_gradients(model), before))
 
 
 @pytest.mark.parametrize("changes", [{}, {"experts_every_n": 0}], ids=str)
@@ -208,40 +204,6 @@ def test_recomputation_gives_the_same_and_runs_no_matmul_twice_where_it_is_selec
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_compiled_blocks_can_be_switched(monkeypatch):
-    """In more forms than Dynamo keeps by itself; with fullgraph it is an error to compile nothing."""
-    torch.compiler.reset()
-    compile = nn.Module.compile
-    whole = lambda block, backend, dynamic: compile(block, backend="eager", fullgraph=True, dynamic=dynamic)  # noqa: E731
-    monkeypatch.setattr(nn.Module, "compile", whole)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        plain, model = parallelized(), parallelized(compile=True)
-        for on in (True, False, True):
-            use_fp8(plain, on)
-            use_fp8(model, on)
-            torch.testing.assert_close(forward(model), forward(plain), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_a_compiled_block_is_switched_whatever_dynamo_guards():
-    """With no guard left, code once compiled serves all calls: so it did for another class in torch 2.11."""
-    torch.compiler.reset()
-    model, ran = new_model(depth=1, use_patch_mixer=False), []
-
-    def backend(graph, inputs, **_):
-        in_float8 = "float8_e4m3fn" in graph.code
-        return lambda *args: ran.append(in_float8) or graph.forward(*args)
-
-    no_guards = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    model.blocks[0].compile(backend=backend, dynamic=False, fullgraph=True, options=no_guards)
-    for on in (False, True, False, True, True):
-        use_fp8(model, on)
-        with torch.no_grad():
-            forward(model)
-    assert ran == [False, True, False, True, True]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_compiled_blocks_call_the_kernels():
     pytest.importorskip("triton")
     torch.compiler.reset()
@@ -305,7 +267,8 @@ def losses(*, fp8_on: bool) -> Tensor:
     config = tiny_config(model=SIXTEENS, training={"mask_ratio": 0.5})
     torch.manual_seed(0)
     model = fuse(MicroDiT(config.model))
-    use_fp8(model, fp8_on)
+    if fp8_on:
+        use_fp8(model)
     adamw = torch.optim.AdamW(model.parameters(), lr=2e-3)
     found = []
     for step in range(STEPS):
