@@ -4,7 +4,7 @@ Who decides is `mdit.kernels.selection`, once, before a run.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -23,7 +23,8 @@ _off_gpu = os.environ.get("TRITON_INTERPRET") == "1"  # whether kernels may be g
 
 def implementation(op: str, tensor: Tensor, reference: ModuleType) -> ModuleType:
     """The module whose function of the same name handles this call: the op's triton_impl, or `reference`."""
-    return _in_triton[op] if use_triton(op, tensor) else reference
+    module = _in_triton[op] if use_triton(op, tensor) else reference
+    return module if _calls is None else _Recorder(op, module)  # type: ignore[return-value] # has its functions
 
 
 def use_triton(op: str, tensor: Tensor) -> bool:
@@ -57,3 +58,36 @@ def using(*ops: str, off_gpu: bool = False) -> Iterator[None]:
 def _kernels_of(ops: tuple[str, ...]) -> dict[str, ModuleType]:
     """Imported here, since they import triton."""
     return {op: import_module(f"mdit.kernels.{op}.triton_impl") for op in ops}
+
+
+_calls: list[tuple[str, tuple]] | None = None
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[tuple[str, tuple]]]:
+    """Inside, calls of ops are noted, ("swiglu.swiglu_linear", arguments), but for those that another one makes."""
+    global _calls
+    found: list[tuple[str, tuple]] = []
+    _calls, before = found, _calls
+    try:
+        yield found
+    finally:
+        _calls = before
+
+
+class _Recorder:
+    def __init__(self, op: str, module: ModuleType) -> None:
+        self.op, self.module = op, module
+
+    def __getattr__(self, name: str) -> Callable:
+        def call(*arguments):
+            global _calls
+            noted, _calls = _calls, None
+            assert noted is not None
+            noted.append((f"{self.op}.{name}", arguments))
+            try:
+                return getattr(self.module, name)(*arguments)
+            finally:
+                _calls = noted
+
+        return call

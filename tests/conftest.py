@@ -24,7 +24,7 @@ QUICK = {  # the files of `make quick`: every room's fastest tests, under a minu
     "unit/test_bench_report.py",
     "unit/test_caches.py",
     "unit/test_config.py",
-    "unit/test_kernel_calls.py",
+    "unit/test_calls.py",
     "unit/test_decode.py",
     "unit/test_documents.py",
     "unit/test_edm.py",

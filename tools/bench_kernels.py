@@ -4,14 +4,13 @@
     python tools/bench_kernels.py --out bench --resume --budget_s 570
 
 `eager` is the op's reference, `compile` torch.compile of it for that very shape, `triton` the kernels. Beside them:
-scaled_dot_product_attention alone on q and k that are normalised already (`flash`, `cudnn`, `efficient`), and for the
-whole layer of experts the `one_hot` form. Of float8's matmuls (`fp8_linear`; the largest and the smallest of a stage)
-`eager` and `compile` are the same matmuls in the computing dtype, and `triton` is float8 with its quantisation. Times
-are medians in milliseconds, forward / forward and backward, with the L2 cache full of what nobody needs before every
-repetition (read, so that nothing is left to be written back) and the host ahead of the GPU. The rate is that of the
-bytes an op must move, or the FLOPs it must do, in the kernels' forward and backward; its ceiling is what a large copy
-or matmul reaches in the same run. The error is the largest relative error (by norm) of outputs and gradients, of the
-kernels against the op's reference.
+scaled_dot_product_attention alone on q and k that are normalised already (`flash`, `cudnn`, `efficient`). Of float8's
+matmuls (`fp8_linear`; largest and smallest of a stage) `eager` and `compile` are the same matmuls in the computing
+dtype, and `triton` is float8 with its quantisation. Times are medians in milliseconds, forward / forward and backward,
+with the L2 cache full of what nobody needs before every repetition (read, so that nothing is left to be written back)
+and the host ahead of the GPU. The rate is that of the bytes an op must move, or the FLOPs it must do, in the kernels'
+forward and backward (kernels/<op>/cost.py); its ceiling is what a large copy or matmul reaches in the same run. The
+error is the largest relative error (by norm) of outputs and gradients, of the kernels against the op's reference.
 
 The largest row of every op comes first, then those of the largest share of a step. OUT/kernels.json (its rows:
 mdit/bench/kernel_report.py) and OUT/kernels.md are written after every row, and --resume goes on with what is missing.
@@ -37,7 +36,7 @@ from mdit import cli
 from mdit.bench.kernel_report import HEAD, MAIN, NOT_MEASURED, KernelReport, KernelRow, Times
 from mdit.bench.report import environment
 from mdit.config import ModelConfig, UserError
-from mdit.costs.kernel_calls import EPS, EXPERT_LAYER, STAGES, KernelCall, expert_layers, fp8_calls, kernel_calls
+from mdit.costs.calls import STAGES, KernelCall, kernel_calls
 from mdit.dist import settle_numerics
 from mdit.kernels import dispatch, expert_choice, patch_mixing, swiglu
 from mdit.kernels.self_check import is_lost
@@ -50,12 +49,12 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 WITHOUT_FP8 = {
-    "fp8_linear.fp8_add_norm_modulate": lambda *given: patch_mixing.add_norm_modulate(*given[:6], EPS, given[6]),
+    "fp8_linear.fp8_add_norm_modulate": lambda *given: patch_mixing.add_norm_modulate(*given[:6], 1e-6, given[6]),
     "fp8_linear.fp8_linear": F.linear,
-    "fp8_linear.fp8_swiglu": lambda x, weight, w3: swiglu.swiglu_linear(F.linear(x, weight), w3),
+    "fp8_linear.fp8_swiglu": lambda x, w, bias, w3, bias3: swiglu.swiglu_linear(F.linear(x, w, bias), w3, bias3),
     "fp8_linear.fp8_experts": lambda x, w1, w2, *routing: routed(x, w1, w2, expert_choice.Routing(*routing)),
 }
-CONTENDERS = (*MAIN, *BACKENDS, "one_hot")
+CONTENDERS = (*MAIN, *BACKENDS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP = 3
 FLUSH_BYTES = 2**28  # several times the L2 cache
@@ -85,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.tiny = True
     dtype = args.dtype or ("bf16" if gpu else "fp32")
     bench = Bench("cuda" if gpu else "cpu", DTYPES[dtype], args.repeats, args.interpret)
-    calls, rows = rows_of(args, bench.dtype.itemsize)
+    calls, rows = rows_of(args, bench.dtype)
     report = KernelReport(
         environment=environment(torch.device(bench.device)),
         settings={"dtype": dtype, "preset": "tiny" if args.tiny else args.preset, "repeats": args.repeats},
@@ -137,32 +136,29 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def rows_of(args: argparse.Namespace, itemsize: int) -> tuple[dict[str, KernelCall], list[KernelRow]]:
-    """-> the call behind every row, by the row's key, and the rows: equal shapes once, nothing measured yet. A whole
-    layer of experts belongs to no stage, since its parts do, nor do the matmuls, which are another way of computing."""
+def rows_of(args: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str, KernelCall], list[KernelRow]]:
+    """-> the call behind every row, by the row's key, and the rows: equal shapes once, nothing measured yet. Those of
+    float8 belong to no stage, as they are another way of computing."""
     calls: dict[str, KernelCall] = {}
     rows: dict[str, KernelRow] = {}
 
     def add(call: KernelCall) -> dict[str, int]:
-        moved = call.forward_bytes(itemsize) + call.backward_bytes(itemsize)
-        flops = call.forward_flops + call.backward_flops
-        row = KernelRow(op=call.op, shape=call.shape, label=call.label, stages={}, bytes=moved, flops=flops)
+        cost = call.cost(dtype)
+        costs = {"bytes": cost.forward_bytes + cost.backward_bytes, "flops": 3 * cost.flops}
+        row = KernelRow(op=call.op, shape=call.shape, label=call.label, stages={}, **costs)
         calls.setdefault(row.key, call)
         return rows.setdefault(row.key, row).stages
 
     for name, (config, mask_ratio, default) in stages(args).items():
         for n in args.micro_batch or [default]:
-            for call in kernel_calls(config, n, mask_ratio):
+            for call, count in kernel_calls(config, n, mask_ratio).items():
                 if call.op.split(".")[0] in args.ops:
                     counts, stage = add(call), f"{name}, N {n}"
-                    counts[stage] = counts.get(stage, 0) + call.count
-            layers = expert_layers(config, n, mask_ratio) if EXPERT_LAYER in args.ops else []
-            for call in layers[len(layers) // 2 :: max(1, (len(layers) - 1) // 2)]:  # the middle and the last width
-                add(call)
+                    counts[stage] = counts.get(stage, 0) + count
             for op in WITHOUT_FP8 if "fp8_linear" in args.ops else ():
-                same = [call for call in fp8_calls(config, n, mask_ratio) if call.op == op]
+                same = [call for call in kernel_calls(config, n, mask_ratio, fp8=True) if call.op == op]
                 for choose in (max, min) if same else ():
-                    add(choose(same, key=lambda call: call.forward_flops))
+                    add(choose(same, key=lambda call: call.cost().flops))
     return calls, list(rows.values())
 
 
@@ -206,12 +202,9 @@ def contenders(call: KernelCall) -> dict[str, Contender]:
     plain = WITHOUT_FP8.get(call.op, op)
     found = {"eager": Contender(plain), "compile": Contender(torch.compile(plain, fullgraph=True, dynamic=False))}
     found["triton"] = Contender(op, in_triton=True)
-    if "heads" in call.shape:
-        alone = Contender(F.scaled_dot_product_attention, prepare=partial(normalised, heads=call.shape["heads"]))
+    if "num_heads" in call.shape:
+        alone = Contender(F.scaled_dot_product_attention, prepare=partial(normalised, heads=call.shape["num_heads"]))
         found |= dict.fromkeys(BACKENDS, alone)
-    if call.op == EXPERT_LAYER:
-        one_hot = partial(expert_choice.reference.one_hot_expert_choice, tokens_per_expert=call.shape["K"])
-        found["one_hot"] = Contender(one_hot)
     return found
 
 

@@ -21,9 +21,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from mdit import cli
 from mdit.bench.report import table
 from mdit.config import ModelConfig, UserError, kept_tokens, load_config
-from mdit.costs.kernel_calls import STAGES, KernelCall, fp8_calls, kernel_calls
+from mdit.costs.calls import STAGES
+from mdit.costs.trace import Form, launches
 from mdit.files import try_to_write, write_json
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
@@ -46,7 +45,7 @@ from mdit.models import presets
 from mdit.parallel.settings import AUTO_TOKENS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GROWING = ("A", "F", "IN", "OUT")  # widths that grow with depth
+GROWING = ("A", "C", "D", "F")  # constants of kernels: widths that grow with depth
 FP8_CAPABILITY = 89
 STUB = Path(__file__).with_name("libcuda_stub.c")
 EVALUATED = (64, 0.0)  # images at once, and none masked: validation and sampling of a run
@@ -54,13 +53,15 @@ EVALUATED = (64, 0.0)  # images at once, and none masked: validation and samplin
 
 @dataclass(frozen=True)
 class Use:
-    """Where a kernel is launched."""
+    """Where a kernel is launched, with its numbers by name."""
 
     op: str
     direction: str  # forward or backward
     where: str
-    shape: dict[str, int]
-    label: str
+    numbers: dict[str, int]
+
+
+Workload = tuple[str, ModelConfig, int, float]  # name, model, micro-batch and mask ratio
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,20 +113,16 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
 
     uses: dict[ahead_of_time.Source, list[Use]] = {}
     builds, wrong = [], []
-    for call in chosen_calls(stages_of(args), every_width=args.all, fp8=args.capability >= FP8_CAPABILITY):
-        try:
-            for direction, launch in launches(call, DTYPES[args.dtype]):
-                use = Use(call.op, direction, call.where, call.shape, call.label)
-                uses.setdefault(ahead_of_time.source(launch, args.capability), []).append(use)
-        except Exception as error:  # the other kernels still count
-            wrong.append(f"{call.op} at {call.label} cannot be launched: {reason(error)}")
-
+    found = traced_launches(stages_of(args), DTYPES[args.dtype], args.capability)
+    for use, launch in found if args.all else representative(found):
+        uses.setdefault(ahead_of_time.source(launch, args.capability), []).append(use)
     if args.few:
         uses = few(uses)
     lines = [["kernel, first used at", "warps", "registers", "shared KiB", "stack", "spills", "built s"]]
     with fresh_processes() as workers:
         for (source, used), built in zip(uses.items(), workers.map(partial(attempt, "build"), uses)):
-            where = f"{used[0].op} {used[0].where} {used[0].label}" + f" and {len(used) - 1} more" * (len(used) > 1)
+            sizes = " ".join(f"{name}{value}" for name, value in used[0].numbers.items() if name.isupper())
+            where = f"{used[0].op}, {used[0].where}: {sizes}" + f" and {len(used) - 1} more" * (len(used) > 1)
             if isinstance(built, str):
                 wrong.append(f"{source.kernel} does not compile: {built} ({where})")
                 continue
@@ -165,15 +162,14 @@ def fill_cache(args: argparse.Namespace) -> int:
     args.cache.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(args.cache.resolve())
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # no run reads the rest, which is as much again
-    dtype, shapes = DTYPES[args.dtype], stages_of(args)
-    shapes += [(config, size, mask_ratio) for config, _, mask_ratio in shapes for size in args.micro_batch]
+    dtype, workloads = DTYPES[args.dtype], stages_of(args)
+    workloads += [(*place, size, mask) for *place, _, mask in workloads for size in args.micro_batch]
     for recipe in map(load_config, args.recipe):
         kept = kept_tokens(recipe.model.num_patches, recipe.training.mask_ratio)
         taken = [(size, recipe.training.mask_ratio) for size in (AUTO_TOKENS // kept, *args.micro_batch)]
-        shapes += [(recipe.model, *size_and_mask) for size_and_mask in (*taken, EVALUATED)]
-    calls = chosen_calls(shapes, every_width=True, fp8=args.capability >= FP8_CAPABILITY)
-    found = [launch for call in calls for _, launch in launches(call, dtype, partly_read=True)]
-    for head_dim in sorted({config.head_dim for config, *_ in shapes}):
+        workloads += [(recipe.name, recipe.model, *size_and_mask) for size_and_mask in (*taken, EVALUATED)]
+    found = [launch for _, launch in traced_launches(workloads, dtype, args.capability)]
+    for head_dim in sorted({config.head_dim for _, config, *_ in workloads}):
         found += launches_of_check(head_dim, dtype)
     sources = dict.fromkeys(ahead_of_time.source(launch, args.capability) for launch in found)
     with tempfile.TemporaryDirectory() as folder:
@@ -214,72 +210,44 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def stages_of(args: argparse.Namespace) -> list[tuple[ModelConfig, int, float]]:
-    """Model, micro-batch and mask ratio of the four stages."""
+def stages_of(args: argparse.Namespace) -> list[Workload]:
+    """The paper's four."""
     preset = getattr(presets, args.preset)
-    return [(preset(latent_size), micro_batch, mask_ratio) for latent_size, mask_ratio, micro_batch in STAGES.values()]
+    return [(name, preset(size), micro_batch, mask_ratio) for name, (size, mask_ratio, micro_batch) in STAGES.items()]
 
 
-def chosen_calls(shapes: Iterable[tuple[ModelConfig, int, float]], *, every_width: bool, fp8: bool) -> list[KernelCall]:
-    """Calls of these models, those of equal shapes once; `fp8`: with those of float8's matmuls."""
-    chosen: dict[tuple, KernelCall] = {}
-    for config, micro_batch, mask_ratio in shapes:
-        calls = kernel_calls(config, micro_batch, mask_ratio)
-        calls += fp8_calls(config, micro_batch, mask_ratio) if fp8 else []
-        for call in calls if every_width else representative(calls):
-            chosen.setdefault((call.op, *call.shape.items()), call)
-    return list(chosen.values())
+def traced_launches(workloads: Iterable[Workload], dtype: torch.dtype, capability: int) -> list[tuple[Use, Launch]]:
+    """All that a micro-batch launches, forward and backward, and in float8 as well where the GPU knows it."""
+    found = []
+    for name, config, micro_batch, mask_ratio in workloads:
+        for fp8 in (False, True)[: 1 + (capability >= FP8_CAPABILITY)]:
+            for backward, launch in launches(config, micro_batch, mask_ratio, Form(fp8=fp8, dtype=dtype)):
+                arguments = dict(zip(launch.kernel.arg_names, launch.arguments)) | launch.constants
+                numbers = {name: value for name, value in arguments.items() if type(value) is int}
+                op = launch.kernel.fn.__module__.split(".")[-2]
+                found.append((Use(op, "backward" if backward else "forward", name, numbers), launch))
+    return found
 
 
-def representative(calls: list[KernelCall]) -> list[KernelCall]:
-    """The first, the middle and the last of calls that differ only in a width that grows with depth."""
-    groups: dict[tuple, list[KernelCall]] = {}
-    for call in calls:
-        alike = [(name, size) for name, size in call.shape.items() if name not in (*GROWING, "heads")]
-        groups.setdefault((call.op, call.where, *alike), []).append(call)
+def representative(found: list[tuple[Use, Launch]]) -> list[tuple[Use, Launch]]:
+    """The first, the middle and the last of launches that differ only in a width that grows with depth."""
+    groups: dict[tuple, dict[tuple, tuple[Use, Launch]]] = {}
+    for use, launch in found:
+        constants = launch.constants.items()
+        alike = tuple((name, value) for name, value in constants if name not in GROWING)
+        widths = tuple(value for name, value in constants if name in GROWING)
+        key = (launch.kernel.fn.__name__, use.where, *(value is None for value in launch.arguments), *alike)
+        groups.setdefault(key, {}).setdefault(widths, (use, launch))
     chosen = []
     for group in groups.values():
-        group.sort(key=lambda call: [call.shape.get(name, 0) for name in GROWING])
-        chosen += [group[i] for i in sorted({0, len(group) // 2, len(group) - 1})]
+        ordered = [group[widths] for widths in sorted(group)]
+        chosen += [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
     return chosen
-
-
-def launches(call: KernelCall, dtype: torch.dtype, *, partly_read: bool = False) -> Iterator[tuple[str, Launch]]:
-    """What a call would launch, forward and backward; nothing runs. With `partly_read` also the backward pass where
-    nobody reads the first of several outputs, as behind the last block: it has no gradient."""
-    inputs = call.inputs("cpu", dtype, torch.empty)
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) if t is not None else None for t in inputs]
-    with recorded() as found, dispatch.using(call.op.split(".")[0], off_gpu=True), without_matmuls():
-        outputs = call.function(*leaves)
-        forward = len(found)
-        outputs = [o for o in ([outputs] if isinstance(outputs, Tensor) else outputs) if o.requires_grad]
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        for read in [outputs, outputs[1:]] if partly_read and len(outputs) > 1 else [outputs]:
-            cotangents = [torch.empty_like(o) for o in read]
-            torch.autograd.grad(read, wanted, cotangents, allow_unused=True, retain_graph=True)
-    for i, launch in enumerate(found):
-        yield ("forward" if i < forward else "backward"), launch
 
 
 def without_float8_matmuls() -> AbstractContextManager:
     """Those of a CPU know no scales by row in torch 2.11."""
     return mock.patch.object(torch, "_scaled_mm", lambda a, b, *, out, **_: out)
-
-
-@contextmanager
-def without_matmuls() -> Iterator[None]:
-    """PyTorch's own matmuls give whatever memory holds: nobody reads it, and the real ones take minutes here."""
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return a.new_empty(*a.shape[:-1], b.shape[-1])
-
-    with (
-        without_float8_matmuls(),
-        mock.patch.multiple(torch, mm=product, bmm=product),
-        mock.patch.object(torch.Tensor, "__matmul__", product),
-        mock.patch.object(F, "linear", lambda x, weight, bias=None: product(x, weight.t())),
-    ):
-        yield
 
 
 if __name__ == "__main__":

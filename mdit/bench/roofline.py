@@ -7,8 +7,10 @@ they run.
 
 from typing import Any
 
+import torch
+
 from mdit.config import TrainConfig
-from mdit.costs.kernel_calls import kernel_calls
+from mdit.costs.calls import kernel_calls
 from mdit.costs.layouts import count_weights
 from mdit.costs.trace import Form, forward_flops, trace
 
@@ -29,27 +31,27 @@ def category_work(config: TrainConfig, setting: dict[str, Any]) -> dict[str, dic
     "compiled elementwise", or with torch.compile off, among many.
     """
     model, ratio, micro_batch = config.model, config.training.mask_ratio, setting["micro_batch"]
-    bf16 = setting["precision"] == "bf16"
+    dtype = torch.bfloat16 if setting["precision"] == "bf16" else torch.float32
     images = setting["global_batch"] / setting["gpus"]
     batches = images / micro_batch
     again = int(setting["activation_checkpointing"] == "block")
-    form = Form(triton=False, checkpointing="block" if again else "none", bf16=bf16)
+    form = Form(triton=False, checkpointing="block" if again else "none", dtype=dtype)
     kernels = trace(model, ratio, form).at(micro_batch)
     moved = sum(count * kernel.bytes for kernel, count in kernels.items() if kernel.product)
     flops = {name: (3 + again) * images * count for name, count in forward_flops(model, ratio).items()}
     work = {"matmuls": {"flops": flops["matmuls"], "bytes": batches * moved}}
-    for call in kernel_calls(model, micro_batch, ratio):
-        op, itemsize = call.op.split(".")[0], 2 if bf16 else 4
+    for call, count in kernel_calls(model, micro_batch, ratio).items():
+        op, cost = call.op.split(".")[0], call.cost(dtype)
         if op == "masked_attention" or op in setting["kernels"]:
             category = CATEGORY_OF_OP[op]
         elif setting["compile"]:
             category = "compiled elementwise"
         else:
             continue
-        moved = batches * call.count * ((1 + again) * call.forward_bytes(itemsize) + call.backward_bytes(itemsize))
+        moved = batches * count * ((1 + again) * cost.forward_bytes + cost.backward_bytes)
         found = work.setdefault(category, {"flops": 0.0, "bytes": 0.0})
         found["bytes"] += moved
-        found["flops"] += moved / itemsize
+        found["flops"] += moved / dtype.itemsize
     work["attention"]["flops"] = flops["attention"]
     weights = count_weights(model)
     numbers = ADAM_NUMBERS * (weights.experts + weights.matrices + weights.others) / setting["gpus"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mdit.config import ModelConfig, TrainConfig, UserError
-from mdit.costs.trace import Form
+from mdit.costs.trace import Checkpointing, Form
 from mdit.models import MicroDiT, meta_model
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoiceMoE
@@ -45,7 +45,7 @@ class Layout:
     accumulation: int
     ep: int = 1
     tp: int = 1
-    checkpointing: str = "none"
+    checkpointing: Checkpointing = "none"
     triton: bool = False
     bf16: bool = True
     options: ZeroOptions = field(default=ZeroOptions())
@@ -71,7 +71,8 @@ class Layout:
     @property
     def form(self) -> Form:
         """How each GPU computes the model."""
-        return Form(self.triton, self.fp8, self.checkpointing, self.tp, self.bf16)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return Form(self.triton, self.fp8, self.checkpointing, self.tp, dtype)
 
     @property
     def label(self) -> str:
@@ -131,7 +132,12 @@ def gathered_numbers(config: TrainConfig, layout: Layout) -> tuple[int, int]:
 
 
 def candidates(
-    config: TrainConfig, gpus: int, *, micro_batch: int | None, checkpointing: str, triton: bool
+    config: TrainConfig,
+    gpus: int,
+    *,
+    micro_batch: int | None,
+    checkpointing: Checkpointing,
+    triton: bool,
 ) -> list[Layout]:
     """ZeRO 1 and 2 with every ep or tp that fits, and ZeRO 3. Raises UserError when none can share the batch."""
     groups = [(1, 1), *((ep, 1) for ep in SIZES[1:]), *((1, tp) for tp in SIZES[1:])]

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -44,6 +44,7 @@ from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings
 
+Checkpointing = Literal["none", "block", "selective"]
 IMAGES = 1009
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 ATTENTION = "masked_attention"
@@ -60,13 +61,13 @@ IN_PLACE = {  # of a kernel's tensors, read and written
 @dataclass(frozen=True)
 class Form:
     """How a rank computes the model: kernels in Triton or all in PyTorch, matmuls in float8, what of a block runs again
-    in the backward pass ("none", "block", "selective"), tensor groups of `tp` ranks, bfloat16 or float32."""
+    in the backward pass ("none", "block", "selective"), tensor groups of `tp` ranks."""
 
     triton: bool = True
     fp8: bool = False
-    checkpointing: str = "none"
+    checkpointing: Checkpointing = "none"
     tp: int = 1
-    bf16: bool = True
+    dtype: torch.dtype = torch.bfloat16
 
 
 class Product(NamedTuple):
@@ -169,15 +170,20 @@ def trace(config: ModelConfig, mask_ratio: float, form: Form = Form()) -> Trace:
     return Trace(Counter(watched.seen), watched.operations, watched.kept, watched.peak)
 
 
-def watch(config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form) -> "Watch":
-    """One micro-batch, watched."""
+def launches(config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form) -> list[tuple[bool, Launch]]:
+    """(of the backward pass?, launch) of every kernel in Triton, in order."""
+    return watch(config, micro_batch, mask_ratio, form, keeping=True).launched
+
+
+def watch(config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form, keeping: bool = False) -> "Watch":
+    """One micro-batch, watched. `keeping` its launches keeps their tensors alive, so that bytes are wrong then."""
     model, loss_of_batch, batch = on_meta(config, micro_batch, mask_ratio, form)
     ops = [op for op in dispatch.OPS if form.triton and (form.fp8 or op != dispatch.FP8)]
     ops = [op for op in ops if form.tp == 1 or op != ATTENTION]  # tensor parallelism's attention is PyTorch's
     recording = recorded() if form.triton else nullcontext([])
     given = [*model.parameters(), *model.buffers(), *batch]
     with dispatch.using(*ops, off_gpu=True), fused_attention(), recording as launches:
-        with Watch(launches, micro_batch, given) as watched:
+        with Watch(launches, micro_batch, given, keeping) as watched:
             for parameter in model.parameters():
                 parameter.register_hook(watched.forget)
             loss = loss_of_batch()
@@ -235,10 +241,11 @@ def on_meta(
     """-> the model, its loss of a micro-batch, and the tensors of that batch."""
     n, shape = micro_batch, (micro_batch, *config.latent_shape)
     with torch.device("meta"):
-        model = MicroDiT(config).to(torch.bfloat16 if form.bf16 else torch.float32)
+        model = MicroDiT(config).to(form.dtype)
         latents = torch.empty(shape, dtype=torch.half)
         captions = torch.empty(n, *config.caption_shape, dtype=torch.half)
-        keep = torch.empty(n, kept_tokens(config.num_patches, mask_ratio), dtype=torch.int64)
+        keep = torch.empty(n, config.num_patches, dtype=torch.int64)  # cut as sample_mask does it
+        keep = keep[:, : kept_tokens(config.num_patches, mask_ratio)]
         mask = Mask(keep, config.num_patches) if mask_ratio else None
         noise = StepNoise(torch.empty(n), torch.empty(shape), torch.empty(n, dtype=torch.bool), mask)
     if form.tp > 1:
@@ -253,7 +260,8 @@ def take_part(model: MicroDiT, tp: int) -> None:
     """Cut the layers that a tensor group shares to what one of `tp` ranks has, in place, by shape alone."""
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention | SwiGLU):
-            for name, linear in module.named_children():
+            for name, child in module.named_children():
+                linear = cast(nn.Linear, child)
                 by_inputs = name in ROW_PARALLEL
                 linear.weight = nn.Parameter(linear.weight.chunk(tp, dim=int(by_inputs))[0])
                 if linear.bias is not None and not by_inputs:
@@ -277,8 +285,10 @@ class Watch(TorchDispatchMode):
     """Notes the kernels of PyTorch, and between them those that were launched since the last one, in order; and the
     bytes of all storages that came up and are still there."""
 
-    def __init__(self, launches: list[Launch], images: int, given: Iterable[Tensor]) -> None:
+    def __init__(self, launches: list[Launch], images: int, given: Iterable[Tensor], keeping: bool = False) -> None:
         super().__init__()
+        self.keeping = keeping
+        self.launched: list[tuple[bool, Launch]] = []
         self.launches, self.images, self.backward, self.operations = launches, images, False, 0
         self.seen: list[Seen] = []
         self.sizes = {_storage(tensor): Size() for tensor in given}
@@ -330,6 +340,7 @@ class Watch(TorchDispatchMode):
 
     def note_launches(self) -> None:
         self.seen += map(self.of_triton, self.launches)
+        self.launched += [(self.backward, launch) for launch in self.launches] if self.keeping else []
         self.launches.clear()
 
     def of_pytorch(self, name: str, read: list[Tensor], written: list[Tensor], flops: int) -> Seen:

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from mdit import cli
+from mdit.costs.calls import STAGES
+from mdit.costs.trace import Form, launches
 from mdit.diffusion.edm import edm_losses, sample_noise
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, launch, recorded
@@ -34,24 +36,9 @@ from mdit.kernels import ahead_of_time  # noqa: E402
 from mdit.kernels.ahead_of_time import Build, build, faults, source  # noqa: E402
 from tools import build_kernels  # noqa: E402
 from tools.bench_kernels import TINY  # noqa: E402
-from tools.build_kernels import launches  # noqa: E402
 from tools.first_contact_kit import move_cache  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = {
-    "patch_mixing.add_norm_modulate",
-    "fp8_linear.fp8_add_norm_modulate",
-    "masked_attention.self_attention",
-    "masked_attention.cross_attention",
-    "swiglu.swiglu_linear",
-    "expert_choice.route",
-    "expert_choice.gather_tokens",
-    "expert_choice.gelu_bmm",
-    "expert_choice.scatter_tokens",
-    "fp8_linear.fp8_linear",
-    "fp8_linear.fp8_swiglu",
-    "fp8_linear.fp8_experts",
-}
 FITS = Build("kernel", 4, 2, registers=64, stack_bytes=0, spill_bytes=0, shared_bytes=227 * 1024, seconds=1.0)
 
 
@@ -78,16 +65,15 @@ def test_every_kernel_of_a_training_step_fits_an_h100_and_spills_nothing(tmp_pat
     report = json.loads((tmp_path / "builds.json").read_text())
     assert report["triton"] == ahead_of_time.VERSION and report["faults"] == []
     used = {(use["op"], use["direction"]) for built in report["builds"] for use in built["uses"]}
-    assert used == {(op, direction) for op in OPS for direction in ("forward", "backward")}
-    wheres = {use["where"] for built in report["builds"] for use in built["uses"]}
-    assert wheres == {"caption", "mixer", "backbone"}
+    assert used == {(op, direction) for op in dispatch.OPS for direction in ("forward", "backward")}
+    assert {use["where"] for built in report["builds"] for use in built["uses"]} == {*STAGES}
     for built in report["builds"]:
         assert built["shared_bytes"] <= 232448, built
         assert built["spill_bytes"] == built["stack_bytes"] == 0, built
         assert 8 <= built["registers"] <= 255, built  # read from a log: a number that no kernel has is a misreading
-        if built["name"] == "_attend_backward" and "L" not in built["uses"][0]["shape"]:
-            tokens = built["uses"][0]["shape"]["T"]
-            assert blocks_per_sm(built) >= (1 if 64 < tokens <= 128 else 2), built
+        numbers = built["uses"][0]["numbers"]
+        if built["name"] == "_attend_backward" and numbers["T"] == numbers["L"]:  # of self-attention
+            assert blocks_per_sm(built) >= (1 if 64 < numbers["T"] <= 128 else 2), built
 
 
 def blocks_per_sm(built: dict) -> int:
@@ -164,12 +150,14 @@ def test_what_a_build_tells():
 
 
 def test_widths_that_grow_are_represented():
-    calls = build_kernels.kernel_calls(build_kernels.presets.xl_2(), 2, 0.75)
-    chosen = build_kernels.representative(calls)
-    widths = [c.shape["A"] for c in chosen if (c.op, c.where) == ("masked_attention.self_attention", "backbone")]
-    assert widths == [512, 768, 1024]
-    kinds = {(c.op, c.where, *(c.shape.get(name) for name in ("y", "gate", "modulated", "K"))) for c in calls}
-    assert kinds == {(c.op, c.where, *(c.shape.get(name) for name in ("y", "gate", "modulated", "K"))) for c in chosen}
+    workloads = [("256 px", presets.xl_2(), 2, 0.75)]
+    found = build_kernels.traced_launches(workloads, torch.bfloat16, capability=80)
+    chosen = build_kernels.representative(found)
+    of_all, of_chosen = (
+        {launch.constants["A"] for _, launch in some if "A" in launch.constants} for some in (found, chosen)
+    )
+    assert {512, 1024} <= of_chosen <= of_all and len(chosen) < len(found) / 3
+    assert {launch.kernel.fn.__name__ for _, launch in found} == {launch.kernel.fn.__name__ for _, launch in chosen}
 
 
 def kind(found: Launch) -> tuple:
@@ -180,7 +168,7 @@ def kind(found: Launch) -> tuple:
 
 
 @pytest.mark.parametrize("mask_ratio, fp8", [(0.5, False), (0.0, True)])
-def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio, fp8):
+def test_a_trace_has_all_that_a_micro_batch_launches(mask_ratio, fp8):
     config = tiny_config(model=presets.tiny_2(8, **TINY).model_dump(), training={"mask_ratio": mask_ratio})
     model = fuse(MicroDiT(config.model)).bfloat16()
     if fp8:
@@ -195,18 +183,19 @@ def test_the_calls_cover_all_that_a_micro_batch_launches(mask_ratio, fp8):
         edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, noise, config.noise.sigma_data).mean().backward()
     checked = {found.kernel.fn.__name__ for found in build_kernels.launches_of_check(32, torch.bfloat16)}
     assert checked > {"_attend_backward", "_mix_backward", "_scatter", "_swiglu_backward", "_quantise_gelu"}
-    calls = build_kernels.chosen_calls([(config.model, 4, mask_ratio)], every_width=True, fp8=fp8)
-    ours = [found for call in calls for _, found in launches(call, torch.bfloat16, partly_read=True)]
-    assert len(run) > 50 and {*map(kind, run)} <= {*map(kind, ours)}
+    traced = launches(config.model, 4, mask_ratio, Form(fp8=fp8))
+    assert len(run) > 50 and {*map(kind, run)} == {kind(found) for _, found in traced}
 
 
 CALL = """
 import sys
 from unittest import mock
-from mdit.costs.kernel_calls import kernel_calls
+import torch
+from mdit.costs.trace import Form, launches
 from mdit.models.presets import tiny_2
 from tools import build_kernels
-call = next(call for call in kernel_calls(tiny_2(8), 16, 0.5) if call.op == "swiglu.swiglu_linear")
+by_name = {launch.kernel.fn.__name__: launch for _, launch in launches(tiny_2(8), 16, 0.5, Form())}
+found = [by_name["_swiglu"], by_name["_swiglu_backward"]]
 """
 FILL = """
 from contextlib import nullcontext
@@ -216,11 +205,11 @@ def this_process(initializer, *arguments):  # is as fresh as any
     initializer(*arguments)
     return nullcontext(SimpleNamespace(map=map))
 
-def chosen(shapes, **_):
-    print(sorted({(size, mask_ratio) for config, size, mask_ratio in shapes if config.latent_size == 64}))
-    return [call]
+def traced(workloads, *_):
+    print(sorted({(size, mask_ratio) for _, config, size, mask_ratio in workloads if config.latent_size == 64}))
+    return [(None, launch) for launch in found]
 
-few = dict(chosen_calls=chosen, launches_of_check=lambda *a: [], fresh_processes=this_process)
+few = dict(traced_launches=traced, launches_of_check=lambda *a: [], fresh_processes=this_process)
 with mock.patch.multiple(build_kernels, **few):
     build_kernels.main(["--cache", sys.argv[1], "--micro_batch", "48", "--recipe", sys.argv[2]])
 """
@@ -233,7 +222,7 @@ from mdit.kernels.launch import OPTIONS
 ahead_of_time.pretend_to_have_a_gpu(90, Path(sys.argv[1]))
 hits = []
 knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
-for _, launch in build_kernels.launches(call, torch.bfloat16):
+for launch in found:
     options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, **OPTIONS)
     launch.kernel[(1,)](*launch.arguments, **launch.constants, **options)
 print(hits)

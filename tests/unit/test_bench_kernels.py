@@ -16,8 +16,9 @@ from mdit import cli
 from mdit.bench.kernel_report import HEAD, NOT_MEASURED, SCHEMA, KernelReport, KernelRow, Times
 from mdit.bench.report import Environment
 from mdit.config import UserError
-from mdit.costs.kernel_calls import EXPERT_LAYER, expert_layers, kernel_calls
+from mdit.costs.calls import kernel_calls
 from mdit.kernels import dispatch
+from mdit.models.presets import tiny_2
 from tests.recipes import tiny_model
 from tools import bench_kernels
 
@@ -141,15 +142,14 @@ def test_interpreting_is_asked_for_and_only_off_the_gpu(monkeypatch, capsys):
 
 
 def test_rows_are_the_calls_of_the_papers_stages():
-    args = bench_kernels.parse_arguments(["--micro_batch", "32", "64"])
-    calls, rows = bench_kernels.rows_of(args, itemsize=2)
+    args = bench_kernels.parse_arguments(["--preset", "tiny_2", "--micro_batch", "32"])
+    calls, rows = bench_kernels.rows_of(args, torch.bfloat16)
     assert list(calls) == [r.key for r in rows] and len(calls) == len(rows)
     stages = {stage for r in rows for stage in r.stages}
-    assert stages == {f"{px} px, mask {mask}, N {n}" for px in (256, 512) for mask in ("0.75", "0") for n in (32, 64)}
-    totals = [sum(r.stages.get("256 px, mask 0.75, N 64", 0) for r in rows if r.op == op) for op in OPS]
-    assert totals == [2 + 6 * 3 + 1 + 28 * 3 + 1, 1 + 6 + 28, 6 + 28]
-    layers = [r for r in rows if r.op == EXPERT_LAYER]
-    assert layers and not any(r.stages for r in layers)
+    assert stages == {f"{px} px, mask {mask}, N 32" for px in (256, 512) for mask in ("0.75", "0")}
+    totals = [sum(r.stages.get("256 px, mask 0.75, N 32", 0) for r in rows if r.op == op) for op in OPS]
+    blocks = tiny_2().depth + tiny_2().mixer_depth
+    assert totals == [2 + 3 * blocks + 1, 1 + blocks, blocks]
     assert {r.op.split(".")[0] for r in rows} == set(dispatch.OPS)
 
 
@@ -157,8 +157,7 @@ OPS = ["patch_mixing.add_norm_modulate", "masked_attention.self_attention", "mas
 
 
 def tiny_calls(op):
-    config = tiny_model()
-    return [c for c in [*kernel_calls(config, 2, 0.75), *expert_layers(config, 2, 0.75)] if c.op == op]
+    return [call for call in kernel_calls(tiny_model(), 2, 0.75) if call.op == op]
 
 
 def test_whatever_a_contender_raises_is_reported_and_the_others_go_on(monkeypatch):
@@ -218,11 +217,7 @@ def test_the_cache_is_full_of_what_was_read_when_the_clock_starts(monkeypatch):
 
 
 def test_contenders_do_the_same_work():
-    """One-hot experts, and attention on q and k that are normalised, give what the reference gives."""
-    (layer, *_) = tiny_calls(EXPERT_LAYER)
-    inputs = layer.inputs("cpu", torch.float64)
-    contenders = bench_kernels.contenders(layer)
-    torch.testing.assert_close(contenders["one_hot"].function(*inputs), contenders["eager"].function(*inputs))
+    """Attention on q and k that are normalised gives what the reference gives."""
     for op in OPS[1:]:
         (call, *_) = tiny_calls(op)
         inputs = call.inputs("cpu", torch.float64)
@@ -268,7 +263,7 @@ def test_times_are_medians(monkeypatch):
 def test_a_machine_without_a_gpu_measures_tiny_shapes(tmp_path):
     """Twice: the second run goes on with what the first did not measure, and keeps what it did."""
     command = [sys.executable, str(ROOT / "tools" / "bench_kernels.py"), "--out", str(tmp_path), "--repeats", "2"]
-    command += ["--tiny", "--contenders", "eager", "one_hot", "triton", "flash"]
+    command += ["--tiny", "--contenders", "eager", "triton", "flash"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     runs = []
     for more in (["--ops", "swiglu", "--budget_s", "100"], ["--ops", "expert_choice", "--resume"]):

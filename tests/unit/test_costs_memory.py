@@ -101,7 +101,7 @@ def model_of(config, mode="none"):
 )
 def test_what_autograd_keeps(changes, mask_ratio):
     config = tiny_config(model=changes, training={"mask_ratio": mask_ratio, "global_batch_size": 8})
-    assert kept(config, Form(triton=False, bf16=False)) == pytest.approx(saved(config), rel=0.03)
+    assert kept(config, Form(triton=False, dtype=torch.float32)) == pytest.approx(saved(config), rel=0.03)
 
 
 @with_triton
@@ -111,7 +111,7 @@ def test_what_autograd_keeps_for_the_kernels():
     config = tiny_config(model=changes, training={"global_batch_size": 1})
     with dispatch.using(*(op for op in dispatch.OPS if op != dispatch.FP8), off_gpu=True):
         found = saved(config)
-    assert kept(config, Form(bf16=False)) == pytest.approx(found, rel=0.03)
+    assert kept(config, Form(dtype=torch.float32)) == pytest.approx(found, rel=0.03)
 
 
 def kept(config, form):
@@ -143,7 +143,7 @@ def test_what_is_alive_between_forward_and_backward_and_at_most(mode, mask_ratio
         loss = one_pass(config, model, n=32)
         between = alive.bytes
         loss.backward()
-    form = Form(triton=False, checkpointing=mode, bf16=False)
+    form = Form(triton=False, checkpointing=mode, dtype=torch.float32)
     assert kept(config, form) == pytest.approx(between, rel=0.03)
     assert trace(config.model, mask_ratio, form).peak.of(32) == pytest.approx(alive.peak, rel=0.1)
 
