@@ -27,12 +27,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     from mdit.checkpoint.snapshot import load_snapshot
-    from mdit.dist import identify
+    from mdit.dist import world_from_env
     from mdit.eval.evaluate import evaluate
     from mdit.eval.samples import grid, sampling_model, sampling_options, save_png
     from mdit.files import try_to_write, write_json
 
-    snapshot, device = load_snapshot(args.snapshot), identify().device
+    snapshot, device = load_snapshot(args.snapshot), world_from_env().device
     options = sampling_options(snapshot.config, args.guidance, args.num_steps)
     args.out.mkdir(parents=True, exist_ok=True)
     picture, scores = args.out / "grid.png", args.out / "scores.json"

@@ -20,7 +20,7 @@ from mdit.config import DEFAULT_RECIPE, UserError, load_config
 from mdit.data.manifest import MANIFEST, read_manifest
 from mdit.data.shards import open_dataset
 from mdit.data.writer import SHARD_BYTES
-from mdit.dist import World, configure_logging, identify, logger, shared, work_on
+from mdit.dist import World, configure_logging, logger, shared, work_on, world_from_env
 from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.precompute import precompute
 from mdit.precompute.build import MAX_REJECTED, BuildJob, SampleProducer, build_sets, check_source
@@ -77,7 +77,7 @@ def share(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    world = identify()
+    world = world_from_env()
     configure_logging(world)
     try:
         work_on(world.device)
@@ -100,9 +100,9 @@ def _plan_recipe(args: argparse.Namespace, world: World) -> Callable[[], list[Pa
     config = load_config(args.recipe or DEFAULT_RECIPE, args.set)
 
     def make() -> list[Path]:
-        precompute(config, progress=world.is_first, device=world.device, max_rejected=args.max_rejected)
+        precompute(config, progress=world.is_rank_zero, device=world.device, max_rejected=args.max_rejected)
         directories = dict.fromkeys(map(Path, (*config.data.train, config.data.validation)))
-        return list(directories) if world.is_first else []
+        return list(directories) if world.is_rank_zero else []
 
     return make
 
@@ -139,7 +139,7 @@ def _plan_source(args: argparse.Namespace, world: World) -> Callable[[], list[Pa
     jobs = (_imports if imports else _encodings)(args, world, unfinished, build_settings) if unfinished else []
 
     def make() -> list[Path]:
-        return [*(finished if world.is_first else []), *(path for job in jobs for path in _finished_by(job))]
+        return [*(finished if world.is_rank_zero else []), *(path for job in jobs for path in _finished_by(job))]
 
     return make
 
@@ -268,7 +268,7 @@ def _job(args, world: World, source: Source, sets: dict[int, Path], settings: di
         embeddings=settings["embeddings"],
         shard_bytes=args.shard_bytes or SHARD_BYTES,
         limit=args.limit,
-        progress=world.is_first,
+        progress=world.is_rank_zero,
         max_rejected=args.max_rejected,
         extend=bool(args.extend),
         remake=args.remake or (),

@@ -33,10 +33,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    from mdit.dist import configure_logging, identify
+    from mdit.dist import configure_logging, world_from_env
     from mdit.meeting import joined
 
-    world = identify()
+    world = world_from_env()
     configure_logging(world)
     from mdit.train.agreement import prepare_on_first, require_agreement, what_runs
     from mdit.train.run import dry_run, finished, opened, resolve_run
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     if args.dry_run:
-        if world.is_first:
+        if world.is_rank_zero:
             print(dry_run(resolve()))
         return
     with joined(world, resolve) as run:

@@ -35,7 +35,7 @@ class World:
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
 
@@ -55,7 +55,7 @@ FIRST_SPECIAL_STEP = 0xFFFFFFF0
 MANY = 10**6  # processes
 
 
-def identify() -> World:
+def world_from_env() -> World:
     """Read rank and world size from what the launcher left in the environment; touches no network.
 
     Known are LAUNCHERS, srun (where this process is a step's task, not the shell of a job), and nothing at all, which
@@ -140,7 +140,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def find_meeting_point(world: World) -> tuple[str, int]:
+def set_rendezvous(world: World) -> tuple[str, int]:
     """MASTER_ADDR and MASTER_PORT, where they are not set from what srun tells its tasks. Raises UserError."""
     env = os.environ
     if "SLURM_STEP_NODELIST" in env:
@@ -170,7 +170,7 @@ def on_all_ranks(world: World, function: Callable[[], T]) -> T:
         value = function()
     except Exception as caught:
         error = caught
-    where = "" if world.is_first else f" (rank {world.rank} on {socket.gethostname()})"
+    where = "" if world.is_rank_zero else f" (rank {world.rank} on {socket.gethostname()})"
     found = gather(error and (*_described(error), where), world)
     if error is not None and not isinstance(error, UserError | OSError):
         raise error  # a fault of ours, with its traceback
@@ -194,7 +194,7 @@ def tells(error: BaseException) -> bool:
     if not (isinstance(error, KeyboardInterrupt) or getattr(error, "all_ranks_have_it", False)):
         return True
     try:
-        return identify().is_first
+        return world_from_env().is_rank_zero
     except UserError:
         return True
 
@@ -232,7 +232,7 @@ def port_of_step(job: int, step: int) -> int:
 def configure_logging(world: World) -> None:
     """Rank 0 tells the story; the others speak up only for warnings."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logger.setLevel(logging.INFO if world.is_first else logging.WARNING)
+    logger.setLevel(logging.INFO if world.is_rank_zero else logging.WARNING)
 
 
 class StopSignal:
@@ -262,7 +262,7 @@ class StopSignal:
             nothing = os.open(os.devnull, os.O_WRONLY)
             for descriptor in self._terminals:
                 os.dup2(nothing, descriptor)
-        if self.world.is_first:
+        if self.world.is_rank_zero:
             name = signal.Signals(number).name
             line = f"\n{name}: saves a checkpoint after this step and stops; the next one ends at once\n"
             with suppress(OSError):
@@ -270,12 +270,12 @@ class StopSignal:
 
     def requested(self) -> bool:
         """True on every rank once any of them has a reason to stop. A collective when there is more than one rank."""
-        stop = self.signalled or (self.world.is_first and self.stop_file.exists())
+        stop = self.signalled or (self.world.is_rank_zero and self.stop_file.exists())
         if self.world.size > 1:
             flag = torch.tensor(float(stop))  # on the CPU, through gloo: a GPU goes on undisturbed
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             stop = bool(flag)
-        if stop and self.world.is_first and not self.stop_file.exists():
+        if stop and self.world.is_rank_zero and not self.stop_file.exists():
             try:
                 self.stop_file.write_text("a signal\n", encoding="utf-8")
             except OSError as error:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
-from mdit.dist import World, cores, find_meeting_point, logger, number, on_all_ranks, shared, work_on
+from mdit.dist import World, cores, logger, number, on_all_ranks, set_rendezvous, shared, work_on
 from mdit.documents import UserError, explain, parse_json
 
 NOTICE = 10.0  # seconds
@@ -60,7 +60,7 @@ def joined(world: World, plan: Callable[[], Any] = lambda: None) -> Iterator[Any
     except (UserError, OSError) as error:
         failed = error
     try:
-        start(world, failed)
+        init_distributed(world, failed)
         yield value
     except BaseException as error:
         if _meeting is None:  # nobody else is there
@@ -82,11 +82,11 @@ def leave(device: torch.device) -> None:
         torch.distributed.destroy_process_group()
 
 
-def start(world: World, failed: Exception | None = None) -> None:
+def init_distributed(world: World, failed: Exception | None = None) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs). One process alone gets a group of one, on no open port.
 
     Several meet at MASTER_ADDR:MASTER_PORT, which deepspeed and torchrun set; under srun, what is not set is found
-    (`find_meeting_point`). Raises UserError where they do not meet, where a node has more processes than GPUs, and
+    (`set_rendezvous`). Raises UserError where they do not meet, where a node has more processes than GPUs, and
     where any rank comes with the error for which it cannot start, `failed`.
     """
     global _meeting
@@ -129,9 +129,9 @@ def meet(world: World, failed: Exception | None = None) -> Meeting:
         raise failed from None  # nobody else is here: this process tells it itself
     if store.add(f"number/{world.rank}", 1) > 1:
         raise UserError(f"RANK = {world.rank} on {here}: another process has it; give each of {world.size} its own")
-    line = failed and (explain(failed) if world.is_first else f"{explain(failed)} (rank {world.rank} on {here})")
+    line = failed and (explain(failed) if world.is_rank_zero else f"{explain(failed)} (rank {world.rank} on {here})")
     store.set(f"here/{world.rank}", json.dumps({"host": here, "size": world.size, "error": line}))
-    outcome = _call_the_roll(world, store, line) if world.is_first else _wait_for_roll(world, store, failed)
+    outcome = _call_the_roll(world, store, line) if world.is_rank_zero else _wait_for_roll(world, store, failed)
     if outcome["error"]:
         raise shared(UserError(outcome["error"]))
     if outcome["size"] != world.size:
@@ -175,8 +175,8 @@ def _wait_for_roll(world: World, store: Store, failed: Exception | None) -> dict
 def open_store(world: World, seconds: float) -> tuple[tuple[str, int], PrefixStore]:
     """The store at MASTER_ADDR:MASTER_PORT, kept there by rank 0 or by torchrun. Raises UserError when it cannot be
     opened or reached within `seconds`."""
-    address, port = find_meeting_point(world)
-    keeps = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = set_rendezvous(world)
+    keeps = world.is_rank_zero and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     options: dict[str, Any] = {"is_master": keeps, "wait_for_workers": False, "timeout": timedelta(seconds=seconds)}
     if keeps:
         try:
@@ -251,7 +251,7 @@ def some(ranks: set[int]) -> str:
 def while_others_wait(world: World, what: str, function: Callable[[], None]) -> None:
     """Call `function` on rank 0, however long it takes. A collective: raises on all ranks what is raised there."""
     failed = None
-    if world.is_first:
+    if world.is_rank_zero:
         try:
             function()
         except Exception as error:
@@ -286,8 +286,8 @@ def part_from(world: World, error: BaseException) -> UserError | None:
             told = store.compare_set("reason", "", mine).decode()
             if not isinstance(error, KeyboardInterrupt):  # which rank 0 tells, whoever has it first
                 vars(error)["told_elsewhere"] = told != mine and told.endswith(f": {line}")
-        patience, ended = Patience(2 * FAREWELL if world.is_first else FAREWELL, says=False), set()
-        while not patience.over("the others") and len(ended) < world.size and (lost or world.is_first):
+        patience, ended = Patience(2 * FAREWELL if world.is_rank_zero else FAREWELL, says=False), set()
+        while not patience.over("the others") and len(ended) < world.size and (lost or world.is_rank_zero):
             ended = set(map(int, store.get("ended").split()))
             if lost and store.check(["reason"]):
                 return UserError(store.get("reason").decode())

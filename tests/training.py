@@ -15,7 +15,7 @@ import torch.distributed
 
 from mdit import meeting
 from mdit.data.writer import ShardWriter
-from mdit.dist import identify
+from mdit.dist import world_from_env
 from tests.processes import run_forked, start_forked
 from tests.recipes import tiny_config
 
@@ -131,8 +131,8 @@ def run_in_processes(function: Callable, processes: int, *args, timeout: float =
 
 
 def _in_group(function: Callable, args: tuple, folder: str) -> None:
-    world = identify()
-    meeting.start(world)
+    world = world_from_env()
+    meeting.init_distributed(world)
     answer = function(world, *args)
     Path(folder, str(world.rank)).write_bytes(pickle.dumps(answer))
     torch.distributed.destroy_process_group()

@@ -26,8 +26,8 @@ from mdit import cli, dist
 from mdit.checkpoint.fragments import Fragment
 from mdit.checkpoint.training_state import find_latest, load_into, save_training_state
 from mdit.config import TrainConfig, UserError, load_config
-from mdit.dist import World, identify
-from mdit.meeting import start
+from mdit.dist import World, world_from_env
+from mdit.meeting import init_distributed
 from mdit.models import meta_model
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.shard import WHOLE, Shard
@@ -98,7 +98,7 @@ def timed(label: str, size: int, function: Callable[[], T], world: World) -> T:
     seconds = time.perf_counter() - started
     most = torch.tensor(peak[0])
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    if world.is_first:
+    if world.is_rank_zero:
         print(
             f"{label}: {size / GIB:.2f} GiB by {world.size} processes in {seconds:.1f} s ({size / GIB / seconds:.2f} "
             f"GiB/s), at most {int(most) / GIB:.2f} GiB of host memory a process beyond its state",
@@ -144,8 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--expert_parallel", type=cli.whole(1), default=1)
     parser.add_argument("--load", action="store_true", help="read what an earlier run wrote, whatever its layout was")
     args = parser.parse_args(arguments)
-    world = replace(identify(), device=torch.device("cpu"))
-    start(world)
+    world = replace(world_from_env(), device=torch.device("cpu"))
+    init_distributed(world)
     run(args, world)
     torch.distributed.destroy_process_group()
 

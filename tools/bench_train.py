@@ -29,9 +29,9 @@ from mdit.bench.row import MADE_UP
 from mdit.bench.session import JSON, Session, print_rank0
 from mdit.bench.stages import STAGES, Job, prepare_data, resolve_job
 from mdit.config import CONFIGS
-from mdit.dist import World, configure_logging, gather, identify, on_all_ranks
+from mdit.dist import World, configure_logging, gather, on_all_ranks, world_from_env
 from mdit.files import try_to_write
-from mdit.meeting import start
+from mdit.meeting import init_distributed
 
 START = time.monotonic()
 PRICES = (3.75, 2.0)
@@ -43,7 +43,7 @@ SECONDS, SECONDS_OF_TINY = 12.0, 2.0
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    world = identify()
+    world = world_from_env()
     configure_logging(world)
     if args.draw:
         for path in draw(Report.load(args.draw / JSON), args.draw):
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def tells(error: BaseException) -> bool:
     """Whether this process is the one to print an error: until all have met they have the same."""
-    return dist.tells(error) if torch.distributed.is_initialized() else identify().is_first
+    return dist.tells(error) if torch.distributed.is_initialized() else world_from_env().is_rank_zero
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -112,11 +112,14 @@ def run(args: argparse.Namespace, world: World) -> bool:
     jobs = wanted_jobs(args, world)
     for job in jobs:
         prepare_data(job, world)
-    start(world)
-    here, read = environment(world.device, world.size), args.resume and world.is_first  # others may not see its disk
+    init_distributed(world)
+    here, read = (
+        environment(world.device, world.size),
+        args.resume and world.is_rank_zero,
+    )  # others may not see its disk
     rows = gather(on_all_ranks(world, lambda: earlier_rows(args.out / JSON, here) if read else []), world)[0]
     report = Report(environment=here, command=args.command, rows=rows)
-    if args.out and world.is_first:
+    if args.out and world.is_rank_zero:
         args.out.mkdir(parents=True, exist_ok=True)
         try_to_write(args.out / JSON)
     budget_s = args.budget_s or (REPORT_BUDGET_S[kind] if args.report else float("inf"))

@@ -42,7 +42,7 @@ from mdit.bench.baseline import BASELINE, OURS, PACES, PRECISIONS, Baseline, Bas
 from mdit.bench.report import table
 from mdit.bench.stages import in_one_line
 from mdit.config import CONFIGS, ModelConfig, TrainConfig, UserError, kept_tokens, load_config
-from mdit.dist import identify
+from mdit.dist import world_from_env
 from mdit.files import try_to_write
 from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT, meta_model, presets
@@ -57,7 +57,7 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    config, world = resolve(args), identify()
+    config, world = resolve(args), world_from_env()
     precision = args.precision or ("bf16" if world.device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rounds = args.rounds or PACES[world.device.type].rounds

@@ -1,6 +1,6 @@
 """Training to take figures from: built as mdit.train.loop builds it, its optimizer steps timed by phase, then freed.
 
-with BenchmarkRun(config, execution, world) as run:          # after mdit.meeting.start(world)
+with BenchmarkRun(config, execution, world) as run:          # after mdit.meeting.init_distributed(world)
     measured = run.measure(warm_up=1, steps=3, seconds=12)
 """
 

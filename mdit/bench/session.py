@@ -37,7 +37,7 @@ class Session:
         self.write()
 
     def write(self) -> None:
-        if self.directory is not None and self.world.is_first:
+        if self.directory is not None and self.world.is_rank_zero:
             self.report.save(self.directory / JSON)
             write_text(self.directory / MARKDOWN, self.report.markdown(self.prices))
 
@@ -97,7 +97,7 @@ class Session:
             self.missing.append(f"{row.name} (profile)")
             return
         if earlier is None:
-            directory = self.directory if self.world.is_first else None
+            directory = self.directory if self.world.is_rank_zero else None
             with job.run(self.world) as run:
                 run.losses(1)
                 found = profile_step(run.step, device=self.world.device, directory=directory, steps=PROFILED_STEPS)
@@ -107,7 +107,7 @@ class Session:
         print_rank0(self.world, "\n" + summary(earlier))
 
     def plots(self, directory: Path) -> None:
-        if self.world.is_first:
+        if self.world.is_rank_zero:
             try:
                 print(*(f"drawn: {path}" for path in draw(self.report, directory)), sep="\n", flush=True)
             except UserError as error:
@@ -132,5 +132,5 @@ def measure_stage(job: Job, world: World, *, warm_up: int | None, steps: int, se
 
 
 def print_rank0(world: World, text: str) -> None:
-    if world.is_first:
+    if world.is_rank_zero:
         print(text, flush=True)

@@ -152,6 +152,6 @@ def prepare_data(job: Job, world: World) -> None:
     """Make the sets that a job reads as a run would make them, where the recipe says how. Raises UserError."""
     if job.data == MADE_UP:
         return
-    while not (world.is_first or is_precomputed(job.config)):
+    while not (world.is_rank_zero or is_precomputed(job.config)):
         time.sleep(0.5)
     precompute(job.config, device=world.device)

@@ -109,19 +109,19 @@ def save_training_state(
         write_json(hidden / "state.json", seal(values | {"numbers": [rank["numbers"] for rank in gathered]}))
 
     with ExitStack() as publishing:
-        on_first(world, lambda: publishing.enter_context(replacing_directory(final)))
+        on_rank_zero(world, lambda: publishing.enter_context(replacing_directory(final)))
         written = on_all_ranks(world, write)
         gathered = gather({"files": written, "numbers": finite(numbers)}, world)
-        on_first(world, write_state)
-        on_first(world, publishing.close)
-    if world.is_first:
+        on_rank_zero(world, write_state)
+        on_rank_zero(world, publishing.close)
+    if world.is_rank_zero:
         remove_beyond(directory, keep)
     torch.distributed.barrier()
 
 
-def on_first(world: World, function: Callable[[], Any]) -> None:
+def on_rank_zero(world: World, function: Callable[[], Any]) -> None:
     """Call `function` on rank 0. A collective, which raises on all ranks what is raised there."""
-    on_all_ranks(world, lambda: function() if world.is_first else None)
+    on_all_ranks(world, lambda: function() if world.is_rank_zero else None)
 
 
 def remove_beyond(directory: Path, keep: int) -> None:
@@ -182,7 +182,7 @@ def find_latest(directory: Path, world: World) -> Checkpoint | None:
         checkpoint, reason = on_all_ranks(world, partial(examine, path, world))
         reasons = [each for each in gather(reason, world) if each]
         if not reasons:
-            on_first(world, partial(set_aside, damaged))
+            on_rank_zero(world, partial(set_aside, damaged))
             return checkpoint
         damaged[path] = reasons[0]
     if damaged:

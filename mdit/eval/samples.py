@@ -12,7 +12,7 @@ from mdit.checkpoint.snapshot import Snapshot, WeightKind, load_model
 from mdit.config import ReportConfig, TrainConfig, UserError, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
 from mdit.diffusion.sampler import heun_sample
-from mdit.dist import identify, logger, work_on
+from mdit.dist import logger, work_on, world_from_env
 from mdit.encoders import build_image_encoder, build_text_encoder_from
 from mdit.eval.lettering import lettering
 from mdit.files import replacing
@@ -111,7 +111,7 @@ def generate(
     Picture i depends on its prompt, `seed` and i alone. `guidance` (1 is none) and `steps` are the recipe's by default.
     On this process's GPU where there is one. Raises UserError.
     """
-    prompts, device = [prompts] if isinstance(prompts, str) else list(prompts), identify().device
+    prompts, device = [prompts] if isinstance(prompts, str) else list(prompts), world_from_env().device
     options = sampling_options(snapshot.config, guidance, steps)
     captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(prompts)
     model = sampling_model(snapshot, weights, device)

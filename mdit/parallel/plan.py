@@ -33,7 +33,7 @@ class ParallelPlan:
 
     @classmethod
     def build(cls, settings: RunSettings, world: World) -> "ParallelPlan":
-        """Make the groups. A collective of all ranks, after mdit.dist.start."""
+        """Make the groups. A collective of all ranks, after mdit.meeting.init_distributed."""
         ep, tp = settings.expert_parallel, settings.tensor_parallel
         if ep > 1:
             from mdit.parallel import expert

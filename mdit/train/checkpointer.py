@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from mdit.checkpoint.snapshot import save_snapshot
-from mdit.checkpoint.training_state import load_into, on_first, save_training_state
+from mdit.checkpoint.training_state import load_into, on_rank_zero, save_training_state
 from mdit.config import portable
 from mdit.data.shards import open_dataset
 from mdit.models.dit import buffers
@@ -89,12 +89,12 @@ class Checkpointer:
             ema=averaged,
             encoders=open_dataset(config.data.validation).encoders,
         )
-        on_first(self.run.world, write)
+        on_rank_zero(self.run.world, write)
 
     def _whole_weights(self, partitions: list[Tensor] | None) -> dict[str, Tensor]:
         """Float32 weights and buffers in host memory, on rank 0; nothing elsewhere. A collective."""
         whole = buffers(self.run.config.model)
         for name, value in self.engine.full_weights(partitions):
-            if self.run.world.is_first:
+            if self.run.world.is_rank_zero:
                 whole[name] = value.to("cpu", copy=True)
         return whole

@@ -63,7 +63,7 @@ class Evaluator:
         self.meter.pause()
         latents = self._sample_latents()
         parts = gather(dict(zip(self.prompt_indices, latents.cpu())), self.world)
-        if not self.world.is_first:
+        if not self.world.is_rank_zero:
             return
         by_index = {index: latent for part in parts for index, latent in part.items()}
         latents = torch.stack([by_index[i] for i in range(len(self.texts))])

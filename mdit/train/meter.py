@@ -46,7 +46,7 @@ class Meter:
     @contextmanager
     def recording(self, start: int) -> Iterator[None]:
         """Open what is written to, for a run that goes on from step `start`. A collective."""
-        on_all_ranks(self.world, partial(self._open, start) if self.world.is_first else lambda: None)
+        on_all_ranks(self.world, partial(self._open, start) if self.world.is_rank_zero else lambda: None)
         try:
             yield
         finally:
@@ -114,7 +114,7 @@ class Meter:
     def write(self, step: int, group: str, values: dict[str, float]) -> None:
         """Write a line of metrics.jsonl; on TensorBoard a scalar "group/name" for each value. What is not finite is
         null in the one and missing in the other: JSON has no NaN."""
-        if not self.world.is_first:
+        if not self.world.is_rank_zero:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with optional(self.path):

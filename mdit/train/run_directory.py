@@ -28,7 +28,7 @@ from mdit.checkpoint.training_state import (
     complete_checkpoints,
     find_latest,
     latest_step,
-    on_first,
+    on_rank_zero,
     read_state,
     step_in,
 )
@@ -71,7 +71,7 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         with ExitStack() as undo:
             undo.push(self._held)
-            on_first(self.world, self._take)
+            on_rank_zero(self.world, self._take)
             token = gather(self.lock.token, self.world)[0]
             on_all_ranks(self.world, lambda: try_out(self.path, token, self.world))
             undo.pop_all()
@@ -86,19 +86,19 @@ class RunDirectory:
         """Find the checkpoint to go on from, check that it and the directory are those of this very run, and write down
         that it begins. `has_weights` says whether `init_from` has been read. A collective."""
         self.checkpoint = find_latest(self.path / CHECKPOINTS, self.world)
-        on_first(self.world, lambda: self._check_and_write(config, description, init_from))
+        on_rank_zero(self.world, lambda: self._check_and_write(config, description, init_from))
         if self.checkpoint is None and init_from is not None:
             on_all_ranks(self.world, lambda: self._require_weights(has_weights))
 
     def attempt(self, what: str, step: int, save: Callable[[], None]) -> None:
         """Call `save`, a collective that raises on all ranks alike. Where the disk does not take it, what was saved
         before is still there and training goes on: that is said, and `check_saved` knows it."""
-        on_first(self.world, self.lock.check)
+        on_rank_zero(self.world, self.lock.check)
         try:
             save()
         except OSError as error:
             self._failed.append((step, what, error))
-            if self.world.is_first:
+            if self.world.is_rank_zero:
                 logger.warning(f"{what} of step {step} not saved: {explain(error)}; the next one that is due is tried")
 
     def check_saved(self, step: int) -> None:

@@ -38,7 +38,7 @@ class SkippedSteps:
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         mine = batch.samples[~losses_N.isfinite().cpu().numpy()].tolist()
         self.reason = name_samples(gather(mine, self.world))
-        if self.world.is_first:
+        if self.world.is_rank_zero:
             logger.warning(f"step {step} skipped, {self.in_a_row} in a row of at most {self.limit}: {self.reason}")
 
     def error(self, step: int) -> Exception:

@@ -10,7 +10,7 @@ import pytest
 
 from mdit import cli, meeting
 from mdit.config import UserError
-from mdit.dist import World, configure_logging, identify, tells
+from mdit.dist import World, configure_logging, tells, world_from_env
 from mdit.meeting import joined, open_store, while_others_wait
 from mdit.train.agreement import require_agreement
 from tests.processes import Ended, run_forked
@@ -31,7 +31,7 @@ def told(function, *, processes: int = 2, **env: str) -> tuple[int, list[str]]:
 
 def _impatient(function) -> None:
     meeting.NOTICE, meeting.PATIENCE, meeting.FAREWELL = 0.5, 1.5, 1.0
-    world = identify()
+    world = world_from_env()
     configure_logging(world)
     cli.run(lambda: function(world), tells=tells)
 

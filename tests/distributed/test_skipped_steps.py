@@ -62,7 +62,7 @@ def train_all(world: World, folder: str, runs: dict[str, list[dict]]) -> list[st
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())
     logging.getLogger("mdit").addHandler(handler)
-    logging.getLogger("mdit").setLevel(logging.INFO if world.is_first else logging.WARNING)
+    logging.getLogger("mdit").setLevel(logging.INFO if world.is_rank_zero else logging.WARNING)
     poison(POISONED)
     for name, layouts in runs.items():
         run_dir = Path(folder, name)

@@ -31,7 +31,7 @@ def save_for_ever(rank: int, directory, journal, meeting) -> None:
     training_state.MAX_FILE_BYTES = 2**18  # several files a rank
     with journal.open("a", buffering=1) as file:
         for step in count(latest_step(directory) + 1):
-            if world.is_first:
+            if world.is_rank_zero:
                 file.write(f"saving {step}\n")
             tensors = {"master": [torch.full((NUMEL // RANKS * len(PARAMETERS),), float(step))]}
             numbers, layout = {"loss_sum": float(step)}, {"world_size": RANKS}
@@ -46,7 +46,7 @@ def save_for_ever(rank: int, directory, journal, meeting) -> None:
                 world=world,
                 keep=1,
             )
-            if world.is_first:
+            if world.is_rank_zero:
                 file.write(f"saved {step}\n")
 
 

@@ -140,10 +140,10 @@ def test_what_is_not_requeued(cluster, disturbed, tmp_path):
 
 MEET = """
 import torch
-from mdit.dist import identify
-from mdit.meeting import start
-world = identify()
-start(world)
+from mdit.dist import world_from_env
+from mdit.meeting import init_distributed
+world = world_from_env()
+init_distributed(world)
 total = torch.tensor(float(10 ** world.rank))
 torch.distributed.all_reduce(total)
 print(world.rank, world.size, world.local_rank, int(total))

@@ -48,7 +48,7 @@ def run(scenario: dict, folder: Path) -> dict:
     gpu, error = fake.FakeGPU(world.device), None
     options = dict(overrides=[], run_dir=folder / f"{os.getpid()}", init_from=None, restart=False, world=world)
     plan = resolve_run(recipe, ds_json, **options)
-    if not world.is_first:
+    if not world.is_rank_zero:
         checkpointer.save_training_state = lambda *arguments, **options: (
             None
         )  # rank 0, which would make the directory, is not there

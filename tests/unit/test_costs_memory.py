@@ -242,7 +242,7 @@ def test_memory_on_a_gpu():
     ds_json = {"train_micro_batch_size_per_gpu": n, "zero_optimization": zero}
     execution = Execution.resolve(ds_json, config, processes=1, bf16_works=True, path="test")
     world = dist.World(0, 1, 0, torch.device("cuda", 0))
-    meeting.start(world)
+    meeting.init_distributed(world)
     try:
         before = torch.cuda.memory_allocated()
         engine = Engine(model_of(config), config, execution, ParallelPlan(world))

@@ -18,14 +18,14 @@ from mdit.dist import (
     World,
     configure_logging,
     cores,
-    find_meeting_point,
     first_host,
     forget_stop,
-    identify,
     logger,
     on_all_ranks,
+    set_rendezvous,
     tells,
     work_on,
+    world_from_env,
 )
 from mdit.documents import explain
 from mdit.meeting import processes_here
@@ -48,12 +48,12 @@ def environment(monkeypatch):
 
 
 def test_plain_python_is_one_process(environment):
-    assert identify() == World(rank=0, size=1, local_rank=0, device=CPU)
+    assert world_from_env() == World(rank=0, size=1, local_rank=0, device=CPU)
 
 
 def test_deepspeed_and_torchrun_give_rank_world_size_and_local_rank(environment):
     environment(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="node0", MASTER_PORT="29500")
-    assert identify() == World(rank=5, size=8, local_rank=1, device=CPU)
+    assert world_from_env() == World(rank=5, size=8, local_rank=1, device=CPU)
 
 
 SRUN = dict(SLURM_JOB_ID="7", SLURM_PROCID="3", SLURM_NTASKS="4", SLURM_LOCALID="1")
@@ -61,25 +61,25 @@ SRUN = dict(SLURM_JOB_ID="7", SLURM_PROCID="3", SLURM_NTASKS="4", SLURM_LOCALID=
 
 def test_a_task_of_srun_takes_its_place_from_slurm(environment):
     environment(**SRUN, SLURM_STEP_ID="0")
-    assert identify() == World(rank=3, size=4, local_rank=1, device=CPU)
+    assert world_from_env() == World(rank=3, size=4, local_rank=1, device=CPU)
 
 
 def test_the_batch_shell_of_a_job_is_one_process(environment):
     """sbatch sets SLURM_PROCID too; waiting there for three more processes would hang for ever."""
     environment(**{**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
-    assert identify() == World(rank=0, size=1, local_rank=0, device=CPU)
+    assert world_from_env() == World(rank=0, size=1, local_rank=0, device=CPU)
 
 
 def test_deepspeed_inside_a_slurm_step_goes_by_deepspeeds_ranks(environment):
     environment(**SRUN, SLURM_STEP_ID="0", RANK="6", WORLD_SIZE="16", LOCAL_RANK="2")
-    assert identify() == World(rank=6, size=16, local_rank=2, device=CPU)
+    assert world_from_env() == World(rank=6, size=16, local_rank=2, device=CPU)
 
 
 def test_each_process_of_a_node_gets_its_own_gpu(environment, monkeypatch):
     environment(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert identify().device == torch.device("cuda", 1)
+    assert world_from_env().device == torch.device("cuda", 1)
 
 
 def numerics() -> tuple[str | None, bool, bool]:
@@ -93,7 +93,7 @@ def look_when_cuda_is_asked() -> None:
     seen = []
     for name in ("is_available", "device_count", "set_device"):
         setattr(torch.cuda, name, lambda *args: seen.append(numerics()) or 1)
-    work_on(identify().device)
+    work_on(world_from_env().device)
     assert len(seen) >= 3 and {*seen} == {(":4096:8", False, False)}, seen
 
 
@@ -112,12 +112,12 @@ def in_a_run(world):
 
 
 def test_every_command_that_computes_on_a_gpu_settles_them():
-    """`identify` does. One measures both ways; one moves bytes and one starts others, without a sum of their own."""
+    """`world_from_env` does. One measures both ways, one moves bytes, one starts others: without a sum of their own."""
     commands = [*REPOSITORY.glob("launchers/*.py"), *REPOSITORY.glob("tools/*.py")]
     sources = {path.name: path.read_text(encoding="utf-8") for path in commands}
-    computing = {name for name, source in sources.items() if "torch.cuda." in source or "identify" in source}
+    computing = {name for name, source in sources.items() if "torch.cuda." in source or "world_from_env" in source}
     assert computing > {"train.py", "evaluate.py", "precompute.py", "bench_train.py", "bench_kernels.py"}
-    settled = {name for name, source in sources.items() if re.search(r"\b(identify|settle_numerics)\(\)", source)}
+    settled = {name for name, source in sources.items() if re.search(r"\b(world_from_env|settle_numerics)\(\)", source)}
     assert computing - settled <= {"bench_reductions.py", "bench_loader.py", "first_contact.py"}
 
 
@@ -126,7 +126,7 @@ def test_a_task_that_sees_one_gpu_only_takes_it(environment, monkeypatch):
     environment(**SRUN, SLURM_STEP_ID="0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert identify() == World(rank=3, size=4, local_rank=1, device=torch.device("cuda", 0))
+    assert world_from_env() == World(rank=3, size=4, local_rank=1, device=torch.device("cuda", 0))
 
 
 def test_more_processes_than_gpus_are_refused(environment, monkeypatch):
@@ -134,7 +134,7 @@ def test_more_processes_than_gpus_are_refused(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="LOCAL_RANK = 1, but 1 GPUs are to be seen: start one process for each"):
-        work_on(identify().device)
+        work_on(world_from_env().device)
 
 
 OPENMPI = dict(OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_RANK="1")
@@ -147,12 +147,12 @@ INTERACTIVE = dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_L
 def test_mpirun_gives_rank_world_size_and_local_rank(environment, variables, slurm):
     """Its daemons are tasks of srun in a job, whose numbers are not those of the processes."""
     environment(**{**slurm, **variables})
-    assert identify() == World(rank=3, size=4, local_rank=1, device=CPU)
+    assert world_from_env() == World(rank=3, size=4, local_rank=1, device=CPU)
 
 
 def test_the_shell_of_an_interactive_job_is_one_process(environment):
     environment(**INTERACTIVE)
-    assert identify() == World(rank=0, size=1, local_rank=0, device=CPU)
+    assert world_from_env() == World(rank=0, size=1, local_rank=0, device=CPU)
 
 
 GOOD = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
@@ -163,9 +163,9 @@ GOOD = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", M
 def test_a_variable_that_cannot_be_is_named(environment, name, value):
     environment(**{**GOOD, name: value})
     with pytest.raises(UserError) as refused:
-        world = identify()
+        world = world_from_env()
         processes_here(world)
-        find_meeting_point(world)
+        set_rendezvous(world)
     assert str(refused.value).startswith(name) and value[:40] in str(refused.value)
 
 
@@ -173,7 +173,7 @@ def test_a_variable_that_cannot_be_is_named(environment, name, value):
 def test_a_launcher_that_is_not_known_is_no_single_process(environment, variables):
     environment(**variables)
     with pytest.raises(UserError, match=f"{[*variables][0]}.*start with deepspeed, torchrun or srun"):
-        identify()
+        world_from_env()
 
 
 def test_cores_are_counted_where_nobody_tells_which_are_ours(monkeypatch):
@@ -199,7 +199,7 @@ MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 
 def test_under_srun_the_first_host_and_the_job_say_where_to_meet(environment):
     environment(**SRUN, SLURM_STEP_ID="0", SLURM_STEP_NODELIST="gpu[07-08]", SLURM_JOB_NODELIST="gpu[05-08]")
-    find_meeting_point(FOUR)
+    set_rendezvous(FOUR)
     assert [os.environ[name] for name in MEETING_POINT] == ["gpu07", "20007"]
 
 
@@ -208,21 +208,21 @@ def test_steps_and_jobs_that_share_a_host_do_not_meet(environment):
     for job, step in itertools.product(("67043327", "81", "82"), ("0", "1", "2")):
         environment(SLURM_JOB_ID=job, SLURM_STEP_ID=step, SLURM_STEP_NODELIST="a")
         os.environ.pop("MASTER_PORT", None)
-        find_meeting_point(FOUR)
+        set_rendezvous(FOUR)
         ports.add(int(os.environ["MASTER_PORT"]))
     assert len(ports) == 9 and all(1024 < port < 32768 for port in ports)  # Linux hands out 32768 and above
 
 
 def test_what_the_launcher_says_about_the_meeting_point_holds(environment):
     environment(**SRUN, SLURM_STEP_ID="0", SLURM_STEP_NODELIST="gpu[07-08]", MASTER_ADDR="node0", MASTER_PORT="29500")
-    find_meeting_point(FOUR)
+    set_rendezvous(FOUR)
     assert [os.environ[name] for name in MEETING_POINT] == ["node0", "29500"]
 
 
 def test_without_a_launcher_nobody_knows_where_to_meet(environment):
     environment(RANK="3", WORLD_SIZE="4", MASTER_PORT="29500")
     with pytest.raises(UserError, match="^MASTER_ADDR: not set, so 4 processes cannot find each other; .*torchrun"):
-        find_meeting_point(FOUR)
+        set_rendezvous(FOUR)
 
 
 @pytest.mark.parametrize(  # as `scontrol show hostnames` has them
@@ -300,7 +300,7 @@ def agree(world: World, folder: str) -> list[bool]:
     if world.rank == 1:
         signal.raise_signal(signal.SIGUSR1)
     answers.append(stop.requested())
-    answers.append(stop_file.read_text() == "a signal\n" if world.is_first else stop.signalled)
+    answers.append(stop_file.read_text() == "a signal\n" if world.is_rank_zero else stop.signalled)
     stop.signalled = False
     return [*answers, stop.requested()]
 
@@ -311,9 +311,9 @@ def test_all_ranks_stop_for_one(tmp_path):
 
 ONE_PROCESS = """
 import torch
-from mdit.dist import identify
-from mdit.meeting import start
-start(identify())
+from mdit.dist import world_from_env
+from mdit.meeting import init_distributed
+init_distributed(world_from_env())
 t = torch.ones(1)
 torch.distributed.all_reduce(t)
 print(torch.distributed.get_world_size(), t.item(), torch.distributed.get_backend())

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdit.dist import World
-from mdit.meeting import start as join
+from mdit.meeting import init_distributed
 from mdit.train.meter import Meter, forget_after, step_of
 from tests.processes import run_forked
 from tests.recipes import tiny_config
@@ -86,7 +86,7 @@ def test_a_file_in_order_is_not_touched_and_none_is_made(tmp_path):
 def meter(tmp_path):
     config = tiny_config(training={"num_steps": 3, "global_batch_size": 8})
     world = World(0, 1, 0, torch.device("cpu"))
-    join(world)
+    init_distributed(world)
     yield Meter(config, tmp_path, world)
     torch.distributed.destroy_process_group()
 
