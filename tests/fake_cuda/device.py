@@ -240,7 +240,7 @@ def install(library: Path) -> None:
     torch.Tensor.pin_memory = lambda self, device=None: _pin(self.clone())
     torch.Tensor.is_pinned = lambda self, device=None: self.untyped_storage().data_ptr() in _pinned
     torch.Generator, torch.nn.Module._apply = Generator, _apply
-    FakeTensor.tolist = lambda self: self.cpu().tolist()
+    FakeTensor.tolist = lambda self: torch.ones_like(self.cpu()).tolist()  # as item() gives 1
     for name in ("empty", "zeros"):
         setattr(torch, name, _pinning(getattr(torch, name)))
     for name in ("tensor", "as_tensor"):
