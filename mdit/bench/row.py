@@ -8,7 +8,7 @@ import torch
 
 from mdit.config import ModelConfig, PositiveFloat, Section, TrainConfig
 from mdit.costs.machines import MACHINES, Machine
-from mdit.costs.trace import training_flops
+from mdit.costs.trace import Checkpointing, training_flops
 from mdit.dist import World
 from mdit.models.dit import meta_model
 from mdit.parallel.settings import Execution
@@ -44,7 +44,7 @@ class Setting(Section):
     fp8: bool = False
     kernels: tuple[str, ...] = ()
     compile: bool = False
-    activation_checkpointing: str = "none"
+    activation_checkpointing: Checkpointing = "none"
     zero_stage: int
     weights: str | None = None
 
