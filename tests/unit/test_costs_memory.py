@@ -151,7 +151,7 @@ def test_what_is_alive_between_forward_and_backward_and_at_most(mode, mask_ratio
 @with_triton
 def test_recomputation_and_tensor_parallelism_need_less():
     sizes = [trace(tiny_2(), 0.75, Form(checkpointing=mode)).peak.of(8) for mode in ("none", "selective", "block")]
-    assert sizes == sorted(sizes, reverse=True) and sizes[2] < sizes[0] / 4
+    assert sizes == sorted(sizes, reverse=True) and sizes[2] < sizes[0] / 3
     whole, part = (trace(tiny_2(), 0.75, Form(tp=tp)) for tp in (1, 2))
     assert part.peak.of(8) < whole.peak.of(8)
     flops = [sum(count * k.product.flops for k, count in t.at(8).items() if k.product) for t in (whole, part)]
