@@ -38,8 +38,8 @@ LOG = re.compile(
 
 
 @dataclass(frozen=True)
-class Source:
-    """What Triton compiles for a launch. Equal sources give equal binaries; other processes can build them too."""
+class KernelSource:
+    """Input of Triton's compiler for a launch. Equal ones give equal binaries; other processes can build them too."""
 
     module: str
     kernel: str
@@ -63,7 +63,7 @@ class Build:
     seconds: float
 
 
-def source(launch: Launch, capability: int = 90) -> Source:
+def source(launch: Launch, capability: int = 90) -> KernelSource:
     kernel, backend = launch.kernel, make_backend(_target(capability))
     options = {
         **launch.constants,
@@ -75,7 +75,7 @@ def source(launch: Launch, capability: int = 90) -> Source:
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialised, rest = binder(*launch.arguments, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialised, rest)
-    return Source(
+    return KernelSource(
         kernel.fn.__module__,
         kernel.fn.__qualname__,
         tuple(signature.items()),
@@ -87,7 +87,7 @@ def source(launch: Launch, capability: int = 90) -> Source:
     )
 
 
-def build(wanted: Source) -> Build:
+def build(wanted: KernelSource) -> Build:
     """Compiles, whatever Triton's cache holds."""
     log, start = io.StringIO(), time.perf_counter()
     with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(log):
@@ -132,7 +132,7 @@ def pretend_to_have_a_gpu(capability: int, stub: Path) -> None:
     torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 
-def keep(wanted: Source) -> bool:
+def keep(wanted: KernelSource) -> bool:
     """Whether Triton's cache lacked this kernel; now it holds its binary, and the launcher that Python calls it by."""
     hits: list[bool] = []
     with knobs.compilation.scope():
@@ -141,7 +141,7 @@ def keep(wanted: Source) -> bool:
     return not all(hits)
 
 
-def _compile(wanted: Source):
+def _compile(wanted: KernelSource):
     kernel = getattr(importlib.import_module(wanted.module), wanted.kernel)
     attributes = {path: [list(attribute) for attribute in found] for path, found in wanted.attributes}
     text = ASTSource(fn=kernel, signature=dict(wanted.signature), constexprs=dict(wanted.constants), attrs=attributes)

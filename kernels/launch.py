@@ -13,7 +13,7 @@ _recording: list["Launch"] | None = None
 
 @dataclass(frozen=True)
 class Launch:
-    """What one kernel was started with. `arguments` in the order of the kernel's parameters, `constants` by name."""
+    """One start of a kernel. `arguments` in the order of the kernel's parameters, `constants` by name."""
 
     kernel: Any
     arguments: tuple

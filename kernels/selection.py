@@ -67,7 +67,7 @@ def _with_environment(wanted: Choice, path: str | Path) -> tuple[Choice, str]:
 
 
 def _hindrance(device: torch.device, oldest: tuple[int, int]) -> str:
-    """What keeps Triton from running here, or nothing."""
+    """Reason why Triton cannot run here, "" where it can."""
     if not _installed():
         return "the package triton is not installed"
     if device.type != "cuda":
@@ -90,6 +90,6 @@ def _missing(head_dim: int) -> dict[str, str]:
 
 
 def _disagreements(ops: frozenset[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """Those whose kernels do not build here or give something else than PyTorch."""
+    """Ops whose kernels do not build here or give something else than PyTorch."""
     found = {op: compare_with_reference(op, device, dtype, head_dim) for op in sorted(ops)}
     return {op: f"{op} does not: {reason}" for op, reason in found.items() if reason}

@@ -21,6 +21,7 @@ QUICK = {  # the files of `make quick`: every room's fastest tests, under a minu
     "kernels/test_selection.py",
     "kernels/test_custom_op.py",
     "test_house.py",
+    "test_words.py",
     "unit/test_bench_report.py",
     "unit/test_caches.py",
     "unit/test_config.py",

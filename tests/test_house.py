@@ -6,17 +6,12 @@ never from above and never from a neighbour; imports inside functions count like
 
 import ast
 import re
-import runpy
 import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-
-import mdit
-from tests.conftest import QUICK
-from tests.processes import PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -335,56 +330,3 @@ def test_importing_the_models_needs_torch_and_little_else():
     imported = {module.split(".")[0] for module in ran.stdout.split()} - sys.stdlib_module_names
     little = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
     assert {name for name in imported if not name.startswith("_")} <= {"mdit", "torch", "numpy", *little}
-
-
-def test_no_file_is_called_after_nothing():
-    nothing = {"utils", "util", "misc", "helpers", "helper", "common"}
-    named = [path for path in python_files() if nothing & set(path.removesuffix(".py").split("/"))]
-    assert not named
-
-
-def test_what_is_said_twice_agrees():
-    """The drawing and its script, the version and the one to cite, modules imported ahead, files of quick tests."""
-    drawing = ROOT / "docs/pictures/architecture.svg"
-    assert runpy.run_path(str(drawing.with_suffix(".py")))["draw"]() == drawing.read_text(encoding="utf-8")
-    assert all((ROOT / f"{name.replace('.', '/')}.py").exists() for name in PRELOAD if name.startswith("mdit."))
-    assert all((ROOT / "tests" / path).exists() for path in QUICK)
-    assert f"\nversion: {mdit.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-
-
-def test_the_documents_name_what_there_is():
-    """Files, and behind a colon the classes and functions in them."""
-    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
-    text = "".join(path.read_text(encoding="utf-8") for path in documents)
-    found = re.findall(r"`((?:mdit|kernels|launchers|tools|tests)/[a-z0-9_/]+\.py)(?:: ([\w., ]+))?`", text)
-    assert len(found) > 100
-    for path, names in found:
-        defined = set()
-        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body if names else []:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                inside = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
-                defined |= {node.name, *(f"{node.name}.{name}" for name in inside)}
-        assert (ROOT / path).exists() and (not names or {*names.split(", ")} <= defined), path
-
-
-def test_the_readme_is_read_in_one_sitting():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
-
-
-MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:work|root|home/\w+)/")
-
-
-@pytest.mark.parametrize("folder", [b"root", b"work", b"home/someone"])
-@pytest.mark.parametrize("before", [b"", b"cd ", b"open('", b"--out="])
-def test_a_path_of_somebodys_machine_is_recognised(folder, before):
-    assert MACHINE_PATH.search(before + b"/" + folder + b"/x")
-
-
-@pytest.mark.parametrize("text", [b"https://host/work/x", b"docs/work/x", b"~/root/x", b"/workspace/x"])
-def test_other_paths_are_not(text):
-    assert not MACHINE_PATH.search(text)
-
-
-def test_no_tracked_file_names_a_path_of_somebodys_machine():
-    named = [path.relative_to(ROOT).as_posix() for path in tracked_files() if MACHINE_PATH.search(path.read_bytes())]
-    assert not named

@@ -1,4 +1,4 @@
-"""What the kernels save: every op of a training step, at every shape of the paper's stages, against PyTorch.
+"""Time that the kernels save: every op of a training step, at every shape of the paper's stages, against PyTorch.
 
     python tools/bench_kernels.py --out bench
     python tools/bench_kernels.py --out bench --resume --budget_s 570
@@ -292,7 +292,7 @@ def milliseconds(function: Callable, bench: Bench) -> float:
 
 
 def ceilings(bench: Bench) -> dict[str, float]:
-    """What a large copy (read and written bytes) and a large matmul reach here, now."""
+    """Rates that a large copy (read and written bytes) and a large matmul reach here, now."""
     numbers, side = (2**30, 8192) if bench.device == "cuda" else (2**26, 1024)
     source = torch.randint(256, (numbers,), dtype=torch.uint8, device=bench.device)
     target, square = torch.empty_like(source), torch.randn(side, side, device=bench.device).to(bench.dtype)

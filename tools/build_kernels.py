@@ -53,7 +53,7 @@ EVALUATED = (64, 0.0)  # images at once, and none masked: validation and samplin
 
 @dataclass(frozen=True)
 class Use:
-    """Where a kernel is launched, with its numbers by name."""
+    """Place where a kernel is launched, with its numbers by name."""
 
     op: str
     direction: str  # forward or backward
@@ -111,7 +111,7 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
     """-> what was built, what is wrong with it, and Triton's version. Prints a table of the builds."""
     from mdit.kernels import ahead_of_time  # here, since it imports triton
 
-    uses: dict[ahead_of_time.Source, list[Use]] = {}
+    uses: dict[ahead_of_time.KernelSource, list[Use]] = {}
     builds, wrong = [], []
     found = traced_launches(stages_of(args), DTYPES[args.dtype], args.capability)
     for use, launch in found if args.all else representative(found):
@@ -199,7 +199,7 @@ def attempt(method: str, source):
 
 
 def launches_of_check(head_dim: int, dtype: torch.dtype) -> list[Launch]:
-    """What `mdit.kernels.selection` launches before it takes kernels. Nothing runs, so that what it says is nothing."""
+    """Launches that `mdit.kernels.selection` makes before it takes kernels. Nothing is run here."""
     with recorded() as found, dispatch.using(off_gpu=True), without_float8_matmuls():
         for op in dispatch.OPS:
             compare_with_reference(op, torch.device("cpu"), dtype, head_dim)
@@ -246,7 +246,7 @@ def representative(found: list[tuple[Use, Launch]]) -> list[tuple[Use, Launch]]:
 
 
 def without_float8_matmuls() -> AbstractContextManager:
-    """Those of a CPU know no scales by row in torch 2.11."""
+    """Context in which scaled matmuls do nothing: a CPU's know no scales by row in torch 2.11."""
     return mock.patch.object(torch, "_scaled_mm", lambda a, b, *, out, **_: out)
 
 

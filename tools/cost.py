@@ -1,4 +1,4 @@
-"""What the whole recipe costs: GPU-hours and dollars, from measured rows only.
+"""Cost of the whole recipe: GPU-hours and dollars, from measured rows only.
 
     python tools/cost.py bench/throughput.json
     python tools/cost.py A/throughput.json B/throughput.json --precompute data/cc12m/256 --precompute data/cc12m/512 \\

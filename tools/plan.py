@@ -1,4 +1,4 @@
-"""What a step would cost on machines that are not here: memory, traffic, time and price of every layout, on paper.
+"""Cost of a step on machines that are not here: memory, traffic, time and price of every layout, on paper.
 
     python tools/plan.py --micro_batch 256
     python tools/plan.py --recipe configs/res_256_pretrain.toml --gpus 64 --gpu h100
@@ -88,7 +88,7 @@ def command(arguments: list[str] | None = None) -> None:
 
 
 def predictions(config: TrainConfig, gpus: int, machine: Machine, args: argparse.Namespace) -> list[Prediction]:
-    """Of every layout that was asked for, those that fit first, fastest first."""
+    """Predictions for every layout that was asked for, those that fit first, fastest first."""
     found = [predict(config, layout, machine) for layout in layouts(config, gpus, machine, args)]
     return sorted(found, key=lambda p: (not p.fits, -p.images_per_second))
 
@@ -169,7 +169,7 @@ def cells(title: str, values: Iterable[str]) -> str:
 
 
 def remarks(shown: list[Prediction], dollars: float) -> str:
-    """What the tables' signs mean, of those that are there."""
+    """Meaning of the tables' signs, of those that are there."""
     lines = [
         "batch: images at once x micro-batches; peak: of the sum, as parts are not at their largest together;",
         f"net: between nodes of 8; effic: without waiting; $/M: of a million images at {dollars:g} a GPU-hour",
@@ -222,7 +222,7 @@ def report(
     alone: list[Prediction],
     dollars: float,
 ) -> dict:
-    """What --json writes. Bytes, seconds, images per second; each of a GPU, but for images_per_second."""
+    """Content of --json. Bytes, seconds, images per second; each of a GPU, but for images_per_second."""
     assumed = {name.lower(): value for name, value in vars(machines).items() if name.isupper() and name != "MACHINES"}
     return {
         "note": NOTE,

@@ -38,7 +38,7 @@ class InFloat8(NamedTuple):
 
 
 def quantise(x: Tensor) -> Quantised:
-    """Of each row: the least power of two that brings it into float8's range, and the row divided by it."""
+    """Rows in float8 and their scales, the least powers of two that bring them into float8's range."""
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(LEAST)
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2 ** exponent, mantissa in [0.5, 1)

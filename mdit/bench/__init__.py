@@ -1,1 +1,1 @@
-"""What a training step costs, measured: rows of figures, and what makes them."""
+"""Measurements of training steps: rows of figures, and what makes them."""

@@ -62,7 +62,7 @@ class KernelRow(Section):
         return max(self.bytes / ceilings["GB/s"] / 1e6, self.flops / ceilings["TFLOP/s"] / 1e9)
 
     def rate(self, ceilings: Ceilings) -> str | None:
-        """Of the kernels: bytes or FLOPs, whichever bounds them, and their part of the ceiling."""
+        """Rate of the kernels in bytes or FLOPs, whichever bounds them, and their part of the ceiling."""
         if not (triton := self.both_ms("triton")):
             return None
         moving, computing = self.bytes / triton / 1e6, self.flops / triton / 1e9
@@ -119,7 +119,7 @@ class KernelReport(Section):
         write_text(out / "kernels.md", self.markdown())
 
     def take_over(self, path: Path) -> None:
-        """What an earlier run measured, rows that this run has not included. Raises UserError where that was another
+        """Take the rows that an earlier run measured and this one lacks. Raises UserError where that was another
         program, machine or setting."""
         if not path.exists():
             return
@@ -137,7 +137,7 @@ class KernelReport(Section):
         self.rows.extend(known.values())
 
     def shares(self) -> dict[str, float]:
-        """Of each row, by its key, the largest part that its calls' least time has in a stage's. A row that no stage
+        """Key of a row -> the largest part that its calls' least time has in a stage's. A row that no stage
         calls counts as one call of the largest stage."""
         bounds = {row.key: row.bound_ms(self.ceilings) for row in self.rows}
         totals: Counter[str] = Counter()
@@ -152,7 +152,7 @@ class KernelReport(Section):
         return sorted(self.rows, key=lambda row: -shares[row.key])
 
     def to_measure(self) -> list[KernelRow]:
-        """Of every op the row of the largest share, then the others by share; those that failed once come last."""
+        """Rows in order: of every op that of the largest share, the others by share, and those that failed."""
         rows = self.by_share()
         firsts = {row.op: row.key for row in reversed(rows)}
         rows.sort(key=lambda row: (bool(row.measured), firsts[row.op] != row.key))  # stable

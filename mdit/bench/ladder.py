@@ -70,7 +70,7 @@ FIRST = LADDER[0]
 
 
 def in_measuring_order() -> list[LadderStep]:
-    """What needs a compiler comes last, as it takes minutes; of that our own model first."""
+    """Steps in order: those that need a compiler come last, as it takes minutes; of them our own model first."""
     return sorted(LADDER, key=lambda step: (step.times, step.compile, step.compile and not step.kernels))
 
 

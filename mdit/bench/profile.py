@@ -1,4 +1,4 @@
-"""Where an optimizer step goes: a trace to look at, device time by category, and one screen that says it.
+"""Profile of an optimizer step: a trace to look at, device time by category, and one screen that says it.
 
 Events are torch.profiler's: https://docs.pytorch.org/docs/stable/profiler.html. On a GPU they are its kernels, copies
 and clearings; on a CPU the operators' own time, without what they call. Profiling itself slows the host down, so a GPU
@@ -101,7 +101,7 @@ def _events(events: Iterable[Any], device: DeviceType) -> Iterable[Event]:
 
 
 def category(name: str) -> str:
-    """Of a kernel or an operator, by its name."""
+    """Category of a kernel or an operator, by its name."""
     return next((found for found, pattern in PATTERNS.items() if pattern.search(name)), OTHER)
 
 

@@ -1,4 +1,4 @@
-"""What a whole recipe costs, from measured rows alone: GPU-hours of its stages and of its sets, on any number of nodes.
+"""Cost of a whole recipe, from measured rows alone: GPU-hours of its stages and of its sets, on any number of nodes.
 
 A stage's rate is that of the fastest row that was measured of it: the same number of parameters, latent size and mask
 ratio, in bfloat16, on a GPU. Nothing stands in for a row that is missing.
@@ -23,7 +23,7 @@ HOUR = 3600
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRow:
     """A row with where it comes from: the report's file and its environment."""
 
     row: BenchmarkRow
@@ -54,7 +54,7 @@ class Stage:
     """A recipe and the row that says how fast it trains, or None."""
 
     config: TrainConfig
-    measured: Measured | None
+    measured: MeasuredRow | None
 
     @property
     def images(self) -> int:
@@ -77,11 +77,11 @@ def choose_rows(
     `reports` are (file, report); `gpu` is a part of the name of the device whose rows count. Raises UserError where
     rows of several devices would count.
     """
-    counted: list[tuple[int, Measured]] = []
+    counted: list[tuple[int, MeasuredRow]] = []
     left_out = []
     for path, report in reports:
         for row in report.of_kind("stage"):
-            found = Measured(row, path, report.environment)
+            found = MeasuredRow(row, path, report.environment)
             if why := _does_not_count(found, configs, gpu):
                 left_out.append(f"{row.name} ({path}): {why}")
                 continue
@@ -101,7 +101,7 @@ def _fits(row: BenchmarkRow, config: TrainConfig) -> bool:
     return (row.parameters, row.latent_size, row.mask_ratio) == wanted
 
 
-def _does_not_count(found: Measured, configs: Sequence[TrainConfig], gpu: str | None) -> str | None:
+def _does_not_count(found: MeasuredRow, configs: Sequence[TrainConfig], gpu: str | None) -> str | None:
     row, setting = found.row, found.row.setting
     sizes = {parameters(config) for config in configs}
     if row.problem:

@@ -137,7 +137,7 @@ def earlier_rows(path: Path, here: Environment) -> list[BenchmarkRow]:
 
 
 def _heading(row: BenchmarkRow) -> str:
-    """What rows have in common; those of a ladder and of contenders tell the rest by their names."""
+    """Facts that rows have in common; those of a ladder and of contenders tell the rest by their names."""
     setting = row.setting
     processes = f"{setting.gpus} process{'es' * (setting.gpus > 1)}"
     words = [processes, setting.precision, f"ZeRO-{setting.zero_stage}"]

@@ -116,7 +116,7 @@ class Work(Section):
 
 
 class Profile(Section):
-    """Where a profiled step goes. `categories`: ms of device time. `idle_ms`: the device did nothing. `host`: None on a
+    """Time of a profiled step. `categories`: ms of device time. `idle_ms`: the device did nothing. `host`: None on a
     CPU. `trace`: name of a file beside the report. `work`: of a step on one GPU, by category, for the roofline."""
 
     categories: dict[str, float]

@@ -90,7 +90,7 @@ class Session:
         self.missing += [f"{row.name} (ladder)" for row in ladder.climb(round(self.left()), save) if row.is_open]
 
     def profile(self, job: Job) -> None:
-        """Where a step goes; the trace lies in the report's directory."""
+        """Profile a step; the trace lies in the report's directory."""
         row = job.row(self.world, kind="profile")
         earlier = self.report.find(row)
         if earlier is None and self.left() <= 0:

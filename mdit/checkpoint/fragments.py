@@ -1,4 +1,4 @@
-"""Where the elements of a parameter lie in a rank's flat partitions, so that a state can move to another layout."""
+"""Places of a parameter's elements in a rank's flat partitions, so that a state can move to another layout."""
 
 import json
 import math
@@ -38,7 +38,7 @@ class Fragment:
 
     @property
     def first(self) -> int | None:
-        """Where in the whole tensor, row by row, the fragment begins; None when it lies there in several runs."""
+        """Offset in the whole tensor, row by row, of the fragment; None if it lies there in several runs."""
         one_run = self.shard.count == 1 or (self.shard.dim, self.shard.blocks) == (0, 1)
         return self.shard.index * self.size + self.start if one_run else None
 

@@ -139,7 +139,7 @@ def load_model(
 
 
 def initial_weights(snapshot: Snapshot, model: ModelConfig, kind: WeightKind = "ema") -> dict[str, Tensor]:
-    """What a new run of `model` starts from: the snapshot's EMA (its raw weights if its recipe has none).
+    """Weights from which a new run of `model` starts: the snapshot's EMA (its raw weights if its recipe has none).
 
     `pos_embed` is left out, to be rebuilt, when latent_size or pos_interp_scale differ (as from 256 to 512 px). Any
     other difference that weights depend on raises a UserError naming the key and both values.

@@ -57,15 +57,15 @@ class Machine:
     fp8: bool = True  # do its tensor cores know float8?
 
     def seconds(self, link_bytes: float, network_bytes: float, ranks: int, count: float = 1) -> float:
-        """Of `count` collectives over `ranks` ranks, which move so many bytes in all: NCCL's rings run through both
-        kinds of link at once, so that the slower one decides, and every collective has a start."""
+        """Seconds of `count` collectives over `ranks` ranks, which move so many bytes in all: NCCL's rings run through
+        both kinds of link at once, so that the slower one decides, and every collective has a start."""
         start = COLLECTIVE_START + COLLECTIVE_HOP * math.log2(max(ranks, 1))
         moving = max(link_bytes / self.link, network_bytes / self.network) / LINK_SHARE
         return moving + count * start if ranks > 1 else 0.0
 
     def share_on_network(self, ranks: int, stride: int = 1) -> float:
-        """Of what a GPU sends in a ring over ranks that are `stride` apart. With g ranks in each node, one of g steps
-        leaves the node; as many rings as GPUs share the ways out evenly."""
+        """Share that leaves the node of the bytes a GPU sends in a ring over ranks `stride` apart. With g ranks in each
+        node one of g steps does; as many rings as GPUs share the ways out evenly."""
         in_node = max(1, self.gpus_per_node // stride)
         return 0.0 if ranks <= in_node else 1 / in_node
 

@@ -12,7 +12,7 @@ from mdit.costs.traffic import predict_traffic
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one optimizer step on one machine. Bytes and seconds a GPU; everything predicted, nothing measured."""
+    """Memory, traffic and time of one optimizer step on one machine: bytes and seconds a GPU, none of them measured."""
 
     layout: Layout
     memory: Memory

@@ -18,7 +18,7 @@ from mdit.models.moe import ExpertChoiceMoE
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one GPU sends in a step for one purpose: bytes, in `count` collectives over `ranks` ranks `stride` apart."""
+    """Bytes that one GPU sends in a step for one purpose, in `count` collectives over `ranks` ranks `stride` apart."""
 
     purpose: str
     bytes: float

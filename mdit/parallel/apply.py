@@ -1,4 +1,4 @@
-"""What is done to a plain MicroDiT before an engine takes it: fusion, shards, float8, recomputation, compilation."""
+"""Steps from a plain MicroDiT to the one that an engine takes: fusion, shards, float8, recomputation, compilation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -59,7 +59,7 @@ def shard_layer(layer: FusedExpertChoiceMoE, group: torch.distributed.ProcessGro
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """For the optimizer: the experts' parameters apart from all others, as ZeRO wants them."""
+    """Parameter groups of the optimizer: the experts' apart from all others, as ZeRO wants them."""
     split = configure_moe_param_groups(list(model.parameters()))
     return [group for group in split or [] if group["params"]]
 

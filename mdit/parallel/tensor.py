@@ -41,7 +41,7 @@ with warnings.catch_warnings():
 
 
 class DeepSpeedMPU:
-    """What DeepSpeed asks about the layout, by names of which megatron-core has dropped some."""
+    """Answers to what DeepSpeed asks about the layout, by names of which megatron-core has dropped some."""
 
     get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: checkpoints, to resume from, and snapshots, to use."""
+"""Files that a run leaves on disk: checkpoints, to resume from, and snapshots, to use."""
 
 from functools import partial
 from typing import Any

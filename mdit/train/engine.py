@@ -125,7 +125,7 @@ class Engine:
                 self._fill_master_weights(held)
 
     def fragments(self) -> list[Fragment]:
-        """What this rank's masters hold. Padding, which DeepSpeed puts between and behind, belongs to no fragment."""
+        """Fragments in this rank's master weights. DeepSpeed's padding between and behind belongs to none."""
         found = []
         for name, parameter in self.deepspeed.module.named_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))

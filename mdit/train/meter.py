@@ -1,4 +1,4 @@
-"""What a run says of itself: loss, speed and memory, in metrics.jsonl, on TensorBoard and in a progress bar."""
+"""Records of a run: loss, speed and memory, in metrics.jsonl, on TensorBoard and in a progress bar."""
 
 import json
 import math

@@ -37,7 +37,7 @@ GET_APEX = (
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """For the step from `step` to `step + 1`: linear warm-up, then constant, or a cosine down to final_lr_ratio."""
+    """Learning rate of the step to `step + 1`: linear warm-up, then constant, or a cosine down to final_lr_ratio."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -165,7 +165,7 @@ def _cuda_compiler_missing(wanted: str) -> list[str]:
 
 
 def _apex_problem() -> str:
-    """What is called apex on PyPI is a web toolkit, which would fail on import, or worse, not fail."""
+    """Reason why apex cannot be used, "" where it can. PyPI's apex is a web toolkit, whose import may even work."""
     spec = importlib.util.find_spec("apex")  # finds a top-level package without running it
     if spec is None:
         return f"NVIDIA's apex is not installed ({GET_APEX})"

@@ -138,7 +138,7 @@ def opened(run: Run, began: float | None = None) -> Iterator[RunDirectory]:
 
 
 def description(run: Run) -> dict:
-    """What config.json records. Its "recipe" part can be given to --recipe again."""
+    """Content of config.json. Its "recipe" part can be given to --recipe again."""
     return {
         "recipe": portable(run.config, run.run_dir / "config.json"),
         "deepspeed": run.execution.deepspeed,

@@ -1,10 +1,4 @@
-"""Layers and the whole network in float64 against formulas written out by hand.
-
-The formulas below take a state dict `w` and use elementary operations only. They are the paper's: adaLN blocks (DiT),
-q and k layer-normed over the full width, SwiGLU, expert choice as a loop, sine-cosine positions as in DiT.
-"""
-
-import math
+"""Layers and the whole network in float64 against formulas written out by hand (tests/formulas.py)."""
 
 import numpy as np
 import pytest
@@ -16,155 +10,8 @@ from mdit.masking import Mask, restore_tokens
 from mdit.models import MicroDiT, dit, layers
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.fuse import PendingResidual, fuse
+from tests import formulas
 from tests.recipes import tiny_model
-
-EPS = 1e-6
-
-
-def norm(x, weight=1.0):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / ((centred**2).mean(-1, keepdim=True) + EPS) ** 0.5 * weight
-
-
-def gelu_tanh(x):
-    return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-
-def gelu(x):
-    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
-
-
-def affine(w, name, x):
-    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
-
-
-def part(w, prefix):
-    return {key.removeprefix(prefix + "."): value for key, value in w.items() if key.startswith(prefix + ".")}
-
-
-def softmax_attention(q, k, v, head_dim):
-    q, k = norm(q), norm(k)
-    out = []
-    for start in range(0, q.shape[-1], head_dim):
-        head = slice(start, start + head_dim)
-        weights = torch.exp(q[..., head] @ k[..., head].transpose(1, 2) / head_dim**0.5)
-        out.append(weights / weights.sum(-1, keepdim=True) @ v[..., head])
-    return torch.cat(out, dim=-1)
-
-
-def self_attention(w, x, head_dim):
-    qkv = affine(w, "qkv", x)
-    width = qkv.shape[-1] // 3
-    out = softmax_attention(qkv[..., :width], qkv[..., width : 2 * width], qkv[..., 2 * width :], head_dim)
-    return affine(w, "proj", out)
-
-
-def cross_attention(w, x, caption, head_dim):
-    q, kv = affine(w, "q_linear", x), affine(w, "kv_linear", caption)
-    width = q.shape[-1]
-    return affine(w, "proj", softmax_attention(q, kv[..., :width], kv[..., width:], head_dim))
-
-
-def swiglu(w, x):
-    a = affine(w, "w1", x)
-    return affine(w, "w3", a / (1 + torch.exp(-a)) * affine(w, "w2", x))
-
-
-def experts(w, x, capacity_factor):
-    num_experts = len(w["w1"])
-    taken = int(capacity_factor * x.shape[1] / num_experts)
-    scores = torch.exp(x @ w["gate.weight"].T)
-    scores = scores / scores.sum(-1, keepdim=True)
-    images = []
-    for n in range(len(x)):
-        tokens = [torch.zeros(x.shape[-1], dtype=x.dtype)] * x.shape[1]
-        for e in range(num_experts):
-            for t in scores[n, :, e].argsort(descending=True)[:taken].tolist():
-                tokens[t] = tokens[t] + scores[n, t, e] * (gelu(x[n, t] @ w["w1"][e]) @ w["w2"][e])
-        images.append(torch.stack(tokens))
-    return torch.stack(images)
-
-
-def block(w, x, caption, condition, config):
-    modulation = affine(w, "adaLN_modulation.1", gelu_tanh(condition))[:, None]
-    shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.split(x.shape[-1], dim=-1)
-    tokens = norm(x, w["norm1.weight"]) * (1 + scale_a) + shift_a
-    x = x + gate_a * self_attention(part(w, "attn"), tokens, config.head_dim)
-    x = x + cross_attention(part(w, "cross_attn"), norm(x, w["norm2.weight"]), caption, config.head_dim)
-    tokens = norm(x, w["norm3.weight"]) * (1 + scale_f) + shift_f
-    feed_forward = part(w, "mlp")
-    if "gate.weight" in feed_forward:
-        return x + gate_f * experts(feed_forward, tokens, config.capacity_factor)
-    return x + gate_f * swiglu(feed_forward, tokens)
-
-
-def caption_block(w, y, head_dim):
-    y = y + self_attention(part(w, "attn"), norm(y, w["norm1.weight"]), head_dim)
-    return y + swiglu(part(w, "mlp"), norm(y, w["norm2.weight"]))
-
-
-def mlp(w, x):
-    return affine(w, "fc2", norm(gelu_tanh(affine(w, "fc1", x)), w["norm.weight"]))
-
-
-def timestep(w, c_noise):
-    frequencies = torch.tensor([10000 ** (-i / 256) for i in range(256)], dtype=torch.float64)
-    angles = c_noise.double()[:, None] * frequencies
-    return affine(w, "mlp.2", gelu_tanh(affine(w, "mlp.0", torch.cat([torch.cos(angles), torch.sin(angles)], dim=1))))
-
-
-def final(w, x, condition):
-    shift, scale = affine(w, "adaLN_modulation.1", gelu_tanh(condition))[:, None].split(x.shape[-1], dim=-1)
-    return affine(w, "linear", norm(x, w["norm_final.weight"]) * (1 + scale) + shift)
-
-
-def sincos_table(grid, dim, interp_scale):
-    """DiT's table as numpy: the half of the column first, each half [sin, cos]."""
-
-    def axis(position):
-        angles = [position / 10000 ** (2 * i / (dim / 2)) for i in range(dim // 4)]
-        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-
-    return np.array([axis(c / interp_scale) + axis(r / interp_scale) for r in range(grid) for c in range(grid)])
-
-
-def pixels_of(patch, config):
-    """(rows, columns) of a patch in the latent image."""
-    p, grid = config.patch_size, config.latent_size // config.patch_size
-    row, column = patch // grid * p, patch % grid * p
-    return slice(row, row + p), slice(column, column + p)
-
-
-def project(w, x):
-    return affine(w, "1", norm(x, w["0.weight"])) if w else x
-
-
-def network(w, config, latents, c_noise, caption, keep=None):
-    """The whole forward pass; `keep` lists the kept patches of every image."""
-    p, images = config.patch_size, []
-    for image in latents:
-        patches = [image[(slice(None), *pixels_of(i, config))].reshape(-1) for i in range(config.num_patches)]
-        images.append(torch.stack(patches))
-    x = torch.stack(images) @ w["x_embedder.proj.weight"].flatten(1).T + w["x_embedder.proj.bias"] + w["pos_embed"]
-    y = caption_block(part(w, "y_emb_preprocess"), mlp(part(w, "y_embedder.y_proj"), caption), config.head_dim)
-    condition = timestep(part(w, "t_embedder"), c_noise) + mlp(part(w, "pooled_y_emb_process"), y.mean(1))
-    if config.use_patch_mixer:
-        narrow = {name: part(w, f"patch_mixer_map_{name}") for name in ("xin", "xout", "y")}
-        x, y_mixer = project(narrow["xin"], x), project(narrow["y"], y)
-        for i in range(config.mixer_depth):
-            x = block(part(w, f"patch_mixer.{i}"), x, y_mixer, condition, config)
-    if keep is not None:
-        x = torch.stack([tokens[rows] for tokens, rows in zip(x, keep)])
-    if config.use_patch_mixer:
-        x = project(narrow["xout"], x)
-    for i in range(config.depth):
-        x = block(part(w, f"blocks.{i}"), x, y, condition, config)
-    x = final(part(w, "final_layer"), x, condition)
-    out = torch.zeros_like(latents)
-    for n in range(len(latents)):
-        for k, patch in enumerate(range(config.num_patches) if keep is None else keep[n].tolist()):
-            out[(n, slice(None), *pixels_of(patch, config))] = x[n, k].reshape(p, p, -1).permute(2, 0, 1)
-    return out
 
 
 def randomised(module, std=0.3):
@@ -201,16 +48,22 @@ def batch(config, n=2):
 @pytest.mark.parametrize("width", [8, 24])
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_self_attention_is_softmax_attention_with_q_and_k_normed_over_the_full_width(width, use_bias):
-    module, x = randomised(layers.SelfAttention(12, width, 8, EPS, use_bias)), tensor(2, 5, 12)
+    module, x = randomised(layers.SelfAttention(12, width, 8, formulas.EPS, use_bias)), tensor(2, 5, 12)
     w = weights_of(module)
-    assert_equal_with_gradients(module(x), self_attention(w, x, 8), [x, *w.values()])
+    assert_equal_with_gradients(module(x), formulas.self_attention(w, x, 8), [x, *w.values()])
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_cross_attention_attends_to_all_caption_tokens(use_bias):
-    module, x, caption = randomised(layers.CrossAttention(16, 8, EPS, use_bias)), tensor(2, 5, 16), tensor(2, 3, 16)
+    module, x, caption = (
+        randomised(layers.CrossAttention(16, 8, formulas.EPS, use_bias)),
+        tensor(2, 5, 16),
+        tensor(2, 3, 16),
+    )
     w = weights_of(module)
-    assert_equal_with_gradients(module(x, caption), cross_attention(w, x, caption, 8), [x, caption, *w.values()])
+    assert_equal_with_gradients(
+        module(x, caption), formulas.cross_attention(w, x, caption, 8), [x, caption, *w.values()]
+    )
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
@@ -218,19 +71,19 @@ def test_swiglu_gates_with_silu(use_bias):
     module, x = randomised(layers.SwiGLU(12, 18, 8, use_bias)), tensor(2, 5, 12)
     w = weights_of(module)
     assert module.w1.out_features == 16  # two thirds of 18, rounded up to 8
-    assert_equal_with_gradients(module(x), swiglu(w, x), [x, *w.values()])
+    assert_equal_with_gradients(module(x), formulas.swiglu(w, x), [x, *w.values()])
 
 
 def test_mlp_norms_after_gelu():
-    module, x = randomised(layers.Mlp(7, 12, EPS)), tensor(2, 5, 7)
+    module, x = randomised(layers.Mlp(7, 12, formulas.EPS)), tensor(2, 5, 7)
     w = weights_of(module)
-    assert_equal_with_gradients(module(x), mlp(w, x), [x, *w.values()])
+    assert_equal_with_gradients(module(x), formulas.mlp(w, x), [x, *w.values()])
 
 
 def test_experts_add_up_what_each_makes_of_its_best_tokens():
     module, x = randomised(ExpertChoiceMoE(6, 8, 8, num_experts=3, capacity_factor=1.5)), tensor(2, 8, 6)
     w = weights_of(module)
-    assert_equal_with_gradients(module(x), experts(w, x, 1.5), [x, *w.values()], tolerance=1e-5)
+    assert_equal_with_gradients(module(x), formulas.experts(w, x, 1.5), [x, *w.values()], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("has_experts", [False, True])
@@ -244,10 +97,10 @@ def test_block_modulates_attention_and_feed_forward_but_not_cross_attention(has_
     tolerance = 1e-5 if has_experts else 1e-10
     inputs = [x, caption, condition, *w.values()]
     found = module(x, caption, condition)
-    assert_equal_with_gradients(found, block(w, x, caption, condition, config), inputs, tolerance)
+    assert_equal_with_gradients(found, formulas.block(w, x, caption, condition, config), inputs, tolerance)
 
     y, gate = tensor(2, 16, 24), tensor(2, 24)  # what the block before has left to be added
-    expected = block(w, x + gate.unsqueeze(1) * y, caption, condition, config)
+    expected = formulas.block(w, x + gate.unsqueeze(1) * y, caption, condition, config)
     found = fuse(module)(PendingResidual(x, y, gate), caption, condition).added()
     assert_equal_with_gradients(found, expected, [*inputs, y, gate], tolerance)
 
@@ -256,26 +109,26 @@ def test_caption_block_is_a_plain_attention_block():
     config = tiny_model()
     module, y = randomised(dit.CaptionBlock(config)), tensor(2, 5, config.dim)
     w = weights_of(module)
-    assert_equal_with_gradients(module(y), caption_block(w, y, config.head_dim), [y, *w.values()])
+    assert_equal_with_gradients(module(y), formulas.caption_block(w, y, config.head_dim), [y, *w.values()])
 
 
 def test_final_layer_modulates_its_norm():
-    module, x, condition = randomised(layers.FinalLayer(12, 16, EPS)), tensor(2, 5, 12), tensor(2, 12)
+    module, x, condition = randomised(layers.FinalLayer(12, 16, formulas.EPS)), tensor(2, 5, 12), tensor(2, 12)
     w = weights_of(module)
     found = module(x, condition)
-    assert_equal_with_gradients(found, final(w, x, condition), [x, condition, *w.values()])
+    assert_equal_with_gradients(found, formulas.final(w, x, condition), [x, condition, *w.values()])
 
 
 def test_timestep_embedder_has_256_frequencies_cosines_first():
     module, c_noise = randomised(layers.TimestepEmbedder(12), std=0.05), torch.linspace(-1.6, 1.1, 7)
-    torch.testing.assert_close(module(c_noise), timestep(weights_of(module), c_noise), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module(c_noise), formulas.timestep(weights_of(module), c_noise), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid, dim, scale", [(4, 8, 1.0), (16, 64, 1.0), (32, 64, 2.0)])
 def test_position_embedding_is_dits_table_with_the_columns_half_first(grid, dim, scale):
     table = layers.position_embedding(grid, dim, scale)
     assert table.shape == (1, grid * grid, dim) and table.dtype == torch.float32
-    np.testing.assert_allclose(table[0].numpy(), sincos_table(grid, dim, scale), atol=1e-6)
+    np.testing.assert_allclose(table[0].numpy(), formulas.sincos_table(grid, dim, scale), atol=1e-6)
 
 
 def test_position_embedding_at_double_resolution_passes_through_the_old_positions():
@@ -288,7 +141,7 @@ def test_unpatchify_inverts_cutting_into_patches():
     latents = torch.randn(2, config.latent_channels, config.latent_size, config.latent_size)
     patches = []
     for i in range(config.num_patches):
-        patch = latents[(slice(None), slice(None), *pixels_of(i, config))]
+        patch = latents[(slice(None), slice(None), *formulas.pixels_of(i, config))]
         patches.append(patch.permute(0, 2, 3, 1).flatten(1))  # channels innermost, unlike the embedding's
     assert torch.equal(MicroDiT(config).unpatchify(torch.stack(patches, dim=1)), latents)
 
@@ -312,7 +165,7 @@ def test_network_equals_the_formula_with_all_gradients(form, changes, masked):
     latents, c_noise, caption = batch(config)
     mask = Mask(torch.rand(2, config.num_patches).argsort(1)[:, :6], config.num_patches) if masked else None
     w = weights_of(model)
-    expected = network(w, config, latents, c_noise, caption, mask.keep_NK if masked else None)
+    expected = formulas.network(w, config, latents, c_noise, caption, mask.keep_NK if masked else None)
     inputs = [latents, caption, *model.parameters()]
     assert_equal_with_gradients(model(latents, c_noise, caption, mask=mask), expected, inputs, tolerance=1e-5)
 
@@ -397,7 +250,7 @@ def gradient_at_a_dropped_patch(config):
     latents, c_noise, caption = batch(config)
     mask = Mask(torch.tensor([[0, 3, 9, 12]] * 2), config.num_patches)
     (gradient,) = torch.autograd.grad(model(latents, c_noise, caption, mask=mask).sum(), latents)
-    return gradient[(slice(None), slice(None), *pixels_of(5, config))]
+    return gradient[(slice(None), slice(None), *formulas.pixels_of(5, config))]
 
 
 def test_patch_mixer_tells_kept_patches_about_dropped_ones():
