@@ -1,4 +1,4 @@
-"""For tools that ask for it; all is said in pyproject.toml."""
+"""Doorway to pyproject.toml, which says all, for tools that ask for a setup.py."""
 
 from setuptools import setup
 

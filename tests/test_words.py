@@ -1,4 +1,4 @@
-"""What a reader meets: names, docstrings and lengths of files, and documents that are true to the code."""
+"""Names, docstrings and lengths of files, and documents that are true to the code."""
 
 import ast
 import re
@@ -72,7 +72,7 @@ def test_a_path_of_somebodys_machine_is_recognised(folder, before):
     assert MACHINE_PATH.search(before + b"/" + folder + b"/x")
 
 
-@pytest.mark.parametrize("text", [b"https://host/work/x", b"docs/work/x", b"~/root/x", b"/workspace/x"])
+@pytest.mark.parametrize("text", [b"https://host/work/x", b"docs/work/x", b"~/root/x", b"/workshop/x"])
 def test_other_paths_are_not(text):
     assert not MACHINE_PATH.search(text)
 

@@ -168,7 +168,7 @@ def scaled(stages: Sequence[Stage], gpus: int, machine: Machine) -> tuple[float,
 
 @dataclass(frozen=True)
 class SetTime:
-    """How long making sets of one image size took: GPU-seconds of `written` pictures, or `problem` says why not."""
+    """Time that making sets of one image size took: GPU-seconds of `written` pictures, or `problem` says why none."""
 
     image_size: int
     written: int = 0

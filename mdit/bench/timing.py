@@ -1,4 +1,4 @@
-"""How long the phases of optimizer steps take: marks that a step leaves as it goes, read when all steps are done."""
+"""Time of the phases of optimizer steps: marks that a step leaves as it goes, read when all steps are done."""
 
 import statistics
 import time

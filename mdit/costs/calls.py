@@ -123,7 +123,7 @@ class KernelCall:
 
 @cache
 def kernel_calls(config: ModelConfig, micro_batch: int, mask_ratio: float, fp8: bool = False) -> dict[KernelCall, int]:
-    """How often a forward pass calls what; each call has its backward. In the order of the model."""
+    """Kernel calls of a forward pass, each with its count, in the order of the model; each has its backward."""
     _, loss_of_batch, _ = on_meta(config, micro_batch, mask_ratio, Form(triton=False, fp8=fp8))
     found: Counter[KernelCall] = Counter()
     with torch.no_grad(), dispatch.using(), fused_attention(), dispatch.recorded_calls() as calls:

@@ -1,4 +1,4 @@
-"""How a step is spread over GPUs, in numbers alone: which layouts can be, for a run and for the paper plan."""
+"""Layouts of a step over GPUs, in numbers alone: those that can be, for a run and for a plan."""
 
 import itertools
 from dataclasses import asdict, dataclass, field, replace
@@ -70,7 +70,7 @@ class Layout:
 
     @property
     def form(self) -> Form:
-        """How each GPU computes the model."""
+        """Form in which each GPU computes the model."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return Form(self.triton, self.fp8, self.checkpointing, self.tp, dtype)
 

@@ -60,8 +60,8 @@ IN_PLACE = {  # of a kernel's tensors, read and written
 
 @dataclass(frozen=True)
 class Form:
-    """How a rank computes the model: kernels in Triton or all in PyTorch, matmuls in float8, what of a block runs again
-    in the backward pass ("none", "block", "selective"), tensor groups of `tp` ranks."""
+    """Form in which a rank computes the model: kernels in Triton or all in PyTorch, matmuls in float8, what of a block
+    runs again in the backward pass ("none", "block", "selective"), tensor groups of `tp` ranks."""
 
     triton: bool = True
     fp8: bool = False

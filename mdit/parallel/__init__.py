@@ -1,1 +1,1 @@
-"""How a run is laid out on machines; applied to a plain model from outside."""
+"""Layout of a run on machines, applied to a plain model from outside."""

@@ -195,7 +195,7 @@ def load_ds_json(path: str | Path, *, mdit: dict[str, Any] | None = None, micro_
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is executed, never what it learns: resolved once, from the DeepSpeed JSON and the recipe.
+    """Execution of a run, never what it learns: resolved once, from the DeepSpeed JSON and the recipe.
 
     `settings` is the JSON's "mdit" section, `deepspeed` all that DeepSpeed is given; `triton_ops` are the ops that run
     in Triton, `kernels_reason` says why those.

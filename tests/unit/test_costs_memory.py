@@ -230,7 +230,7 @@ def test_memory_and_traffic_of_engines(ep, tp):
 
 @pytest.mark.gpu
 def test_memory_on_a_gpu():
-    """What torch reports of the second step of a small model, in bfloat16 under ZeRO-2."""
+    """Peak that torch reports of the second step of a small model, in bfloat16 under ZeRO-2."""
     from mdit import dist, meeting
     from mdit.parallel.plan import ParallelPlan
     from mdit.train.ema import EMA
