@@ -4,9 +4,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mdit.bench.report import Environment, table
+from mdit.bench.report import Environment, read_report, table
 from mdit.config import Section, UserError, parse_section
-from mdit.documents import read_json
 from mdit.files import write_json, write_text
 
 SCHEMA = "mdit-kernels/2"
@@ -106,11 +105,7 @@ class KernelReport(Section):
     @classmethod
     def load(cls, path: Path) -> "KernelReport":
         """Raises UserError, naming the file and the key, for what is missing or no report."""
-        content = read_json(path, "the report")
-        schema = content.pop("schema", None) if isinstance(content, dict) else None
-        if schema != SCHEMA:
-            raise UserError(f"{path}: schema = {schema!r}: expected {SCHEMA!r}, as tools/bench_kernels.py writes it")
-        return parse_section(cls, content, path)
+        return parse_section(cls, read_report(path, SCHEMA, "tools/bench_kernels.py"), path)
 
     def save(self, out: Path) -> None:
         """Write OUT/kernels.json and OUT/kernels.md, each whole or as it was."""

@@ -71,6 +71,15 @@ def cpu_model() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
+def read_report(path: Path, schema: str, tool: str) -> dict[str, Any]:
+    """Content of a report that `tool` wrote, less its schema. Raises UserError where that is not `schema`."""
+    content = read_json(path, "the report")
+    found = content.pop("schema", None) if isinstance(content, dict) else None
+    if found != schema:
+        raise UserError(f"{path}: schema = {found!r}: expected {schema!r}, as {tool} writes it")
+    return content
+
+
 class Report(Section):
     """Rows of one environment, as bench_train's throughput.json and compare_baseline's baseline.json hold them."""
 
@@ -81,10 +90,7 @@ class Report(Section):
     @classmethod
     def load(cls, path: Path) -> "Report":
         """Raises UserError, naming the file and the key, for what is missing or no report."""
-        content = read_json(path, "the report")
-        schema = content.pop("schema", None) if isinstance(content, dict) else None
-        if schema != SCHEMA:
-            raise UserError(f"{path}: schema = {schema!r}: expected {SCHEMA!r}, as tools/bench_train.py writes it")
+        content = read_report(path, SCHEMA, "tools/bench_train.py")
         content.pop("formula", None)
         return parse_section(cls, content, path)
 
