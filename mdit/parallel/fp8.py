@@ -26,7 +26,6 @@ from mdit.kernels.fp8_linear import (
     fp8_swiglu,
     quantise,
 )
-from mdit.masking import Mask
 from mdit.models import MicroDiT
 from mdit.models.dit import Block
 from mdit.models.layers import SwiGLU
@@ -36,7 +35,6 @@ from mdit.parallel.fuse import (
     FusedExpertChoiceMoE,
     FusedMicroDiT,
     FusedSwiGLU,
-    PendingResidual,
     side_by_side,
 )
 from mdit.parallel.settings import RunSettings
@@ -48,15 +46,8 @@ OLDEST_GPU = (8, 9)  # Ada: the first with float8 in its tensor cores
 class Fp8AddNormModulate(AddNormModulate):
     """Hands on its result in both forms: as written, for gradients of weights, and in float8, for the matmul itself."""
 
-    def forward(
-        self,
-        pending: PendingResidual,
-        shift_ND: Tensor | None = None,
-        scale_ND: Tensor | None = None,
-        mask: Mask | None = None,
-    ) -> tuple[Tensor, InFloat8]:
-        keep_NK = None if mask is None else mask.keep_NK
-        return fp8_add_norm_modulate(*pending, self.weight, shift_ND, scale_ND, self.eps, keep_NK)
+    def compute(self, *inputs) -> tuple[Tensor, InFloat8]:
+        return fp8_add_norm_modulate(*inputs)
 
 
 class Fp8Linear(nn.Linear):

@@ -7,7 +7,7 @@ are never written. w1 and w2 of a SwiGLU are one matmul; tokens reach their expe
     model = fuse(MicroDiT(config))
 """
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -70,10 +70,13 @@ class AddNormModulate(nn.LayerNorm):
         shift_ND: Tensor | None = None,
         scale_ND: Tensor | None = None,
         mask: Mask | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         """-> (the sum; its normalised and modulated form), of the tokens that the mask keeps."""
         keep_NK = None if mask is None else mask.keep_NK
-        return patch_mixing.add_norm_modulate(*pending, self.weight, shift_ND, scale_ND, self.eps, keep_NK)
+        return self.compute(*pending, self.weight, shift_ND, scale_ND, self.eps, keep_NK)
+
+    def compute(self, *inputs) -> tuple[Tensor, Any]:
+        return patch_mixing.add_norm_modulate(*inputs)
 
 
 class FusedBlock(Block):
