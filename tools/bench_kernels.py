@@ -9,7 +9,7 @@ matmuls (`fp8_linear`; largest and smallest of a stage) `eager` and `compile` ar
 dtype, and `triton` is float8 with its quantisation. Times are medians in milliseconds, forward / forward and backward,
 with the L2 cache full of what nobody needs before every repetition (read, so that nothing is left to be written back)
 and the host ahead of the GPU. The rate is that of the bytes an op must move, or the FLOPs it must do, in the kernels'
-forward and backward (kernels/<op>/cost.py); its ceiling is what a large copy or matmul reaches in the same run. The
+forward and backward (kernels/cost.py); its ceiling is what a large copy or matmul reaches in the same run. The
 error is the largest relative error (by norm) of outputs and gradients, of the kernels against the op's reference.
 
 The largest row of every op comes first, then those of the largest share of a step. OUT/kernels.json (its rows:

@@ -1,6 +1,6 @@
 """Expert choice in plain PyTorch, for any floating dtype up to float64: what CPU training runs, and the definition.
 
-`one_hot_expert_choice` is the textbook form of the whole layer, for comparison only.
+The textbook form of the whole layer is mdit.models.moe.ExpertChoiceMoE.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def route(logits_NTE: Tensor, tokens_per_expert: int) -> Routing:
 
 
 def gather_tokens(x_NTD: Tensor, routing: Routing) -> Tensor:
-    return _Gather.apply(x_NTD, routing.tokens_NEK, routing.slots_NTE)
+    return _Move.apply(x_NTD, routing.tokens_NEK, routing.slots_NTE, True)
 
 
 def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
@@ -42,40 +42,27 @@ def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
 
 
 def scatter_tokens(y_EMD: Tensor, routing: Routing) -> Tensor:
-    return _Scatter.apply(y_EMD, routing.tokens_NEK, routing.slots_NTE)
+    return _Move.apply(y_EMD, routing.tokens_NEK, routing.slots_NTE, False)
 
 
-class _Gather(torch.autograd.Function):
-    """Its gradient by `_sum_rows`: index_select's own adds row by row, which takes ten times as long on a CPU and falls
-    out otherwise every time on a GPU."""
+class _Move(torch.autograd.Function):
+    """Rows of tokens `to_experts`, or back and added up. Each is the other's gradient: index_select's own adds row by
+    row, which takes ten times as long on a CPU and falls out otherwise every time on a GPU."""
 
     @staticmethod
-    def forward(ctx, x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor, to_experts: bool) -> Tensor:
         ctx.save_for_backward(tokens_NEK, slots_NTE)
-        return _take_rows(x_NTD, tokens_NEK)
+        ctx.to_experts = to_experts
+        return (_take_rows if to_experts else _sum_rows)(x, tokens_NEK, slots_NTE)
 
     @staticmethod
-    def backward(ctx, dy_EMD: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_rows(dy_EMD, *ctx.saved_tensors), None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return (_sum_rows if ctx.to_experts else _take_rows)(gradient, *ctx.saved_tensors), None, None, None
 
 
-class _Scatter(torch.autograd.Function):
-    """The transpose of `_Gather`."""
-
-    @staticmethod
-    def forward(ctx, y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens_NEK)
-        return _sum_rows(y_EMD, tokens_NEK, slots_NTE)
-
-    @staticmethod
-    def backward(ctx, dx_NTD: Tensor) -> tuple[Tensor, None, None]:
-        return _take_rows(dx_NTD, *ctx.saved_tensors), None, None
-
-
-def _take_rows(x_NTD: Tensor, tokens_NEK: Tensor) -> Tensor:
-    return (
-        x_NTD.flatten(0, 1).index_select(0, _rows(tokens_NEK, x_NTD.shape[1])).unflatten(0, (tokens_NEK.shape[1], -1))
-    )
+def _take_rows(x_NTD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
+    rows = _rows(tokens_NEK, x_NTD.shape[1])
+    return x_NTD.flatten(0, 1).index_select(0, rows).unflatten(0, (tokens_NEK.shape[1], -1))
 
 
 def _sum_rows(y_EMD: Tensor, tokens_NEK: Tensor, slots_NTE: Tensor) -> Tensor:
@@ -91,17 +78,3 @@ def _rows(tokens_NEK: Tensor, num_tokens: int) -> Tensor:
     """(E * N * K,): where in x_NTD.flatten(0, 1) each expert's tokens are."""
     first_N = torch.arange(len(tokens_NEK), device=tokens_NEK.device) * num_tokens
     return (tokens_NEK + first_N.view(-1, 1, 1)).transpose(0, 1).flatten()
-
-
-def one_hot_expert_choice(
-    x_NTD: Tensor, router_ED: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, tokens_per_expert: int
-) -> Tensor:
-    """Router, dispatch, GELU experts and combination as (N, E, K, T) einsums. -> (N, T, D)"""
-    logits_NTE = torch.einsum("ntd,ed->nte", x_NTD, router_ED)
-    probabilities = logits_NTE.softmax(dim=-1, dtype=torch.promote_types(x_NTD.dtype, torch.float32))
-    g_NEK, index_NEK = probabilities.transpose(1, 2).topk(tokens_per_expert, dim=-1)
-    one_hot = F.one_hot(index_NEK, x_NTD.shape[1]).to(x_NTD.dtype)
-    chosen = torch.einsum("nekt,ntd->nekd", one_hot, x_NTD)
-    hidden = F.gelu(torch.einsum("nekd,edf->nekf", chosen, w1_EDF))
-    out = torch.einsum("nekf,efd->nekd", hidden, w2_EFD) * g_NEK.unsqueeze(-1).to(x_NTD.dtype)
-    return torch.einsum("nekt,nekd->ntd", one_hot, out)

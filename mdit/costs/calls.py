@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mdit.config import ModelConfig
 from mdit.costs.trace import Form, fused_attention, on_meta
-from mdit.kernels import dispatch, expert_choice
+from mdit.kernels import cost, dispatch, expert_choice
 from mdit.kernels.cost import Cost
 from mdit.kernels.expert_choice import Routing
 from mdit.kernels.fp8_linear import InFloat8
@@ -49,7 +49,8 @@ class KernelCall:
     @property
     def function(self) -> Callable:
         """Takes the inputs and gives tensors; what runs is what `mdit.kernels.dispatch` says at that time."""
-        function, fill = self._found_in(""), self._filled
+        op, name = self.op.split(".")
+        function, fill = getattr(import_module(f"mdit.kernels.{op}"), name), self._filled
 
         def call(*inputs: Tensor | None) -> Tensor | tuple[Tensor, ...]:
             found = function(*fill(inputs))
@@ -60,7 +61,7 @@ class KernelCall:
         return call
 
     def cost(self, dtype: torch.dtype = torch.bfloat16) -> Cost:
-        return self._found_in(".cost")(*self._filled(self.inputs("meta", dtype, torch.empty)))
+        return self._cost(*self._filled(self.inputs("meta", dtype, torch.empty)))
 
     def inputs(
         self, device: torch.device | str, dtype: torch.dtype, fill: Callable[..., Tensor] = torch.randn
@@ -83,7 +84,7 @@ class KernelCall:
     def shape(self) -> dict[str, int]:
         """Sizes by the letters of the arguments' names, other numbers, and which tensors are there that need not be."""
         found: dict[str, int] = {}
-        parameters = inspect.signature(self._found_in(".cost")).parameters
+        parameters = inspect.signature(self._cost).parameters
         for name, value in self._named().items():
             fields = value._asdict() if isinstance(value, Routing) else {name: value}
             for field, part in fields.items():
@@ -104,12 +105,12 @@ class KernelCall:
         """N256 T64 D1024 y gate"""
         return " ".join(name if value is True else f"{name}{value}" for name, value in self.shape.items())
 
-    def _found_in(self, module: str) -> Callable:
-        op, name = self.op.split(".")
-        return getattr(import_module(f"mdit.kernels.{op}{module}"), name)
+    @property
+    def _cost(self) -> Callable[..., Cost]:
+        return getattr(cost, self.op.split(".")[1])
 
     def _named(self) -> dict[str, Any]:
-        return inspect.signature(self._found_in(".cost")).bind(*self.arguments).arguments
+        return inspect.signature(self._cost).bind(*self.arguments).arguments
 
     def _filled(self, inputs: Sequence[Tensor | None]) -> list[Any]:
         """The arguments, with these tensors."""

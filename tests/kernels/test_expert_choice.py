@@ -1,5 +1,6 @@
-"""The layer that moves tokens by index against the one-hot definition, in PyTorch and in Triton; each op by itself."""
+"""The layer that moves tokens by index against the plain one, in PyTorch and in Triton; each op by itself."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from mdit.kernels import expert_choice
 from mdit.kernels.expert_choice import Routing, reference
-from mdit.kernels.expert_choice.reference import one_hot_expert_choice
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.fuse import fuse
 from tests.kernels.accuracy import (
@@ -26,22 +26,26 @@ triton = in_triton("expert_choice")
 MULTIPLE_OF = 8
 
 
-def layer(num_experts: int, capacity_factor: float, dim: int = 6) -> ExpertChoiceMoE:
-    moe = fuse(ExpertChoiceMoE(dim, 8, MULTIPLE_OF, num_experts, capacity_factor)).double()
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype).to(DEVICE)
+
+
+def layer(num_experts: int, capacity_factor: float) -> ExpertChoiceMoE:
+    """The plain one, which moves tokens by one-hot products."""
+    moe = ExpertChoiceMoE(6, 8, MULTIPLE_OF, num_experts, capacity_factor).double()
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
-    return moe
+    return moe.to(DEVICE)
 
 
-def assert_equals_one_hot_form(moe: ExpertChoiceMoE, x_NTD: torch.Tensor, tolerance: float = 1e-5) -> None:
-    x_NTD = x_NTD.requires_grad_()
-    inputs = (x_NTD, moe.gate.weight, moe.w1, moe.w2)
-    ours, definition = moe(x_NTD), one_hot_expert_choice(*inputs, moe.tokens_per_expert(x_NTD.shape[1]))
-    torch.testing.assert_close(ours, definition, rtol=tolerance, atol=tolerance)
-    cotangent = torch.randn_like(definition)
-    expected = torch.autograd.grad(definition, inputs, cotangent)
-    for gradient, wanted in zip(torch.autograd.grad(ours, inputs, cotangent), expected):
-        torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance * (1 + wanted.abs().max().item()))
+def of_layer(moe: ExpertChoiceMoE):
+    """The layer as a function of its input and weights, and its weights."""
+    weights = {name: parameter.detach() for name, parameter in moe.named_parameters()}
+
+    def function(x_NTD, *values):
+        return torch.func.functional_call(moe, dict(zip(weights, values)), x_NTD)
+
+    return function, list(weights.values())
 
 
 @st.composite
@@ -53,52 +57,13 @@ def shapes(draw):
 
 
 @given(shapes())
-def test_layer_equals_the_one_hot_form_with_all_gradients(shape):
+def test_fused_layer_equals_the_plain_one_with_all_gradients(shape):
     n, tokens, experts, capacity_factor = shape
-    assert_equals_one_hot_form(layer(experts, capacity_factor), torch.randn(n, tokens, 6, dtype=torch.float64))
-
-
-def test_every_expert_takes_all_tokens_when_capacity_is_the_number_of_experts():
-    moe = layer(num_experts=4, capacity_factor=4.0)
-    x = torch.randn(2, 7, 6, dtype=torch.float64)
-    assert moe.tokens_per_expert(7) == 7
-    probabilities = torch.softmax(x @ moe.gate.weight.T, dim=-1)
-    dense = torch.stack([torch.nn.functional.gelu(x @ moe.w1[e]) @ moe.w2[e] for e in range(4)], dim=-1)
-    torch.testing.assert_close(moe(x), (dense * probabilities.unsqueeze(2)).sum(-1), rtol=1e-5, atol=1e-5)
-    assert_equals_one_hot_form(moe, x)
-
-
-def test_a_token_gets_the_sum_over_experts_that_chose_it_and_zero_when_none_did():
-    """Probabilities by hand, K = 2: expert 0 takes tokens 0 and 1, expert 1 takes 0 and 2, expert 2 takes 2 and 1."""
-    probabilities = torch.tensor(
-        [[0.45, 0.45, 0.10], [0.40, 0.10, 0.50], [0.05, 0.40, 0.55], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64
-    )
-    moe = layer(num_experts=3, capacity_factor=1.5)
-    with torch.no_grad():
-        moe.gate.weight.copy_(torch.eye(3, 6))
-    x = torch.cat([probabilities.log(), torch.randn(4, 3, dtype=torch.float64)], dim=1)
-    out = moe(x.unsqueeze(0))[0]
-    for token, chosen_by in enumerate([(0, 1), (0, 2), (1, 2), ()]):
-        expected = torch.zeros(6, dtype=torch.float64)
-        for e in chosen_by:
-            hidden = x[token] @ moe.w1[e]
-            hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-            expected = expected + probabilities[token, e] * (hidden @ moe.w2[e])
-        torch.testing.assert_close(out[token], expected, rtol=1e-5, atol=1e-5)
-    assert not out[3].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_in_low_precision_is_at_most_twice_that_of_the_one_hot_form(dtype):
-    """With K = T, so that rounding cannot change who is chosen."""
-    moe = layer(num_experts=4, capacity_factor=4.0, dim=32)
-    x = torch.randn(2, 16, 32, dtype=torch.float64)
-    weights = (moe.gate.weight, moe.w1, moe.w2)
-    exact = one_hot_expert_choice(x, *weights, 16)
-    plain = one_hot_expert_choice(x.to(dtype), *(w.to(dtype) for w in weights), 16)
-    ours = moe.to(dtype)(x.to(dtype))
-    assert ours.dtype == dtype
-    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max()
+    moe = layer(experts, capacity_factor)
+    (plain, weights), (fused, _) = of_layer(moe), of_layer(fuse(deepcopy(moe)))
+    inputs = [randn(n, tokens, 6), *weights]
+    for found, wanted in zip(gradients(fused, inputs), gradients(plain, inputs), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * (1 + wanted.abs().max().item()))
 
 
 def test_number_of_tokens_per_expert_is_rounded_down():
@@ -115,10 +80,6 @@ def implementation(request):
 
 
 SHAPES = [(1, 63, 8, 16), (1, 77, 3, 77), (3, 1, 3, 1), (2, 20, 1, 7), (1, 9, 18, 2)]  # N, T, E, K
-
-
-def randn(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype).to(DEVICE)
 
 
 def assert_consistent(routing, num_tokens):
@@ -279,24 +240,12 @@ def test_gelu_is_exact_from_one_tail_to_the_other():
     torch.testing.assert_close(negative[negative < -1e-7], exact[0][h < -0.5][negative < -1e-7], rtol=1e-3, atol=0)
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_is_as_accurate_as_the_one_hot_form(dtype):
-    moe = layer(num_experts=3, capacity_factor=3.0).to(DEVICE)  # K = T: rounding cannot change who is chosen
-
-    def ours(x_NTD, router_ED, w1_EDF, w2_EFD):
-        values = {"gate.weight": router_ED, "w1": w1_EDF, "w2": w2_EFD}
-        return torch.func.functional_call(moe, values, x_NTD)
-
-    weights = [p.detach() for p in (moe.gate.weight, moe.w1, moe.w2)]
-    assert_as_accurate(ours, partial(one_hot_expert_choice, tokens_per_expert=10), [randn(2, 10, 6), *weights], dtype)
-
-
-@pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("n, tokens, experts, capacity_factor", [(1, 24, 8, 2.0), (2, 15, 5, 1.0), (1, 9, 1, 1.0)])
-def test_layer_equals_the_one_hot_form_in_triton(n, tokens, experts, capacity_factor):
-    moe = layer(experts, capacity_factor).float().to(DEVICE)
-    assert_equals_one_hot_form(moe, randn(n, tokens, 6, dtype=torch.float32), tolerance=1e-4)
+def test_fused_layer_is_as_accurate_as_the_plain_one(dtype):
+    moe = layer(num_experts=3, capacity_factor=3.0)  # K = T: rounding cannot change who is chosen
+    (plain, weights), (fused, _) = of_layer(moe), of_layer(fuse(deepcopy(moe)))
+    assert_as_accurate(fused, plain, [randn(2, 10, 6), *weights], dtype)
 
 
 def whole_layer(k, logits_NTE, x_NTD, w1_EDF, w2_EFD):

@@ -1,4 +1,4 @@
-"""mdit/costs/calls.py and kernels/*/cost.py, against what torch counts of a call and what the paper's model does."""
+"""mdit/costs/calls.py and kernels/cost.py, against what torch counts of a call and what the paper's model does."""
 
 from collections import Counter
 
