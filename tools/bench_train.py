@@ -25,16 +25,15 @@ import torch.distributed
 from mdit import cli, dist
 from mdit.bench.plots import draw
 from mdit.bench.report import Report, earlier_rows, environment
-from mdit.bench.row import MADE_UP
+from mdit.bench.row import MADE_UP, PRICES, STAGES
 from mdit.bench.session import JSON, Session, print_rank0
-from mdit.bench.stages import STAGES, Job, prepare_data, resolve_job
+from mdit.bench.stages import Job, prepare_data, resolve_job
 from mdit.config import CONFIGS
 from mdit.dist import World, configure_logging, gather, on_all_ranks, world_from_env
 from mdit.files import try_to_write
 from mdit.meeting import init_distributed
 
 START = time.monotonic()
-PRICES = (3.75, 2.0)
 REPORT_BUDGET_S = {"cuda": 465.0, "cpu": 50.0}
 LADDER_SECONDS = 2.0  # a step at most, beside its parity
 PARITY_STEPS = {"cuda": 50, "cpu": 40}
@@ -152,7 +151,7 @@ def wanted_jobs(args: argparse.Namespace, world: World) -> list[Job]:
         tiny=args.tiny,
     )
     ds_config = args.ds_config or CONFIGS / ("zero1.json" if world.size == 1 else "zero2.json")
-    recipes = args.recipe or [CONFIGS / f"{name}.toml" for name in STAGES]
+    recipes = args.recipe or STAGES
     sizes = args.micro_batch or [None]
     return [resolve_job(recipe, ds_config, world, micro_batch=size, **options) for recipe in recipes for size in sizes]
 

@@ -14,26 +14,17 @@ process a GPU; sets of one image size are added up), for --pictures pictures.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mdit import cli
 from mdit.bench.recipe_cost import SetTime, Stage, choose_rows, scaled, set_times
 from mdit.bench.report import Report, table
-from mdit.bench.row import PIXELS_OF_A_LATENT, machine_of
+from mdit.bench.row import NOT_MEASURED, PIXELS_OF_A_LATENT, PRICES, STAGES, machine_of
 from mdit.config import load_config
 from mdit.files import try_to_write, write_json
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
 PICTURES = 37e6
-PRICES = (3.75, 2.0)
 NODES, GPUS_OF_A_NODE = (1, 2, 4, 8, 16, 32, 64), 8
-NOT_MEASURED = "not measured"
 THE_PAPERS = "The paper's own code, as the paper has it (arXiv 2407.15811): $1,890 at $3.75, 2.6 days on 8 H100."
-
-
-def main(arguments: list[str] | None = None) -> None:
-    run(parse_arguments(arguments))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -42,109 +33,40 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("reports", type=Path, nargs="+", metavar="REPORT.json", help="throughput.json of tools/bench_train.py")
     add("--recipe", type=Path, action="append", help="a stage; several times; default: the paper's four")
     add("--precompute", type=Path, action="append", default=[], metavar="SET_DIR", help="a finished set; several times")
-    add(
-        "--pictures",
-        type=cli.positive,
-        default=PICTURES,
-        help="of the recipe's sets; default: the paper's 37e6",
-    )
+    add("--pictures", type=cli.positive, default=PICTURES, help="of the recipe's sets; default: the paper's 37e6")
     add("--dollars_per_gpu_hour", type=cli.positive, action="append", help="several times; default: 3.75 and 2")
     add("--gpu", help="a part of the name of the GPU whose rows count, where reports are of several")
     add("--json", type=Path, help="write all of it to this file")
-    args = parser.parse_args(arguments)
-    args.dollars_per_gpu_hour = args.dollars_per_gpu_hour or list(PRICES)
-    return args
+    return parser.parse_args(arguments)
 
 
-def run(args: argparse.Namespace) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     if args.json is not None:
         try_to_write(args.json)
-    configs = [load_config(path) for path in args.recipe or [CONFIGS / f"{name}.toml" for name in STAGES]]
+    prices = args.dollars_per_gpu_hour or list(PRICES)
+    configs = [load_config(path) for path in args.recipe or STAGES]
     stages, left_out = choose_rows([(str(path), Report.load(path)) for path in args.reports], configs, args.gpu)
-    device = next((stage.measured.device for stage in stages if stage.measured), None)
-    sizes = {PIXELS_OF_A_LATENT * config.model.latent_size for config in configs}
-    sets = set_times(args.precompute, sizes, device)
+    measured = [stage.measured for stage in stages if stage.measured]
+    device = measured[0].environment.gpu if measured else None
+    sets = set_times(args.precompute, {PIXELS_OF_A_LATENT * config.model.latent_size for config in configs}, device)
+    complete = len(measured) == len(stages)
+    machine = machine_of(device) if device else None
+    nodes = {n: scaled(stages, n * GPUS_OF_A_NODE, machine) for n in NODES} if machine and complete else {}
     sections = [
-        stage_table(stages, args.dollars_per_gpu_hour),
-        set_table(sets, args.pictures, args.dollars_per_gpu_hour),
-        node_table(stages, device, args.dollars_per_gpu_hour),
+        stage_table(stages, prices),
+        set_table(sets, args.pictures, prices),
+        node_table(nodes, prices, f"no data sheet of {device} to predict with" if complete else None),
         "\n".join(["Rows that do not count:", *left_out]) if left_out else "",
         THE_PAPERS,
     ]
     print(f"{device or 'No GPU'}: measured rows only\n")
-    print("\n\n".join(section for section in sections if section))
-    if args.json is not None:
-        write_json(args.json, as_json(stages, sets, device, args, left_out))
-
-
-# --- tables
-
-
-def dollars(gpu_hours: float | None, prices: Sequence[float]) -> list[str]:
-    return [NOT_MEASURED if gpu_hours is None else f"${gpu_hours * price:,.0f}" for price in prices]
-
-
-def stage_table(stages: Sequence[Stage], prices: Sequence[float]) -> str:
-    """Stages and their sum; the sum of the measured ones by itself where some are missing."""
-    cells = [["stage", "images", "images/s a GPU", "GPU-hours", *(f"at ${price:g}" for price in prices)]]
-    sources = []
-    for stage in stages:
-        rate = f"{stage.measured.rate:,.0f}" if stage.measured else NOT_MEASURED
-        cells.append([stage.config.name, f"{stage.images / 1e6:,.1f} M", rate, *_hours(stage.gpu_hours, prices)])
-        sources.append(f"{stage.config.name}: {stage.measured.source if stage.measured else NOT_MEASURED}")
-    images = f"{sum(stage.images for stage in stages) / 1e6:,.1f} M"
-    measured = [stage for stage in stages if stage.measured]
-    total = sum(stage.gpu_hours for stage in measured)
-    cells.append(["the recipe", images, "", *_hours(total if len(measured) == len(stages) else None, prices)])
-    if 0 < len(measured) < len(stages):
-        cells.append([f"the measured {len(measured)} of {len(stages)}", "", "", *_hours(total, prices)])
-    return table(cells, markdown=False) + "\n\nMeasured rows:\n" + "\n".join(sources)
-
-
-def _hours(gpu_hours: float | None, prices: Sequence[float]) -> list[str]:
-    return [NOT_MEASURED if gpu_hours is None else f"{gpu_hours:,.1f}", *dollars(gpu_hours, prices)]
-
-
-def set_table(sets: Sequence[SetTime], pictures: float, prices: Sequence[float]) -> str:
-    cells = [["precompute", "pictures", "pictures/s a GPU", "GPU-hours", *(f"at ${price:g}" for price in prices)]]
-    told = ["(images and captions once through their towers; no part of the recipe above)"]
-    for found in sets:
-        rate = NOT_MEASURED if found.problem else f"{found.written / found.seconds:,.0f}"
-        hours = _hours(found.gpu_hours(pictures), prices)
-        cells.append([f"{found.image_size} px", f"{pictures / 1e6:,.1f} M", rate, *hours])
-        how = found.problem or f"{found.written:,} pictures in {found.seconds:,.0f} GPU-seconds"
-        told.append(f"{found.image_size} px: {how}")
-    return table(cells, markdown=False) + "\n" + "\n".join(told)
-
-
-def node_table(stages: Sequence[Stage], device: str | None, prices: Sequence[float]) -> str:
-    title = "On nodes of 8 GPUs: measured rate x predicted efficiency"
-    if device is None or not all(stage.measured for stage in stages):
-        return f"{title}: {NOT_MEASURED}, as the recipe is"
-    if (machine := machine_of(device)) is None:
-        return f"{title}: no data sheet of {device} to predict with"
-    cells = [["nodes", "GPUs", "efficiency", "hours", "days", "GPU-hours", *(f"at ${price:g}" for price in prices)]]
-    for nodes in NODES:
-        gpus = nodes * GPUS_OF_A_NODE
-        if (found := scaled(stages, gpus, machine)) is None:
-            cells.append([str(nodes), str(gpus), "cannot share the batch"])
-            continue
-        hours, share = found
-        row = [str(nodes), str(gpus), f"{share:.0%}", f"{hours:,.1f}", f"{hours / 24:,.2f}", f"{hours * gpus:,.0f}"]
-        cells.append(row + dollars(hours * gpus, prices))
-    note = "efficiency: of a GPU beside one alone; the global batch stays the recipe's, whatever the number of GPUs"
-    return f"{title}\n\n{table(cells, markdown=False)}\n{note}"
-
-
-def as_json(
-    stages: Sequence[Stage], sets: Sequence[SetTime], device: str | None, args: argparse.Namespace, left_out: list[str]
-) -> dict[str, Any]:
-    """Hours, seconds, images per second; None for what was not measured."""
-    machine = machine_of(device) if device and all(stage.measured for stage in stages) else None
-    nodes = {nodes: scaled(stages, nodes * GPUS_OF_A_NODE, machine) for nodes in NODES} if machine else {}
-    return {
+    print("\n\n".join(filter(None, sections)))
+    if args.json is None:
+        return
+    content = {
         "device": device,
-        "dollars_per_gpu_hour": args.dollars_per_gpu_hour,
+        "dollars_per_gpu_hour": prices,
         "stages": [
             {
                 "recipe": stage.config.name,
@@ -155,7 +77,7 @@ def as_json(
             }
             for stage in stages
         ],
-        "gpu_hours": sum(stage.gpu_hours for stage in stages) if all(stage.measured for stage in stages) else None,
+        "gpu_hours": sum(stage.gpu_hours or 0.0 for stage in stages) if complete else None,
         "precompute": [
             {
                 "image_size": found.image_size,
@@ -170,6 +92,73 @@ def as_json(
         },
         "rows_that_do_not_count": left_out,
     }
+    write_json(args.json, content)
+
+
+# --- tables
+
+
+def at_prices(prices: Sequence[float]) -> list[str]:
+    """Heads of the columns that `costs` fills."""
+    return ["GPU-hours", *(f"at ${price:g}" for price in prices)]
+
+
+def costs(gpu_hours: float | None, prices: Sequence[float]) -> list[str]:
+    if gpu_hours is None:
+        return [NOT_MEASURED] * (1 + len(prices))
+    return [f"{gpu_hours:,.1f}", *(f"${gpu_hours * price:,.0f}" for price in prices)]
+
+
+def stage_table(stages: Sequence[Stage], prices: Sequence[float]) -> str:
+    """Stages and their sum; the sum of the measured ones by itself where some are missing."""
+    cells, sources = [["stage", "images", "images/s a GPU", *at_prices(prices)]], []
+    for stage in stages:
+        rate, source = NOT_MEASURED, NOT_MEASURED
+        if stage.measured:
+            rate, source = f"{stage.measured.rate:,.0f}", stage.measured.source
+        cells.append([stage.config.name, f"{stage.images / 1e6:,.1f} M", rate, *costs(stage.gpu_hours, prices)])
+        sources.append(f"{stage.config.name}: {source}")
+    images = f"{sum(stage.images for stage in stages) / 1e6:,.1f} M"
+    hours = [stage.gpu_hours for stage in stages if stage.gpu_hours is not None]
+    total, missing = sum(hours), len(stages) - len(hours)
+    cells.append(["the recipe", images, "", *costs(None if missing else total, prices)])
+    if hours and missing:
+        cells.append([f"the measured {len(hours)} of {len(stages)}", "", "", *costs(total, prices)])
+    return table(cells, markdown=False) + "\n\nMeasured rows:\n" + "\n".join(sources)
+
+
+def set_table(sets: Sequence[SetTime], pictures: float, prices: Sequence[float]) -> str:
+    cells = [["precompute", "pictures", "pictures/s a GPU", *at_prices(prices)]]
+    told = ["(images and captions once through their towers; no part of the recipe above)"]
+    for found in sets:
+        rate, how = NOT_MEASURED, found.problem
+        if not found.problem:
+            rate = f"{found.written / found.seconds:,.0f}"
+            how = f"{found.written:,} pictures in {found.seconds:,.0f} GPU-seconds"
+        cells.append([f"{found.image_size} px", f"{pictures / 1e6:,.1f} M", rate])
+        cells[-1] += costs(found.gpu_hours(pictures), prices)
+        told.append(f"{found.image_size} px: {how}")
+    return table(cells, markdown=False) + "\n" + "\n".join(told)
+
+
+def node_table(
+    nodes: dict[int, tuple[float, float] | None], prices: Sequence[float], without_machine: str | None
+) -> str:
+    """`without_machine`: why there are no `nodes`, where the recipe was measured."""
+    title = "On nodes of 8 GPUs: measured rate x predicted efficiency"
+    if not nodes:
+        return f"{title}: {without_machine or f'{NOT_MEASURED}, as the recipe is'}"
+    cells = [["nodes", "GPUs", "efficiency", "hours", "days", *at_prices(prices)]]
+    for count, found in nodes.items():
+        gpus = count * GPUS_OF_A_NODE
+        cells.append([str(count), str(gpus)])
+        if found is None:
+            cells[-1].append("cannot share the batch")
+            continue
+        hours, share = found
+        cells[-1] += [f"{share:.0%}", f"{hours:,.1f}", f"{hours / 24:,.2f}", *costs(hours * gpus, prices)]
+    note = "efficiency: of a GPU beside one alone; the global batch stays the recipe's, whatever the number of GPUs"
+    return f"{title}\n\n{table(cells, markdown=False)}\n{note}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mdit.bench.row import NO_TIME, BenchmarkRow, Measured, Parity
+from mdit.bench.row import NOT_MEASURED, BenchmarkRow, Measured, Parity
 from mdit.bench.run import BenchmarkRun
 from mdit.bench.stages import Job, attempt
 from mdit.bench.timing import largest
@@ -116,7 +116,7 @@ class Ladder:
         found: dict[LadderStep, BenchmarkRow] = {}
 
         def rows() -> list[BenchmarkRow]:
-            problem = f"{NO_TIME}: no time was left of {budget_s:g} s"
+            problem = f"{NOT_MEASURED}: no time was left of {budget_s:g} s"
             return [found.get(step) or self.row(step).with_(problem=problem) for step in LADDER]
 
         started, longest = time.perf_counter(), {}

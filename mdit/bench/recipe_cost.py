@@ -16,7 +16,7 @@ from mdit.costs.layouts import Layout
 from mdit.costs.machines import Machine
 from mdit.costs.prediction import predict
 from mdit.data.manifest import read_manifest
-from mdit.models import meta_model
+from mdit.parallel.settings import count_parameters
 from mdit.precompute.report import read_report
 
 HOUR = 3600
@@ -29,10 +29,6 @@ class MeasuredRow:
     row: BenchmarkRow
     path: str
     environment: Environment
-
-    @property
-    def device(self) -> str:
-        return self.environment.gpu
 
     @property
     def rate(self) -> float:
@@ -65,10 +61,6 @@ class Stage:
         return self.images / self.measured.rate / HOUR if self.measured else None
 
 
-def parameters(config: TrainConfig) -> int:
-    return sum(p.numel() for p in meta_model(config.model).parameters())
-
-
 def choose_rows(
     reports: Iterable[tuple[str, Report]], configs: Sequence[TrainConfig], gpu: str | None = None
 ) -> tuple[list[Stage], list[str]]:
@@ -77,67 +69,58 @@ def choose_rows(
     `reports` are (file, report); `gpu` is a part of the name of the device whose rows count. Raises UserError where
     rows of several devices would count.
     """
-    counted: list[tuple[int, MeasuredRow]] = []
-    left_out = []
+    shapes = [(count_parameters(c.model), c.model.latent_size, c.training.mask_ratio) for c in configs]
+    fastest: dict[tuple, MeasuredRow] = {}
+    devices, left_out = set(), []
     for path, report in reports:
         for row in report.of_kind("stage"):
-            found = MeasuredRow(row, path, report.environment)
-            if why := _does_not_count(found, configs, gpu):
+            if why := _does_not_count(row, report.environment.gpu, shapes, gpu):
                 left_out.append(f"{row.name} ({path}): {why}")
                 continue
-            counted += [(number, found) for number, config in enumerate(configs) if _fits(row, config)]
-    devices = sorted({found.device for _, found in counted})
+            devices.add(report.environment.gpu)
+            found = MeasuredRow(row, path, report.environment)
+            fastest[row.shape] = max(fastest.get(row.shape, found), found, key=lambda each: each.rate)
     if len(devices) > 1:
-        raise UserError(f"the reports have rows of {' and '.join(devices)}: choose one of them with --gpu")
-    stages = []
-    for number, config in enumerate(configs):
-        rows = [found for belongs_to, found in counted if belongs_to == number]
-        stages.append(Stage(config, max(rows, key=lambda found: found.rate, default=None)))
-    return stages, left_out
+        raise UserError(f"the reports have rows of {' and '.join(sorted(devices))}: choose one of them with --gpu")
+    return [Stage(config, fastest.get(shape)) for config, shape in zip(configs, shapes)], left_out
 
 
-def _fits(row: BenchmarkRow, config: TrainConfig) -> bool:
-    wanted = (parameters(config), config.model.latent_size, config.training.mask_ratio)
-    return (row.parameters, row.latent_size, row.mask_ratio) == wanted
-
-
-def _does_not_count(found: MeasuredRow, configs: Sequence[TrainConfig], gpu: str | None) -> str | None:
-    row, setting = found.row, found.row.setting
-    sizes = {parameters(config) for config in configs}
+def _does_not_count(row: BenchmarkRow, device: str, shapes: Sequence[tuple], gpu: str | None) -> str | None:
+    setting, sizes = row.setting, {parameters for parameters, *_ in shapes}
     if row.problem:
         return row.problem
-    if found.device == "none":
+    if device == "none":
         return "measured on a CPU"
-    if gpu is not None and gpu.lower() not in found.device.lower():
-        return f"measured on {found.device}"
+    if gpu is not None and gpu.lower() not in device.lower():
+        return f"measured on {device}"
     if row.parameters not in sizes:
         have = " and ".join(f"{size:,}" for size in sorted(sizes))
         return f"a model of {row.parameters:,} parameters; the recipe's has {have}"
     if setting.precision != "bf16" or setting.fp8:
         return f"in {'fp8' if setting.fp8 else setting.precision}, not bf16"
-    if not any(_fits(row, config) for config in configs):
-        return "no stage of the recipe"
-    return None
+    return None if row.shape in shapes else "no stage of the recipe"
 
 
 # --- on many GPUs
 
 
-def efficiency(stage: Stage, gpus: int, machine: Machine) -> float | None:
-    """The predicted rate of a GPU among `gpus`, as a share of that of one alone, in the setting of the stage's row.
-    None where so many cannot share the global batch."""
-    if (alone := _predicted_rate(stage, 1, machine)) and (there := _predicted_rate(stage, gpus, machine)):
-        return there / alone
-    return None
+def scaled(stages: Sequence[Stage], gpus: int, machine: Machine) -> tuple[float, float] | None:
+    """(hours, mean efficiency) of the whole recipe on so many GPUs; None where a stage was not measured or cannot be
+    shared. A stage's efficiency: the predicted rate of a GPU among them, as a share of that of one alone, in the
+    setting of its row. The mean is weighted with GPU-hours."""
+    alone = there = 0.0
+    for stage in stages:
+        if stage.measured is None or stage.config.training.global_batch_size % gpus:
+            return None
+        hours = stage.images / stage.measured.rate / HOUR
+        rates = [_predicted_rate(stage.config, stage.measured.row, count, machine) for count in (1, gpus)]
+        alone, there = alone + hours, there + hours * rates[0] / rates[1]
+    return there / gpus, alone / there
 
 
-def _predicted_rate(stage: Stage, gpus: int, machine: Machine) -> float | None:
+def _predicted_rate(config: TrainConfig, row: BenchmarkRow, gpus: int, machine: Machine) -> float:
     """Images per second and GPU; with fewer images at once where a GPU's share of the batch is smaller."""
-    assert stage.measured is not None
-    setting, batch = stage.measured.row.setting, stage.config.training.global_batch_size
-    share, rest = divmod(batch, gpus)
-    if rest:
-        return None
+    setting, share = row.setting, config.training.global_batch_size // gpus
     micro_batch = max(size for size in range(1, min(share, setting.micro_batch) + 1) if share % size == 0)
     layout = Layout(
         gpus,
@@ -147,20 +130,7 @@ def _predicted_rate(stage: Stage, gpus: int, machine: Machine) -> float | None:
         checkpointing=setting.activation_checkpointing,
         triton=bool(setting.kernels),
     )
-    return predict(stage.config, layout, machine).images_per_second / gpus
-
-
-def scaled(stages: Sequence[Stage], gpus: int, machine: Machine) -> tuple[float, float] | None:
-    """(hours, mean efficiency) of the whole recipe on so many GPUs; None where a stage was not measured or cannot be
-    shared. The mean is weighted with GPU-hours."""
-    alone = there = 0.0
-    for stage in stages:
-        hours, share = stage.gpu_hours, stage.measured and efficiency(stage, gpus, machine)
-        if not (hours and share):
-            return None
-        alone += hours
-        there += hours / share
-    return there / gpus, alone / there
+    return predict(config, layout, machine).images_per_second / gpus
 
 
 # --- the sets

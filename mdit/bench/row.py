@@ -6,12 +6,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from mdit.config import ModelConfig, PositiveFloat, Section, TrainConfig
+from mdit.config import CONFIGS, PositiveFloat, Section, TrainConfig
 from mdit.costs.machines import MACHINES, Machine
 from mdit.costs.trace import Checkpointing, training_flops
 from mdit.dist import World
-from mdit.models.dit import meta_model
-from mdit.parallel.settings import Execution
+from mdit.parallel.settings import Execution, count_parameters
 
 Kind = Literal["stage", "ladder", "baseline", "profile"]
 Phase = Literal["data", "forward", "backward", "optimizer"]
@@ -28,9 +27,14 @@ DEVICES = {  # as torch names them, of those whose data sheets mdit.costs.machin
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA GeForce RTX 4090": "rtx4090",
 }
+STAGES = [
+    CONFIGS / f"{name}.toml"
+    for name in ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
+]
+PRICES = (3.75, 2.0)  # dollars of a GPU-hour
 PIXELS_OF_A_LATENT = 8
 MADE_UP = "made up"
-NO_TIME = "not measured"  # begins the problem of a row that another run may still measure
+NOT_MEASURED = "not measured"  # begins the problem of a row that another run may still measure
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -159,6 +163,11 @@ class BenchmarkRow(Section):
         return self.model_copy(update=changes)
 
     @property
+    def shape(self) -> tuple[int, int, float]:
+        """Facts that a stage's speed depends on: parameters, latent size and mask ratio."""
+        return self.parameters, self.latent_size, self.mask_ratio
+
+    @property
     def key(self) -> tuple:
         """Equal in rows of the same measurement. A ladder's step and a profile go by their names: what runs in Triton
         may differ where something failed."""
@@ -170,7 +179,7 @@ class BenchmarkRow(Section):
     @property
     def is_open(self) -> bool:
         """Whether time was too short, so that another run may still measure it."""
-        return (self.problem or "").startswith(NO_TIME)
+        return (self.problem or "").startswith(NOT_MEASURED)
 
     @property
     def ran_out_of_memory(self) -> bool:
@@ -219,7 +228,6 @@ def describe(
 ) -> BenchmarkRow:
     """A row before anything is measured. `images`: of the whole stage, where the global batch is not the recipe's."""
     settings, bf16, machine = execution.settings, execution.dtype == torch.bfloat16, machine_of(world.device)
-    parameters, flops_per_image = _size(config.model, config.training.mask_ratio)
     setting = Setting(
         gpus=world.size,
         micro_batch=execution.micro_batch,
@@ -236,20 +244,14 @@ def describe(
         name=name,
         recipe=config.name,
         images=images or config.training.num_steps * config.training.global_batch_size,
-        parameters=parameters,
+        parameters=count_parameters(config.model),
         latent_size=config.model.latent_size,
         mask_ratio=config.training.mask_ratio,
         setting=setting,
         data=data,
-        flops_per_image=flops_per_image,
+        flops_per_image=training_flops(config.model, config.training.mask_ratio),
         peak_tflops=machine.peak / 1e12 if machine and bf16 and not settings.fp8 else None,
     )
-
-
-@cache
-def _size(model: ModelConfig, mask_ratio: float) -> tuple[int, float]:
-    """Parameters, and FLOPs of an image."""
-    return sum(p.numel() for p in meta_model(model).parameters()), training_flops(model, mask_ratio)
 
 
 @cache

@@ -17,7 +17,6 @@ from mdit.parallel.settings import Execution, load_ds_json
 from mdit.precompute import is_precomputed, precompute
 from mdit.train.run import resolve_execution
 
-STAGES = ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
 # Sizes that a CPU trains in milliseconds, with every kind of block.
 TINY_MODEL = dict(dim=32, depth=4, head_dim=16, mixer_depth=2, mixer_dim=32, multiple_of=16, num_experts=4)
 TINY_MODEL |= dict(caption_length=5, caption_channels=12)

@@ -1,7 +1,6 @@
 """tools/cost.py: what counts as measured, what follows from it, what it says where something is missing, its errors."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +18,7 @@ from tests.latent_sets import ENCODERS, made_up
 from tests.recipes import tiny_config
 from tools import cost
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-RECIPES = [load_config(CONFIGS / f"{name}.toml") for name in cost.STAGES]
+RECIPES = [load_config(path) for path in cost.STAGES]
 RATES = {(32, 0.75): 1250.0, (32, 0.0): 500.0, (64, 0.75): 400.0, (64, 0.0): 125.0}
 HOURS = [512e6 / 1250 / 3600, 61.44e6 / 500 / 3600, 102.4e6 / 400 / 3600, 10.24e6 / 125 / 3600]
 H100, PAPER = bench_rows.H100.gpu, "$1,890"
@@ -122,7 +120,7 @@ def test_nodes_multiply_the_measured_rate_with_a_predicted_efficiency(capsys, tm
         f"{share:.0%}",
         f"{hours:.1f}",
         f"{hours / 24:.2f}",
-        f"{16 * hours:.0f}",
+        f"{16 * hours:,.1f}",
         f"${60 * hours:,.0f}",
         f"${32 * hours:,.0f}",
     ]
