@@ -7,10 +7,10 @@ that waits for it waits longer here than in an unprofiled run.
 
 import re
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -47,15 +47,6 @@ LAUNCHES = re.compile(r"^cu(da)?(LaunchKernel|GraphLaunch)")
 WAITS = re.compile(r"^cu(da|Ctx|Stream|Event)\w*Synchronize")
 
 
-class Event(NamedTuple):
-    """Something that the device did. Microseconds since the trace began; `own` without what it called."""
-
-    name: str
-    start: float
-    end: float
-    own: float
-
-
 def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Path | None, steps: int = 2) -> Profile:
     """The profile of `steps` calls of `step`, after one that starts the profiler; the trace lies in `directory`."""
     on_gpu = device.type == "cuda"
@@ -75,29 +66,41 @@ def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Pa
                 wait()
                 step_ms = 1e3 * (time.perf_counter() - began) / steps
             profiler.step()
-    events = profiler.events() or []
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(directory / TRACE))
-    found = list(_events(events, DeviceType.CUDA if on_gpu else DeviceType.CPU))
-    # Streams run side by side; operators contain each other.
-    busy = length_of_union((one.start, one.end) for one in found) if on_gpu else sum(one.own for one in found)
+    averages = profiler.key_averages()
+    operators = _times(averages, DeviceType.CPU, steps)
+    found = _times(averages, DeviceType.CUDA, steps) if on_gpu else operators
+    busy_ms = sum(kernel.ms for kernel in found)  # operators contain each other, but these are their own times
+    if on_gpu:  # streams run side by side
+        events = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        busy_ms = length_of_union((e.time_range.start, e.time_range.end) for e in events) / 1e3 / steps
     return Profile(
-        categories=by_category(found, steps),
+        categories=by_category(found),
         step_ms=step_ms,
-        idle_ms=max(0.0, step_ms - busy / 1e3 / steps),
-        kernels=dearest(found, steps),
-        host=_host(list(_events(events, DeviceType.CPU)), steps) if on_gpu else None,
+        idle_ms=max(0.0, step_ms - busy_ms),
+        kernels=tuple(found[:KERNELS]),
+        host=_host(operators) if on_gpu else None,
         trace=None if directory is None else TRACE,
     )
 
 
-def _events(events: Iterable[Any], device: DeviceType) -> Iterable[Event]:
-    """Without ranges that somebody marked, and what other threads finish."""
-    for event in events:
-        if event.device_type == device and not event.is_user_annotation and not event.is_async:
-            own = event.self_cpu_time_total if device == DeviceType.CPU else event.time_range.elapsed_us()
-            yield Event(event.name, event.time_range.start, event.time_range.end, own)
+def _times(averages: Iterable[Any], device: DeviceType, steps: int) -> list[KernelTime]:
+    """Calls and own time of what a device did, the dearest first; without ranges that somebody marked. C++ names end
+    where they get long."""
+    own = "self_cpu_time_total" if device == DeviceType.CPU else "self_device_time_total"  # microseconds
+    found = [
+        KernelTime(
+            name=one.key[:NAME_LENGTH],
+            category=category(one.key),
+            calls=one.count / steps,
+            ms=getattr(one, own) / 1e3 / steps,
+        )
+        for one in averages
+        if one.device_type == device and not one.is_user_annotation
+    ]
+    return sorted(found, key=lambda kernel: -kernel.ms)
 
 
 def category(name: str) -> str:
@@ -105,33 +108,21 @@ def category(name: str) -> str:
     return next((found for found, pattern in PATTERNS.items() if pattern.search(name)), OTHER)
 
 
-def by_category(events: Iterable[Event], steps: int) -> dict[str, float]:
-    """{name: ms a step}, the dearest first; only those that are there. They add up to all events' own time."""
+def by_category(kernels: Iterable[KernelTime]) -> dict[str, float]:
+    """{name: ms a step}, the dearest first; only those that are there."""
     sums: dict[str, float] = defaultdict(float)
-    for event in events:
-        sums[category(event.name)] += event.own / 1e3 / steps
+    for kernel in kernels:
+        sums[kernel.category] += kernel.ms
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def dearest(events: Sequence[Event], steps: int) -> tuple[KernelTime, ...]:
-    """The KERNELS with the most time, equal names as one; C++ names end where they get long."""
-    sums: dict[str, float] = defaultdict(float)
-    calls = Counter(event.name for event in events)
-    for event in events:
-        sums[event.name] += event.own / 1e3 / steps
-    return tuple(
-        KernelTime(name=name[:NAME_LENGTH], category=category(name), calls=calls[name] / steps, ms=ms)
-        for name, ms in sorted(sums.items(), key=lambda item: -item[1])[:KERNELS]
-    )
-
-
-def _host(events: list[Event], steps: int) -> HostTime:
+def _host(operators: Sequence[KernelTime]) -> HostTime:
     """Autograd's thread and the one that waits for it are added up."""
-    waiting = sum(event.own for event in events if WAITS.search(event.name))
+    waiting = sum(one.ms for one in operators if WAITS.search(one.name))
     return HostTime(
-        busy_ms=(sum(event.own for event in events) - waiting) / 1e3 / steps,
-        launches=sum(1 for event in events if LAUNCHES.search(event.name)) / steps,
-        waiting_ms=waiting / 1e3 / steps,
+        busy_ms=sum(one.ms for one in operators) - waiting,
+        launches=sum(one.calls for one in operators if LAUNCHES.search(one.name)),
+        waiting_ms=waiting,
     )
 
 
@@ -140,36 +131,28 @@ def summary(row: BenchmarkRow) -> str:
     found = row.profile
     if found is None:
         return f"{row.name}: {row.problem}"
-    busy, step_ms = sum(found.categories.values()), found.step_ms
+    step_ms, idle_share = found.step_ms, found.idle_ms / found.step_ms if found.step_ms else 0.0
     lines = [f"Where a step of {step_ms:,.1f} ms goes (profiled): {row.name}"]
-    for name, ms in found.categories.items():
-        lines.append(_bar(name, ms, step_ms))
-    lines += [_bar("idle", found.idle_ms, step_ms), ""]
-    side_by_side = busy + found.idle_ms - step_ms
+    for name, ms in [*found.categories.items(), ("idle", found.idle_ms)]:
+        share = ms / step_ms if step_ms else 0.0
+        lines.append(f"{name:<22}{ms:9.2f} ms {share:7.1%}  {'#' * min(BAR, round(BAR * share))}".rstrip())
+    lines.append("")
+    side_by_side = sum(found.categories.values()) + found.idle_ms - step_ms
     if side_by_side > 0.005 * step_ms:
         lines.append(f"{side_by_side:,.1f} ms of it ran beside something else.")
     lines.append(f"{'ms':>9} {'calls':>8}  dearest, of a step")
     for kernel in found.kernels:
         lines.append(f"{kernel.ms:9.2f} {kernel.calls:8,.0f}  {_short(kernel.name)} ({kernel.category})")
-    lines += ["", _host_line(found)]
+    told = f"Python and all between operators, {found.idle_ms:,.1f} ms, {idle_share:.0%} of the step."
+    if host := found.host:
+        told = (
+            f"{host.launches:,.0f} launches; {host.busy_ms:,.1f} ms in operators and launches, "
+            f"{host.waiting_ms:,.1f} ms waiting for the GPU, which waited {idle_share:.0%} of the step."
+        )
+    lines += ["", f"Host: {told}"]
     if found.trace:
         lines.append(f"{found.trace}: open it in ui.perfetto.dev, or in TensorBoard with torch-tb-profiler")
     return "\n".join(lines)
-
-
-def _bar(name: str, ms: float, step_ms: float) -> str:
-    share = ms / step_ms if step_ms else 0.0
-    return f"{name:<22}{ms:9.2f} ms {100 * share:5.1f} %  {'#' * min(BAR, round(BAR * share))}".rstrip()
-
-
-def _host_line(found: Profile) -> str:
-    share = 100 * found.idle_ms / found.step_ms if found.step_ms else 0.0
-    if (host := found.host) is None:
-        return f"Host: Python and all between operators, {found.idle_ms:,.1f} ms, {share:.0f} % of the step."
-    return (
-        f"Host: {host.launches:,.0f} launches; {host.busy_ms:,.1f} ms in operators and launches, "
-        f"{host.waiting_ms:,.1f} ms waiting for the GPU, which waited {share:.0f} % of the step."
-    )
 
 
 def _short(name: str) -> str:

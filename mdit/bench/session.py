@@ -9,7 +9,7 @@ from mdit.bench.plots import draw
 from mdit.bench.profile import profile_step, summary
 from mdit.bench.report import Report
 from mdit.bench.roofline import category_work
-from mdit.bench.row import BenchmarkRow, Work, one_line
+from mdit.bench.row import BenchmarkRow, one_line
 from mdit.bench.stages import Job, attempt
 from mdit.bench.timing import largest
 from mdit.config import UserError
@@ -101,7 +101,7 @@ class Session:
             with job.run(self.world) as run:
                 run.losses(1)
                 found = profile_step(run.step, device=self.world.device, directory=directory, steps=PROFILED_STEPS)
-            work = {name: Work(**one) for name, one in category_work(job.config, row.setting.model_dump()).items()}
+            work = category_work(job.config, row.setting)
             earlier = row.with_(profile=found.model_copy(update={"work": work}))
             self.add(earlier)
         print_rank0(self.world, "\n" + summary(earlier))

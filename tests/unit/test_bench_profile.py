@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdit.bench.profile import TRACE, Event, by_category, category, dearest, profile_step, summary
+from mdit.bench.profile import TRACE, category, profile_step, summary
 from mdit.bench.roofline import CATEGORY_OF_OP, category_work
-from mdit.bench.row import HostTime, KernelTime
+from mdit.bench.row import HostTime, Setting
 from mdit.config import load_config
 from mdit.costs.trace import training_flops
 from mdit.diffusion.edm import edm_loss, sample_noise
@@ -21,16 +21,8 @@ from tests.recipes import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = load_config(ROOT / "configs/res_256_pretrain.toml")
-SETTING = dict(
-    gpus=1,
-    micro_batch=256,
-    global_batch=2048,
-    precision="bf16",
-    fp8=False,
-    kernels=[*CATEGORY_OF_OP],
-    compile=False,
-    activation_checkpointing="none",
-    zero_stage=2,
+SETTING = Setting(
+    gpus=1, micro_batch=256, global_batch=2048, precision="bf16", kernels=tuple(CATEGORY_OF_OP), zero_stage=2
 )
 
 
@@ -148,44 +140,38 @@ def test_a_screen_says_where_it_goes(profiled):
     assert len(lines) <= 40 and max(map(len, lines)) <= 120 and "256 px, mask 0.75" in lines[0]
     (line,) = [line for line in lines if line.startswith("matmuls")]
     assert f"{found.categories['matmuls']:.2f} ms" in line
-    assert f"{100 * found.categories['matmuls'] / found.step_ms:.1f} %" in line
+    assert f"{found.categories['matmuls'] / found.step_ms:.1%}" in line
     host = HostTime(busy_ms=90.0, launches=3210.0, waiting_ms=4.0)
     printed = summary(row(kind="profile", profile=found.model_copy(update={"host": host})))
     assert "3,210 launches; 90.0 ms in operators and launches" in printed
     assert summary(row(kind="profile", problem="out of memory")) == "256 px, mask 0.75: out of memory"
 
 
-def test_time_is_added_up_by_category_and_by_kernel():
-    events = [Event("_mix", 0, 3000, 3000), Event("_mix", 5000, 6000, 1000), Event("aten::mm", 0, 9000, 500)]
-    assert by_category(events, steps=2) == {"norm and modulation": 2.0, "matmuls": 0.25}
-    first, second = dearest(events, steps=2)
-    assert first == KernelTime(name="_mix", category="norm and modulation", calls=1.0, ms=2.0)
-    assert second.ms == 0.25
-
-
 # --- work by formula
 
 
+def work(**changes):
+    return category_work(PRETRAIN, SETTING.model_copy(update=changes))
+
+
 def test_work_of_a_step_of_xl_2():
-    work = category_work(PRETRAIN, SETTING)
-    model_flops = work["matmuls"]["flops"] + work["attention"]["flops"]
+    found = work()
+    model_flops = found["matmuls"].flops + found["attention"].flops
     assert model_flops == 2048 * training_flops(PRETRAIN.model, 0.75)
-    assert work["experts"]["flops"] / work["experts"]["bytes"] == 1 / 2  # one for each number of bfloat16
-    assert work["optimizer"]["bytes"] == pytest.approx(28 * 1.1654e9, rel=1e-3)
+    assert found["experts"].flops / found["experts"].bytes == 1 / 2  # one for each number of bfloat16
+    assert found["optimizer"].bytes == pytest.approx(28 * 1.1654e9, rel=1e-3)
 
 
 def test_work_goes_where_its_time_goes():
-    plain = category_work(PRETRAIN, SETTING)
-    compiled = category_work(PRETRAIN, SETTING | {"kernels": ["swiglu"], "compile": True})
+    plain = work()
+    compiled = work(kernels=("swiglu",), compile=True)
     fused = ("norm and modulation", "experts")
-    assert compiled["compiled elementwise"]["bytes"] == sum(plain[name]["bytes"] for name in fused)
+    assert compiled["compiled elementwise"].bytes == sum(plain[name].bytes for name in fused)
     assert compiled["SwiGLU"] == plain["SwiGLU"] and not set(fused) & compiled.keys()
-    eager = category_work(PRETRAIN, SETTING | {"kernels": []})
+    eager = work(kernels=())
     assert eager.keys() == {"matmuls", "attention", "optimizer"}
-    again = category_work(PRETRAIN, SETTING | {"activation_checkpointing": "block"})
-    assert again["matmuls"]["flops"] == plain["matmuls"]["flops"] * 4 / 3
-    two = category_work(PRETRAIN, SETTING | {"gpus": 2})
-    assert two["matmuls"]["flops"] == plain["matmuls"]["flops"] / 2
-    assert category_work(PRETRAIN, SETTING | {"precision": "fp32"})["attention"]["bytes"] == pytest.approx(
-        2 * plain["attention"]["bytes"]
-    )
+    again = work(activation_checkpointing="block")
+    assert again["matmuls"].flops == plain["matmuls"].flops * 4 / 3
+    two = work(gpus=2)
+    assert two["matmuls"].flops == plain["matmuls"].flops / 2
+    assert work(precision="fp32")["attention"].bytes == pytest.approx(2 * plain["attention"].bytes)
