@@ -8,7 +8,7 @@ import functools
 import gc
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from mdit.bench.row import MADE_UP, Measured
 from mdit.bench.timing import PhaseTimer, largest, length_of_union, summarize, time_steps
 from mdit.config import TrainConfig
-from mdit.data.loader import Batch, build_loader
+from mdit.data.loader import Batch
 from mdit.diffusion.edm import generator_for
 from mdit.dist import World
 from mdit.kernels import dispatch
@@ -31,7 +31,7 @@ from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Execution, RunSettings
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
-from mdit.train.loop import optimizer_step
+from mdit.train.loop import open_batches, optimizer_step
 from mdit.train.meter import memory_gib
 
 HELD = 2  # synthetic batches: as many as a loader holds
@@ -128,7 +128,10 @@ class BenchmarkRun(AbstractContextManager):
             stack.callback(release, self.engine)
             self.ema = EMA(config.ema, self.engine.master_weights)
             self.built_bytes = held_bytes(world.device) - before
-            self.batches = stack.enter_context(open_batches(config, settings, plan, data))
+            if data == MADE_UP:
+                self.batches = SyntheticBatches(config, plan)
+            else:
+                self.batches = stack.enter_context(open_batches(config, execution, plan, start_step=0))
             self.stack = stack.pop_all()
         free_memory()  # weights are drawn on the device, which takes more of it than training
         if world.device.type == "cuda":
@@ -212,23 +215,6 @@ class BenchmarkRun(AbstractContextManager):
 def plan_of(expert_parallel: int, tensor_parallel: int, world: World) -> ParallelPlan:
     """Its groups are made once in a process: megatron-core makes none a second time."""
     return ParallelPlan.build(RunSettings(expert_parallel=expert_parallel, tensor_parallel=tensor_parallel), world)
-
-
-def open_batches(config: TrainConfig, settings: RunSettings, plan: ParallelPlan, data: str) -> AbstractContextManager:
-    """An endless iterator of Batch: made up, or the recipe's own from its first step on."""
-    if data == MADE_UP:
-        return nullcontext(SyntheticBatches(config, plan))
-    return build_loader(
-        config.data.train,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.seed,
-        start_step=0,
-        rank=plan.data_rank,
-        world_size=plan.data_size,
-        device=plan.world.device,
-        weights=config.data.weights,
-        engine=settings.data_engine,
-    )
 
 
 def release(engine: Engine) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 
 from mdit.bench.row import PHASES, Measured, Phase, StepTime
-from mdit.dist import World
+from mdit.dist import World, gather
 
 StepPhases = dict[Phase, float]  # milliseconds of one step
 
@@ -72,7 +72,7 @@ def summarize(
     lengths = [sum(step.values()) for step in steps]
     middle = lengths.index(statistics.median_low(lengths))
     own = [lengths[middle], min(lengths), *(steps[middle][phase] for phase in PHASES)]
-    slowest, fastest, *phases = max(gather_floats(own, world)) if world else own
+    slowest, fastest, *phases = max(gather(own, world)) if world else own
     return Measured(
         steps=len(steps),
         images_per_second=1e3 * global_batch / slowest,
@@ -83,19 +83,12 @@ def summarize(
     )
 
 
-def gather_floats(values: Sequence[float], world: World) -> list[list[float]]:
-    """The values of every rank. A collective, on the CPU: a GPU goes on undisturbed."""
-    if world.size == 1:
-        return [list(values)]
-    own = torch.tensor(values, dtype=torch.float64)
-    of_all = [torch.empty_like(own) for _ in range(world.size)]
-    torch.distributed.all_gather(of_all, own)
-    return [one.tolist() for one in of_all]
-
-
 def largest(value: float, world: World) -> float:
-    """The largest of all ranks' values. A collective, on the CPU."""
-    return max(gather_floats([value], world))[0]
+    """The largest of all ranks' values. A collective, on the CPU: a GPU goes on undisturbed."""
+    found = torch.tensor(value, dtype=torch.float64)
+    if world.size > 1:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.item()
 
 
 def length_of_union(spans: Iterable[tuple[float, float]]) -> float:

@@ -10,6 +10,7 @@ from mdit.dist import StopSignal, logger
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
+from mdit.parallel.settings import Execution
 from mdit.train.checkpointer import Checkpointer
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
@@ -40,17 +41,7 @@ def train(run: Run, directory: RunDirectory) -> int:
     evaluator = Evaluator(run, engine, ema, meter)
     logger.info(describe(run, start))
 
-    loader = build_loader(
-        config.data.train,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.seed,
-        start_step=start,
-        rank=plan.data_rank,
-        world_size=plan.data_size,
-        device=world.device,
-        weights=config.data.weights,
-        engine=run.execution.settings.data_engine,
-    )
+    loader = open_batches(config, run.execution, plan, start)
     stop = StopSignal(run.run_dir / STOP, world)
     with loader as batches, meter.recording(start):
         while True:
@@ -95,6 +86,21 @@ def due(every: int, step: int, start: int, at_end: bool = False) -> bool:
     """Whether what happens every `every` steps (0: never) happens after `step`, or for its last time `at_end`. What was
     due at `start` was done before the run stopped there."""
     return every > 0 and step > start and (at_end or step % every == 0)
+
+
+def open_batches(config: TrainConfig, execution: Execution, plan: ParallelPlan, start_step: int):
+    """An endless iterator of Batch, and a context manager: this rank's rows of the recipe's global batches."""
+    return build_loader(
+        config.data.train,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        rank=plan.data_rank,
+        world_size=plan.data_size,
+        device=plan.world.device,
+        weights=config.data.weights,
+        engine=execution.settings.data_engine,
+    )
 
 
 def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig) -> torch.Tensor:
