@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from mdit.caches import keep_on_local_disk
-from mdit.config import CONFIGS
 from mdit.documents import UserError, explain, one_line
 
 USER_ERROR = 2
@@ -82,6 +81,8 @@ def path(text: str) -> Path:
 
 def config(text: str) -> Path:
     """A recipe or a DeepSpeed JSON of the command line: outside a checkout configs/NAME is the one that mdit brings."""
+    from mdit.config import CONFIGS  # here, as it imports pydantic: tools/first_contact.py begins without it
+
     given = path(text)
     brought = CONFIGS / given.name
     return brought if given.parent == Path("configs") and not given.exists() and brought.exists() else given

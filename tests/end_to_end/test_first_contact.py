@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -147,6 +148,12 @@ def test_no_gpu_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         parse_arguments(["--kit", str(tmp_path)])
     assert ended.value.code == cli.USER_ERROR
+
+
+def test_it_begins_where_only_the_kit_has_the_packages():
+    lacking = "pydantic", "safetensors", "xxhash", "deepspeed", "webdataset"
+    code = f"import sys; sys.modules |= dict.fromkeys({lacking}); import tools.first_contact"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_scenes_are_the_recipes(tmp_path):
