@@ -23,11 +23,11 @@ from mdit.data.writer import SHARD_BYTES
 from mdit.dist import World, configure_logging, logger, shared, work_on, world_from_env
 from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
 from mdit.precompute import precompute
-from mdit.precompute.build import MAX_REJECTED, BuildJob, SampleProducer, build_sets, check_source
+from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets, check_source
 from mdit.precompute.coordination import check_set, is_changing, is_finished, plan_of_finished
 from mdit.precompute.decoders import build_decoder
 from mdit.precompute.mds_latents import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
-from mdit.precompute.pipeline import EncodingPipeline
+from mdit.precompute.pipeline import EncodingPipeline, SampleProducer
 from mdit.precompute.report import read_report, summary
 from mdit.sources import Source, check_name, open_named_source
 from mdit.sources.mds import holds_latents, open_latents

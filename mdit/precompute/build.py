@@ -9,19 +9,18 @@ Pictures are written in the order of reading: training shuffles shards, and the 
 
 import difflib
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from mdit.config import Embeddings, UserError, parse_section
-from mdit.data.manifest import SampleLayout
 from mdit.data.writer import SHARD_BYTES, NotFinite, PartWriter
 from mdit.descriptions import Encoders
 from mdit.dist import logger
@@ -33,7 +32,7 @@ from mdit.precompute.coordination import (
     require_plan,
     require_same_making,
 )
-from mdit.precompute.pipeline import Samples, WorkItem, read
+from mdit.precompute.pipeline import SampleProducer, Samples, WorkItem, read
 from mdit.precompute.report import Report, reject
 from mdit.sources import Part, Picture, Rejected, Source
 from mdit.sources.fingerprint import fingerprint
@@ -42,29 +41,6 @@ FIT_CAPTIONS = 4096
 MAX_REJECTED = 0.5
 LOOKED_AT_ONCE = 16  # parts
 NOT_FINITE = "not finite"
-
-
-class SampleProducer(Protocol):
-    """Producer of samples from parts: `mdit.precompute.pipeline.EncodingPipeline`."""
-
-    def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout: ...
-
-    def settle(self, stored: dict[str, Any] | None, captions: Callable[[], Sequence[str]]) -> None:
-        """Take text statistics from stored descriptions of the encoders, or measure them on captions, where needed."""
-
-    def encoders(self) -> dict[str, dict[str, Any]]:
-        """Their descriptions, for the manifest."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """Further settings that decide the bytes."""
-        ...
-
-    def device_name(self) -> str:
-        """Name of the GPU that does the work, or "cpu", for the report."""
-        ...
-
-    def samples(self, work: Iterable[WorkItem]) -> Generator[Samples, None, None]: ...
 
 
 @dataclass(frozen=True)
@@ -282,7 +258,11 @@ def _pictures(parts: Iterable[Part]) -> Iterator[Picture]:
 
 
 def _make_parts(job: BuildJob, producer: SampleProducer, sets: Mapping[int, SetInProgress], plan: Plan) -> None:
-    bar, began = _Progress(job, sets, len(plan.parts)), time.perf_counter()
+    """Make parts until there is none for this process. A bar counts pictures, of others as far as their parts are
+    complete."""
+    total = job.source.pictures if job.limit is None else job.limit
+    name, began = ", ".join(str(directory) for directory in job.sets.values()), time.perf_counter()
+    bar = tqdm(initial=_done(sets)[0], total=total, desc=name, unit=" images", disable=not job.progress)
     with bar, closing(producer.samples(_work(job.source.parts, sets, plan))) as stream:
         for first in stream:
             with ExitStack() as stack:
@@ -299,7 +279,10 @@ def _make_parts(job: BuildJob, producer: SampleProducer, sets: Mapping[int, SetI
                 began = _note_seconds(writers, producer.device_name(), began)
             for size in first.item.image_sizes:
                 sets[size].complete(first.item.number)
-            bar.look_around()
+            done, parts = _done(sets)
+            if total is None and parts:
+                bar.total = round(done / parts * len(plan.parts))
+            bar.update(max(0, done - bar.n))  # by now all that was counted here is complete
 
 
 def _note_seconds(writers: Mapping[int, PartWriter], device: str, began: float) -> float:
@@ -329,39 +312,13 @@ def _write(samples: Samples, image_size: int, writer: PartWriter) -> None:
         reject(report, reason, origin)
     for sample in samples.samples:
         try:
-            writer.write(sample.key, sample.latents[image_size], sample.embedding, sample.caption)
+            writer.write(sample.key, sample.latents[image_size], sample.embedding, sample.read.caption)
             report["written"] += 1
         except NotFinite:
-            reject(report, NOT_FINITE, sample.origin)
+            reject(report, NOT_FINITE, sample.read.origin)
 
 
-class _Progress:
-    """A bar of pictures, of this process and of others as far as their parts are complete."""
-
-    def __init__(self, job: BuildJob, sets: Mapping[int, SetInProgress], num_parts: int) -> None:
-        self.sets, self.num_parts = sets, num_parts
-        self.total = job.source.pictures if job.limit is None else job.limit
-        done, _ = self._done()
-        name = ", ".join(str(directory) for directory in job.sets.values())
-        self.bar = tqdm(initial=done, total=self.total, desc=name, unit=" images", disable=not job.progress)
-
-    def update(self, pictures: int) -> None:
-        self.bar.update(pictures)
-
-    def look_around(self) -> None:
-        """At a moment when this process has completed all that it has counted."""
-        done, parts = self._done()
-        if self.total is None and parts:
-            self.bar.total = round(done / parts * self.num_parts)
-        self.bar.update(max(0, done - self.bar.n))
-
-    def _done(self) -> tuple[int, int]:
-        """Pictures and parts that are complete, of the set that is farthest behind."""
-        reports = min((unfinished.reports() for unfinished in self.sets.values()), key=len)
-        return sum(report["seen"] for report in reports.values()), len(reports)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bar.close()
+def _done(sets: Mapping[int, SetInProgress]) -> tuple[int, int]:
+    """Pictures and parts that are complete, whoever made them, of the set that is farthest behind."""
+    reports = min((unfinished.reports() for unfinished in sets.values()), key=len)
+    return sum(report["seen"] for report in reports.values()), len(reports)

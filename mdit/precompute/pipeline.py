@@ -4,7 +4,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from mdit.dist import work_on
 from mdit.documents import explain
 from mdit.encoders import ImageEncoder, TextEncoder
 from mdit.precompute.decoders import Decoder
-from mdit.sources import Part, Picture, Rejected
+from mdit.sources import Part, Rejected
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -33,49 +33,64 @@ class WorkItem:
     pictures: int | None = None
     image_sizes: tuple[int, ...] = ()
 
-    def key(self, position: int) -> str:
-        """Key of the sample that is read at a position of the part."""
-        return f"{self.number:05d}_{position:07d}"
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sample:
-    """fp16: `latents` maps each image size to (C, h, w), `embedding` is (L, C)."""
+    """What was read of a source, and what became of it, in fp16: `latents` maps each image size to (C, h, w),
+    `embedding` is (L, C)."""
 
     key: str
-    origin: str
-    caption: str
-    latents: dict[int, np.ndarray]
-    embedding: np.ndarray
+    read: Any  # a Picture, or Latents
+    latents: dict[int, np.ndarray] = field(default_factory=dict)
+    embedding: np.ndarray = field(default_factory=lambda: np.empty(0, np.float16))
 
 
 @dataclass
 class Samples:
     """Consecutive samples of a part. `seen` counts what was read for them, `rejected` are the (reason, origin) of what
-    gave no sample, and `last` says that they end the part."""
+    gave no sample, and `last` says that they end the part. `images`, while they are on their way, maps each image size
+    to uint8 (n, size, size, 3)."""
 
     item: WorkItem
     samples: list[Sample] = field(default_factory=list)
-    seen: int = 0
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    last: bool = False
-
-
-@dataclass
-class PictureBatch:
-    """Pictures on their way. `images` maps each image size to uint8 (n, size, size, 3)."""
-
-    item: WorkItem
-    keys: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
     images: dict[int, Tensor] = field(default_factory=dict)
-    latents: list[dict[int, np.ndarray]] = field(default_factory=list)  # one for each picture
     seen: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
     last: bool = False
 
+    def extend(self, following: "Samples") -> None:
+        self.samples += following.samples
+        self.rejected += following.rejected
+        self.seen, self.last = self.seen + following.seen, following.last
 
-class EncodingPipeline:
+
+class SampleProducer(Protocol):
+    """Producer of samples from parts. What it holds by default is right where nothing is encoded."""
+
+    def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout: ...
+
+    def encoders(self) -> dict[str, dict[str, Any]]:
+        """Their descriptions, for the manifest."""
+        ...
+
+    def samples(self, work: Iterable[WorkItem]) -> Generator[Samples, None, None]:
+        """The samples of one part after another. The next part is begun while the last samples of one are written."""
+        ...
+
+    def settle(self, stored: dict[str, Any] | None, captions: Callable[[], Sequence[str]]) -> None:
+        """Take text statistics from stored descriptions of the encoders, or measure them on captions, where needed."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Further settings that decide the bytes."""
+        return {}
+
+    def device_name(self) -> str:
+        """Name of the GPU that does the work, or "cpu", for the report."""
+        return "cpu"
+
+
+class EncodingPipeline(SampleProducer):
     """Makes samples of a part a function of that part, whatever was made before it: batches do not reach over its ends
     and no caption's embedding is taken over from another part.
 
@@ -93,6 +108,7 @@ class EncodingPipeline:
     ) -> None:
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.decoder, self.batch_size, self.overlap = decoder, batch_size, overlap
+        self.device = torch.device(image_encoder.device)
 
     def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout:
         return SampleLayout(
@@ -102,7 +118,6 @@ class EncodingPipeline:
         )
 
     def settle(self, stored: dict[str, Any] | None, captions: Callable[[], Sequence[str]]) -> None:
-        """Take the text statistics, where the encoder lacks them, from stored descriptions, or else measure them."""
         encoder = self.text_encoder
         if not encoder.needs_fit:
             return
@@ -116,51 +131,28 @@ class EncodingPipeline:
         return {"image": self.image_encoder.describe(), "text": self.text_encoder.describe()}
 
     def settings(self) -> dict[str, Any]:
-        """Further settings that decide the bytes."""
         return {"decoder": type(self.decoder).__name__, "batch_size": self.batch_size}
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.image_encoder.device)
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def samples(self, work: Iterable[WorkItem]) -> Generator[Samples, None, None]:
-        """The samples of one part after another. The next part is begun while the last samples of one are written."""
+        batches = map(self._decode, read_parts(work, self.batch_size))
         if not self.overlap:
-            return self._embed(map(self._encode, map(self._decode, self._read(work))))
-        batches = ahead(map(self._decode, self._read(work)), self.device)
-        return ahead(self._embed(map(self._encode, batches)), self.device)
+            return self._embed(map(self._encode, batches))
+        return ahead(self._embed(map(self._encode, ahead(batches, self.device))), self.device)
 
-    def _read(self, work: Iterable[WorkItem]) -> Iterator[PictureBatch]:
-        for item in work:
-            batch = PictureBatch(item)
-            for position, found in enumerate(read(item)):
-                batch.seen += 1
-                if isinstance(found, Rejected):
-                    batch.rejected.append((found.reason, found.origin))
-                    continue
-                batch.keys.append(item.key(position))
-                batch.pictures.append(found)
-                if len(batch.pictures) == self.batch_size:
-                    yield batch
-                    batch = PictureBatch(item)
-            batch.last = True
-            yield batch
-
-    def _decode(self, batch: PictureBatch) -> PictureBatch:
-        decoded = self.decoder([picture.image for picture in batch.pictures])
-        batch.rejected += [(why, batch.pictures[index].origin) for index, why in sorted(decoded.rejected.items())]
+    def _decode(self, batch: Samples) -> Samples:
+        decoded = self.decoder([sample.read.image for sample in batch.samples])
+        batch.rejected += [(why, batch.samples[index].read.origin) for index, why in sorted(decoded.rejected.items())]
         batch.images = {size: decoded.images[size] for size in batch.item.image_sizes}
-        batch.keys = [batch.keys[index] for index in decoded.kept]
-        batch.pictures = [batch.pictures[index] for index in decoded.kept]
+        batch.samples = [batch.samples[index] for index in decoded.kept]
         return batch
 
-    def _encode(self, batch: PictureBatch) -> PictureBatch:
-        if batch.pictures:
-            encoded = {size: self._latents(images) for size, images in batch.images.items()}
-            batch.latents = [dict(zip(encoded, rows)) for rows in zip(*encoded.values())]
+    def _encode(self, batch: Samples) -> Samples:
+        for size, images in batch.images.items() if batch.samples else ():
+            for sample, latents in zip(batch.samples, self._latents(images), strict=True):
+                sample.latents[size] = latents
         batch.images = {}
         return batch
 
@@ -168,19 +160,42 @@ class EncodingPipeline:
         images_NCHW = images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.image_encoder.encode(images_NCHW).half().cpu().numpy()
 
-    def _embed(self, batches: Iterable[PictureBatch]) -> Generator[Samples, None, None]:
+    def _embed(self, batches: Iterable[Samples]) -> Generator[Samples, None, None]:
         bytes_each = 2 * self.text_encoder.max_tokens * self.text_encoder.channels
         together = max(1, min(BATCHES_TOGETHER * self.batch_size, TOGETHER_BYTES // bytes_each))
         embed = CaptionCache(self.text_encoder, max(CACHED_BYTES // bytes_each, together + self.batch_size))
-        waiting: list[PictureBatch] = []
+        waiting: Samples | None = None
         for batch in batches:
-            waiting.append(batch)
+            if waiting is None:
+                waiting = batch
+            else:
+                waiting.extend(batch)
             # A few large calls of the text tower instead of many small ones: captions repeat.
-            if batch.last or sum(len(batch.pictures) for batch in waiting) >= together:
-                yield _joined(waiting, embed)
-                waiting = []
+            if waiting.last or len(waiting.samples) >= together:
+                embeddings = embed([sample.read.caption for sample in waiting.samples])
+                for sample, embedding in zip(waiting.samples, embeddings, strict=True):
+                    sample.embedding = embedding
+                yield waiting
+                waiting = None
             if batch.last:
                 embed.clear()
+
+
+def read_parts(work: Iterable[WorkItem], together: int) -> Iterator[Samples]:
+    """What the parts give, `together` at a time and none across the end of a part, not encoded yet."""
+    for item in work:
+        batch = Samples(item)
+        for position, found in enumerate(read(item)):
+            batch.seen += 1
+            if isinstance(found, Rejected):
+                batch.rejected.append((found.reason, found.origin))
+                continue
+            batch.samples.append(Sample(f"{item.number:05d}_{position:07d}", found))
+            if len(batch.samples) == together:
+                yield batch
+                batch = Samples(item)
+        batch.last = True
+        yield batch
 
 
 def read(work: WorkItem) -> Iterator[Any]:
@@ -231,15 +246,3 @@ class CaptionCache:
 
     def clear(self) -> None:
         self._embeddings.clear()
-
-
-def _joined(batches: list[PictureBatch], embed: CaptionCache) -> Samples:
-    joined = Samples(batches[0].item)
-    embeddings = iter(embed([picture.caption for batch in batches for picture in batch.pictures]))
-    for batch in batches:
-        for key, picture, latents in zip(batch.keys, batch.pictures, batch.latents, strict=True):
-            joined.samples.append(Sample(key, picture.origin, picture.caption, latents, next(embeddings)))
-        joined.seen += batch.seen
-        joined.rejected += batch.rejected
-        joined.last = batch.last
-    return joined

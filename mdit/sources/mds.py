@@ -32,7 +32,7 @@ BYTES_PER_VALUE = 2
 
 
 class Latents(NamedTuple):
-    """A sample that needs no encoding: `latent` (C, S, S), `embedding` (77, 1024), both fp16; `caption` may be ""."""
+    """A sample that needs no encoding: `latent` (C, S, S), `embedding` (77, 1024), both fp16."""
 
     origin: str
     latent: np.ndarray
@@ -89,7 +89,9 @@ class ShardOfLatents:
             caption = self.shard.text(CAPTION, columns[CAPTION])
         except ValueError:
             return Rejected(origin, "unreadable latents")
-        return Latents(origin, latent, embedding, (caption or "").strip())
+        if not (caption := (caption or "").strip()):
+            return Rejected(origin, "no caption")
+        return Latents(origin, latent, embedding, caption)
 
 
 def open_pictures(root: Path, caption_key: str | None) -> Source:
