@@ -36,7 +36,7 @@ class WorkItem:
 
 @dataclass(slots=True)
 class Sample:
-    """What was read of a source, and what became of it, in fp16: `latents` maps each image size to (C, h, w),
+    """Item read of a source, and its encodings in fp16: `latents` maps each image size to (C, h, w),
     `embedding` is (L, C)."""
 
     key: str
@@ -182,7 +182,7 @@ class EncodingPipeline(SampleProducer):
 
 
 def read_parts(work: Iterable[WorkItem], together: int) -> Iterator[Samples]:
-    """What the parts give, `together` at a time and none across the end of a part, not encoded yet."""
+    """Samples as the parts give them, `together` at a time and none across the end of a part, not encoded yet."""
     for item in work:
         batch = Samples(item)
         for position, found in enumerate(read(item)):
