@@ -32,9 +32,7 @@ from mdit.kernels.launch import OPTIONS, Launch
 
 VERSION: str = triton.__version__
 SHARED_BYTES = 227 * 1024  # what a block can have on an H100
-LOG = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
-)
+LOG = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg", re.S)
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,8 @@ class Build:
 
 def source(launch: Launch, capability: int = 90) -> KernelSource:
     kernel, backend = launch.kernel, make_backend(_target(capability))
-    options = {
-        **launch.constants,
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "debug": False,
-        **OPTIONS,
-    }
+    warps = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {**launch.constants, **warps, "debug": False, **OPTIONS}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialised, rest = binder(*launch.arguments, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialised, rest)
@@ -98,16 +91,8 @@ def build(wanted: KernelSource) -> Build:
     if found is None:
         raise RuntimeError(f"{wanted.kernel}: ptxas does not say what it used: {log.getvalue()!r}")
     stack, stores, loads, registers = map(int, found.groups())
-    return Build(
-        wanted.kernel,
-        wanted.num_warps,
-        wanted.num_stages,
-        registers,
-        stack,
-        stores + loads,
-        built.metadata.shared,
-        seconds,
-    )
+    used = registers, stack, stores + loads, built.metadata.shared
+    return Build(wanted.kernel, wanted.num_warps, wanted.num_stages, *used, seconds)
 
 
 def faults(found: Build) -> list[str]:

@@ -8,23 +8,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 FP8 = "fp8_linear"
 OPS = ("masked_attention", "patch_mixing", "expert_choice", "swiglu", FP8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _in_triton: dict[str, ModuleType] = {}  # op: its triton_impl
 _dtypes: tuple[torch.dtype, ...] = ()  # that they run in; tensors of all others go to PyTorch
+_calls: list[tuple[str, tuple]] | None = None  # where they are noted
 _off_gpu = os.environ.get("TRITON_INTERPRET") == "1"  # whether kernels may be given tensors of other devices
 
 
-def implementation(op: str, tensor: Tensor, reference: ModuleType) -> ModuleType:
-    """The module whose function of the same name handles this call: the op's triton_impl, or `reference`."""
-    module = _in_triton[op] if use_triton(op, tensor) else reference
-    return module if _calls is None else _Recorder(op, module)  # type: ignore[return-value] # has its functions
+def run(op: str, reference: Callable[..., T], *inputs: Any) -> T:
+    """Result of the op's function of the same name in Triton, or of `reference`. The first input decides."""
+    global _calls
+    plain, noted = getattr(inputs[0], "plain", inputs[0]), _calls  # of an InFloat8
+    function = getattr(_in_triton[op], reference.__name__) if use_triton(op, plain) else reference
+    if noted is None:
+        return function(*inputs)
+    noted.append((f"{op}.{reference.__name__}", inputs))
+    _calls = None
+    try:
+        return function(*inputs)
+    finally:
+        _calls = noted
 
 
 def use_triton(op: str, tensor: Tensor) -> bool:
@@ -60,9 +72,6 @@ def _kernels_of(ops: tuple[str, ...]) -> dict[str, ModuleType]:
     return {op: import_module(f"mdit.kernels.{op}.triton_impl") for op in ops}
 
 
-_calls: list[tuple[str, tuple]] | None = None
-
-
 @contextmanager
 def recorded_calls() -> Iterator[list[tuple[str, tuple]]]:
     """Inside, calls of ops are noted, ("swiglu.swiglu_linear", arguments), but for those that another one makes."""
@@ -73,21 +82,3 @@ def recorded_calls() -> Iterator[list[tuple[str, tuple]]]:
         yield found
     finally:
         _calls = before
-
-
-class _Recorder:
-    def __init__(self, op: str, module: ModuleType) -> None:
-        self.op, self.module = op, module
-
-    def __getattr__(self, name: str) -> Callable:
-        def call(*arguments):
-            global _calls
-            noted, _calls = _calls, None
-            assert noted is not None
-            noted.append((f"{self.op}.{name}", arguments))
-            try:
-                return getattr(self.module, name)(*arguments)
-            finally:
-                _calls = noted
-
-        return call

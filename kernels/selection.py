@@ -46,7 +46,8 @@ def choose_kernels(
         if missing:
             raise UserError(f"{asked_for}, but {'; '.join(missing.values())}")
     if wanted == "auto" and not hindrance:
-        missing |= _disagreements(ops - missing.keys(), device, dtype, head_dim)
+        found = {op: compare_with_reference(op, device, dtype, head_dim) for op in sorted(ops - missing.keys())}
+        missing |= {op: f"{op} does not: {wrong}" for op, wrong in found.items() if wrong}
         chosen = ops - missing.keys()
         reason = "; ".join([f"they agree with PyTorch on {torch.cuda.get_device_name(device)}", *missing.values()])
     else:
@@ -87,9 +88,3 @@ def _missing(head_dim: int) -> dict[str, str]:
         return {}
     known = ", ".join(map(str, HEAD_DIMS))
     return {"masked_attention": f"masked_attention has kernels for head_dim {known}, and model.head_dim is {head_dim}"}
-
-
-def _disagreements(ops: frozenset[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """Ops whose kernels do not build here or give something else than PyTorch."""
-    found = {op: compare_with_reference(op, device, dtype, head_dim) for op in sorted(ops)}
-    return {op: f"{op} does not: {reason}" for op, reason in found.items() if reason}

@@ -90,7 +90,7 @@ def _fp8(
     x_NTF: Tensor, weight_OF: Tensor, y_NTF: Tensor, z_NTF: Tensor, norm_F: Tensor, behind_OF: Tensor,
     weight_XF: Tensor, weight_FF: Tensor, tokens_NTF: Tensor, w1_EFO: Tensor, w2_EOF: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    _, h_NTF = fp8_linear.fp8_add_norm_modulate(y_NTF, z_NTF, None, norm_F, None, None, EPS)
+    _, h_NTF = fp8_linear.fp8_add_norm_modulate(y_NTF, z_NTF, None, norm_F, None, None, EPS, None)
     routing = expert_choice.route(2 * tokens_NTF[..., :E], T // 2)
     return [
         fp8_linear.fp8_linear(x_NTF, weight_OF),

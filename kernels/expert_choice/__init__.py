@@ -18,17 +18,11 @@ one pair of kernels is both, forward and backward.
 
 The router weight is a factor of the GELU's output instead of the expert's (w * (a @ w2) = (w * a) @ w2): there it costs
 no pass of its own, its gradient <gelu(h), da> falls out of GELU's backward, and the experts' outputs need not be kept.
-
-Bytes without the matmuls' own, for R = N * T * D and H = E * M * F numbers (at capacity 2; 34 and 134 MB in bf16 for
-16,384 tokens of 1024 and F = 2048), forward and backward:
-    one-hot    8 * N * E * K * T * D FLOPs (17 G at T = 64, 275 G at T = 1024) and N * E * K * T numbers on top of:
-    PyTorch    24 R + 5 H; keeps 6 R + 2 H
-    Triton     12 R + 6 H (0.43 instead of 0.53 ms at 2.8 TB/s); keeps 2 R + H: tokens as gathered, and h
 """
 
 from torch import Tensor
 
-from mdit.kernels.dispatch import implementation
+from mdit.kernels.dispatch import run
 from mdit.kernels.expert_choice import reference
 from mdit.kernels.expert_choice.reference import Routing
 
@@ -42,13 +36,13 @@ def route(logits_NTE: Tensor, tokens_per_expert: int) -> Routing:
     largest number. Differentiable through the weights alone. Saves logits and slots.
     """
     assert 0 <= tokens_per_expert <= logits_NTE.shape[1], (tokens_per_expert, logits_NTE.shape)
-    return implementation("expert_choice", logits_NTE, reference).route(logits_NTE, tokens_per_expert)
+    return run("expert_choice", reference.route, logits_NTE, tokens_per_expert)
 
 
 def gather_tokens(x_NTD: Tensor, routing: Routing) -> Tensor:
     """-> (E, N * K, D): each expert's tokens in one block, as a batched matmul over experts wants them. Saves no x."""
     assert x_NTD.shape[:2] == routing.slots_NTE.shape[:2], (x_NTD.shape, routing.slots_NTE.shape)
-    return implementation("expert_choice", x_NTD, reference).gather_tokens(x_NTD, routing)
+    return run("expert_choice", reference.gather_tokens, x_NTD, routing)
 
 
 def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
@@ -59,7 +53,7 @@ def gelu_bmm(h_EMF: Tensor, w2_EFD: Tensor, weights_NEK: Tensor) -> Tensor:
     """
     (n, experts, k), (_, m, _) = weights_NEK.shape, h_EMF.shape
     assert experts == len(h_EMF) == len(w2_EFD) and m == n * k, (h_EMF.shape, w2_EFD.shape, weights_NEK.shape)
-    return implementation("expert_choice", h_EMF, reference).gelu_bmm(h_EMF, w2_EFD, weights_NEK)
+    return run("expert_choice", reference.gelu_bmm, h_EMF, w2_EFD, weights_NEK)
 
 
 def scatter_tokens(y_EMD: Tensor, routing: Routing) -> Tensor:
@@ -69,4 +63,4 @@ def scatter_tokens(y_EMD: Tensor, routing: Routing) -> Tensor:
     """
     n, experts, k = routing.tokens_NEK.shape
     assert y_EMD.shape[:2] == (experts, n * k), (y_EMD.shape, routing.tokens_NEK.shape)
-    return implementation("expert_choice", y_EMD, reference).scatter_tokens(y_EMD, routing)
+    return run("expert_choice", reference.scatter_tokens, y_EMD, routing)

@@ -25,7 +25,7 @@ the bytes/s of memory, a layer of M tokens, K inputs and O outputs gains 4 M K O
 
 from torch import Tensor
 
-from mdit.kernels.dispatch import implementation
+from mdit.kernels.dispatch import run
 from mdit.kernels.expert_choice import Routing
 from mdit.kernels.fp8_linear import reference
 from mdit.kernels.fp8_linear.reference import InFloat8
@@ -45,19 +45,18 @@ MULTIPLE = 16  # torch._scaled_mm wants K and O to be multiples of it
 
 def quantise(x: Tensor) -> InFloat8:
     """x with its rows in float8 beside it, in one pass, for the matmuls that read it."""
-    return implementation("fp8_linear", x, reference).in_float8(x)
+    return run("fp8_linear", reference.in_float8, x)
 
 
 def fp8_add_norm_modulate(x_NTD: Tensor, *arguments: Tensor | float | None) -> tuple[Tensor, InFloat8]:
     """patch_mixing.add_norm_modulate, and h, as it is written, in float8 from the same pass: 1 byte a value, not 3."""
-    return implementation("fp8_linear", x_NTD, reference).fp8_add_norm_modulate(x_NTD, *arguments)
+    return run("fp8_linear", reference.fp8_add_norm_modulate, x_NTD, *arguments)
 
 
 def fp8_linear(x: Tensor | InFloat8, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """(..., K) -> (..., O) in x's dtype. Saves x and the weight. An InFloat8 is not quantised again."""
     assert x.shape[-1] == weight_OK.shape[1] and not any(size % MULTIPLE for size in weight_OK.shape), weight_OK.shape
-    plain = x.plain if isinstance(x, InFloat8) else x
-    return implementation("fp8_linear", plain, reference).fp8_linear(x, weight_OK, bias_O)
+    return run("fp8_linear", reference.fp8_linear, x, weight_OK, bias_O)
 
 
 def fp8_swiglu(
@@ -67,8 +66,7 @@ def fp8_swiglu(
     is written in float8 only. Saves x, a and b and the weights; the gradient of a and b is written in both forms."""
     assert weight_XD.shape == (2 * weight_DF.shape[1], x.shape[-1]), (weight_XD.shape, weight_DF.shape, x.shape)
     assert weight_DF.shape[0] == x.shape[-1] and not any(size % MULTIPLE for size in weight_DF.shape), weight_DF.shape
-    plain = x.plain if isinstance(x, InFloat8) else x
-    return implementation("fp8_linear", plain, reference).fp8_swiglu(x, weight_XD, bias_X, weight_DF, bias_D)
+    return run("fp8_linear", reference.fp8_swiglu, x, weight_XD, bias_X, weight_DF, bias_D)
 
 
 def fp8_experts(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, routing: Routing) -> Tensor:
@@ -82,4 +80,4 @@ def fp8_experts(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, routing: Routing)
     assert x_NTD.shape[2] == dim and w2_EFD.shape == (experts, width, dim), (x_NTD.shape, w1_EDF.shape, w2_EFD.shape)
     assert x_NTD.shape[:2] == routing.slots_NTE.shape[:2] and len(w1_EDF) == experts, (x_NTD.shape, w1_EDF.shape)
     assert not any(size % MULTIPLE for size in (dim, width)), w1_EDF.shape
-    return implementation("fp8_linear", x_NTD, reference).fp8_experts(x_NTD, w1_EDF, w2_EFD, routing)
+    return run("fp8_linear", reference.fp8_experts, x_NTD, w1_EDF, w2_EFD, routing)

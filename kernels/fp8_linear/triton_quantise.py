@@ -180,25 +180,44 @@ def _quantise_columns(
 def by_rows(x: Tensor) -> Quantised:
     """(..., R, C), each row over C."""
     x_RC = matrix(x)
-    return _launch_rows(_quantise_rows, x, x_RC, strides=(x_RC.stride(0),))
+    return _launch_rows(_quantise_rows, x, x_RC, number=x_RC.stride(0))
 
 
 def gated_by_rows(ab_MX: Tensor) -> Quantised:
     """(M, 2 F), a and b side by side -> silu(a) * b (M, F)"""
-    return _launch_rows(_quantise_gated, ab_MX.chunk(2, dim=1)[0], ab_MX, strides=(ab_MX.stride(0),))
+    return _launch_rows(_quantise_gated, ab_MX.chunk(2, dim=1)[0], ab_MX, number=ab_MX.stride(0))
+
+
+def gated_gradient(ab_MX: Tensor, du_MF: Tensor) -> tuple[Tensor, Quantised]:
+    """-> the gradient of a and b (M, 2 F), as it is and in float8; u = silu(a) * b takes the place of its gradient"""
+    dab_MX, number = ab_MX.new_empty(ab_MX.shape), ab_MX.stride(0)
+    out = new_quantised(dab_MX, *dab_MX.shape)
+    return dab_MX, _launch_rows(_gated_gradient, du_MF, ab_MX, du_MF, dab_MX, number=number, out=out, num_warps=8)
 
 
 def gelu_by_rows(hidden_EMF: Tensor, weights_NEK: Tensor) -> Quantised:
     """-> weight * gelu(h) (E, M, F)"""
     (_, m, _), (_, experts, k) = hidden_EMF.shape, weights_NEK.shape
-    return _launch_rows(_quantise_gelu, hidden_EMF, hidden_EMF, weights_NEK.contiguous(), strides=(m,), E=experts, K=k)
+    return _launch_rows(_quantise_gelu, hidden_EMF, hidden_EMF, weights_NEK.contiguous(), number=m, E=experts, K=k)
 
 
-def _launch_rows(kernel, like: Tensor, *sources: Tensor, strides: tuple[int, ...], **constants: int) -> Quantised:
-    """A kernel that makes whole rows of the shape of `like`, from `sources` and what else it wants."""
-    out, width = new_quantised(like, *like.shape), like.shape[-1]
-    rows, tile = like.numel() // width, _tile(width, 4)
-    launch(kernel, (cdiv(rows, tile["BLOCK_R"]),), *sources, *out, *strides, rows, **tile, **constants)
+def gelu_gradient(hidden_EMF: Tensor, da_EMF: Tensor, weights_NEK: Tensor) -> tuple[Tensor, Tensor, Quantised]:
+    """-> weight * gelu(h), the gradient of the weights, and that of h in float8; as it is, it takes the place of da"""
+    (_, m, _), (_, experts, k) = hidden_EMF.shape, weights_NEK.shape
+    active_EMF, dweights_NEK = hidden_EMF.new_empty(hidden_EMF.shape), weights_NEK.new_empty(weights_NEK.shape)
+    tensors = hidden_EMF, da_EMF, weights_NEK.contiguous(), active_EMF, dweights_NEK
+    dhidden8_EMF = _launch_rows(_gelu_gradient, hidden_EMF, *tensors, number=m, num_warps=8, E=experts, K=k)
+    return active_EMF, dweights_NEK, dhidden8_EMF
+
+
+def _launch_rows(
+    kernel, like: Tensor, *tensors: Tensor, number: int, out: Quantised | None = None, num_warps: int = 4, **constants
+) -> Quantised:
+    """Start a kernel over whole rows of the shape of `like` -> `out`, by default of this shape as well. `number`: the
+    stride of its first tensor, or M."""
+    out, width = out or new_quantised(like, *like.shape), like.shape[-1]
+    rows, tile = like.numel() // width, _tile(width, num_warps)
+    launch(kernel, (cdiv(rows, tile["BLOCK_R"]),), *tensors, *out, number, rows, **tile, **constants)
     return out
 
 
@@ -237,23 +256,3 @@ def gathered_by_rows(x_NTD: Tensor, tokens_NEK: Tensor, plain_EMD: Tensor | None
     strides = x_NTD.stride()[:2]
     launch(_quantise_gathered, grid, x_NTD, tokens_NEK.contiguous(), plain_EMD, *out, *strides, k, **tile)
     return out
-
-
-def gated_gradient(ab_MX: Tensor, du_MF: Tensor) -> tuple[Tensor, Quantised]:
-    """-> the gradient of a and b (M, 2 F), as it is and in float8; u = silu(a) * b takes the place of its gradient"""
-    (m, width), dab_MX = du_MF.shape, ab_MX.new_empty(ab_MX.shape)
-    dab8_MX, tile = new_quantised(dab_MX, *dab_MX.shape), _tile(width, 8)
-    launch(_gated_gradient, (cdiv(m, tile["BLOCK_R"]),), ab_MX, du_MF, dab_MX, *dab8_MX, ab_MX.stride(0), m, **tile)
-    return dab_MX, dab8_MX
-
-
-def gelu_gradient(hidden_EMF: Tensor, da_EMF: Tensor, weights_NEK: Tensor) -> tuple[Tensor, Tensor, Quantised]:
-    """-> weight * gelu(h), the gradient of the weights, and that of h in float8; as it is, it takes the place of da"""
-    (experts, m, width), k = hidden_EMF.shape, weights_NEK.shape[2]
-    active_EMF, dweights_NEK = hidden_EMF.new_empty(hidden_EMF.shape), weights_NEK.new_empty(weights_NEK.shape)
-    dhidden8_EMF, tile = new_quantised(hidden_EMF, experts, m, width), _tile(width, 8)
-    launch(
-        _gelu_gradient, (cdiv(experts * m, tile["BLOCK_R"]),), hidden_EMF, da_EMF, weights_NEK.contiguous(),
-        active_EMF, dweights_NEK, *dhidden8_EMF, m, experts * m, E=experts, K=k, **tile,
-    )  # fmt: skip
-    return active_EMF, dweights_NEK, dhidden8_EMF

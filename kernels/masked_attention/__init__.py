@@ -17,26 +17,18 @@ A program of backward takes up to four blocks of keys, one after the other, and 
 what it wrote for those before. The last kernel adds the programs' parts up in a fixed order: no atomics, equal bits in
 every run, and 5 products as in FlashAttention; a second loop over the keys would make it 7. While backward runs the
 parts take L / 256 times the memory of q: 128 MiB for 16,384 tokens of 1024 at L = 1024.
-
-Bytes in numbers moved, forward and backward, of U = N * T * A and V = N * L * A (34 MB each way for 16,384 tokens of
-1024 in bf16). PyTorch: LayerNorm twice, attention, LayerNorm's backward twice, cat of the gradients.
-    self, T <= 128      PyTorch 8 U + 22 U, Triton 6 U + 13 U (0.36 and 0.23 ms at 2.8 TB/s)
-    self, T = 256       PyTorch 30 U, Triton 6 U + 14 U; T = 1024: 6 U + 20 U, where the products decide, not the bytes
-    cross, L <= 128     PyTorch 4 U + 4 V + 9 U + 11 V, Triton 3 U + 3 V + 6 U + 7 V
-FLOPs of the products are the same, 4 N T L A forward and 10 N T L A backward, but for L rounded up: 77 captions cost 80
-forward and 128 backward.
 """
 
 from torch import Tensor
 
-from mdit.kernels.dispatch import implementation
+from mdit.kernels.dispatch import run
 from mdit.kernels.masked_attention import reference
 
 
 def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float) -> Tensor:
     """q, k and v side by side, X = 3A. -> (N, T, A)"""
     assert qkv_NTX.dim() == 3 and qkv_NTX.shape[-1] % (3 * num_heads) == 0, (qkv_NTX.shape, num_heads)
-    return implementation("masked_attention", qkv_NTX, reference).self_attention(qkv_NTX, num_heads, eps)
+    return run("masked_attention", reference.self_attention, qkv_NTX, num_heads, eps)
 
 
 def cross_attention(q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float) -> Tensor:
@@ -44,4 +36,4 @@ def cross_attention(q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float) -
     (n, _, width), (kv_n, length, kv_width) = q_NTA.shape, kv_NLX.shape
     assert n == kv_n and kv_width == 2 * width and width % num_heads == 0, (q_NTA.shape, kv_NLX.shape, num_heads)
     assert q_NTA.dtype == kv_NLX.dtype and length > 0, (q_NTA.dtype, kv_NLX.dtype, length)
-    return implementation("masked_attention", q_NTA, reference).cross_attention(q_NTA, kv_NLX, num_heads, eps)
+    return run("masked_attention", reference.cross_attention, q_NTA, kv_NLX, num_heads, eps)

@@ -205,15 +205,19 @@ def row_block(a: int, elements: int) -> dict[str, int]:
     return {"A": a, "ROWS": max(1, elements // block_a), "BLOCK_A": block_a, "num_warps": 4, "num_stages": 1}
 
 
+def new_outputs(q_NTA: Tensor, k_NLA: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> out (N, T, A), mean and rstd of q (2, N, T) and of k (2, N, L), log2 of the softmax's sum (N, H, T)."""
+    q_stats, k_stats = (x.new_empty(2, *x.shape[:2], dtype=torch.float32) for x in (q_NTA, k_NLA))
+    lse_NHT = q_NTA.new_empty(len(q_NTA), num_heads, q_NTA.shape[1], dtype=torch.float32)
+    return q_NTA.new_empty(q_NTA.shape), q_stats, k_stats, lse_NHT
+
+
 def forward(
     q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> out (N, T, A), mean and rstd of q (2, N, T) and of k (2, N, L), log2 of the softmax's sum (N, H, T)."""
     (n, t, a), length, fp32 = q_NTA.shape, k_NLA.shape[1], q_NTA.dtype == torch.float32
     head_dim, strides = a // num_heads, (*q_NTA.stride()[:2], *k_NLA.stride()[:2])
-    out_NTA = q_NTA.new_empty(n, t, a)
-    q_stats, k_stats = (x.new_empty(2, *x.shape[:2], dtype=torch.float32) for x in (q_NTA, k_NLA))
-    lse_NHT = q_NTA.new_empty(n, num_heads, t, dtype=torch.float32)
+    out_NTA, q_stats, k_stats, lse_NHT = new_outputs(q_NTA, k_NLA, num_heads)
     tile = row_block(a, 4096)
     grid = (2 * cdiv(n * max(t, length), tile["ROWS"]),)
     launch(_statistics, grid, q_NTA, k_NLA, q_stats, k_stats, *strides, n, t, length, eps, **tile)

@@ -5,23 +5,16 @@
 
 and, where the patch-mixer ends, the same of the kept tokens alone, so that dropped ones are never written.
 
-All of it waits for memory, so that what counts is how often D values are read or written for a token:
-
-                                   PyTorch          torch.compile      Triton
-    gate and modulation            7 + 25           4 + 11             4 + 6       forward + backward
-    y, no gate, no modulation      5 + 8            4 + 6              4 + 4
-    64 of 256 tokens, gate         9 + 41                              4 + 13      for a kept token
-
-(PyTorch and Triton counted; torch.compile as its rules of fusion would have it. 8 of the 13 are the zeros that dropped
-tokens have as gradients.)
-Backward keeps x', y (with a gate) and two float32 a token; PyTorch keeps the norm's result too, where there is a
-scale. It gives dx, dy and the sums over tokens for gate, shift, scale and weight in one pass: in float32, each
-program's sums by themselves, then in a fixed order, so that every run gives the same bits.
+All of it waits for memory, so that what counts is how often values are read or written: docs/kernels.md counts them, of
+every op. (8 of the 13 values of a kept token are the zeros that dropped tokens have as gradients.)
+Backward keeps x', y (with a gate) and two float32 a token; PyTorch keeps the norm's result too, where there is a scale.
+It gives dx, dy and the sums over tokens for gate, shift, scale and weight in one pass: in float32, each program's sums
+by themselves, then in a fixed order, so that every run gives the same bits.
 """
 
 from torch import Tensor
 
-from mdit.kernels.dispatch import implementation
+from mdit.kernels.dispatch import run
 from mdit.kernels.patch_mixing import reference
 
 
@@ -43,6 +36,6 @@ def add_norm_modulate(
     assert y_NTD is None or y_NTD.shape == x_NTD.shape
     assert gate_ND is None or y_NTD is not None, "a gate needs something to let through"
     assert (shift_ND is None) == (scale_ND is None), "shift and scale come together"
-    return implementation("patch_mixing", x_NTD, reference).add_norm_modulate(
-        x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK
+    return run(
+        "patch_mixing", reference.add_norm_modulate, x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK
     )

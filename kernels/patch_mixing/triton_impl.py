@@ -230,7 +230,9 @@ def _add_norm_modulate_backward(
     x_NKD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor, scale_ND: Tensor | None,
     keep_NK: Tensor | None, stats_2NK: Tensor, num_tokens: int, d_out_NKD: Tensor | None, dh_NKD: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    """x is x'. -> those of dx, dy, dgate, dweight, dshift and dscale that `_exist` says"""
+    """x is x'. -> those of dx, dy, dgate, dweight, dshift and dscale that there are"""
+    new = _new_gradients(x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK, num_tokens, d_out_NKD, dh_NKD)
+    dx, dy, dgate, dweight, dshift, dscale = _all_six(new, gate_ND, scale_ND, dh_NKD)
     x, y, gate, weight, scale, keep = _dense(x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK)
     d_out, dh = _dense(d_out_NKD, dh_NKD)
     n, k, width = x.shape
@@ -238,8 +240,6 @@ def _add_norm_modulate_backward(
     programs_per_image = cdiv(k, rows)
     programs = n * programs_per_image
     sums_3PD = x.new_empty(3, programs, width, dtype=torch.float32)
-    new = _new_gradients(x, y, gate, weight, scale, keep, stats_2NK, num_tokens, d_out, dh)
-    dx, dy, dgate, dweight, dshift, dscale = _all_six(new, gate, scale, dh)
     launch(
         _mix_backward, (programs,), x, y, gate, weight, scale, keep, stats_2NK, d_out, dh, dx, dy, sums_3PD,
         *strides(x, 2), *strides(y, 2), *strides(gate), *strides(scale), *strides(keep), *strides(d_out, 2),
@@ -256,25 +256,19 @@ def _add_norm_modulate_backward(
     return new
 
 
-def _new_gradients(x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK, num_tokens, d_out_NKD, dh_NKD):
-    n, _, width = x_NKD.shape
-    new = x_NKD.new_empty if keep_NK is None else x_NKD.new_zeros  # nothing is written of dropped tokens
-    makers = (
-        lambda: new(n, num_tokens, width),
-        lambda: new(n, num_tokens, width, dtype=y_NTD.dtype),
-        lambda: gate_ND.new_empty(n, width),
-        lambda: weight_D.new_empty(width),
-        lambda: scale_ND.new_empty(n, width),
-        lambda: scale_ND.new_empty(n, width),
-    )
-    return [make() for make, exists in zip(makers, _exist(gate_ND, scale_ND, dh_NKD)) if exists]
-
-
 def _exist(gate, scale, dh) -> tuple[bool, ...]:
     """Which of dx, dy, dgate, dweight, dshift, dscale there are. (Without a gate, dy is dx.)"""
     gated, normed = gate is not None, dh is not None
     modulated = normed and scale is not None
     return True, gated, gated, normed, modulated, modulated
+
+
+def _new_gradients(x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK, num_tokens, d_out_NKD, dh_NKD):
+    n, _, width = x_NKD.shape
+    tokens, vector = (n, num_tokens, width), (n, width)
+    shapes = zip((tokens, tokens, vector, (width,), vector, vector), _exist(gate_ND, scale_ND, dh_NKD))
+    new = x_NKD.new_empty if keep_NK is None else x_NKD.new_zeros  # nothing is written of dropped tokens
+    return [new(shape) if shape == tokens else x_NKD.new_empty(shape) for shape, exists in shapes if exists]
 
 
 def _all_six(gradients: list[Tensor], gate, scale, dh) -> list[Tensor | None]:
@@ -332,11 +326,8 @@ def _add_norm_modulate(
     return new
 
 
-def add_norm_modulate(
-    x_NTD: Tensor, y_NTD: Tensor | None, gate_ND: Tensor | None, weight_D: Tensor,
-    shift_ND: Tensor | None, scale_ND: Tensor | None, eps: float, keep_NK: Tensor | None = None, fp8: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def add_norm_modulate(*inputs, fp8: bool = False) -> tuple[Tensor, ...]:
     """-> x', h and, for `fp8`, h in float8 and its scales"""
-    found = _add_norm_modulate(x_NTD, y_NTD, gate_ND, weight_D, shift_ND, scale_ND, eps, keep_NK, fp8)
-    h_NKD, _, *float8 = found[: 4 if fp8 else 2]
-    return found[-1] if _writes_sum(y_NTD, keep_NK) else x_NTD, h_NKD, *float8
+    x_NTD, y_NTD, *_, keep_NK = inputs
+    h_NKD, _, *others = _add_norm_modulate(*inputs, fp8)
+    return others.pop() if _writes_sum(y_NTD, keep_NK) else x_NTD, h_NKD, *others

@@ -28,7 +28,7 @@ from mdit.parallel.swap import swap
 ROUTING = ("aten.topk.", "mdit.expert_route.")
 DEAR = (
     *("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_dot_product_"),
-    *("mdit.masked_self_attention.", "mdit.masked_cross_attention.", "mdit.swiglu_linear.", "mdit.expert_gelu_bmm."),
+    *("mdit.masked_attention.", "mdit.swiglu_linear.", "mdit.expert_gelu_bmm."),
     *("mdit.fp8_linear.", "mdit.fp8_swiglu.", "mdit.fp8_experts."),
     # Expert parallelism's exchange, and all communication of compiled blocks.
     "_c10d_functional.",

@@ -30,6 +30,16 @@ def in_triton(*ops: str):
     return triton
 
 
+def in_dtype(inputs: Sequence[Tensor | None], dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+    """The same on DEVICE, floating tensors in `dtype`."""
+    return [t if t is None else t.to(DEVICE, dtype if t.is_floating_point() else t.dtype) for t in inputs]
+
+
+def leaves(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same numbers, floating tensors asking for gradients."""
+    return [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+
+
 def kept_for_backward(function: Callable, inputs: Sequence[Tensor | None]) -> dict[int, int]:
     """Bytes of the distinct storages that a call keeps for its backward pass, by their addresses."""
     kept: dict[int, int] = {}
@@ -40,18 +50,18 @@ def kept_for_backward(function: Callable, inputs: Sequence[Tensor | None]) -> di
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(*inputs)
+        function(*leaves(inputs))
     return kept
 
 
 def gradients(function: Callable, inputs: Sequence[Tensor | None]) -> list[Tensor]:
     """Outputs of `function(*inputs)` and the gradient of each floating input, for fixed cotangents."""
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) if t is not None else None for t in inputs]
-    outputs = function(*leaves)
+    given = leaves(inputs)
+    outputs = function(*given)
     outputs = [outputs] if isinstance(outputs, Tensor) else [o for o in outputs if o.is_floating_point()]
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    wanted = [t for t in given if t is not None and t.requires_grad]
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
 
 
@@ -62,10 +72,8 @@ def assert_as_accurate(kernel: Callable, reference: Callable, inputs: Sequence[T
     float64 on any device; integer tensors and None are handed on as they are. Memory that kernels allocate is filled
     with NaN first, so that an element never written is found.
     """
-    inputs = [t.to(DEVICE) if t is not None else None for t in inputs]
-    low = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in inputs]
-    exact_inputs = [t.double() if t is not None and t.is_floating_point() else t for t in low]
-    exact, plain = gradients(reference, exact_inputs), gradients(reference, low)
+    low = in_dtype(inputs, dtype)
+    exact, plain = gradients(reference, in_dtype(low, torch.float64)), gradients(reference, low)
     with poisoned_memory():
         ours = gradients(kernel, low)
     assert len(ours) == len(exact)
@@ -76,9 +84,21 @@ def assert_as_accurate(kernel: Callable, reference: Callable, inputs: Sequence[T
 
 
 def assert_same_bits_twice(kernel: Callable, inputs: Sequence[Tensor | None]) -> None:
-    inputs = [t.to(DEVICE) if t is not None else None for t in inputs]
-    for first, second in zip(gradients(kernel, inputs), gradients(kernel, inputs)):
-        assert torch.equal(first, second)
+    """And nothing is written into the inputs: backward works in place, but in memory of its own."""
+    before = [t if t is None else t.clone() for t in inputs]
+    assert_equal(gradients(kernel, inputs), gradients(kernel, inputs))
+    assert_equal(*([t for t in some if t is not None] for some in (inputs, before)))
+
+
+def assert_compiles(kernel: Callable, inputs: Sequence[Tensor | None]) -> None:
+    """Into one graph, which gives the same bits."""
+    torch._dynamo.reset()
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    assert_equal(gradients(compiled, inputs), gradients(kernel, inputs))
+
+
+def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert all(map(torch.equal, found, expected)) and len(found) == len(expected)
 
 
 def rms(t: Tensor) -> float:

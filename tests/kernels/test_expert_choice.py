@@ -16,9 +16,12 @@ from tests.kernels.accuracy import (
     DEVICE,
     DTYPES,
     assert_as_accurate,
+    assert_compiles,
     assert_same_bits_twice,
     gradients,
     in_triton,
+    kept_for_backward,
+    leaves,
 )
 
 triton = in_triton("expert_choice")
@@ -266,8 +269,7 @@ def test_same_bits_on_every_run():
 
 
 def test_gradients_of_the_reference():
-    inputs = [t.requires_grad_() for t in layer_inputs()]
-    assert torch.autograd.gradcheck(partial(whole_layer, 5), inputs)
+    assert torch.autograd.gradcheck(partial(whole_layer, 5), leaves(layer_inputs()))
 
 
 @pytest.mark.usefixtures("triton")
@@ -296,42 +298,33 @@ def test_moved_tokens_and_cotangents_of_any_stride():
 
 @pytest.mark.usefixtures("triton")
 def test_what_is_kept_for_backward():
-    kept = []
-    logits, x, w1, w2 = [t.requires_grad_() for t in layer_inputs(torch.float32)]
+    """To move tokens none of them; of GELU and its matmul the inputs."""
+    logits, x, w1, w2 = layer_inputs(torch.float32)
     routing = expert_choice.route(logits, 5)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        chosen = expert_choice.gather_tokens(x, routing)
-        assert all(not t.is_floating_point() for t in kept)
-        hidden = torch.bmm(chosen, w1)
-        kept.clear()
-        out = expert_choice.gelu_bmm(hidden, w2, routing.weights_NEK)
-        assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (hidden, w2, routing.weights_NEK)}
-        kept.clear()
-        expert_choice.scatter_tokens(out, routing)
-        assert all(not t.is_floating_point() for t in kept)
+    indices = {routing.tokens_NEK.data_ptr(), routing.slots_NTE.data_ptr()}
+    chosen = expert_choice.gather_tokens(x, routing)
+    assert kept_for_backward(partial(expert_choice.gather_tokens, routing=routing), [x]).keys() <= indices
+    assert kept_for_backward(partial(expert_choice.scatter_tokens, routing=routing), [chosen]).keys() <= indices
+    inputs = [torch.bmm(chosen, w1), w2, routing.weights_NEK]
+    assert kept_for_backward(expert_choice.gelu_bmm, inputs).keys() == {t.data_ptr() for t in inputs}
 
 
 @pytest.mark.usefixtures("triton")
 def test_it_compiles_into_one_graph():
-    inputs = layer_inputs(torch.float32)
-    compiled = torch.compile(whole_layer, fullgraph=True, backend="aot_eager")
-    found, expected = (gradients(partial(f, 5), inputs) for f in (compiled, whole_layer))
-    for f, e in zip(found, expected):
-        torch.testing.assert_close(f, e)
+    assert_compiles(partial(whole_layer, 5), layer_inputs(torch.float32))
 
 
 @pytest.mark.usefixtures("triton")
 def test_the_operators_are_registered_as_torch_wants_them():
     from mdit.kernels.expert_choice import triton_impl
 
-    logits, x, _, w2 = [t.requires_grad_() for t in layer_inputs(torch.float32)]
-    routing = reference.route(logits.detach(), 5)
-    y, h = randn(3, 10, 8, dtype=torch.float32).requires_grad_(), randn(3, 10, 16, dtype=torch.float32).requires_grad_()
-    weights, indices = routing.weights_NEK.requires_grad_(), (routing.tokens_NEK, routing.slots_NTE)
+    logits, x, _, w2 = layer_inputs(torch.float32)
+    weights, *indices = reference.route(logits, 5)
+    y, h = randn(3, 10, 8, dtype=torch.float32), randn(3, 10, 16, dtype=torch.float32)
     for operator, arguments in (
-        (triton_impl._route_op, (logits, 5)),
-        (triton_impl._gather_op, (x, *indices)),
-        (triton_impl._scatter_op, (y, *indices)),
-        (triton_impl.gelu_bmm, (h, w2, weights)),
+        (triton_impl._gather_op, [x, *indices]),
+        (triton_impl._scatter_op, [y, *indices]),
+        (triton_impl.gelu_bmm, [h, w2, weights]),
     ):
-        torch.library.opcheck(operator.op, arguments)
+        torch.library.opcheck(operator.op, leaves(arguments))
+    torch.library.opcheck(triton_impl._route_op.op, (*leaves([logits]), 5))

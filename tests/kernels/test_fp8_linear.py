@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mdit.kernels import fp8_linear
-from mdit.kernels.expert_choice.reference import route
+from mdit.kernels.expert_choice.reference import Routing, route
 from mdit.kernels.fp8_linear import reference
 from mdit.kernels.fp8_linear.reference import quantise
 from tests.kernels.accuracy import (
@@ -15,7 +15,10 @@ from tests.kernels.accuracy import (
     GPU,
     assert_same_bits_twice,
     gradients,
+    in_dtype,
     in_triton,
+    kept_for_backward,
+    leaves,
     poisoned_memory,
     rms,
 )
@@ -52,10 +55,6 @@ def function_of(name: str, module=fp8_linear):
         return module.fp8_experts(x, w1, w2, route(logits, -(-x.shape[1] // 2)))
 
     return function
-
-
-def in_dtype(arguments: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [t.to(DEVICE, dtype) for t in arguments]
 
 
 # The definition
@@ -214,27 +213,20 @@ def test_triton_gives_the_same_bits_twice(triton, name):
 
 @pytest.mark.parametrize("name, hidden", [("fp8_linear", 0), ("fp8_swiglu", 2 * 3 * 96), ("fp8_experts", 3 * 4 * 48)])
 def test_triton_keeps_its_inputs_and_a_hidden_layer(triton, name, hidden):
-    leaves = [t.requires_grad_() for t in in_dtype(inputs(name, 2, 3, 32, 48), DTYPES[0])]
-    before, kept = [t.detach().clone() for t in leaves], {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    routing = [route(leaves.pop().detach(), 2)] if name == "fp8_experts" else []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = getattr(fp8_linear, name)(*leaves, *routing)
-    ours = {t.data_ptr() for t in (*leaves, *(part for parts in routing for part in parts))}
-    assert sum(numel for pointer, numel in kept.items() if pointer not in ours) == hidden
-    out.sum().backward()
-    assert all(torch.equal(t, b) for t, b in zip(leaves, before))  # backward works in place, in memory of its own
+    arguments, function = in_dtype(inputs(name, 2, 3, 32, 48), DTYPES[0]), getattr(fp8_linear, name)
+    if name == "fp8_experts":
+        arguments[3:] = route(arguments[3], 2)
+        function = lambda x, w1, w2, *routing: fp8_linear.fp8_experts(x, w1, w2, Routing(*routing))  # noqa: E731
+    given = {t.data_ptr() for t in arguments}
+    kept = kept_for_backward(function, arguments)
+    assert sum(size for pointer, size in kept.items() if pointer not in given) == hidden * arguments[0].itemsize
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_triton_is_a_proper_torch_op(triton, name):
     from mdit.kernels.fp8_linear import triton_impl
 
-    arguments = [t.requires_grad_() for t in in_dtype(inputs(name, 1, 4, 16, 32), DTYPES[0])]
+    arguments = leaves(in_dtype(inputs(name, 1, 4, 16, 32), DTYPES[0]))
     if name == "fp8_experts":
         arguments[3:] = route(arguments[3].detach(), 2)
     else:

@@ -14,9 +14,14 @@ from tests.kernels.accuracy import (
     DEVICE,
     DTYPES,
     assert_as_accurate,
+    assert_compiles,
+    assert_equal,
     assert_same_bits_twice,
     gradients,
+    in_dtype,
     in_triton,
+    kept_for_backward,
+    leaves,
     poisoned_memory,
 )
 
@@ -92,8 +97,7 @@ def test_reference_is_the_formula(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_the_reference(case):
-    arguments = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs(case, 2, 4, 5)]
-    assert torch.autograd.gradcheck(reference_mix, arguments)
+    assert torch.autograd.gradcheck(reference_mix, leaves(inputs(case, 2, 4, 5)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,30 +173,26 @@ def test_triton_takes_strided_inputs_and_cotangents(triton, dtype):
 
 @pytest.mark.parametrize("case", ["gate, modulation", "kept of all"])
 def test_triton_gives_the_same_bits_twice(triton, case):
-    assert_same_bits_twice(
-        mix, [t.float() if t is not None and t.is_floating_point() else t for t in inputs(case, 3, 21, 72)]
-    )
+    assert_same_bits_twice(mix, in_dtype(inputs(case, 3, 21, 72)))
 
 
 def test_dropped_tokens_are_not_read_and_have_zero_gradients(function):
     x, y, *others, keep_NK = inputs("kept of all", 2, 9, 24)
     dropped = torch.ones(2, 9, dtype=torch.bool).scatter(1, keep_NK, False)
     x[dropped] = y[dropped] = torch.nan
-    arguments = [t.to(DEVICE, torch.float32) for t in (x, y, *others)]
-    results = gradients(function, [*arguments, keep_NK.to(DEVICE)])
+    results = gradients(function, in_dtype([x, y, *others, keep_NK]))
     assert all(t.isfinite().all() for t in results)
     for gradient_NTD in results[2:4]:
         assert torch.equal((gradient_NTD == 0).all(-1), dropped.to(DEVICE))
 
 
 def test_what_is_only_normalised_is_not_copied(function):
-    x, *others = (t.float().to(DEVICE) if t is not None else None for t in inputs("x, modulation", 1, 3, 8))
+    x, *others = in_dtype(inputs("x, modulation", 1, 3, 8))
     assert function(x, *others)[0] is x
 
 
 def test_without_a_gate_both_gradients_are_equal(function):
-    arguments = [t.float().to(DEVICE) if t is not None else None for t in inputs("y", 1, 3, 8)]
-    _, _, dx, dy, _ = gradients(function, arguments)
+    _, _, dx, dy, _ = gradients(function, in_dtype(inputs("y", 1, 3, 8)))
     assert torch.equal(dx, dy)
 
 
@@ -212,23 +212,15 @@ def test_triton_reads_no_cotangent_of_an_output_that_nobody_used(triton):
 )
 def test_what_backward_keeps(triton, case, ours, pytorch):
     """Tensors of a token's width: the sum and, for a gate, y. PyTorch keeps the norm for a scale, too."""
-    arguments = [t.float().to(DEVICE).requires_grad_() if t is not None else None for t in inputs(case, 2, 16, 64)]
-
-    def kept(function) -> int:
-        saved: dict[int, Tensor] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-            outputs = function(*arguments)
-        assert outputs[1].requires_grad
-        return sum(t.numel() for t in saved.values() if t.numel() >= 2 * 16 * 64)
-
-    assert kept(mix) == ours * (2 * 16 * 64)
-    assert kept(reference_mix) == pytorch * (2 * 16 * 64)
+    arguments, width = in_dtype(inputs(case, 2, 16, 64)), 2 * 16 * 64 * 4
+    for function, expected in ((mix, ours), (reference_mix, pytorch)):
+        kept = kept_for_backward(function, arguments).values()
+        assert [size for size in kept if size >= width] == [width] * expected
 
 
 def test_triton_normalises_what_it_returns(triton):
     """x' rounded, as backward will find it; not the sum before rounding."""
-    x, y, gate, weight, shift, scale, _ = inputs("gate, modulation", 2, 5, 72)
-    x, y, gate, weight, shift, scale = (t.half().to(DEVICE) for t in (x, y, gate, weight, shift, scale))
+    x, y, gate, weight, shift, scale, _ = in_dtype(inputs("gate, modulation", 2, 5, 72), torch.float16)
     out, h = mix(x, y, gate, weight, shift, scale, None)
     assert torch.equal(mix(out, None, None, weight, shift, scale, None)[1], h)
 
@@ -237,12 +229,10 @@ def test_triton_normalises_what_it_returns(triton):
 @pytest.mark.parametrize("case", ["gate, modulation", "x", "kept of gate"])
 def test_float8_is_that_of_what_was_written(function, case, dtype):
     """The very bits of a pass of its own over h, with nothing else changed; in rows of very different sizes."""
-    x, y, gate, weight, shift, scale, keep = (
-        t.to(DEVICE, dtype) if t is not None and t.is_floating_point() else t for t in inputs(case, 2, 9, 72)
-    )
+    arguments = in_dtype(inputs(case, 2, 9, 72), dtype)
+    *_, shift, scale, keep = arguments
     if shift is not None:
         shift[0], scale[0] = 300 * shift[0], 40 * scale[0]
-    arguments = [x, y, gate, weight, shift, scale, keep]
 
     def plain(*arguments):
         out, (h, *_) = fp8_linear.fp8_add_norm_modulate(*arguments[:6], EPS, arguments[6])
@@ -253,38 +243,28 @@ def test_float8_is_that_of_what_was_written(function, case, dtype):
     expected = quantise(function(*arguments)[1])
     assert values.shape == h.shape and scales.shape == (*h.shape[:-1], 1)
     assert torch.equal(scales, expected.scale) and torch.equal(values.float(), expected.values.float())
-    for ours, theirs in zip(gradients(plain, arguments), gradients(function, arguments), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_equal(gradients(plain, arguments), gradients(function, arguments))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 def test_float8_hides_no_infinity(function):
-    x, _, _, weight, *_ = (t.float().to(DEVICE) if t is not None else None for t in inputs("x", 2, 3, 16))
+    x, _, _, weight, *_ = in_dtype(inputs("x", 2, 3, 16))
     x[1, 2, 3] = torch.inf
-    scales = fp8_linear.fp8_add_norm_modulate(x, None, None, weight, None, None, EPS)[1].scale
+    scales = fp8_linear.fp8_add_norm_modulate(x, None, None, weight, None, None, EPS, None)[1].scale
     assert scales.isnan().flatten().tolist() == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize("case", ["gate, modulation", "kept of y, modulation", "x"])
 def test_triton_compiles_without_a_graph_break(triton, case):
-    arguments = [t.float().to(DEVICE) if t is not None and t.is_floating_point() else t for t in inputs(case, 2, 9, 24)]
-    arguments[-1] = arguments[-1].to(DEVICE) if arguments[-1] is not None else None
-    torch._dynamo.reset()
-    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(gradients(compiled, arguments), gradients(mix, arguments), strict=True):
-        assert torch.equal(found, expected)
+    assert_compiles(mix, in_dtype(inputs(case, 2, 9, 24)))
 
 
 @pytest.mark.parametrize("case", ["gate, modulation", "kept of y, modulation", "kept of x", "x", "x, modulation"])
 def test_custom_ops_are_registered_as_torch_expects(triton, case):
     from mdit.kernels.patch_mixing import triton_impl
 
-    x, y, gate, weight, shift, scale, keep = (
-        t.to(DEVICE, torch.float32).requires_grad_() if t is not None and t.is_floating_point() else t
-        for t in inputs(case, 2, 5, 16)
-    )
-    keep = keep.to(DEVICE) if keep is not None else None
-    arguments, op = (x, y, gate, weight, shift, scale, EPS, keep), triton_impl._add_norm_modulate.op
+    *arguments, keep = leaves(in_dtype(inputs(case, 2, 5, 16)))
+    arguments, op = (*arguments, EPS, keep), triton_impl._add_norm_modulate.op
     torch.library.opcheck(op, (*arguments, False))
     tests = "test_schema", "test_autograd_registration", "test_faketensor"  # the others would add up a tensor of float8
     torch.library.opcheck(op, (*arguments, True), test_utils=tests)

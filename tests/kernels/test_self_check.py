@@ -3,6 +3,9 @@
 Triton's interpreter truncates where it makes bfloat16 of float32, so that a faulty kernel is a faulty reference here.
 """
 
+from functools import partial
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,33 +14,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mdit.config import UserError  # noqa: E402
-from mdit.kernels import dispatch, expert_choice, fp8_linear, masked_attention, patch_mixing, swiglu  # noqa: E402
+from mdit.kernels import dispatch, fp8_linear, swiglu  # noqa: E402
 from mdit.kernels.dispatch import OPS, using  # noqa: E402
 from mdit.kernels.expert_choice import Routing  # noqa: E402
-from mdit.kernels.expert_choice import triton_impl as expert_kernels  # noqa: E402
-from mdit.kernels.fp8_linear import triton_impl as fp8_kernels  # noqa: E402
-from mdit.kernels.masked_attention import triton_impl as attention_kernels  # noqa: E402
-from mdit.kernels.patch_mixing import triton_impl as mixing_kernels  # noqa: E402
 from mdit.kernels.self_check import EXAMPLES, E, T, _random, compare_with_reference  # noqa: E402
-from mdit.kernels.swiglu import triton_impl as swiglu_kernels  # noqa: E402
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KERNELS = {
-    "masked_attention": (attention_kernels, masked_attention.reference, ["self_attention", "cross_attention"]),
-    "patch_mixing": (mixing_kernels, patch_mixing.reference, ["add_norm_modulate"]),
-    "expert_choice": (
-        expert_kernels,
-        expert_choice.reference,
-        ["route", "gather_tokens", "gelu_bmm", "scatter_tokens"],
-    ),
-    "swiglu": (swiglu_kernels, swiglu.reference, ["swiglu_linear"]),
-    "fp8_linear": (
-        fp8_kernels,
-        fp8_linear.reference,
-        ["fp8_add_norm_modulate", "fp8_linear", "fp8_swiglu", "fp8_experts"],
-    ),
-}
+KERNELS = {op: import_module(f"mdit.kernels.{op}.triton_impl") for op in OPS}
 
 
 def found_in(op: str, dtype: torch.dtype = torch.bfloat16) -> str | None:
@@ -48,9 +32,11 @@ def found_in(op: str, dtype: torch.dtype = torch.bfloat16) -> str | None:
 @pytest.fixture
 def in_pytorch(monkeypatch):
     """Every kernel is its reference, until a test puts something else into its place."""
-    for module, reference, names in KERNELS.values():
-        for name in names:
-            monkeypatch.setattr(module, name, getattr(reference, name))
+    for op, module in KERNELS.items():
+        reference = import_module(f"mdit.kernels.{op}.reference")
+        for name in vars(module).keys() & vars(reference).keys():
+            if callable(getattr(reference, name)):
+                monkeypatch.setattr(module, name, getattr(reference, name))
     return monkeypatch
 
 
@@ -70,6 +56,8 @@ def test_right_kernels_pass_in_every_dtype(in_pytorch, dtype):
     assert {op: found_in(op, dtype) for op in OPS} == dict.fromkeys(OPS)
 
 
+# A fault is a function of the right kernel and its inputs.
+
 # ---------------------------------------------------------------- faults: gradients, and places
 
 
@@ -87,49 +75,33 @@ class _Hook(torch.autograd.Function):
 def hooked(change, position):
     """The gradient of the argument at `position` comes out changed."""
 
-    def faulty(right):
-        def kernel(*inputs):
-            inputs, x = list(inputs), inputs[position]
-            if isinstance(x, fp8_linear.InFloat8):
-                inputs[position] = x._replace(plain=_Hook.apply(x.plain, change))
-            elif x is not None:
-                inputs[position] = _Hook.apply(x, change)
-            return right(*inputs)
+    def fault(right, *inputs):
+        inputs, x = list(inputs), inputs[position]
+        if isinstance(x, fp8_linear.InFloat8):
+            inputs[position] = x._replace(plain=_Hook.apply(x.plain, change))
+        elif x is not None:
+            inputs[position] = _Hook.apply(x, change)
+        return right(*inputs)
 
-        return kernel
-
-    return faulty
+    return fault
 
 
-def output(change):
-    """The (first) output comes out changed."""
+def output(change, position=0):
+    """The output at `position` comes out changed: the one, the router's weights, or what a norm writes in float8."""
 
-    def faulty(right):
-        def kernel(*inputs):
-            found = right(*inputs)
-            return change(found) if isinstance(found, Tensor) else (change(found[0]), *found[1:])
+    def fault(right, *inputs):
+        found = right(*inputs)
+        if isinstance(found, Tensor):
+            return change(found)
+        changed = [change(part) if i == position else part for i, part in enumerate(found)]
+        return Routing(*changed) if isinstance(found, Routing) else changed
 
-        return kernel
-
-    return faulty
-
-
-def float8(change):
-    """What the norm writes for the matmul behind it comes out changed."""
-
-    def faulty(right):
-        def kernel(*inputs):
-            out, h = right(*inputs)
-            return out, change(h)
-
-        return kernel
-
-    return faulty
+    return fault
 
 
 def given(change):
     """The kernel gets something else than it was given."""
-    return lambda right: lambda *inputs: right(*change(*inputs))
+    return lambda right, *inputs: right(*change(*inputs))
 
 
 def without_row(t: Tensor) -> Tensor:
@@ -178,11 +150,11 @@ def attend(q, k, v, heads, eps, *, scale=None, norm=F.layer_norm, softmax=None):
 
 
 def self_attention(**changes):
-    return lambda right: lambda qkv, heads, eps: attend(*qkv.chunk(3, -1), heads, eps, **changes)
+    return lambda right, qkv, heads, eps: attend(*qkv.chunk(3, -1), heads, eps, **changes)
 
 
 def cross_attention(**changes):
-    return lambda right: lambda q, kv, heads, eps, *_: attend(q, *kv.chunk(2, -1), heads, eps, **changes)
+    return lambda right, q, kv, heads, eps: attend(q, *kv.chunk(2, -1), heads, eps, **changes)
 
 
 def norm_of_constants(x, shape, eps):
@@ -212,59 +184,38 @@ ATTENTION = [
 # ---------------------------------------------------------------- faults: patch mixing, experts
 
 
-def modulated_without_one(x, y, gate, weight, shift, scale, eps, keep=None):
-    scale = None if scale is None else scale - 1
-    return patch_mixing.reference.add_norm_modulate(x, y, gate, weight, shift, scale, eps, keep)
+def scale_without_one(x, y, gate, weight, shift, scale, eps, keep=None):
+    return x, y, gate, weight, shift, None if scale is None else scale - 1, eps, keep
 
 
 def neighbours_tokens(x, y, gate, weight, shift, scale, eps, keep=None):
     return x, y, gate, weight, shift, scale, eps, None if keep is None else keep.roll(1, dims=1)
 
 
-def gradient_of_the_sum_unnormed(x, y, gate, weight, shift, scale, eps, keep=None):
-    x, h = patch_mixing.reference.add_norm_modulate(x, y, gate, weight, shift, scale, eps, keep)
+def gradient_of_the_sum_halved(right, *inputs):
+    x, h = right(*inputs)
     return x.detach() + (x - x.detach()) * 0.5, h
 
 
-def weights(change):
-    """Routing with other weights."""
-
-    def faulty(right):
-        def kernel(logits, k):
-            found = right(logits, k)
-            return found._replace(weights_NEK=change(found.weights_NEK))
-
-        return kernel
-
-    return faulty
+def softmax_of_three(right, logits, k):
+    most = torch.cat([logits[..., :3], logits[..., 3:] - 100], -1)
+    others, found = right(most, k), right(logits, k)
+    return Routing(others.weights_NEK.gather(-1, torch.zeros_like(found.tokens_NEK)), *found[1:])
 
 
-def softmax_of_three(right):
-    def kernel(logits, k):
-        most = torch.cat([logits[..., :3], logits[..., 3:] - 100], -1)
-        others, found = right(most, k), right(logits, k)
-        return Routing(others.weights_NEK.gather(-1, torch.zeros_like(found.tokens_NEK)), *found[1:])
-
-    return kernel
-
-
-def with_relu(h, w2, weights_NEK):
+def with_relu(right, h, w2, weights_NEK):
     return torch.bmm(h.relu() * weights_NEK.transpose(0, 1).reshape(len(h), -1, 1).to(h.dtype), w2)
 
 
-def last_expert_wins(right):
+def last_expert_wins(right, y_EMD, found: Routing):
     """Rows are written over each other where they belong added up."""
-
-    def kernel(y_EMD, found: Routing):
-        n, experts, k = found.tokens_NEK.shape
-        out = y_EMD.new_zeros(*found.slots_NTE.shape[:2], y_EMD.shape[2])
-        rows = y_EMD.unflatten(1, (n, k))
-        for e in range(experts):
-            index = found.tokens_NEK[:, e].unsqueeze(-1).expand_as(rows[e])
-            out = out.scatter(1, index, rows[e])
-        return out
-
-    return kernel
+    n, experts, k = found.tokens_NEK.shape
+    out = y_EMD.new_zeros(*found.slots_NTE.shape[:2], y_EMD.shape[2])
+    rows = y_EMD.unflatten(1, (n, k))
+    for e in range(experts):
+        index = found.tokens_NEK[:, e].unsqueeze(-1).expand_as(rows[e])
+        out = out.scatter(1, index, rows[e])
+    return out
 
 
 # For every op: what each of its formulas may lose, a row and a column of what it writes, and each of its gradients.
@@ -279,9 +230,9 @@ FAULTS = [
     ("masked_attention.cross_attention: no gradient of q", hooked(missing, 0)),
     ("masked_attention.cross_attention: no gradient of the last key", hooked(without_row, 1)),
     ("patch_mixing.add_norm_modulate: eps dropped", given(lambda *a: (*a[:6], 0.0, *a[7:]))),
-    ("patch_mixing.add_norm_modulate: scale in place of 1 + scale", lambda right: modulated_without_one),
+    ("patch_mixing.add_norm_modulate: scale in place of 1 + scale", given(scale_without_one)),
     ("patch_mixing.add_norm_modulate: other tokens kept", given(neighbours_tokens)),
-    ("patch_mixing.add_norm_modulate: gradient past the norm halved", lambda right: gradient_of_the_sum_unnormed),
+    ("patch_mixing.add_norm_modulate: gradient past the norm halved", gradient_of_the_sum_halved),
     ("patch_mixing.add_norm_modulate: last row", output(without_row)),
     ("patch_mixing.add_norm_modulate: a column", output(without_column)),
     *(
@@ -290,13 +241,13 @@ FAULTS = [
         for what, change in [("no gradient", missing), ("gradient without a column", without_column)]
     ),
     ("patch_mixing.add_norm_modulate: one image's sums of the gate", hooked(first_alone, 2)),
-    ("expert_choice.route: the next token's weight", weights(lambda w: w.roll(1, -1))),
-    ("expert_choice.route: the next expert's weight", weights(lambda w: w.roll(1, 1))),
+    ("expert_choice.route: the next token's weight", output(lambda w: w.roll(1, -1))),
+    ("expert_choice.route: the next expert's weight", output(lambda w: w.roll(1, 1))),
     ("expert_choice.route: softmax of three of four experts", softmax_of_three),
-    ("expert_choice.route: no gradient", weights(lambda w: w.detach() + 0 * w)),
+    ("expert_choice.route: no gradient", output(lambda w: w.detach() + 0 * w)),
     ("expert_choice.gather_tokens: last row", output(without_row)),
     ("expert_choice.gather_tokens: no gradient", hooked(missing, 0)),
-    ("expert_choice.gelu_bmm: ReLU for GELU", lambda right: with_relu),
+    ("expert_choice.gelu_bmm: ReLU for GELU", with_relu),
     ("expert_choice.gelu_bmm: weights dropped", given(lambda h, w, weights: (h, w, 1 + 0 * weights))),
     ("expert_choice.gelu_bmm: no gradient of the weights", hooked(missing, 2)),
     ("expert_choice.gelu_bmm: no gradient of h", hooked(missing, 0)),
@@ -311,7 +262,7 @@ FAULTS = [
     *((f"swiglu.swiglu_linear: a column of input {i}'s gradient", hooked(without_column, i)) for i in range(2)),
     *(
         (f"fp8_linear.{name}: {what}", fault)
-        for name in KERNELS["fp8_linear"][2][1:]
+        for name in ("fp8_linear", "fp8_swiglu", "fp8_experts")
         for what, fault in [
             ("scale twice as large", output(lambda out: 2 * out)),
             ("the next row's scale", output(lambda out: out * (1 + (torch.arange(out.shape[-2]) % 2)[:, None]))),
@@ -320,7 +271,7 @@ FAULTS = [
             ("gradient of input 2 without a column", hooked(without_column, 1)),
         ]
     ),
-    ("fp8_linear.fp8_add_norm_modulate: scale twice as large", float8(lambda h: h._replace(scale=2 * h.scale))),
+    ("fp8_linear.fp8_add_norm_modulate: scale twice as large", output(lambda h: h._replace(scale=2 * h.scale), 1)),
     ("fp8_linear.fp8_swiglu: no gradient of w3", hooked(missing, 3)),
     ("fp8_linear.fp8_experts: no gradient of w2", hooked(missing, 2)),
 ]
@@ -329,8 +280,7 @@ FAULTS = [
 @pytest.mark.parametrize("name, fault", FAULTS, ids=[name for name, _ in FAULTS])
 def test_a_faulty_kernel_is_found_in_bfloat16(in_pytorch, name, fault):
     op, function = name.split(":")[0].split(".")
-    module = KERNELS[op][0]
-    in_pytorch.setattr(module, function, fault(getattr(module, function)))
+    in_pytorch.setattr(KERNELS[op], function, partial(fault, getattr(KERNELS[op], function)))
     found = found_in(op)
     assert found and "of its size, PyTorch by" in found
 
@@ -343,23 +293,21 @@ def test_what_is_plainly_wrong_is_said(in_pytorch, fault):
         out = swiglu.reference.swiglu_linear(ab, weight, bias)
         return {"not a number": out * torch.nan, "another shape": out[:1], "another dtype": out.float()}[fault]
 
-    in_pytorch.setattr(swiglu_kernels, "swiglu_linear", faulty)
-    assert (
-        found_in("swiglu")
-        == {
-            "not a number": "output 1 is off by nan of its size, PyTorch by 3.0e-03",
-            "does not build": "RuntimeError: ptxas died",
-            "another shape": "output 1 is torch.bfloat16 (1, 40, 96), expected torch.bfloat16 (2, 40, 96)",
-            "another dtype": "output 1 is torch.float32 (2, 40, 96), expected torch.bfloat16 (2, 40, 96)",
-        }[fault]
-    )
+    in_pytorch.setattr(KERNELS["swiglu"], "swiglu_linear", faulty)
+    expected = {
+        "not a number": "output 1 is off by nan of its size, PyTorch by 3.0e-03",
+        "does not build": "RuntimeError: ptxas died",
+        "another shape": "output 1 is torch.bfloat16 (1, 40, 96), expected torch.bfloat16 (2, 40, 96)",
+        "another dtype": "output 1 is torch.float32 (2, 40, 96), expected torch.bfloat16 (2, 40, 96)",
+    }
+    assert found_in("swiglu") == expected[fault]
 
 
 def test_a_kernel_that_has_cost_the_process_its_gpu_ends_the_run(in_pytorch):
     def faulty(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nand advice")
 
-    in_pytorch.setattr(swiglu_kernels, "swiglu_linear", faulty)
+    in_pytorch.setattr(KERNELS["swiglu"], "swiglu_linear", faulty)
     in_pytorch.setattr("mdit.kernels.self_check.is_lost", lambda device: True)
     with pytest.raises(UserError, match="swiglu end in .*illegal memory access.*=reference does"):
         found_in("swiglu")

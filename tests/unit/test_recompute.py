@@ -134,13 +134,8 @@ def test_experts_that_like_all_tokens_alike_choose_the_same_ones_again(mode):
 def test_matmuls_attention_and_routing_run_once_with_selective(kernels):
     none, selective, block = (ran("experts", mode, kernels)[2] for mode in MODES)
     if kernels == "triton":
-        dear = [
-            "mdit.masked_self_attention",
-            "mdit.masked_cross_attention",
-            "mdit.expert_gelu_bmm",
-            "mdit.expert_route",
-        ]
-        dear, cheap = [*MATMULS, *(f"{op}.default" for op in dear)], "mdit.add_norm_modulate.default"
+        dear = [f"mdit.{op}.default" for op in ("masked_attention", "expert_gelu_bmm", "expert_route")]
+        dear, cheap = [*MATMULS, *dear], "mdit.add_norm_modulate.default"
     else:
         dear = [*MATMULS, "aten._scaled_dot_product_flash_attention_for_cpu.default", "aten.topk.default"]
         cheap = "aten.native_layer_norm.default"
