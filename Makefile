@@ -5,8 +5,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Bytecode of what is imported is written at the first import; of all that is installed it would be a minute's work.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
+export PYTHONDONTWRITEBYTECODE :=
 export DS_BUILD_OPS := 0
 export HF_HUB_OFFLINE ?= 1
 
@@ -23,18 +25,21 @@ lint: announce .venv/lint-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --project .
 
-# Two files of tests at a time, each on a core.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files of tests at a time, each on a core: by name, as the folders of the longest come first and those of many short
+# tests last.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: .venv/test-installed
 	$(PYTEST) -m quick
 
-test: announce .venv/test-installed slurm
+test: announce
+	$(MAKE) --no-print-directory --jobs .venv/test-installed $(TRITON_3.6) slurm
 	$(PYTEST)
 ifeq ($(shell uname -s),Linux)
 	$(MAKE) --no-print-directory test-kernels-triton-3.6
 endif
 
+TRITON_3.6 = $(if $(filter Linux,$(shell uname -s)),.venv/triton-3.6/installed)
 HAVE_SLURM = command -v slurmctld >/dev/null && command -v munged >/dev/null
 
 announce:
@@ -43,19 +48,19 @@ announce:
 
 # The kernels once more with the Triton that torch 2.11 brings (its interpreter knows no newer numpy): their values and
 # gradients, and their builds. Which kernels are chosen, and which faults the self-check finds, is Python that is the same.
-test-kernels-triton-3.6: .venv/triton-3.6/installed
+test-kernels-triton-3.6: .venv/test-installed .venv/triton-3.6/installed
 	PYTHONPATH=$(CURDIR)/.venv/triton-3.6 $(PYTEST) -q -W ignore tests/kernels \
 		--ignore tests/kernels/test_selection.py --ignore tests/kernels/test_custom_op.py \
 		--ignore tests/kernels/test_self_check.py
 
-.venv/triton-3.6/installed: .venv/test-installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
+.venv/triton-3.6/installed: | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target $(@D) \
 		triton==3.6.0 'numpy<2.4'
 	touch $@
 
 # A real Slurm for tests/end_to_end/test_slurm.py, which is skipped without one, for the reason said here. From Debian's
 # packages and only for root, as its daemons need that too.
-slurm:
+slurm: | $(BIN)/pip
 	@if $(HAVE_SLURM); then exit 0; \
 	elif [ "$$(id -u)" != 0 ]; then echo "no Slurm for the tests: installing it needs root"; \
 	elif [ ! -e /etc/debian_version ]; then echo "no Slurm for the tests: this is no Debian"; \
@@ -69,9 +74,11 @@ slurm:
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+$(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit("mdit needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP) -e '.[quickstart,test]'
 	touch $@
 

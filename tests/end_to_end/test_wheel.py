@@ -19,7 +19,7 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     sources, env = folder / "sources", folder / "env"
     for name in ("mdit", "kernels", "launchers", "configs"):  # a copy, as setuptools builds beside its sources
-        shutil.copytree(REPOSITORY / name, sources / name, symlinks=True)
+        shutil.copytree(REPOSITORY / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, sources)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
