@@ -12,6 +12,8 @@ import torch
 if not torch.cuda.is_available():  # before the first import of triton: kernels run on the CPU, interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes, which would import torch again
+
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # as in a shell's background or under nohup, where their tests fail
         signal.signal(number, default)

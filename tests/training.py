@@ -88,30 +88,33 @@ def attempt(
     processes: int = 1,
     env: Mapping[str, str] | None = None,
     timeout: float = 280,
+    launched: Callable[[str, list[str]], None] | None = None,
 ) -> tuple[int, str]:
     """Run the launcher as `command` does, in forked processes -> exit status, everything that was printed.
 
-    `env` is added to the environment. Raises AssertionError when the run has not ended after `timeout` seconds.
+    `env` is added to the environment; `launched` stands in for `launch`. Raises AssertionError when the run has not
+    ended after `timeout` seconds.
     """
     _, script, *arguments = command(recipe, ds_json, run_dir, *extra)
-    ended = run_forked(_launch, script, arguments, processes=processes, env=env, timeout=timeout)
+    ended = run_forked(launched or launch, script, arguments, processes=processes, env=env, timeout=timeout)
     return ended.returncode, ended.output
 
 
 def start(recipe: Path, ds_json: Path, run_dir: Path) -> BaseProcess:
     """The launcher in a forked process of its own, which is not waited for."""
     _, script, *arguments = command(recipe, ds_json, run_dir)
-    return start_forked(_launch, script, arguments, log=run_dir.with_suffix(".log"))
+    return start_forked(launch, script, arguments, log=run_dir.with_suffix(".log"))
 
 
-def _launch(script: str, arguments: list[str]) -> None:
+def launch(script: str, arguments: list[str]) -> None:
+    """Run a launcher in this process."""
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
 
-def train(recipe: Path, ds_json: Path, run_dir: Path, *extra: str, processes: int = 1) -> str:
-    """Run to the end; -> everything that was printed."""
-    returncode, output = attempt(recipe, ds_json, run_dir, *extra, processes=processes)
+def train(recipe: Path, ds_json: Path, run_dir: Path, *extra: str, **options) -> str:
+    """Run to the end, with the options of `attempt`; -> everything that was printed."""
+    returncode, output = attempt(recipe, ds_json, run_dir, *extra, **options)
     assert returncode == 0, output
     return output
 

@@ -2,12 +2,15 @@
 recomputation, compilation, the data engine. Ten clipped AdamW steps in float32 against one process, one batch.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mdit.parallel import apply
 from mdit.parallel.settings import load_ds_json
-from tests.training import REPOSITORY, read_metrics, train, write_ds_json, write_recipe
+from tests.training import REPOSITORY, launch, read_metrics, train, write_ds_json, write_recipe
 
 STEPS = 10
 # Adam divides by sqrt(v) + eps: with the paper's 1e-8, gradients that are themselves rounding (1e-9) move weights.
@@ -95,15 +98,25 @@ def test_weights_moved_and_ema_lags_behind(baseline):
     assert 0 < ema[name].norm() < raw[name].norm()
 
 
-@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": "selective", "expert_parallel": 2}], ids=str)
-def test_compiled_blocks_keep_the_curve(tmp_path, settings):
+def launch_without_cpp(script, arguments):
+    """Compiled for autograd, as inductor gets its graphs, but without its C++."""
+    apply.compile_each = partial(apply.compile_each, backend="aot_eager_decomp_partition")
+    launch(script, arguments)
+
+
+@pytest.mark.parametrize(
+    "settings, launched",
+    [({}, launch), ({"activation_checkpointing": "selective", "expert_parallel": 2}, launch_without_cpp)],
+    ids=["inductor", "recomputed, experts over 2"],
+)
+def test_compiled_blocks_keep_the_curve(tmp_path, settings, launched):
     """A dense block, one with experts, and the first again: the compiler takes several seconds for each kind."""
     few = {"depth": 3, "use_patch_mixer": False, "qkv_ratio": (1.0, 1.0), "ffn_ratio": (2.0, 2.0)}
     recipe = write_recipe(tmp_path, **{**RECIPE, "model": few, "report": {}})
     processes = settings.get("expert_parallel", 1)
     for name, section in (("plain", {}), ("compiled", {**settings, "compile": True})):
         ds_json = write_ds_json(tmp_path / f"{name}.json", mdit=section)
-        train(recipe, ds_json, tmp_path / name, processes=processes)
+        train(recipe, ds_json, tmp_path / name, processes=processes, launched=launched)
     assert_same_run(tmp_path / "compiled", tmp_path / "plain", keys=("loss", "gradient_norm"))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from mdit.checkpoint.training_state import complete_checkpoints, latest_step
 from tests.processes import fork_server, run_forked
-from tests.training import _launch, attempt, command, train, write_ds_json, write_recipe
+from tests.training import attempt, command, launch, train, write_ds_json, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_killed_while_saving_its_first_checkpoint(finished, run):
 def test_two_at_once(finished, tmp_path):
     recipe, ds_json, _ = finished
     forever = command(recipe, ds_json, tmp_path / "run", "--set", "training.num_steps=1000000")
-    first = fork_server().Process(target=_launch, args=(forever[1], forever[2:]))
+    first = fork_server().Process(target=launch, args=(forever[1], forever[2:]))
     first.start()
     try:
         while not (tmp_path / "run" / "config.json").exists() and first.is_alive():
@@ -97,7 +97,7 @@ def test_two_at_once(finished, tmp_path):
 def launch_on_a_small_disk(script: str, arguments: list[str], most: int) -> None:
     """No file can grow beyond `most` bytes: writing more is an OSError, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-    _launch(script, arguments)
+    launch(script, arguments)
 
 
 def test_a_full_disk_does_not_end_a_run(finished, tmp_path):
