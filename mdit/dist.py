@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 import torch.distributed
 
 from mdit.config import UserError
+from mdit.documents import explain
 
 logger = logging.getLogger("mdit")
 T = TypeVar("T")
@@ -171,14 +172,20 @@ def on_all_ranks(world: World, function: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     where = "" if world.is_rank_zero else f" (rank {world.rank} on {socket.gethostname()})"
-    found = gather(error and (*_described(error), where), world)
+    found = gather(error and (_plain(error), _plain(error, where)), world)
     if error is not None and not isinstance(error, UserError | OSError):
         raise error  # a fault of ours, with its traceback
     if errors := [each for each in found if each]:
-        kind, arguments, where = errors[0]
-        alike = len(errors) == world.size and all(each[:2] == (kind, arguments) for each in errors)
-        raise shared(_made(kind, arguments, "" if alike else where))
+        alike = len(errors) == world.size and len({explain(plain) for plain, _ in errors}) == 1
+        raise shared(errors[0][0 if alike else 1])
     return value
+
+
+def on_rank_zero(world: World, function: Callable[[], T]) -> T:
+    """Return on all ranks what `function`, called on rank 0, returns there. A collective, which raises on all ranks
+    what is raised there."""
+    value = on_all_ranks(world, function if world.is_rank_zero else lambda: cast(T, None))
+    return gather(value, world)[0]
 
 
 def shared(error: Exception) -> Exception:
@@ -199,22 +206,20 @@ def tells(error: BaseException) -> bool:
         return True
 
 
-def _described(error: Exception) -> tuple[type[Exception], tuple]:
-    """An error as it can be sent: its class and arguments."""
-    if isinstance(error, UserError):
-        return UserError, (str(error),)
+def _plain(error: Exception, where: str = "") -> Exception:
+    """The error as it can be sent to other ranks, with `where` it happened in its words."""
     if isinstance(error, OSError):
         name = error.filename if isinstance(error.filename, str | bytes | None) else str(error.filename)
-        return OSError, (error.errno or errno.EIO, error.strerror or str(error), name)
-    return RuntimeError, (f"{type(error).__name__}: {error}",)
+        return OSError(error.errno or errno.EIO, (error.strerror or str(error)) + where, name)
+    if isinstance(error, UserError):
+        return UserError(f"{error}{where}")
+    return RuntimeError(f"{type(error).__name__}: {error}{where}")
 
 
-def _made(kind: type[Exception], arguments: tuple, where: str) -> Exception:
-    """The error again, with `where` it happened in its words."""
-    if kind is OSError:
-        number, reason, name = arguments
-        return OSError(number, reason + where, name)
-    return kind(arguments[0] + where)
+def enumerated(noun: str, numbers: Collection[int], most: int = 8) -> str:
+    """ "rank 3", "ranks 1, 2, 3 and 9 more"."""
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)[:most]))}{more}"
 
 
 def first_host(node_list: str) -> str:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
-from mdit.dist import World, cores, logger, number, on_all_ranks, set_rendezvous, shared, work_on
+from mdit.dist import World, cores, enumerated, logger, number, on_all_ranks, set_rendezvous, shared, work_on
 from mdit.documents import UserError, explain, parse_json
 
 NOTICE = 10.0  # seconds
@@ -148,7 +148,7 @@ def _call_the_roll(world: World, store: Store, line: str | None) -> dict[str, An
                 heard[rank] = parse_json(store.get(f"here/{rank}"), "the store")
                 missing.remove(rank)
                 line = line or heard[rank]["error"]
-        absent = f"{some(missing)}, not here yet; WORLD_SIZE = {world.size}"
+        absent = f"{enumerated('rank', missing)}, not here yet; WORLD_SIZE = {world.size}"
         if missing and not line and patience.over(absent):
             minutes = f"{PATIENCE / 60:.0f} minutes"
             line = f"waited {minutes} for {absent}: is each started, with the same MASTER_ADDR and MASTER_PORT?"
@@ -242,31 +242,21 @@ class Patience:
         return waited > self.seconds
 
 
-def some(ranks: set[int]) -> str:
-    """ "rank 3", "ranks 1, 2, 3 and 9 others"."""
-    first = ", ".join(map(str, sorted(ranks)[:5]))
-    return f"rank{'s' * (len(ranks) > 1)} {first}" + (f" and {len(ranks) - 5} others" if len(ranks) > 5 else "")
-
-
 def while_others_wait(world: World, what: str, function: Callable[[], None]) -> None:
     """Call `function` on rank 0, however long it takes. A collective: raises on all ranks what is raised there."""
-    failed = None
-    if world.is_rank_zero:
+
+    def work() -> None:
         try:
             function()
-        except Exception as error:
-            failed = error
-        _met().store.set(f"done/{what}", "1")
-    else:
+        finally:
+            _met().store.set(f"done/{what}", "1")
+
+    def wait() -> None:
         patience = Patience()
         while not _met().store.check([f"done/{what}"]):
             patience.over(f"rank 0 on {_met().hosts[0]}, which {what}")
 
-    def check() -> None:
-        if failed is not None:
-            raise failed
-
-    on_all_ranks(world, check)
+    on_all_ranks(world, work if world.is_rank_zero else wait)
 
 
 def part_from(world: World, error: BaseException) -> UserError | None:
@@ -298,5 +288,5 @@ def part_from(world: World, error: BaseException) -> UserError | None:
         return None
     if not missing:
         return UserError(f"the processes have lost their connections: {explain(error)}")
-    where = ", ".join(dict.fromkeys(meeting.hosts[rank] for rank in sorted(missing)[:5]))
-    return UserError(f"{some(missing)} on {where}: killed or cut off without a word; what was saved before is there")
+    ranks, hosts = enumerated("rank", missing), dict.fromkeys(meeting.hosts[rank] for rank in sorted(missing)[:8])
+    return UserError(f"{ranks} on {', '.join(hosts)}: killed or cut off without a word; what was saved before is there")

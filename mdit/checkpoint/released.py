@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdit.checkpoint.snapshot import check_numbers, check_weights, write_snapshot
+from mdit.checkpoint.snapshot import check_numbers, check_weights, save_snapshot
 from mdit.config import CONFIGS, DEFAULT_RECIPE, ModelConfig, TrainConfig, load_config, parse_section, portable
 from mdit.documents import UserError, one_line
 from mdit.models import presets
@@ -45,7 +45,7 @@ def import_released(source: Path, out: Path) -> str:
     text = {"id": TEXT_ENCODER, "max_tokens": model.caption_length, "channels": model.caption_channels}
     config_json = {"recipe": portable(_recipe(model, source), DEFAULT_RECIPE), "imported_from": one_line(source.name)}
     encoders = {"image": IMAGE_ENCODERS[model.latent_channels], "text": text}
-    write_snapshot(out, step=0, config_json=config_json, raw=weights, ema=None, encoders=encoders)
+    save_snapshot(out, step=0, config_json=config_json, raw=weights, ema=None, encoders=encoders)
     found = f"{name}, {model.latent_channels} channels, latents of {model.latent_size} x {model.latent_size}"
     return found + f"; {dropped} entries of other networks (autoencoder, text encoder) left out" * bool(dropped)
 

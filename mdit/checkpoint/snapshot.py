@@ -71,25 +71,6 @@ class Snapshot:
 
 
 def save_snapshot(
-    directory: str | Path,
-    *,
-    step: int,
-    config_json: dict[str, Any],
-    raw: dict[str, Tensor],
-    ema: dict[str, Tensor] | None,
-    encoders: dict[str, Any],
-) -> Path:
-    """Write `directory/step_XXXXXXXX`, then point `directory/latest` at it. One process only. -> its path
-
-    A snapshot of the same step (left by a run that was stopped and went on from before it) is replaced.
-    """
-    path = Path(directory) / f"step_{step:08d}"
-    write_snapshot(path, step=step, config_json=config_json, raw=raw, ema=ema, encoders=encoders)
-    point_to(path.parent / "latest", path.name)
-    return path
-
-
-def write_snapshot(
     path: Path,
     *,
     step: int,
@@ -97,8 +78,10 @@ def write_snapshot(
     raw: dict[str, Tensor],
     ema: dict[str, Tensor] | None,
     encoders: dict[str, Any],
+    latest: Path | None = None,
 ) -> None:
-    """Write a snapshot at `path`, all of it or nothing. Raises UserError for weights that are not finite."""
+    """Write a snapshot at `path`, all of it or nothing, in place of what was there (a run that went on from before
+    its step left it), then point `latest` at it. One process only. Raises UserError for weights that are not finite."""
     kinds = {kind: weights for kind, weights in (("raw", raw), ("ema", ema)) if weights is not None}
     with replacing_directory(path) as partial:
         for kind, weights in kinds.items():
@@ -108,6 +91,8 @@ def write_snapshot(
         write_json(partial / "config.json", {**config_json, "step": step})
         write_json(partial / "encoders.json", encoders)
         write_json(partial / CHECKSUMS, {file.name: measure(file) for file in sorted(partial.iterdir())})
+    if latest is not None:
+        point_to(latest, path.name)
 
 
 def load_snapshot(path: str | Path) -> Snapshot:

@@ -19,7 +19,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mdit.checkpoint.fragments import Fragment, from_json, to_json
 from mdit.config import UserError
-from mdit.dist import World, gather, logger, on_all_ranks, shared
+from mdit.dist import World, gather, logger, on_all_ranks, on_rank_zero, shared
 from mdit.documents import parse_json
 from mdit.files import (
     DEFINITE,
@@ -61,9 +61,6 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.state["step"]
-
-    def files_of(self, rank: int) -> list[Path]:
-        return [self.path / name for name in sorted(self.state["files"]) if name.startswith(rank_prefix(rank))]
 
     def is_whole(self, name: str) -> bool:
         """Raises OSError where a file cannot be read, which says nothing about its content. One that is not there is
@@ -117,11 +114,6 @@ def save_training_state(
     if world.is_rank_zero:
         remove_beyond(directory, keep)
     torch.distributed.barrier()
-
-
-def on_rank_zero(world: World, function: Callable[[], Any]) -> None:
-    """Call `function` on rank 0. A collective, which raises on all ranks what is raised there."""
-    on_all_ranks(world, lambda: function() if world.is_rank_zero else None)
 
 
 def remove_beyond(directory: Path, keep: int) -> None:
@@ -178,7 +170,7 @@ def find_latest(directory: Path, world: World) -> Checkpoint | None:
     """
     damaged: dict[Path, str] = {}
     # On a shared file system one rank may see more than another: all look at what rank 0 sees.
-    for path in gather(on_all_ranks(world, lambda: complete_checkpoints(directory)), world)[0]:
+    for path in on_rank_zero(world, lambda: complete_checkpoints(directory)):
         checkpoint, reason = on_all_ranks(world, partial(examine, path, world))
         reasons = [each for each in gather(reason, world) if each]
         if not reasons:
@@ -266,7 +258,8 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint, ranks) -> None:
         self.path = checkpoint.path
-        self.files = [safe_open(file, "pt") for rank in ranks for file in checkpoint.files_of(rank)]
+        names = [name for name in sorted(checkpoint.state["files"]) if rank_in(name) in ranks]
+        self.files = [safe_open(checkpoint.path / name, "pt") for name in names]
 
     @cached_property
     def stored(self) -> dict[str, list[tuple[Any, Fragment]]]:
@@ -288,13 +281,18 @@ class Reader:
                     f"{self.path}: {fragment.name} has shape {other.whole_shape}, the recipe's model needs "
                     f"{fragment.whole_shape}"
                 )
-        if same_part := [(file, other) for file, other in stored if other.shard == fragment.shard]:
-            self.fill_from_runs(kind, fragment, out, same_part, place=attrgetter("start"))
+        if any(other.shard == fragment.shard for _, other in stored):
+            self.fill_from_part(kind, fragment, out)
         elif fragment.first is not None and all(other.first is not None for _, other in stored):
             self.fill_from_runs(kind, fragment, out, stored, place=attrgetter("first"))
         else:
-            part = fragment.shard.take(self.whole(kind, fragment.name))
+            part = fragment.shard.take(self.whole(kind, stored[0][1]))
             out.copy_(part.flatten()[fragment.start : fragment.start + fragment.numel])
+
+    def fill_from_part(self, kind: str, fragment: Fragment, out: Tensor) -> None:
+        """From fragments of the same part of the parameter."""
+        same = [(file, other) for file, other in self.stored[fragment.name] if other.shard == fragment.shard]
+        self.fill_from_runs(kind, fragment, out, same, place=attrgetter("start"))
 
     def fill_from_runs(
         self, kind: str, fragment: Fragment, out: Tensor, stored, place: Callable[[Fragment], int]
@@ -308,42 +306,33 @@ class Reader:
                 run = file.get_slice(f"{kind}/{fragment.name}")[low - place(other) : high - place(other)]
                 out[low - begin : high - begin].copy_(run)
                 held += high - low
-        self.check_all_there(kind, fragment.name, held, fragment.numel)
+        if held != fragment.numel:
+            name = f"{kind}/{fragment.name}"
+            raise UserError(f"{self.path}: holds {held} of {fragment.numel} elements that are needed of {name}")
 
-    def whole(self, kind: str, name: str) -> Tensor:
-        """A parameter's whole tensor, or a moment's or average's of it, float32 in host memory."""
-        stored = self.stored[name]
-        first = stored[0][1]
-        parts = [torch.empty(first.size) for _ in range(first.shard.count)]
-        spans = {(fragment.shard.index, fragment.start): (file, fragment) for file, fragment in stored}
-        for (index, start), (file, fragment) in spans.items():
-            parts[index][start : start + fragment.numel] = file.get_tensor(f"{kind}/{name}")
-        held = sum(fragment.numel for _, fragment in spans.values())
-        self.check_all_there(kind, name, held, first.size * first.shard.count)
-        return first.shard.join([part.view(first.shape) for part in parts])
-
-    def check_all_there(self, kind: str, name: str, held: int, needed: int) -> None:
-        if held != needed:
-            raise UserError(f"{self.path}: holds {held} of {needed} elements that are needed of {kind}/{name}")
+    def whole(self, kind: str, part: Fragment) -> Tensor:
+        """The whole tensor that `part` is of: a parameter, a moment or average of one; float32 in host memory."""
+        parts = []
+        for index in range(part.shard.count):
+            each = replace(part, shard=replace(part.shard, index=index), start=0, numel=part.size)
+            parts.append(torch.empty(part.shape))
+            self.fill_from_part(kind, each, parts[-1].view(-1))
+        return part.shard.join(parts)
 
 
 def latest_step(directory: Path) -> int:
     """Step of the newest checkpoint, 0 without one."""
-    return next(iter(_by_step(directory)), 0)
+    return next((step_in(path.name) or 0 for path in complete_checkpoints(directory)), 0)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Everything that has a checkpoint's name, newest first: such a name is given to complete ones only."""
-    return list(_by_step(directory).values())
-
-
-def _by_step(directory: Path) -> dict[int, Path]:
     try:
         found = patiently(lambda: list(directory.iterdir()))
     except FileNotFoundError:
-        return {}
-    steps = {step: path for path in found if (step := step_in(path.name)) is not None}
-    return dict(sorted(steps.items(), reverse=True))
+        return []
+    steps = {path: step for path in found if (step := step_in(path.name)) is not None}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def step_in(name: str) -> int | None:

@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from mdit.checkpoint.snapshot import save_snapshot
-from mdit.checkpoint.training_state import load_into, on_rank_zero, save_training_state
+from mdit.checkpoint.training_state import load_into, save_training_state, step_name
 from mdit.config import portable
 from mdit.data.shards import open_dataset
+from mdit.dist import on_rank_zero
 from mdit.models.dit import buffers
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
@@ -80,14 +81,16 @@ class Checkpointer:
     def _write_snapshot(self, step: int) -> None:
         config, raw = self.run.config, self._whole_weights(None)
         averaged = self._whole_weights(self.ema.partitions) if self.ema.partitions is not None else None
+        snapshots = self.directory.path / SNAPSHOTS
         write = partial(
             save_snapshot,
-            self.directory.path / SNAPSHOTS,
+            snapshots / step_name(step),
             step=step,
             config_json={"recipe": portable(config, self.directory.path / CONFIG)},
             raw=raw,
             ema=averaged,
             encoders=open_dataset(config.data.validation).encoders,
+            latest=snapshots / "latest",
         )
         on_rank_zero(self.run.world, write)
 

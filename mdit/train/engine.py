@@ -146,7 +146,8 @@ class Engine:
         """Master weights and Adam moments, for each kind one flat float32 tensor a partition, views and no copies; and
         the steps that Adam has taken: fewer than the run's where some were skipped."""
         if not moments(self.zero.optimizer, self.master_weights[0]):  # no step has been taken, or all were skipped
-            self.clear_moments()
+            for master in self.master_weights:
+                set_moments(self.zero.optimizer, master, *(torch.zeros_like(master) for _ in range(2)), step=0)
         of_masters = [moments(self.zero.optimizer, master) for master in self.master_weights]
         return {
             "master": [master.detach() for master in self.master_weights],
@@ -161,12 +162,6 @@ class Engine:
         for master, mean, square in zip(self.master_weights, state["exp_avg"], state["exp_avg_sq"], strict=True):
             set_moments(self.zero.optimizer, master, mean, square, step=int(state["optimizer_steps"]))
         self.refresh_parameters()
-
-    def clear_moments(self) -> None:
-        """Put the optimizer to before its first step, with moments of zero."""
-        for master in self.master_weights:
-            zeros = [torch.zeros_like(master) for _ in range(2)]
-            set_moments(self.zero.optimizer, master, *zeros, step=0)
 
     @torch.no_grad()
     def _fill_master_weights(self, partitions: list[Tensor]) -> None:

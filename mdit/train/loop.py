@@ -68,7 +68,7 @@ def train(run: Run, directory: RunDirectory) -> int:
                 skipped.in_a_row = 0
             else:
                 skipped.add(step, batch, losses_N)
-            meter.count_step(step)
+            meter.count_step()
             if skipped.too_many:
                 meter.report(step, engine.gradient_norm(), skipped.total)
                 raise skipped.error(step)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from mdit.config import TrainConfig
 from mdit.data.loader import Batch
-from mdit.dist import World, logger, on_all_ranks
+from mdit.dist import World, logger, on_rank_zero
 from mdit.documents import UserError, parse_json
 from mdit.files import append_line, optional, write_text
 from mdit.train.optim import learning_rate
@@ -41,12 +40,12 @@ class Meter:
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # since the last report
         self.started: float | None = None
         self.board: Any = None
-        self.progress: Progress | None = None
+        self.progress: tqdm | None = None  # a bar on a terminal, elsewhere a line for every report
 
     @contextmanager
     def recording(self, start: int) -> Iterator[None]:
         """Open what is written to, for a run that goes on from step `start`. A collective."""
-        on_all_ranks(self.world, partial(self._open, start) if self.world.is_rank_zero else lambda: None)
+        on_rank_zero(self.world, lambda: self._open(start))
         try:
             yield
         finally:
@@ -68,10 +67,10 @@ class Meter:
         self.loss_sum_and_count[0] += losses_N.mean()
         self.loss_sum_and_count[1] += 1
 
-    def count_step(self, step: int) -> None:
+    def count_step(self) -> None:
         self.steps += 1
         if self.progress is not None:
-            self.progress.advance(step)
+            self.progress.update()
 
     def pause(self) -> None:
         """Stop the clock once the device is done, so that the steps counted are the steps done."""
@@ -89,7 +88,9 @@ class Meter:
         loss = float(total[0] / total[1])
         images_per_second = self.steps * self.config.training.global_batch_size / self.seconds
         if self.progress is not None:
-            self.progress.show(step, f"loss {loss:.4f}, {images_per_second:.0f} images/s")
+            self.progress.set_postfix_str(told := f"loss {loss:.4f}, {images_per_second:.0f} images/s")
+            if self.progress.disable:
+                logger.info(f"step {step} of {self.config.training.num_steps}: {told}")
         values = {
             "loss": loss,
             "learning_rate": learning_rate(step - 1, self.config.training.num_steps, self.config.optim),
@@ -135,7 +136,8 @@ class Meter:
         threading.excepthook = self._thread_failed
         with optional(self.folder):
             self.board = SummaryWriter(str(self.folder), purge_step=start + 1)
-        self.progress = Progress(start, self.config.training.num_steps)
+        total = self.config.training.num_steps
+        self.progress = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=None)  # off if no tty
 
     def _on_board(self, write: Callable[[Any], None]) -> None:
         """Call `write` with TensorBoard's writer, if there is one. It does not recover from an error: after one it gets
@@ -155,30 +157,6 @@ class Meter:
                 raise failed.exc_value
         else:
             threading.__excepthook__(failed)
-
-
-class Progress:
-    """A bar on a terminal, elsewhere a line for every report. A run goes on when the terminal, or what reads its lines,
-    goes away: tqdm and logging give up by themselves."""
-
-    def __init__(self, first_step: int, num_steps: int) -> None:
-        self.num_steps, self.bar = num_steps, None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
-
-    def advance(self, step: int) -> None:
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-
-    def show(self, step: int, text: str) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        else:
-            logger.info(f"step {step} of {self.num_steps}: {text}")
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def memory_gib(device: torch.device) -> float:

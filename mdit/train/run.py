@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,8 +16,9 @@ from mdit.config import TrainConfig, UserError, kept_tokens, load_config, portab
 from mdit.data.loader import choose_engine
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
-from mdit.dist import World, gather, logger
+from mdit.dist import World, logger, on_rank_zero
 from mdit.kernels.selection import choose_kernels
+from mdit.meeting import Patience
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan
 from mdit.parallel.settings import Execution, count_parameters, load_ds_json
@@ -106,8 +106,9 @@ def resolve_execution(ds_json: dict, ds_path: Path, config: TrainConfig, recipe:
 def finished(run: Run) -> bool:
     """Say so when there is nothing left to do. A collective: on a shared file system one rank sees more than another,
     so rank 0 decides."""
-    step = None if run.restart else finished_at(run.run_dir, run.config.training.num_steps)
-    step = gather(step, run.world)[0]
+    if run.restart:
+        return False
+    step = on_rank_zero(run.world, lambda: finished_at(run.run_dir, run.config.training.num_steps))
     if step is None:
         return False
     logger.info(f"{run.run_dir}: finished at step {step}; snapshot {run.run_dir / 'snapshots' / f'step_{step:08d}'}")
@@ -115,12 +116,11 @@ def finished(run: Run) -> bool:
 
 
 def check_data(run: Run) -> None:
-    config, deadline = run.config, time.monotonic() + SEEN_WITHIN
+    config, patience = run.config, Patience(SEEN_WITHIN, says=False)
+    directories = ", ".join((*config.data.train, config.data.validation))
     while not is_precomputed(config):
-        if time.monotonic() > deadline:
-            directories = ", ".join((*config.data.train, config.data.validation))
+        if patience.over(directories):
             raise UserError(f"{directories}: rank 0 sees these sets, this rank does not; the nodes have to share them")
-        time.sleep(0.1)
     precompute(config, device=run.world.device)
     shard_sizes = [open_dataset(directory).shard_sizes for directory in config.data.train]
     # Refuses a set that is smaller than its share of a batch.

@@ -28,15 +28,15 @@ from mdit.checkpoint.training_state import (
     complete_checkpoints,
     find_latest,
     latest_step,
-    on_rank_zero,
     read_state,
     step_in,
 )
 from mdit.config import TrainConfig, UserError, parse_recipe
 from mdit.data.manifest import MANIFEST
-from mdit.dist import World, forget_stop, gather, logger, on_all_ranks, shared
+from mdit.dist import World, forget_stop, gather, logger, on_all_ranks, on_rank_zero, shared
 from mdit.documents import explain, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
+from mdit.meeting import Patience
 from mdit.models import MicroDiT
 from mdit.train.lock import Lock
 from mdit.train.meter import step_of
@@ -71,8 +71,7 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         with ExitStack() as undo:
             undo.push(self._held)
-            on_rank_zero(self.world, self._take)
-            token = gather(self.lock.token, self.world)[0]
+            token = on_rank_zero(self.world, self._take)
             on_all_ranks(self.world, lambda: try_out(self.path, token, self.world))
             undo.pop_all()
         return self
@@ -87,8 +86,9 @@ class RunDirectory:
         that it begins. `has_weights` says whether `init_from` has been read. A collective."""
         self.checkpoint = find_latest(self.path / CHECKPOINTS, self.world)
         on_rank_zero(self.world, lambda: self._check_and_write(config, description, init_from))
-        if self.checkpoint is None and init_from is not None:
-            on_all_ranks(self.world, lambda: self._require_weights(has_weights))
+        needed = self.checkpoint is None and init_from is not None
+        if needed and not all(gather(has_weights, self.world)):  # a rank saw a checkpoint that rank 0 does not see
+            raise shared(UserError(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again"))
 
     def attempt(self, what: str, step: int, save: Callable[[], None]) -> None:
         """Call `save`, a collective that raises on all ranks alike. Where the disk does not take it, what was saved
@@ -103,12 +103,15 @@ class RunDirectory:
 
     def check_saved(self, step: int) -> None:
         """Raise UserError where something of `step`, the last one, is not saved."""
-        for what, error in [(what, error) for failed, what, error in self._failed if failed == step]:
-            last = latest_step(self.path / CHECKPOINTS)
-            there = f"the same command goes on from step {last}" if last else "there is no checkpoint"
-            raise shared(UserError(f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}"))
+        for failed, what, error in self._failed:
+            if failed == step:
+                last = latest_step(self.path / CHECKPOINTS)
+                there = f"the same command goes on from step {last}" if last else "there is no checkpoint"
+                told = f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}"
+                raise shared(UserError(told))
 
-    def _take(self) -> None:
+    def _take(self) -> str:
+        """Take the directory and tidy it up -> the lock's token."""
         check_place(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(self.lock)
@@ -118,6 +121,7 @@ class RunDirectory:
         clean_leftovers(self.path, lambda name: name.startswith((*FILES, TRIAL)))
         for directory in (self.path / CHECKPOINTS, self.path / SNAPSHOTS):
             clean_leftovers(directory, lambda name: step_in(name) is not None or name == "latest")
+        return self.lock.token
 
     def _check_and_write(self, config: TrainConfig, description: dict[str, Any], init_from: Path | None) -> None:
         path, found = self.path / CONFIG, self.checkpoint
@@ -138,11 +142,6 @@ class RunDirectory:
         write_json(path, description | self.run)
         step = found.step if found else 0
         append_start(self.path / STARTS, {"step": step, **{k: v for k, v in description.items() if k != "recipe"}})
-
-    def _require_weights(self, has_weights: bool) -> None:
-        """Raise UserError where this rank, before, saw a checkpoint that rank 0 does not see."""
-        if not has_weights:
-            raise UserError(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again")
 
     def _initial_weights(self, before: dict[str, Any] | None, init_from: Path | None) -> dict[str, Any] | None:
         """Which weights the run began from. Raises UserError where it is asked to begin from others."""
@@ -191,17 +190,15 @@ def check_place(path: Path) -> None:
 def try_out(path: Path, token: str, world: World) -> None:
     """Do on this rank's node what a run does in its directory. Raises UserError where rank 0's files are not seen,
     OSError where a file cannot be written, synced, renamed, read or removed."""
-    deadline = time.monotonic() + SEEN_WITHIN
-    while True:
+    patience, seen = Patience(SEEN_WITHIN, says=False), ""
+    while token not in seen:
         with suppress(OSError):
-            if token in (path / LOCK).read_text(encoding="utf-8"):
-                break
-        if time.monotonic() > deadline:
+            seen = (path / LOCK).read_text(encoding="utf-8")
+        if token not in seen and patience.over(f"what rank 0 wrote in {path}"):
             raise UserError(
                 f"{path.absolute()}: what rank 0 wrote there is not to be seen; the nodes of a run have to share its "
                 "directory"
             )
-        time.sleep(0.1)
     trial = path / f".{TRIAL}_{world.rank:05d}.partial"  # a name of those that are cleaned up
     write_text(trial, token)
     if trial.read_text(encoding="utf-8") != token:
@@ -313,19 +310,11 @@ def append_start(path: Path, values: dict[str, Any]) -> None:
 def finished_at(path: Path, num_steps: int) -> int | None:
     """The step at which a run of `num_steps` has left a checkpoint and a snapshot; None when there is more to do."""
     for newest in complete_checkpoints(path / CHECKPOINTS)[:1]:
-        with suppress(Damaged):
-            step = read_state(newest).step
-            if step >= num_steps and is_snapshot(path / SNAPSHOTS / newest.name):
+        with suppress(Damaged, UserError):  # UserError: no snapshot
+            if (step := read_state(newest).step) >= num_steps:
+                load_snapshot(path / SNAPSHOTS / newest.name)
                 return step
     return None
-
-
-def is_snapshot(path: Path) -> bool:
-    try:
-        load_snapshot(path)
-    except UserError:
-        return False
-    return True
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

@@ -15,10 +15,10 @@ from mdit.checkpoint.fragments import Fragment
 from mdit.checkpoint.training_state import complete_checkpoints
 from mdit.config import UserError
 from mdit.data.loader import Batch
-from mdit.dist import World, gather, logger, shared
+from mdit.dist import World, enumerated, gather, logger, shared
 from mdit.train.run_directory import CHECKPOINTS
 
-NAMED = 8  # samples of a rank, and ranks, that a line names
+NAMED = 8  # ranks that a line names
 
 
 class SkippedSteps:
@@ -60,16 +60,11 @@ class SkippedSteps:
 
 def name_samples(by_rank: list[list[int]]) -> str:
     """ "the loss is not finite of sample 5 on rank 0, of samples 3, 9 on rank 1"."""
-    clauses = [f"of {_some('sample', samples)} on rank {rank}" for rank, samples in enumerate(by_rank) if samples]
+    clauses = [f"of {enumerated('sample', samples)} on rank {rank}" for rank, samples in enumerate(by_rank) if samples]
     if not clauses:
         return "the gradient is not finite, though every loss is"
     more = f", and on {len(clauses) - NAMED} more ranks" if len(clauses) > NAMED else ""
     return f"the loss is not finite {', '.join(clauses[:NAMED])}{more}"
-
-
-def _some(noun: str, numbers: list[int]) -> str:
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:NAMED]))}{more}"
 
 
 def require_finite(

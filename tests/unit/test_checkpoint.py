@@ -236,7 +236,7 @@ def test_each_rank_of_the_same_layout_needs_only_its_own_files(tmp_path_factory,
     "lost, message",
     [
         ("norm", "has no norm"),
-        ("qkv", "holds 60 of 120 elements .* master/qkv"),
+        ("qkv", "holds 30 of 60 elements .* master/qkv"),
         ("experts", "holds 60 of 120 elements .* master/experts"),
     ],
 )

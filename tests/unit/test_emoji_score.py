@@ -97,14 +97,16 @@ def snapshot(tmp_path_factory):
     encoder = build_text_encoder("minilm", max_tokens=8)
     encoder.fit(["a banana on a red background"])
     model = MicroDiT(CONFIG.model)
-    return save_snapshot(
-        tmp_path_factory.mktemp("snapshots"),
+    path = tmp_path_factory.mktemp("snapshots") / "step_00000003"
+    save_snapshot(
+        path,
         step=3,
         config_json={"recipe": CONFIG.model_dump(mode="json", exclude_none=True)},
         raw=model.state_dict(),
         ema=model.state_dict(),
         encoders={"image": {"id": "pixels", "scale": 1.5}, "text": encoder.describe()},
     )
+    return path
 
 
 def test_evaluate_writes_scores_and_grid(snapshot, tmp_path, capsys):

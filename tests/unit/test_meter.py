@@ -106,7 +106,7 @@ def test_without_a_terminal_a_report_is_a_line(tmp_path, meter, caplog, capsys):
         for step in (1, 2):
             meter.timed_fetch(iter([None]))
             meter.add(torch.tensor([step / 2, step / 2]))
-            meter.count_step(step)
+            meter.count_step()
         time.sleep(0.01)
         meter.report(2, gradient_norm=1.0, skipped_steps=0)
     (line,) = caplog.messages

@@ -253,7 +253,8 @@ def test_other_samples_are_refused(tmp_path, config):
 def snapshot(path: Path, config, step: int) -> Path:
     raw = {"weights": torch.full((4,), float(step))}
     recipe = {"recipe": config.model_dump(mode="json", exclude_none=True)}
-    return save_snapshot(path, step=step, config_json=recipe, raw=raw, ema=raw, encoders=ENCODERS)
+    save_snapshot(path / f"step_{step:08d}", step=step, config_json=recipe, raw=raw, ema=raw, encoders=ENCODERS)
+    return path / f"step_{step:08d}"
 
 
 def test_first_weights_are_remembered(tmp_path, config):

@@ -42,7 +42,9 @@ def weights_of(config, seed):
 def save(directory, config, step=1000, **changes):
     values = dict(raw=weights_of(config, 0), ema=weights_of(config, 1), encoders=ENCODERS)
     recipe = config.model_dump(mode="json", exclude_none=True)
-    return save_snapshot(directory, step=step, config_json={"recipe": recipe}, **{**values, **changes})
+    path = directory / f"step_{step:08d}"
+    save_snapshot(path, step=step, config_json={"recipe": recipe}, latest=directory / "latest", **{**values, **changes})
+    return path
 
 
 def record(path, *names):
