@@ -37,14 +37,12 @@ def error_of(returncode: int, output: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("extra", [[], ["--init_from"]], ids=["", "init_from"])
-def test_no_usable_checkpoint_is_no_new_run(finished, run, extra):
+def test_no_usable_checkpoint_is_no_new_run(finished, run):
     recipe, ds_json, _ = finished
     for checkpoint in complete_checkpoints(run / "checkpoints"):
         (checkpoint / "state.json").unlink()
-    extra += [str(finished[2] / "snapshots" / "latest")] * len(extra)
-    before = content(run)
-    error = error_of(*attempt(recipe, ds_json, run, "--set", "training.num_steps=6", *extra))
+    weights, before = str(finished[2] / "snapshots" / "latest"), content(run)
+    error = error_of(*attempt(recipe, ds_json, run, "--set", "training.num_steps=6", "--init_from", weights))
     assert "step_00000004: state.json is missing" in error and "step_00000002" in error and "--restart" in error
     assert content(run) == before
 

@@ -51,11 +51,6 @@ def contradict_recipe(arguments):
     return ["ds.json", "train_batch_size = 16", "training.global_batch_size = 8"]
 
 
-def micro_batch_that_does_not_divide(arguments):
-    edit(arguments["--ds_config"], lambda c: c.update(train_micro_batch_size_per_gpu=3))
-    return ["ds.json", "train_micro_batch_size_per_gpu = 3", "8"]
-
-
 def missing_shards(arguments):
     edit(arguments["--recipe"], lambda c: c["recipe"]["data"].update(train=["nowhere/shards"]))
     return ["nowhere/shards", "docs/data.md"]
@@ -71,11 +66,6 @@ def deleted_shard(arguments):
 def shards_of_another_shape(arguments):
     edit(arguments["--recipe"], lambda c: c["recipe"]["model"].update(caption_length=7))
     return ["manifest.json", "caption_length", "7", "5"]
-
-
-def empty_prompts(arguments):
-    edit(arguments["--recipe"], lambda c: c["recipe"]["report"].update(prompts=[]))
-    return ["recipe.json", "prompts"]
 
 
 def no_recipe(arguments):
@@ -126,13 +116,11 @@ MISTAKES = [
     misspell_recipe_key,
     misspell_json_key,
     contradict_recipe,
-    micro_batch_that_does_not_divide,
     missing_shards,
     deleted_shard,
     unreadable_picture,
     empty_caption_file,
     shards_of_another_shape,
-    empty_prompts,
     no_recipe,
     no_snapshot,
     batch_larger_than_the_set,

@@ -105,15 +105,3 @@ def test_another_format_is_refused_and_nothing_is_written(undisturbed, tmp_path)
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert str(state) in error and "'mdit-checkpoint/94'" in error and "'mdit-checkpoint/4'" in error
     assert (run / "config.json").read_bytes() == before
-
-
-def test_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
-    recipe, ds_json, expected = undisturbed
-    run = tmp_path / "run"
-    train(recipe, ds_json, run, "--set", "training.num_steps=8")
-    (newest,) = complete_checkpoints(run / "checkpoints")[0].glob("*.safetensors")
-    content = bytearray(newest.read_bytes())
-    content[-1] ^= 1
-    newest.write_bytes(content)
-    output = train(recipe, ds_json, run)
-    assert "step_00000008: damaged" in output and "resuming at step 4" in output

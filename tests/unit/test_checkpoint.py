@@ -1,7 +1,6 @@
 """Checkpoints on disk: complete or absent, checked before use, read back by any layout."""
 
 import math
-import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -112,28 +111,6 @@ def test_a_rank_may_hold_nothing(tmp_path):
     assert not Reader(training_state.Checkpoint(tmp_path, {"step": 1, "files": dict.fromkeys(files)}), ranks=[3]).stored
 
 
-def test_failure_before_the_rename_leaves_the_one_before(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-
-    def full_disk(*args, **keys):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(training_state, "save_tensors", full_disk)
-    with pytest.raises(OSError):
-        save(tmp_path, 2)
-    monkeypatch.undo()
-    assert load(tmp_path)[0] == 1
-    save(tmp_path, 2)  # over what was left
-    assert load(tmp_path)[0] == 2 and not list(tmp_path.glob(".*"))
-
-
-def test_without_state_json_it_is_no_checkpoint(tmp_path):
-    save(tmp_path, 1)
-    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000009")
-    (tmp_path / "step_00000009" / "state.json").unlink()
-    assert load(tmp_path)[0] == 1
-
-
 def test_files_are_written_one_after_the_other_and_kept_small(tmp_path, monkeypatch):
     monkeypatch.setattr(training_state, "MAX_FILE_BYTES", 4 * 250)
     fragments = [Fragment(f"p{i}", (100,), WHOLE, 0, 100, partition=0, offset=100 * i) for i in range(7)]
@@ -219,19 +196,6 @@ def test_any_layout_reads_what_any_other_wrote(tmp_path_factory, written, read):
             torch.testing.assert_close(got["exp_avg"][i], 2 * flat, rtol=0, atol=0, equal_nan=True)
 
 
-@given(LAYOUTS)
-@settings(max_examples=10)
-def test_each_rank_of_the_same_layout_needs_only_its_own_files(tmp_path_factory, layout):
-    directory = tmp_path_factory.mktemp("checkpoint")
-    for rank, fragments in enumerate(partitioned(PARAMETERS, *layout)):
-        written = [torch.randn_like(flat) for flat in flats(fragments)]
-        files = {path.name: {} for path in write_fragments(directory, rank, {"master": written}, fragments)}
-        reader = Reader(training_state.Checkpoint(directory, {"step": 1, "files": files}), ranks=[rank])
-        for fragment in fragments:
-            reader.fill("master", fragment, out := torch.empty(fragment.numel))
-            assert torch.equal(out, fragment.of(written))
-
-
 @pytest.mark.parametrize(
     "lost, message",
     [
@@ -252,14 +216,6 @@ def test_what_is_not_there_is_named(tmp_path, lost, message):
     (fragment,) = (fragment for fragment in partitioned(PARAMETERS, 1, 1, 0)[0] if fragment.name == lost)
     with pytest.raises(UserError, match=message):
         reader.fill("master", fragment, torch.empty(fragment.numel))
-
-
-@given(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1]), st.sampled_from([1, 3]))
-def test_a_shard_and_its_siblings_are_the_whole(count, dim, blocks):
-    whole = torch.arange(12.0 * 24).view(12, 24)
-    parts = [Shard(dim, index, count, blocks).take(whole) for index in range(count)]
-    assert torch.equal(Shard(dim, 0, count, blocks).join(parts), whole)
-    assert all(part.numel() * count == whole.numel() and part.is_contiguous() for part in parts)
 
 
 def test_a_part_of_qkv_has_whole_heads_of_each():

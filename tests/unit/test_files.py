@@ -15,7 +15,6 @@ from mdit.files import (
     replacing,
     replacing_directory,
     save_tensors,
-    sync,
     try_to_write,
     write_json,
     write_text,
@@ -207,15 +206,10 @@ def test_a_file_system_that_cannot_sync_costs_one_line(tmp_path, monkeypatch, ca
 def test_a_disk_that_fails_to_sync_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", answering(errno.EIO))
     with pytest.raises(OSError, match="Input/output error.*it"):
-        sync(tmp_path / file_in(tmp_path))
+        file(tmp_path / "it", "new")
     with pytest.raises(OSError):
         directory(tmp_path / "directory", "new")
     assert not (tmp_path / "directory").exists() and hidden(tmp_path) == []
-
-
-def file_in(folder):
-    (folder / "it").touch()
-    return "it"
 
 
 @pytest.mark.parametrize("code", [*UNKNOWN, errno.EACCES])

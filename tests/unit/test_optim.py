@@ -13,7 +13,7 @@ from mdit.config import OptimConfig, UserError, load_config
 from mdit.parallel.settings import Execution, RunSettings
 from mdit.train.optim import build_optimizer, check_implementation, learning_rate, moments, set_moments, step_count
 from tests.recipes import tiny_config
-from tests.training import REPOSITORY, write_recipe
+from tests.training import REPOSITORY
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
@@ -154,17 +154,6 @@ def refusal(implementation: str, device=CPU, zero=None) -> str:
     assert message.startswith(f"recipe.toml: optim.implementation = '{implementation}': ")
     assert message.endswith('or use "torch"') and "\n" not in message
     return message
-
-
-def test_torch_is_the_default_and_needs_nothing():
-    config = load_config(REPOSITORY / "configs" / "quickstart.toml").optim
-    assert config.implementation == "torch"
-    check_implementation(config, CPU, "recipe.toml", execution(OFFLOADED))
-
-
-def test_an_unknown_implementation_is_refused(tmp_path):
-    with pytest.raises(UserError, match="optim.implementation = 'fused'.*'torch', 'deepspeed' or 'apex'"):
-        load_config(write_recipe(tmp_path, samples=8), ["optim.implementation=fused"])
 
 
 @pytest.fixture

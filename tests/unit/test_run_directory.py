@@ -233,13 +233,6 @@ def test_a_kill_between_two_renames_loses_neither(tmp_path):
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["new"]
 
 
-def test_a_second_run_is_refused(tmp_path, config):
-    with RunDirectory(tmp_path / "run", WORLD):
-        with pytest.raises(UserError, match=f"run: in use by process {os.getpid()} on "):
-            opened(tmp_path / "run", config)
-    opened(tmp_path / "run", config)
-
-
 def test_other_samples_are_refused(tmp_path, config):
     path = begun(tmp_path / "run", config, 2)
     (tmp_path / "train" / "manifest.json").write_text('{"made up": "other"}', encoding="utf-8")
