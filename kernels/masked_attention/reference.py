@@ -1,19 +1,14 @@
-"""LayerNorm of q and k, then attention, as PyTorch spells them: the definition, and what the CPU runs.
-
-Shapes: N batch, T image tokens, L caption tokens, A width of the attention (heads x head_dim), X a packed width.
-"""
+"""LayerNorm of q and k, then attention, as PyTorch spells them: the definition, and what the CPU runs."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float) -> Tensor:
-    """q, k and v side by side, X = 3A. -> (N, T, A)"""
     return _attend(*qkv_NTX.chunk(3, dim=-1), num_heads, eps)
 
 
 def cross_attention(q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float) -> Tensor:
-    """k and v side by side, X = 2A. -> (N, T, A)"""
     return _attend(q_NTA, *kv_NLX.chunk(2, dim=-1), num_heads, eps)
 
 

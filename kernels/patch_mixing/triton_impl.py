@@ -268,7 +268,7 @@ def _new_gradients(x_NKD, y_NTD, gate_ND, weight_D, scale_ND, keep_NK, stats_2NK
     tokens, vector = (n, num_tokens, width), (n, width)
     shapes = zip((tokens, tokens, vector, (width,), vector, vector), _exist(gate_ND, scale_ND, dh_NKD))
     new = x_NKD.new_empty if keep_NK is None else x_NKD.new_zeros  # nothing is written of dropped tokens
-    return [new(shape) if shape == tokens else x_NKD.new_empty(shape) for shape, exists in shapes if exists]
+    return [(new if len(shape) == 3 else x_NKD.new_empty)(shape) for shape, exists in shapes if exists]
 
 
 def _all_six(gradients: list[Tensor], gate, scale, dh) -> list[Tensor | None]:
