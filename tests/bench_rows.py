@@ -5,7 +5,8 @@ from functools import cache
 import torch
 
 from mdit.bench.report import Environment
-from mdit.bench.row import BenchmarkRow, Measured, StepTime, describe, stage_name
+from mdit.bench.row import BenchmarkRow, Measured, StepTime
+from mdit.bench.stages import Job
 from mdit.config import CONFIGS, TrainConfig, load_config
 from mdit.dist import World
 from mdit.parallel.settings import Execution, RunSettings
@@ -33,13 +34,8 @@ def described(name: str, kind: str) -> BenchmarkRow:
     """A row of a recipe on one GPU, without figures."""
     ds_config = {"train_batch_size": 2048, "train_micro_batch_size_per_gpu": 256}
     ds_config |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
-    return describe(
-        kind=kind,
-        name=stage_name(recipe(name)),
-        config=recipe(name),
-        execution=Execution(RunSettings(), ds_config, frozenset(["swiglu"])),
-        world=World(0, 1, 0, torch.device("cpu")),
-    ).with_(peak_tflops=H100.peak_tflops)
+    job = Job(recipe(name), Execution(RunSettings(), ds_config, frozenset(["swiglu"])))
+    return job.row(World(0, 1, 0, torch.device("cpu")), kind).with_(peak_tflops=H100.peak_tflops)
 
 
 def figures(rate: float, global_batch: int = 2048, **changes) -> Measured:

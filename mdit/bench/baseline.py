@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdit.bench.report import Report, environment
-from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, describe, one_line
+from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, one_line
 from mdit.bench.run import SyntheticBatches, free_memory
-from mdit.bench.stages import in_one_line, with_batch
+from mdit.bench.stages import Job, in_one_line, with_batch
 from mdit.bench.timing import PhaseTimer, StepPhases, summarize, time_steps
 from mdit.config import TrainConfig, UserError
 from mdit.diffusion.edm import StepNoise, edm_errors, edm_loss, sample_noise
@@ -331,13 +331,9 @@ class BaselineComparison:
         sizes = {"train_batch_size": size, "train_micro_batch_size_per_gpu": size, "zero_optimization": {"stage": 0}}
         bf16 = {"bf16": {"enabled": contender.precision != "fp32"}}
         kernels = self.kernels if who == OURS else []
-        row = describe(
-            kind="baseline",
-            name=f"{who}, {'compiled' if entry.compile else 'eager'}",
-            config=self.contenders[OURS].config,
-            execution=Execution(RunSettings(compile=entry.compile), sizes | bf16, frozenset(kernels)),
-            world=self.world,
-        )
+        execution = Execution(RunSettings(compile=entry.compile), sizes | bf16, frozenset(kernels))
+        job = Job(self.contenders[OURS].config, execution)
+        row = job.row(self.world, "baseline", f"{who}, {'compiled' if entry.compile else 'eager'}")
         setting = row.setting.model_copy(update={"weights": PRECISIONS[contender.precision]})
         parameters = sum(p.numel() for p in contender.model.parameters())
         row = row.with_(setting=setting, parameters=parameters, contender=who, pairing=pairing)

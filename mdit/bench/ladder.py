@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from mdit.bench.row import NOT_MEASURED, BenchmarkRow, Measured, Parity
@@ -74,6 +75,7 @@ def in_measuring_order() -> list[LadderStep]:
     return sorted(LADDER, key=lambda step: (step.times, step.compile, step.compile and not step.kernels))
 
 
+@dataclass
 class Ladder:
     """The ladder of a job. A collective of all ranks.
 
@@ -83,42 +85,32 @@ class Ladder:
     experts or tensors that are spread over processes.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        world: World,
-        *,
-        steps: int = 5,
-        seconds: float = 5.0,
-        parity_steps: int = 10,
-        long_parity_steps: int = 0,
-        backend: str | Callable = "inductor",
-    ) -> None:
-        settings = job.execution.settings
-        if settings.expert_parallel > 1 or settings.tensor_parallel > 1:
+    job: Job
+    world: World
+    steps: int = 5
+    seconds: float = 5.0
+    parity_steps: int = 10
+    long_parity_steps: int = 10
+    backend: str | Callable = "inductor"
+    lost: set[str] = field(default_factory=set)
+    first_losses: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        execution = self.job.execution
+        if execution.settings.expert_parallel > 1 or execution.settings.tensor_parallel > 1:
             raise UserError("the ladder measures whole blocks: expected expert_parallel = 1 and tensor_parallel = 1")
-        self.job, self.world, self.steps, self.seconds, self.backend = job, world, steps, seconds, backend
-        self.parity_steps, self.long_parity_steps = parity_steps, long_parity_steps or parity_steps
-        self.lost: set[str] = set()
-        self.first_losses: tuple[float, ...] = ()
-        options = world.device, job.execution.dtype, job.config.model.head_dim, "the ladder", True
+        options = self.world.device, execution.dtype, self.job.config.model.head_dim, "the ladder", True
         self.triton_ops, self.kernels_reason = choose_kernels("auto", *options)
 
-    def climb(
-        self, budget_s: float = float("inf"), save: Callable[[list[BenchmarkRow]], None] = lambda rows: None
-    ) -> list[BenchmarkRow]:
-        """The rows of all steps, in LADDER's order. `save` is called with them whenever one has changed.
+    def climb(self, budget_s: float = float("inf")) -> Iterator[list[BenchmarkRow]]:
+        """The rows of all steps, in LADDER's order, whenever one has changed.
 
         No step is begun that would not end within `budget_s` seconds, as far as those before it tell; the first one
         that is compiled is taken to need BUILD_S a block besides. On one process a step that is not done by then is
         broken off.
         """
-        found: dict[LadderStep, BenchmarkRow] = {}
-
-        def rows() -> list[BenchmarkRow]:
-            problem = f"{NOT_MEASURED}: no time was left of {budget_s:g} s"
-            return [found.get(step) or self.row(step).with_(problem=problem) for step in LADDER]
-
+        problem = f"{NOT_MEASURED}: no time was left of {budget_s:g} s"
+        rows = {step: self.row(step).with_(problem=problem) for step in LADDER}
         started, longest = time.perf_counter(), {}
         try:
             for step in in_measuring_order():
@@ -127,14 +119,13 @@ class Ladder:
                 if expected_seconds(step, longest, self.job.config.model) > left:
                     continue
                 with no_longer_than(left if self.world.size == 1 else float("inf")):
-                    found[step] = self.measure(step)
+                    rows[step] = self.measure(step)
                 taken = largest(time.perf_counter() - before, self.world)
                 longest[step.compile] = max(longest.get(step.compile, 0.0), taken)
-                save(rows())
+                yield list(rows.values())
         except _TimeIsUp:
             pass  # its row says so, and all that are left
-        save(rows())
-        return rows()
+        yield list(rows.values())
 
     def row(self, step: LadderStep) -> BenchmarkRow:
         return step.of(self.job).row(self.world, "ladder", step.name)
@@ -182,8 +173,8 @@ class Ladder:
         with self.run(step) as run:
             losses = run.losses(parity_steps) if comparable else losses
             measured = run.measure(warm_up=WARM_UP, steps=self.steps, seconds=self.seconds)
-        if step.plain and not step.compile:
-            self.first_losses = tuple(losses)
+        if step == FIRST:
+            self.first_losses = losses
         found = parity(losses, self.first_losses) if losses and self.first_losses else None
         return measured.model_copy(update={"losses": tuple(losses), "parity": found})
 
@@ -225,15 +216,10 @@ def no_longer_than(seconds: float) -> Iterator[None]:
 
 def parity(losses: Sequence[float], reference: Sequence[float]) -> Parity:
     """Parity of losses with reference losses, over as many steps as both have."""
-    pairs = list(zip(losses, reference))
-
-    def of_means(part: list[tuple[float, float]]) -> float:
-        ours, theirs = map(sum, zip(*part))
-        return abs(ours - theirs) / abs(theirs)
-
+    steps = min(len(losses), len(reference))
+    ours, theirs = np.array(losses[:steps]), np.array(reference[:steps])
+    first, last = slice(max(1, steps // 10)), slice(-max(1, steps // 4), None)
+    means = [abs(ours[part].mean() / theirs[part].mean() - 1) for part in (first, last)]
     return Parity(
-        steps=len(pairs),
-        largest=max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs),
-        mean_first=of_means(pairs[: max(1, len(pairs) // 10)]),
-        mean_last=of_means(pairs[-max(1, len(pairs) // 4) :]),
+        steps=steps, largest=float(max(abs(ours / theirs - 1))), mean_first=float(means[0]), mean_last=float(means[1])
     )

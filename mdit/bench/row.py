@@ -8,9 +8,7 @@ import torch
 
 from mdit.config import CONFIGS, PositiveFloat, Section, TrainConfig
 from mdit.costs.machines import MACHINES, Machine
-from mdit.costs.trace import Checkpointing, training_flops
-from mdit.dist import World
-from mdit.parallel.settings import Execution, count_parameters
+from mdit.costs.trace import Checkpointing
 
 Kind = Literal["stage", "ladder", "baseline", "profile"]
 Phase = Literal["data", "forward", "backward", "optimizer"]
@@ -214,44 +212,6 @@ class BenchmarkRow(Section):
     def stage_dollars(self, dollars_per_gpu_hour: float) -> float:
         """Dollars of all images of the row's stage."""
         return self.images / 1e6 * self.dollars_per_million(dollars_per_gpu_hour)
-
-
-def describe(
-    *,
-    kind: Kind,
-    name: str,
-    config: TrainConfig,
-    execution: Execution,
-    world: World,
-    data: str = MADE_UP,
-    images: int | None = None,
-) -> BenchmarkRow:
-    """A row before anything is measured. `images`: of the whole stage, where the global batch is not the recipe's."""
-    settings, bf16, machine = execution.settings, execution.dtype == torch.bfloat16, machine_of(world.device)
-    setting = Setting(
-        gpus=world.size,
-        micro_batch=execution.micro_batch,
-        global_batch=execution.global_batch,
-        precision="bf16" if bf16 else "fp32",
-        fp8=settings.fp8,
-        kernels=tuple(sorted(execution.triton_ops)),
-        compile=settings.compile,
-        activation_checkpointing=settings.activation_checkpointing,
-        zero_stage=execution.zero_stage,
-    )
-    return BenchmarkRow(
-        kind=kind,
-        name=name,
-        recipe=config.name,
-        images=images or config.training.num_steps * config.training.global_batch_size,
-        parameters=count_parameters(config.model),
-        latent_size=config.model.latent_size,
-        mask_ratio=config.training.mask_ratio,
-        setting=setting,
-        data=data,
-        flops_per_image=training_flops(config.model, config.training.mask_ratio),
-        peak_tflops=machine.peak / 1e12 if machine and bf16 and not settings.fp8 else None,
-    )
 
 
 @cache

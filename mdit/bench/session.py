@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdit.bench.ladder import Ladder
@@ -20,17 +21,19 @@ JSON, MARKDOWN = "throughput.json", "throughput.md"
 PROFILED_STEPS = 1  # beside one that starts the profiler: a step has thousands of kernels
 
 
+@dataclass
 class Session:
     """Adds rows to `report` until `deadline` (of time.monotonic); what was left out for want of time is in `missing`.
 
     All of it is a collective of all ranks; rank 0 prints, and writes `directory`, if any, after every row.
     """
 
-    def __init__(
-        self, report: Report, world: World, deadline: float, *, directory: Path | None, prices: Sequence[float]
-    ) -> None:
-        self.report, self.world, self.deadline, self.directory, self.prices = report, world, deadline, directory, prices
-        self.missing: list[str] = []
+    report: Report
+    world: World
+    deadline: float
+    directory: Path | None
+    prices: Sequence[float]
+    missing: list[str] = field(default_factory=list)
 
     def add(self, *rows: BenchmarkRow) -> None:
         self.report.add(*rows)
@@ -69,15 +72,6 @@ class Session:
         print_rank0(
             self.world, f"\nladder: the learning rate warms up over {warm_up} steps, so that losses move{traced}"
         )
-        printed: set[str] = set()
-
-        def save(rows: list[BenchmarkRow]) -> None:
-            self.add(*rows)
-            for row in rows:
-                if row.name not in printed and not row.is_open:
-                    printed.add(row.name)
-                    print_rank0(self.world, one_line(row))
-
         ladder = Ladder(
             job.learning(warm_up),
             self.world,
@@ -87,7 +81,15 @@ class Session:
             long_parity_steps=parity_steps,
             backend="inductor" if on_gpu else "eager",
         )
-        self.missing += [f"{row.name} (ladder)" for row in ladder.climb(round(self.left()), save) if row.is_open]
+        printed: set[str] = set()
+        rows: list[BenchmarkRow] = []
+        for rows in ladder.climb(round(self.left())):
+            self.add(*rows)
+            for row in rows:
+                if row.name not in printed and not row.is_open:
+                    printed.add(row.name)
+                    print_rank0(self.world, one_line(row))
+        self.missing += [f"{row.name} (ladder)" for row in rows if row.is_open]
 
     def profile(self, job: Job) -> None:
         """Profile a step; the trace lies in the report's directory."""

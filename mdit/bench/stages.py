@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from mdit.bench.report import TINY
-from mdit.bench.row import MADE_UP, OUT_OF_MEMORY, BenchmarkRow, Kind, Measured, describe, stage_name
+from mdit.bench.row import MADE_UP, OUT_OF_MEMORY, BenchmarkRow, Kind, Measured, Setting, machine_of, stage_name
 from mdit.bench.run import BenchmarkRun, free_memory
 from mdit.config import TrainConfig, UserError, load_config
+from mdit.costs.trace import training_flops
 from mdit.dist import World, logger
-from mdit.parallel.settings import Execution, load_ds_json
+from mdit.parallel.settings import Execution, count_parameters, load_ds_json
 from mdit.precompute import is_precomputed, precompute
 from mdit.train.run import resolve_execution
 
@@ -26,12 +27,13 @@ LATENTS_OF_TINY = 4  # times fewer on a side
 
 @dataclass(frozen=True)
 class Job:
-    """One row to measure. `data`: "made up" or "recipe". `images`: of the whole stage, whatever batch is measured."""
+    """One row to measure. `data`: "made up" or "recipe". `images`: of the whole stage, where the global batch that is
+    measured is not the recipe's."""
 
     config: TrainConfig
     execution: Execution
-    data: str
-    images: int
+    data: str = MADE_UP
+    images: int | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -43,15 +45,32 @@ class Job:
         return self.micro_batch * self.execution.accumulation_steps
 
     def row(self, world: World, kind: Kind = "stage", name: str | None = None) -> BenchmarkRow:
-        """Its row, without figures."""
-        return describe(
+        """Its row, before anything is measured."""
+        config, execution, settings = self.config, self.execution, self.execution.settings
+        bf16, machine = execution.dtype == torch.bfloat16, machine_of(world.device)
+        setting = Setting(
+            gpus=world.size,
+            micro_batch=execution.micro_batch,
+            global_batch=execution.global_batch,
+            precision="bf16" if bf16 else "fp32",
+            fp8=settings.fp8,
+            kernels=tuple(sorted(execution.triton_ops)),
+            compile=settings.compile,
+            activation_checkpointing=settings.activation_checkpointing,
+            zero_stage=execution.zero_stage,
+        )
+        return BenchmarkRow(
             kind=kind,
-            name=name or stage_name(self.config),
-            config=self.config,
-            execution=self.execution,
-            world=world,
-            data=MADE_UP if self.data == MADE_UP else ", ".join(self.config.data.train),
-            images=self.images,
+            name=name or stage_name(config),
+            recipe=config.name,
+            images=self.images or config.training.num_steps * config.training.global_batch_size,
+            parameters=count_parameters(config.model),
+            latent_size=config.model.latent_size,
+            mask_ratio=config.training.mask_ratio,
+            setting=setting,
+            data=MADE_UP if self.data == MADE_UP else ", ".join(config.data.train),
+            flops_per_image=training_flops(config.model, config.training.mask_ratio),
+            peak_tflops=machine.peak / 1e12 if machine and bf16 and not settings.fp8 else None,
         )
 
     def run(self, world: World, **options: Any) -> BenchmarkRun:

@@ -5,8 +5,8 @@ import torch
 
 from mdit.bench import row as row_module
 from mdit.bench.report import Report, earlier_rows, environment, table
-from mdit.bench.row import Parity, describe
-from mdit.bench.stages import resolve_job, tiny_form
+from mdit.bench.row import Parity
+from mdit.bench.stages import Job, resolve_job, tiny_form
 from mdit.config import CONFIGS, UserError, load_config
 from mdit.dist import World
 from mdit.parallel.settings import Execution, RunSettings
@@ -43,8 +43,7 @@ def test_where_there_is_an_mfu(monkeypatch, device, changes, has_mfu):
     ds_config = {"train_batch_size": 2048, "train_micro_batch_size_per_gpu": 256}
     ds_config |= {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": 1}}
     execution = Execution(RunSettings(**changes), ds_config, frozenset(["swiglu", "patch_mixing"]))
-    config = load_config(CONFIGS / "res_256_pretrain.toml")
-    found = describe(kind="stage", name="a", config=config, execution=execution, world=HERE)
+    found = Job(load_config(CONFIGS / "res_256_pretrain.toml"), execution).row(HERE)
     assert (found.with_(measured=figures(641.0)).mfu is not None) == has_mfu
     assert found.setting.kernels == ("patch_mixing", "swiglu")
 
