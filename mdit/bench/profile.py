@@ -47,37 +47,37 @@ LAUNCHES = re.compile(r"^cu(da)?(LaunchKernel|GraphLaunch)")
 WAITS = re.compile(r"^cu(da|Ctx|Stream|Event)\w*Synchronize")
 
 
-def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Path | None, steps: int = 2) -> Profile:
-    """The profile of `steps` calls of `step`, after one that starts the profiler; the trace lies in `directory`."""
+def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Path | None) -> Profile:
+    """The profile of one call of `step`, after one that starts the profiler; the trace lies in `directory`."""
     on_gpu = device.type == "cuda"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    once = schedule(wait=0, warmup=1, active=steps, repeat=1)
-    step_ms = 0.0
+    once = schedule(wait=0, warmup=1, active=1, repeat=1)
     # acc_events only keeps torch from warning that events of earlier cycles are lost: there is one cycle.
     with profile(activities=activities, schedule=once, acc_events=True) as profiler:
         step()
         wait()
         profiler.step()
         began = time.perf_counter()
-        for number in range(steps):
-            step()
-            if number == steps - 1:
-                wait()
-                step_ms = 1e3 * (time.perf_counter() - began) / steps
-            profiler.step()
+        step()
+        wait()
+        step_ms = 1e3 * (time.perf_counter() - began)
+        profiler.step()
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(directory / TRACE))
     averages = profiler.key_averages()
-    operators = _times(averages, DeviceType.CPU, steps)
-    found = _times(averages, DeviceType.CUDA, steps) if on_gpu else operators
+    operators = _times(averages, DeviceType.CPU)
+    found = _times(averages, DeviceType.CUDA) if on_gpu else operators
     busy_ms = sum(kernel.ms for kernel in found)  # operators contain each other, but these are their own times
     if on_gpu:  # streams run side by side
         events = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        busy_ms = length_of_union((e.time_range.start, e.time_range.end) for e in events) / 1e3 / steps
+        busy_ms = length_of_union((e.time_range.start, e.time_range.end) for e in events) / 1e3
+    categories: dict[str, float] = defaultdict(float)
+    for kernel in found:
+        categories[kernel.category] += kernel.ms
     return Profile(
-        categories=by_category(found),
+        categories=dict(sorted(categories.items(), key=lambda item: -item[1])),
         step_ms=step_ms,
         idle_ms=max(0.0, step_ms - busy_ms),
         kernels=tuple(found[:KERNELS]),
@@ -86,17 +86,12 @@ def profile_step(step: Callable[[], Any], *, device: torch.device, directory: Pa
     )
 
 
-def _times(averages: Iterable[Any], device: DeviceType, steps: int) -> list[KernelTime]:
+def _times(averages: Iterable[Any], device: DeviceType) -> list[KernelTime]:
     """Calls and own time of what a device did, the dearest first; without ranges that somebody marked. C++ names end
     where they get long."""
     own = "self_cpu_time_total" if device == DeviceType.CPU else "self_device_time_total"  # microseconds
     found = [
-        KernelTime(
-            name=one.key[:NAME_LENGTH],
-            category=category(one.key),
-            calls=one.count / steps,
-            ms=getattr(one, own) / 1e3 / steps,
-        )
+        KernelTime(name=one.key[:NAME_LENGTH], category=category(one.key), calls=one.count, ms=getattr(one, own) / 1e3)
         for one in averages
         if one.device_type == device and not one.is_user_annotation
     ]
@@ -106,14 +101,6 @@ def _times(averages: Iterable[Any], device: DeviceType, steps: int) -> list[Kern
 def category(name: str) -> str:
     """Category of a kernel or an operator, by its name."""
     return next((found for found, pattern in PATTERNS.items() if pattern.search(name)), OTHER)
-
-
-def by_category(kernels: Iterable[KernelTime]) -> dict[str, float]:
-    """{name: ms a step}, the dearest first; only those that are there."""
-    sums: dict[str, float] = defaultdict(float)
-    for kernel in kernels:
-        sums[kernel.category] += kernel.ms
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 def _host(operators: Sequence[KernelTime]) -> HostTime:

@@ -18,7 +18,6 @@ from mdit.dist import World
 from mdit.files import write_text
 
 JSON, MARKDOWN = "throughput.json", "throughput.md"
-PROFILED_STEPS = 1  # beside one that starts the profiler: a step has thousands of kernels
 
 
 @dataclass
@@ -102,7 +101,7 @@ class Session:
             directory = self.directory if self.world.is_rank_zero else None
             with job.run(self.world) as run:
                 run.losses(1)
-                found = profile_step(run.step, device=self.world.device, directory=directory, steps=PROFILED_STEPS)
+                found = profile_step(run.step, device=self.world.device, directory=directory)
             work = category_work(job.config, row.setting)
             earlier = row.with_(profile=found.model_copy(update={"work": work}))
             self.add(earlier)

@@ -110,28 +110,26 @@ def profiled(tmp_path_factory):
         optimizer.step()
 
     step()
-    return profile_step(step, device=cpu, directory=folder / "new", steps=3), folder / "new", len(calls)
+    return profile_step(step, device=cpu, directory=folder / "new"), folder / "new", len(calls)
 
 
 def test_a_step_is_all_of_its_categories_and_what_is_between(profiled):
     found, _, calls = profiled
-    assert calls == 1 + 1 + 3  # the caller's warm-up, the profiler's, and those that count
+    assert calls == 1 + 1 + 1  # the caller's warm-up, the profiler's, and the one that counts
     assert {"matmuls", "attention", "optimizer", "experts", "norm and modulation"} <= found.categories.keys()
     assert list(found.categories.values()) == sorted(found.categories.values(), reverse=True)
     assert sum(found.categories.values()) + found.idle_ms == pytest.approx(found.step_ms)
     assert 0 < found.idle_ms < found.step_ms and found.host is None
-    calls = {kernel.name: kernel.calls for kernel in found.kernels}["aten::native_layer_norm"]
-    assert calls == pytest.approx(round(calls))
 
 
 def test_the_trace_is_what_perfetto_and_tensorboard_read(profiled):
     found, folder, _ = profiled
     assert found.trace == TRACE and TRACE.endswith(".pt.trace.json.gz") and [folder / TRACE] == [*folder.iterdir()]
     events = json.loads(gzip.decompress((folder / TRACE).read_bytes()))["traceEvents"]
-    assert {"aten::addmm", "ProfilerStep#1", "ProfilerStep#2", "ProfilerStep#3"} & {event["name"] for event in events}
+    assert {"aten::addmm", "ProfilerStep#1"} <= {event["name"] for event in events}
     times = [event["dur"] for event in events if event["name"] == "aten::mm"]
     (kernel,) = [kernel for kernel in found.kernels if kernel.name == "aten::mm"]
-    assert len(times) == 3 * kernel.calls and sum(times) / 3e3 == pytest.approx(kernel.ms, rel=0.05)
+    assert len(times) == kernel.calls and sum(times) / 1e3 == pytest.approx(kernel.ms, rel=0.05)
 
 
 def test_a_screen_says_where_it_goes(profiled):
