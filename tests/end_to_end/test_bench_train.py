@@ -119,13 +119,8 @@ def test_a_budget_that_ends_early(tmp_path):
 def test_no_memory_for_a_micro_batch(tmp_path):
     code, output = run(*QUICK, "--recipe", write_recipe(tmp_path), "--out", tmp_path, function=bench_without_memory)
     assert code == 0, output
-    found = read(tmp_path)
-    assert [row.setting.micro_batch for row in found] == [8, 4, 2]
-    assert [row.problem for row in found] == [
-        "out of memory at micro-batch 8",
-        "out of memory at micro-batch 4",
-        None,
-    ]
+    found = [(row.setting.micro_batch, row.problem) for row in read(tmp_path)]
+    assert found == [(8, "out of memory at micro-batch 8"), (4, "out of memory at micro-batch 4"), (2, None)]
     assert "- 64 px, mask 0.75, 8 x 1: out of memory at micro-batch 8" in output
 
 
@@ -175,12 +170,9 @@ def test_a_row_that_fails_leaves_the_others(tmp_path):
         (["--ds_config", "nowhere.json"], "nowhere.json: cannot read the DeepSpeed JSON"),
         (["--micro_batch", "3"], "train_micro_batch_size_per_gpu = 3 does not divide the 8 samples"),
         (["--global_batch", "-8"], "--global_batch: -8 is not between 1 and"),
-        (["--budget_s", "-1"], "--budget_s: -1: expected more than 0"),
         (["--dollars_per_gpu_hour", "nan"], "--dollars_per_gpu_hour: nan: expected more than 0"),
-        (["--warm_up", "-1"], "--warm_up: -1 is not between 0 and"),
         (["--resume"], "--resume requires --out or --report"),
         (["--report", "a", "--out", "b"], "--report: has a directory"),
-        (["--kernels", "fast"], "argument --kernels: invalid choice: 'fast'"),
         (["--set", "training.mask_ratio=2"], "training.mask_ratio"),
     ],
 )

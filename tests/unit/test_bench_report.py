@@ -66,22 +66,13 @@ def test_tables_hold_figures_and_problems_and_fit_a_terminal():
 def test_tables_align_their_columns():
     lines = [["gpu", "ms"], ["a long name", 3], ["b"]]
     assert table(lines, markdown=False) == "gpu          ms\na long name   3\nb"
-    assert table(lines[:2]).splitlines() == [
-        "| gpu         | ms |",
-        "| ----------- | -- |",
-        "| a long name | 3  |",
-    ]
+    assert table(lines[:2]) == "| gpu         | ms |\n| ----------- | -- |\n| a long name | 3  |"
 
 
-def test_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "throughput.json"
+def test_a_report_is_read_as_it_was_written(tmp_path):
     report = Report(environment=CPU, command="bench", rows=[row(rate=9.0), row(problem="no")])
-    report.save(path)
-    assert Report.load(path) == report
-    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        Report(environment=H100, command="other").save(path)
-    assert Report.load(path) == report
+    report.save(tmp_path / "new" / "throughput.json")
+    assert Report.load(tmp_path / "new" / "throughput.json") == report
 
 
 @pytest.mark.parametrize(
@@ -92,10 +83,7 @@ def test_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch):
         ("[]", "schema = None"),
         ('{"schema": "mdit-kernels/1", "rows": []}', "schema = 'mdit-kernels/1': expected 'mdit-throughput/2'"),
         ('{"schema": "mdit-throughput/2", "command": ""}', "missing key environment"),
-        (
-            '{"schema": "mdit-throughput/2", "rows": [{"nmae": ""}]}',
-            "unknown key rows.0.nmae = '' (did you mean name?)",
-        ),
+        ('{"schema": "mdit-throughput/2", "rows": [{"nmae": ""}]}', "unknown key rows.0.nmae = ''"),
     ],
 )
 def test_a_file_that_is_no_report(tmp_path, text, message):

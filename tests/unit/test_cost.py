@@ -115,15 +115,8 @@ def test_nodes_multiply_the_measured_rate_with_a_predicted_efficiency(capsys, tm
     text = printed(capsys, write(tmp_path / "a.json", *FOUR))
     assert "measured rate x predicted efficiency" in text
     hours, share = scaled(stages, 16, MACHINES["h100"])
-    assert cells(text, "2") == [
-        "16",
-        f"{share:.0%}",
-        f"{hours:.1f}",
-        f"{hours / 24:.2f}",
-        f"{16 * hours:,.1f}",
-        f"${60 * hours:,.0f}",
-        f"${32 * hours:,.0f}",
-    ]
+    figures = ["16", f"{share:.0%}", f"{hours:.1f}", f"{hours / 24:.2f}", f"{16 * hours:,.1f}"]
+    assert cells(text, "2") == [*figures, f"${60 * hours:,.0f}", f"${32 * hours:,.0f}"]
     (alone,) = choose_rows([("a.json", report(FOUR[0]))], RECIPES[:1])[0]
     rate = {
         gpus: predict(RECIPES[0], Layout(gpus, 2, size, times, triton=True), MACHINES["h100"]).images_per_second / gpus
@@ -165,11 +158,7 @@ def test_precompute_is_a_line_of_its_own_from_finished_sets(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "seconds, why",
-    [
-        (None, "made before times were recorded"),
-        ({"cpu": 3.0}, "made on cpu"),
-        ({H100: 3.0, "NVIDIA A100": 1.0}, "made on NVIDIA A100"),
-    ],
+    [(None, "made before times were recorded"), ({"cpu": 3.0, H100: 1.0, "A100": 1.0}, "made on cpu and A100")],
 )
 def test_sets_that_do_not_tell_are_not_measured(capsys, tmp_path, seconds, why):
     sets = finished_set(tmp_path / "256", 256, 10, seconds)
@@ -195,22 +184,17 @@ def error(capsys, *arguments):
         (["nowhere.json"], "nowhere.json: cannot read the report"),
         ([], "required: REPORT.json"),
         (["r.json", "--dollars_per_gpu_hour", "0"], "--dollars_per_gpu_hour: 0: expected more than 0"),
-        (["r.json", "--pictures", "-3"], "--pictures: -3: expected more than 0"),
         (["r.json", "--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),
-        (["r.json", "--precompute", "nowhere"], "nowhere"),
         (["r.json", "--json", "nowhere/cost.json"], "nowhere/cost.json"),
-        (["broken.json"], "broken.json: missing key rows.0.setting"),
         (["still.json"], "rows.0.measured.images_per_second = 0.0: Input should be greater than 0"),
     ],
 )
 def test_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "r.json", *FOUR)
-    still, broken = (json.loads((tmp_path / "r.json").read_text()) for _ in range(2))
+    still = json.loads((tmp_path / "r.json").read_text())
     still["rows"][0]["measured"]["images_per_second"] = 0.0
-    del broken["rows"][0]["setting"]
     (tmp_path / "still.json").write_text(json.dumps(still))
-    (tmp_path / "broken.json").write_text(json.dumps(broken))
     assert message in error(capsys, *arguments)
 
 
