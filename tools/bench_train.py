@@ -18,20 +18,21 @@ import argparse
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch.distributed
 
 from mdit import cli, dist
-from mdit.bench.plots import draw
 from mdit.bench.report import Report, earlier_rows, environment
 from mdit.bench.row import MADE_UP, PRICES, STAGES
-from mdit.bench.session import JSON, Session, print_rank0
-from mdit.bench.stages import Job, prepare_data, resolve_job
-from mdit.config import CONFIGS
+from mdit.bench.session import JSON, Session, print_plots, print_rank0
+from mdit.bench.stages import Job, resolve_job
+from mdit.config import CONFIGS, UserError
 from mdit.dist import World, configure_logging, gather, on_all_ranks, world_from_env
 from mdit.files import try_to_write
-from mdit.meeting import init_distributed
+from mdit.meeting import init_distributed, while_others_wait
+from mdit.precompute import precompute
 
 START = time.monotonic()
 REPORT_BUDGET_S = {"cuda": 465.0, "cpu": 50.0}
@@ -45,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     world = world_from_env()
     configure_logging(world)
     if args.draw:
-        for path in draw(Report.load(args.draw / JSON), args.draw):
-            print(f"drawn: {path}")
+        print_plots(Report.load(args.draw / JSON), args.draw)
         return 0
     try:
         complete = run(args, world)
@@ -84,11 +84,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--report", type=Path, metavar="DIR", help="all of it, and plots, to DIR")
     add("--draw", type=Path, metavar="DIR", help="measure nothing: the plots of the report that DIR holds")
     add("--resume", action="store_true", help="keep the rows that DIR holds, measure the others")
-    add(
-        "--budget_s",
-        type=cli.positive,
-        help="begin nothing that ends later; default for --report: 465, on a CPU 50",
-    )
+    add("--budget_s", type=cli.positive, help="begin nothing that ends later; default for --report: 465, on a CPU 50")
     add("--tiny", action="store_true", help="tiny shapes; without a GPU always so, unless there is a --recipe")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     args = parser.parse_args(arguments)
@@ -109,14 +105,14 @@ def run(args: argparse.Namespace, world: World) -> bool:
         print_rank0(world, "no GPU here: tiny shapes on the CPU, which say nothing of the stages")
     seconds = args.seconds or (SECONDS_OF_TINY if args.tiny else SECONDS)
     jobs = wanted_jobs(args, world)
-    for job in jobs:
-        prepare_data(job, world)
     init_distributed(world)
-    here, read = (
-        environment(world.device, world.size),
-        args.resume and world.is_rank_zero,
-    )  # others may not see its disk
-    rows = gather(on_all_ranks(world, lambda: earlier_rows(args.out / JSON, here) if read else []), world)[0]
+    for job in jobs:
+        if job.data != MADE_UP:
+            make = partial(precompute, job.config, device=world.device)
+            while_others_wait(world, f"makes the data of {job.config.name}", make)
+    here = environment(world.device, world.size)
+    reads = args.resume and world.is_rank_zero  # others may not see its disk
+    rows = gather(on_all_ranks(world, lambda: earlier_rows(args.out / JSON, here) if reads else []), world)[0]
     report = Report(environment=here, command=args.command, rows=rows)
     if args.out and world.is_rank_zero:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -134,8 +130,11 @@ def run(args: argparse.Namespace, world: World) -> bool:
         ladder_seconds = min(seconds, LADDER_SECONDS)
         session.ladder(jobs[0].shortened(), parity_steps=parity_steps, steps=args.steps, seconds=ladder_seconds)
     print_rank0(world, "\n" + report.tables(prices))
-    if args.report:
-        session.plots(args.report)
+    if args.report and world.is_rank_zero:
+        try:
+            print_plots(report, args.report)
+        except UserError as error:
+            print(f"not drawn: {error}", flush=True)
     if session.missing:
         print_rank0(world, f"\nnot measured, for want of time: {'; '.join(session.missing)}. --resume goes on with it")
     return not any(row.problem and not row.ran_out_of_memory for row in report.of_kind("stage"))

@@ -12,7 +12,7 @@ its next turn, so that each has all memory when it runs. On a CPU they take turn
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from mdit.bench.report import Report, environment
 from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, one_line
-from mdit.bench.run import SyntheticBatches, free_memory
+from mdit.bench.run import free_memory, synthetic_batches
 from mdit.bench.stages import Job, in_one_line, with_batch
-from mdit.bench.timing import PhaseTimer, StepPhases, summarize, time_steps
+from mdit.bench.timing import PhaseTimer, StepPhases, summarize
 from mdit.config import TrainConfig, UserError
+from mdit.data.loader import Batch
 from mdit.diffusion.edm import StepNoise, edm_errors, edm_loss, sample_noise
 from mdit.dist import World
 from mdit.models import MicroDiT
@@ -61,7 +62,7 @@ class Contender:
         self.weights: list[Tensor] = []
         self.masters = self.weights
         self.optimizer: torch.optim.AdamW | None = None
-        self._data: dict[int, tuple[TrainConfig, SyntheticBatches]] = {}
+        self._data: dict[int, tuple[TrainConfig, Iterator[Batch]]] = {}
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
@@ -98,7 +99,7 @@ class Contender:
             torch.cuda.reset_peak_memory_stats(self.device)
         for _ in range(warm_up):
             self.step(micro_batch, timer)
-        return time_steps(lambda: self.step(micro_batch, timer), timer, steps=steps), memory_gib(self.device)
+        return timer.time_steps(lambda: self.step(micro_batch, timer), steps=steps), memory_gib(self.device)
 
     def step(self, micro_batch: int, timer: PhaseTimer) -> None:
         config, batches = self.data(micro_batch)
@@ -113,12 +114,12 @@ class Contender:
         self.update()
         self.losses.append(loss.detach())
 
-    def data(self, micro_batch: int) -> tuple[TrainConfig, SyntheticBatches]:
+    def data(self, micro_batch: int) -> tuple[TrainConfig, Iterator[Batch]]:
         """The recipe at a global batch of one micro-batch, and its batches: the same for every contender."""
         if micro_batch not in self._data:
             config = with_batch(self.config, micro_batch)
             here = ParallelPlan(World(rank=0, size=1, local_rank=0, device=self.device))
-            self._data = {micro_batch: (config, SyntheticBatches(config, here))}
+            self._data = {micro_batch: (config, synthetic_batches(config, here))}
         return self._data[micro_batch]
 
     @torch.no_grad()

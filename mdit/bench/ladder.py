@@ -26,6 +26,7 @@ from mdit.kernels.selection import choose_kernels
 from mdit.parallel.fp8 import check_fp8
 
 ORDER = ("patch_mixing", "swiglu", "expert_choice", "masked_attention")  # in which ops are switched to Triton
+SHORT_PARITY = 10  # steps
 WARM_UP = 2  # steps before those measured, beside the steps of the parity
 BUILD_S = 5.0  # torch.compile of one block, forward and backward, until a step has shown how long it takes; assumed
 NEEDS_A_GPU = "needs a GPU"
@@ -79,10 +80,10 @@ def in_measuring_order() -> list[LadderStep]:
 class Ladder:
     """The ladder of a job. A collective of all ranks.
 
-    A step is measured over `steps` optimizer steps, more where `seconds` have room for them, after its `parity_steps`;
-    with `long_parity_steps` the first step and those with all kernels are compared over so many. Where the first step
-    finds no memory, all are measured with a smaller micro-batch: they are compared with it. Raises UserError for
-    experts or tensors that are spread over processes.
+    A step is measured over `steps` optimizer steps, more where `seconds` have room for them, after those in which its
+    losses are compared: `parity_steps` for the first step and those with all kernels, SHORT_PARITY at most for the
+    others. Where the first step finds no memory, all are measured with a smaller micro-batch: they are compared with
+    it. Raises UserError for experts or tensors that are spread over processes.
     """
 
     job: Job
@@ -90,7 +91,6 @@ class Ladder:
     steps: int = 5
     seconds: float = 5.0
     parity_steps: int = 10
-    long_parity_steps: int = 10
     backend: str | Callable = "inductor"
     lost: set[str] = field(default_factory=set)
     first_losses: Sequence[float] = ()
@@ -164,7 +164,8 @@ class Ladder:
     def figures(self, step: LadderStep) -> Measured:
         """Figures with their parity. A larger global batch is another training: there float8, which changes what is
         computed, is compared at the first micro-batch, uncompiled, and the micro-batch not at all."""
-        parity_steps = self.long_parity_steps if step == FIRST or set(ORDER) <= set(step.kernels) else self.parity_steps
+        long = step == FIRST or set(ORDER) <= set(step.kernels)
+        parity_steps = self.parity_steps if long else min(SHORT_PARITY, self.parity_steps)
         comparable = step.of(self.job).execution.global_batch == self.job.execution.global_batch
         losses: Sequence[float] = ()
         if step.fp8 and not comparable:

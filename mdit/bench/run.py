@@ -6,8 +6,9 @@ with BenchmarkRun(config, execution, world) as run:          # after mdit.meetin
 
 import functools
 import gc
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mdit.bench.row import MADE_UP, Measured
-from mdit.bench.timing import PhaseTimer, largest, length_of_union, summarize, time_steps
+from mdit.bench.timing import PhaseTimer, largest, length_of_union, summarize
 from mdit.config import TrainConfig
 from mdit.data.loader import Batch
 from mdit.diffusion.edm import generator_for
@@ -41,31 +42,25 @@ GIB = 2**30
 COLLECTIVES = ("ncclDevKernel", "ncclKernel", "gloo:")  # begin the names of what moves bytes between processes
 
 
-class SyntheticBatches:
-    """An endless iterator of made-up batches of this rank, which cost nothing to fetch: CAPTIONS captions, and latents
-    that follow from them. The same global batches for any number of processes.
+def synthetic_batches(config: TrainConfig, plan: ParallelPlan) -> Iterator[Batch]:
+    """Made-up batches of this rank without end, which cost nothing to fetch: CAPTIONS captions, and latents that follow
+    from them. The same global batches for any number of processes.
 
     Latents have the standard deviation of EDM's sigma_data, 0.9 of 1 of it from the caption; all fp16, as from shards.
     """
-
-    def __init__(self, config: TrainConfig, plan: ParallelPlan) -> None:
-        self.step, device, model = 0, plan.world.device, config.model
-        share = config.training.global_batch_size // plan.data_size
-        rows = slice(plan.data_rank * share, (plan.data_rank + 1) * share)
-        options: dict[str, Any] = {"generator": generator_for(config.seed, "made up", device=device), "device": device}
-        captions = torch.randn(CAPTIONS, *model.caption_shape, **options)
-        patterns = torch.randn(CAPTIONS, *model.latent_shape, **options)
-        self.batches = []
-        for _ in range(HELD):
-            kinds = torch.randint(CAPTIONS, (config.training.global_batch_size,), **options)
-            noise = torch.randn(len(kinds), *model.latent_shape, **options)[rows]
-            latents = config.noise.sigma_data * (0.9 * patterns[kinds[rows]] + 0.19**0.5 * noise)
-            self.batches.append((latents.half(), captions.half()[kinds[rows]]))
-
-    def __next__(self) -> Batch:
-        latents, captions = self.batches[self.step % HELD]
-        self.step += 1
-        return Batch(latents, captions, [], np.empty(0, np.int64), self.step - 1)
+    device, model, global_batch = plan.world.device, config.model, config.training.global_batch_size
+    share = global_batch // plan.data_size
+    rows = slice(plan.data_rank * share, (plan.data_rank + 1) * share)
+    options: dict[str, Any] = {"generator": generator_for(config.seed, "made up", device=device), "device": device}
+    captions = torch.randn(CAPTIONS, *model.caption_shape, **options)
+    patterns = torch.randn(CAPTIONS, *model.latent_shape, **options)
+    held: list[tuple[Tensor, Tensor]] = []
+    for _ in range(HELD):
+        kinds = torch.randint(CAPTIONS, (global_batch,), **options)[rows]
+        noise = torch.randn(global_batch, *model.latent_shape, **options)[rows]
+        latents = config.noise.sigma_data * (0.9 * patterns[kinds] + 0.19**0.5 * noise)
+        held.append((latents.half(), captions.half()[kinds]))
+    return (Batch(*held[step % HELD], [], np.empty(0, np.int64), step) for step in itertools.count())
 
 
 class TimedEngine(Engine):
@@ -129,7 +124,7 @@ class BenchmarkRun(AbstractContextManager):
             self.ema = EMA(config.ema, self.engine.master_weights)
             self.built_bytes = held_bytes(world.device) - before
             if data == MADE_UP:
-                self.batches = SyntheticBatches(config, plan)
+                self.batches = synthetic_batches(config, plan)
             else:
                 self.batches = stack.enter_context(open_batches(config, execution, plan, start_step=0))
             self.stack = stack.pop_all()
@@ -162,11 +157,9 @@ class BenchmarkRun(AbstractContextManager):
         Several ranks take PROFILED_STEPS steps more, in which the collectives' time is taken.
         """
         losses = [self.step() for _ in range(warm_up)]
-
-        def step() -> None:
-            losses.append(self.step())
-
-        times = time_steps(step, self.timer, steps=steps, seconds=seconds, world=self.world)
+        times = self.timer.time_steps(
+            lambda: losses.append(self.step()), steps=steps, seconds=seconds, world=self.world
+        )
         return summarize(
             times,
             self.config.training.global_batch_size,

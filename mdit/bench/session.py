@@ -13,7 +13,6 @@ from mdit.bench.roofline import category_work
 from mdit.bench.row import BenchmarkRow, one_line
 from mdit.bench.stages import Job, attempt
 from mdit.bench.timing import largest
-from mdit.config import UserError
 from mdit.dist import World
 from mdit.files import write_text
 
@@ -76,8 +75,7 @@ class Session:
             self.world,
             steps=steps,
             seconds=seconds,
-            parity_steps=min(10, parity_steps),
-            long_parity_steps=parity_steps,
+            parity_steps=parity_steps,
             backend="inductor" if on_gpu else "eager",
         )
         printed: set[str] = set()
@@ -107,13 +105,6 @@ class Session:
             self.add(earlier)
         print_rank0(self.world, "\n" + summary(earlier))
 
-    def plots(self, directory: Path) -> None:
-        if self.world.is_rank_zero:
-            try:
-                print(*(f"drawn: {path}" for path in draw(self.report, directory)), sep="\n", flush=True)
-            except UserError as error:
-                print(f"not drawn: {error}", flush=True)
-
     def left(self) -> float:
         """Seconds until the deadline, the same on all ranks."""
         return -largest(time.monotonic() - self.deadline, self.world)
@@ -130,6 +121,11 @@ def measure_stage(job: Job, world: World, *, warm_up: int | None, steps: int, se
             return measured.model_copy(update={"memory_gib": run.memory()})
 
     return attempt(job.row(world), measure, world)
+
+
+def print_plots(report: Report, directory: Path) -> None:
+    """Draw the report's pictures, and name them. Raises UserError where matplotlib is not installed."""
+    print(*(f"drawn: {path}" for path in draw(report, directory)), sep="\n", flush=True)
 
 
 def print_rank0(world: World, text: str) -> None:

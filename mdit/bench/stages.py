@@ -1,6 +1,5 @@
 """Jobs of a benchmark: recipes and a DeepSpeed JSON, resolved as a run is, at other batch sizes or in tiny shapes."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from mdit.config import TrainConfig, UserError, load_config
 from mdit.costs.trace import training_flops
 from mdit.dist import World, logger
 from mdit.parallel.settings import Execution, count_parameters, load_ds_json
-from mdit.precompute import is_precomputed, precompute
 from mdit.train.run import resolve_execution
 
 # Sizes that a CPU trains in milliseconds, with every kind of block.
@@ -164,12 +162,3 @@ def attempt(row: BenchmarkRow, measure: Callable[[], Measured], world: World, *,
 
 def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def prepare_data(job: Job, world: World) -> None:
-    """Make the sets that a job reads as a run would make them, where the recipe says how. Raises UserError."""
-    if job.data == MADE_UP:
-        return
-    while not (world.is_rank_zero or is_precomputed(job.config)):
-        time.sleep(0.5)
-    precompute(job.config, device=world.device)

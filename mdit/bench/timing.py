@@ -16,47 +16,50 @@ StepPhases = dict[Phase, float]  # milliseconds of one step
 
 
 class PhaseTimer:
-    """Milliseconds of each phase of the steps between `start` and `stop`; a step begins with "data". On a GPU by events
-    that nobody waits for until all steps are done."""
+    """Milliseconds of each phase of steps. On a GPU by events that nobody waits for until all steps are done."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.running = device, False
-        self.marks: list[tuple[Phase, torch.cuda.Event | float]] = []
-
-    def start(self) -> None:
-        self.wait()
-        self.marks, self.running = [], True
+        self.device = device
+        self.marks: list[tuple[Phase, Any]] | None = None  # events of a GPU, or seconds
 
     def mark(self, phase: Phase) -> None:
-        """A phase begins, and the one before it ends."""
-        if not self.running:
+        """A phase begins, and the one before it ends; a step begins with "data"."""
+        if self.marks is None:
             return
-        now: torch.cuda.Event | float = time.perf_counter()
+        now: Any = time.perf_counter()
         if self.device.type == "cuda":
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         self.marks.append((phase, now))
 
-    def stop(self) -> list[StepPhases]:
-        self.mark("data")
-        self.running = False
+    def time_steps(
+        self, step: Callable[[], object], *, steps: int, seconds: float = 0.0, world: World | None = None
+    ) -> list[StepPhases]:
+        """Phases of as many steps as `seconds` have room for, at least `steps`; on all ranks equally many."""
         self.wait()
-        steps: list[StepPhases] = []
-        for (phase, begin), (_, end) in pairwise(self.marks):
+        marks = self.marks = []
+        started, done, more = time.perf_counter(), 0, True
+        while more:
+            step()
+            done += 1
+            fits = (time.perf_counter() - started) * (done + 1) / done <= seconds
+            more = done < steps or fits
+            if world is not None:
+                more = bool(largest(more, world))
+        self.mark("data")
+        self.marks = None
+        self.wait()
+        found: list[StepPhases] = []
+        for (phase, begin), (_, end) in pairwise(marks):
             if phase == "data":
-                steps.append(dict.fromkeys(PHASES, 0.0))
-            steps[-1][phase] += _milliseconds(begin, end)
-        return steps
+                found.append(dict.fromkeys(PHASES, 0.0))
+            found[-1][phase] += 1e3 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)
+        return found
 
     def wait(self) -> None:
         """Block until the device has done all that was queued."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _milliseconds(begin: Any, end: Any) -> float:
-    """From one mark to another: events of a GPU, or seconds."""
-    return begin.elapsed_time(end) if isinstance(begin, torch.cuda.Event) else 1e3 * (end - begin)
 
 
 def summarize(
@@ -98,19 +101,3 @@ def length_of_union(spans: Iterable[tuple[float, float]]) -> float:
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered
-
-
-def time_steps(
-    step: Callable[[], object], timer: PhaseTimer, *, steps: int, seconds: float = 0.0, world: World | None = None
-) -> list[StepPhases]:
-    """Phases of as many steps as `seconds` have room for, at least `steps`; on all ranks equally many."""
-    timer.start()
-    started, done, more = time.perf_counter(), 0, True
-    while more:
-        step()
-        done += 1
-        fits = (time.perf_counter() - started) * (done + 1) / done <= seconds
-        more = done < steps or fits
-        if world is not None:
-            more = bool(largest(more, world))
-    return timer.stop()

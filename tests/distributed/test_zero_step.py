@@ -1,5 +1,6 @@
 """mdit.train.zero_step against DeepSpeed's own optimizers, bit for bit; where it is more exact, against plain sums."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -8,7 +9,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from mdit.bench.run import SyntheticBatches, plan_of
+from mdit.bench.run import plan_of, synthetic_batches
+from mdit.data.loader import Batch
 from mdit.dist import World
 from mdit.models import MicroDiT
 from mdit.parallel.apply import parallelize
@@ -29,7 +31,7 @@ STEPS, POISONED = 3, 1
 BF16 = {"bf16": {"enabled": True}}
 
 
-def build(world: World, ds_json: dict, config=CONFIG) -> tuple[Engine, SyntheticBatches]:
+def build(world: World, ds_json: dict, config=CONFIG) -> tuple[Engine, Iterator[Batch]]:
     execution = Execution.resolve(ds_json, config, processes=world.size, bf16_works=False, path="test")
     settings = execution.settings
     plan = plan_of(settings.expert_parallel, settings.tensor_parallel, world)
@@ -38,7 +40,7 @@ def build(world: World, ds_json: dict, config=CONFIG) -> tuple[Engine, Synthetic
     for parameter in model.parameters():  # the released initialisation leaves most gradients zero at first
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     parallelize(model, settings, plan)
-    return Engine(model, config, execution, plan), SyntheticBatches(config, plan)
+    return Engine(model, config, execution, plan), synthetic_batches(config, plan)
 
 
 def trained(world: World, ds_json: dict, **options) -> dict:

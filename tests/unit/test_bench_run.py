@@ -91,14 +91,15 @@ def test_figures_of_one_process_and_of_two():
 
 
 def test_marks_divide_a_step(monkeypatch):
-    times = iter([0.0, 0.001, 0.004, 0.010, 0.011, 0.012, 0.020, 0.021, 0.031, 0.050])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    """The clock is read at every mark, once when timing starts and once when a step is done."""
+    times = iter([0, 0.0, 0.001, 0.004, 0.010, 0.011, 0.012, 0, 0.020, 0.021, 0.031, 0, 0.050])
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(times)))
     timer = PhaseTimer(torch.device("cpu"))
     timer.mark("data")  # before it starts: not kept
-    timer.start()
-    for phase in ("data", "forward", "backward", "optimizer", "forward", "backward", "data", "forward", "optimizer"):
-        timer.mark(phase)
-    steps = timer.stop()
+    phases = iter(
+        [["data", "forward", "backward", "optimizer", "forward", "backward"], ["data", "forward", "optimizer"]]
+    )
+    steps = timer.time_steps(lambda: [timer.mark(phase) for phase in next(phases)], steps=2, seconds=-1.0)
     assert steps[0] == pytest.approx({"data": 1, "forward": 3 + 1, "backward": 6 + 8, "optimizer": 1})
     assert steps[1] == pytest.approx({"data": 1, "forward": 10, "backward": 0, "optimizer": 19})
 

@@ -48,7 +48,7 @@ class Backend:
 def climb_on_cpu(world) -> tuple[list, list, int]:
     optim = {"lr": 1e-2, "warmup_steps": 0}  # gates are zero at first: without large steps there is little to compare
     config, backend = tiny_config(ema=None, model={"depth": 2}, optim=optim), Backend()
-    climber = Ladder(job(config), world, steps=1, seconds=0.0, long_parity_steps=20, backend=backend)
+    climber = Ladder(job(config), world, steps=1, seconds=0.0, parity_steps=20, backend=backend)
     saved = list(climber.climb())
     return saved[-1], [sum(row.problem is None for row in rows) for rows in saved], backend.graphs
 
