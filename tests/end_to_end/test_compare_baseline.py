@@ -251,8 +251,7 @@ def test_a_plain_step_in_every_precision(precision, weights):
     options = dict(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     optimizer = torch.optim.AdamW(expected.parameters(), **options)
     figures = take_turns([Turn(found, 4, False)], Pace(rounds=1, warm_up=0, steps=1))[0]
-    config, batches = found.data(4)
-    batches.step = 0
+    config, batches = found.data(4)  # both batches that are held were taken: they come again
     for number in range(2):
         batch, noise = next(batches), sample_noise(config, number, slice(0, 4))
         optimizer.zero_grad()
