@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--capability", type=int, default=90, help="of the GPU: 80 is an A100, 90 an H100")
     widths = parser.add_mutually_exclusive_group()
     widths.add_argument("--all", action="store_true", help="every width, not only the first, the middle and the last")
-    widths.add_argument("--few", action="store_true", help="every kernel of every op, but few of its sizes")
+    widths.add_argument("--few", action="store_true", help="every kernel and option of every op, few of their sizes")
     add("--json", type=Path, help="also write the numbers to this file")
     add("--cache", type=cli.path, metavar="DIR", help="build into DIR, for a GPU machine to find there")
     add("--recipe", type=cli.path, action="append", default=[], help="with --cache: its kernels as well")
@@ -136,13 +136,19 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
 
 
 def few(uses: dict) -> dict:
-    """One source of those that an op launches as the same kernel, alike in all but sizes; with all uses that it has."""
-    chosen = {}
-    for source, used in uses.items():
-        flags = [constant for constant in source.constants if constant[1] is None or isinstance(constant[1], bool)]
-        for use in used:
-            chosen[use.op, use.direction, source.kernel, source.num_warps, *flags] = source
-    return {source: uses[source] for source in dict.fromkeys(chosen.values())}
+    """Sources, with all uses that they have, by which each op launches each of its kernels, with every number of warps
+    and each of its options on and off: not every pair of options, and few sizes."""
+    seen, chosen = set(), {}
+    for source in reversed(uses):  # the widest first
+        constants = dict(source.constants)
+        options = [(i, constants.get((i,), ...)) for i in range(len(source.signature))]
+        options = [(i, value if value is None or isinstance(value, bool) else ...) for i, value in options]
+        warps = ("warps", source.num_warps)
+        forms = {(use.op, use.direction, source.kernel, o) for use in uses[source] for o in (*options, warps)}
+        if not forms <= seen:
+            chosen[source] = uses[source]
+            seen |= forms
+    return chosen
 
 
 def fresh_processes(*initializer: Any) -> ProcessPoolExecutor:

@@ -14,8 +14,8 @@ CHAIN = [
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 WITH_OPTIONS = [
     (2, 2, EP2, OFFLOADED), (2, 3, {}, {**OFFLOADED, "offload_param": {"device": "cpu"}}),
-    (4, 3, {}, {"sub_group_size": 3000}),
-    (1, 2, {}, OFFLOADED), (2, 2, {}, {"overlap_comm": True, "reduce_bucket_size": 1000}),
+    (1, 2, {}, OFFLOADED), (2, 3, {}, {"sub_group_size": 3000}),
+    (2, 2, {}, {"overlap_comm": True, "reduce_bucket_size": 1000}),
     (2, 1, {"expert_parallel": 2, "activation_checkpointing": "block"}),
 ]  # fmt: skip
 WITH_TENSORS = [(2, 1, TP2), (4, 2, EP2), (4, 2, TP2), (2, 3, {})]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mdit.checkpoint.training_state import complete_checkpoints
 from tests.training import attempt, read_metrics, start, train, write_ds_json, write_recipe
 
-STEPS, EVERY = 60, 4
+STEPS, EVERY = 36, 4
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def undisturbed(tmp_path_factory):
     recipe = write_recipe(
         folder,
         training={"num_steps": STEPS},
-        report={"checkpoint_every": EVERY, "log_every": 3, "snapshot_every": 10, "validate_every": 20},
+        report={"checkpoint_every": EVERY, "log_every": 3, "snapshot_every": 10, "validate_every": 12},
     )
     train(recipe, write_ds_json(folder / "ds.json"), folder / "run")
     return recipe, folder / "ds.json", folder / "run"
