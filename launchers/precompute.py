@@ -18,6 +18,7 @@ from typing import Any
 from mdit import cli
 from mdit.config import DEFAULT_RECIPE, UserError, load_config
 from mdit.data.manifest import MANIFEST, read_manifest
+from mdit.data.report import read_report
 from mdit.data.shards import open_dataset
 from mdit.data.writer import SHARD_BYTES
 from mdit.dist import World, configure_logging, logger, shared, work_on, world_from_env
@@ -28,7 +29,6 @@ from mdit.precompute.coordination import check_set, is_changing, is_finished, pl
 from mdit.precompute.decoders import build_decoder
 from mdit.precompute.mds_latents import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
 from mdit.precompute.pipeline import EncodingPipeline, SampleProducer
-from mdit.precompute.report import read_report, summary
 from mdit.sources import Source, check_name, open_named_source
 from mdit.sources.mds import holds_latents, open_latents
 
@@ -118,7 +118,7 @@ def describe(directory: Path, verify: bool) -> str:
         f"latents {dataset.latent_shape}, caption embeddings {dataset.embedding_shape}"
     ) + (", checksums right" if verify else "")
     report = read_report(directory)
-    return text + (f"\n{directory}: {summary(report)}" if report and report["rejected"] else "")
+    return text + (f"\n{directory}: {report.summary()}" if report and report.rejected else "")
 
 
 def _plan_source(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:

@@ -7,7 +7,6 @@ ratio, in bfloat16, on a GPU. Nothing stands in for a row that is missing.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mdit.bench.report import Environment, Report
 from mdit.bench.row import BenchmarkRow
@@ -16,8 +15,8 @@ from mdit.costs.layouts import Layout
 from mdit.costs.machines import Machine
 from mdit.costs.prediction import predict
 from mdit.data.manifest import read_manifest
+from mdit.data.report import SetReport, read_report
 from mdit.parallel.settings import count_parameters
-from mdit.precompute.report import read_report
 
 HOUR = 3600
 
@@ -152,23 +151,23 @@ class SetTime:
 def set_times(directories: Sequence[Path], image_sizes: Iterable[int], device: str | None) -> list[SetTime]:
     """One for each image size that the recipe needs: of all finished sets of that size, if all were made on `device`
     (None: on any GPU). Raises UserError for a set of another size."""
-    found: dict[int, list[tuple[Path, dict[str, Any]]]] = {size: [] for size in sorted(image_sizes)}
+    found: dict[int, list[tuple[Path, SetReport | None]]] = {size: [] for size in sorted(image_sizes)}
     for directory in directories:
         size = read_manifest(directory).fingerprint.get("image_size")
         if size not in found:
             raise UserError(f"{directory}: is of {size} px; the recipe has {' and '.join(map(str, found))}")
-        found[size].append((directory, read_report(directory) or {}))
+        found[size].append((directory, read_report(directory)))
     return [_set_time(size, reports, device) for size, reports in found.items()]
 
 
-def _set_time(image_size: int, reports: list[tuple[Path, dict[str, Any]]], device: str | None) -> SetTime:
+def _set_time(image_size: int, reports: list[tuple[Path, SetReport | None]], device: str | None) -> SetTime:
     if not reports:
         return SetTime(image_size, problem="no set of this size was given")
     written = seconds = 0
     for directory, report in reports:
-        if not report.get("seconds"):
+        if report is None or not report.seconds:
             return SetTime(image_size, problem=f"{directory}: made before times were recorded")
-        if others := [name for name in report["seconds"] if name == "cpu" or name != (device or name)]:
+        if others := [name for name in report.seconds if name == "cpu" or name != (device or name)]:
             return SetTime(image_size, problem=f"{directory}: made on {' and '.join(others)}")
-        written, seconds = written + report["written"], seconds + sum(report["seconds"].values())
+        written, seconds = written + report.written, seconds + sum(report.seconds.values())
     return SetTime(image_size, written, seconds)

@@ -13,30 +13,24 @@ from nvidia.dali import Pipeline, fn
 from nvidia.dali import types as dali_types
 
 from mdit.data.manifest import TAR_BLOCK, SampleLayout
-from mdit.data.prefetcher import Batch, Buffer, Prefetcher
+from mdit.data.prefetcher import Batch, Buffer, Loader, Prefetcher
 from mdit.data.quantise import BLOCK
 
 types: Any = dali_types  # whose stub lacks its enumerations
 WORDS = {8: types.INT64, 4: types.INT32, 2: types.INT16}  # by their bytes
 
 
-class DaliLoader:
-    """An endless iterator of Batch over all epochs, and a context manager; close() stops its threads.
-
-    While a batch is used, the next one is copied and dequantised.
-    """
+class DaliLoader(Loader):
+    """Rows split into tensors by DALI. While a batch is used, the next one is copied and dequantised."""
 
     def __init__(self, prefetcher: Prefetcher, batch_size: int, device: torch.device) -> None:
-        self._prefetcher, self._device, self._on_gpu = prefetcher, device, device.type == "cuda"
+        super().__init__(prefetcher, device)
+        self._on_gpu = device.type == "cuda"
         self._pipeline: Any = build_pipeline(prefetcher.layout, batch_size, device.index if self._on_gpu else None)
         self._running: Buffer | None = None
         self._copying: list[tuple] = []  # outputs that torch may still be reading, each with an event behind that
 
-    def __iter__(self) -> "DaliLoader":
-        return self
-
     def __next__(self) -> Batch:
-        """Raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed."""
         buffer = self._running or self._start(self._prefetcher.take())
         outputs = self._pipeline.share_outputs()  # waits until they are there
         self._pipeline.release_outputs()
@@ -61,16 +55,10 @@ class DaliLoader:
         return buffer
 
     def close(self) -> None:
-        self._prefetcher.close()
+        super().close()
         for _, copied in self._copying:
             copied.synchronize()
         self._pipeline = self._running = None  # ends DALI's threads
-
-    def __enter__(self) -> "DaliLoader":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
 
 
 def build_pipeline(layout: SampleLayout, batch_size: int, device_id: int | None) -> Pipeline:

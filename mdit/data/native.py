@@ -2,26 +2,22 @@
 
 import torch
 
-from mdit.data.prefetcher import Batch, Buffer, Prefetcher
+from mdit.data.prefetcher import Batch, Buffer, Loader, Prefetcher
 
 
-class NativeLoader:
-    """An endless iterator of Batch over all epochs, and a context manager; close() stops its threads.
+class NativeLoader(Loader):
+    """Rows split into tensors by torch.
 
     On a CPU a batch is a view of the buffer it was read into, which is used again once nobody holds the batch. To a GPU
     it is copied from pinned memory on a stream of its own: while a batch is used, the next one is on its way.
     """
 
     def __init__(self, prefetcher: Prefetcher, device: torch.device) -> None:
-        self._prefetcher, self._device = prefetcher, device
+        super().__init__(prefetcher, device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copying: tuple[Batch, torch.Event] | None = None  # the next batch, and the event behind its copy
 
-    def __iter__(self) -> "NativeLoader":
-        return self
-
     def __next__(self) -> Batch:
-        """Raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed."""
         if self._stream is None:
             buffer = self._prefetcher.take()
             texts, samples, step = buffer.texts, buffer.samples, buffer.step
@@ -48,11 +44,5 @@ class NativeLoader:
         return batch, done
 
     def close(self) -> None:
-        self._prefetcher.close()
+        super().close()
         self._copying = None
-
-    def __enter__(self) -> "NativeLoader":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()

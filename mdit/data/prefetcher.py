@@ -5,8 +5,9 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -107,6 +108,22 @@ class Prefetcher:
         rows = buffer.rows.numpy()[:]  # an array of its own, to be told when it goes
         weakref.finalize(rows, self._queues.free.put, buffer).atexit = False
         return torch.from_numpy(rows)
+
+
+class Loader(Iterator[Batch], AbstractContextManager):
+    """An endless iterator of Batch over all epochs, and a context manager; close() stops its threads.
+
+    `__next__` raises ShardError when a shard turns out to be damaged; StopIteration once the loader is closed.
+    """
+
+    def __init__(self, prefetcher: Prefetcher, device: torch.device) -> None:
+        self._prefetcher, self._device = prefetcher, device
+
+    def close(self) -> None:
+        self._prefetcher.close()
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
 
 class Queues:

@@ -220,10 +220,7 @@ class LatentSet:
         for location in self.locate(range(*self._shard_starts[shard : shard + 2])):
             self.read_row(location, row)
         for entry in (self.manifest.shards[shard], self.manifest.dali_indexes[shard]):
-            path = self.directory / entry.file
-            _require_size(path, entry)
-            if (found := checksum(path)) != entry.xxh3:
-                raise ShardError(f"{path}: xxh3 is {found}, but {MANIFEST} says {entry.xxh3}")
+            _require_content(self.directory / entry.file, entry)
 
     def verify(self) -> None:
         """Read everything. Raises the ShardError of the first damaged shard."""
@@ -256,9 +253,7 @@ def open_dataset(directory: str | Path, *, check_sizes: bool = True) -> LatentSe
     directory = Path(directory)
     manifest = read_manifest(directory)
     index_path = directory / manifest.index.file
-    _require_size(index_path, manifest.index)
-    if (found := checksum(index_path)) != manifest.index.xxh3:
-        raise ShardError(f"{index_path}: xxh3 is {found}, but {MANIFEST} says {manifest.index.xxh3}")
+    _require_content(index_path, manifest.index)
     index = Index(index_path)
     shard_samples = sum(shard.samples for shard in manifest.shards)
     for what, found in (("rows in the index", len(index)), ("samples in its shards", shard_samples)):
@@ -272,12 +267,9 @@ def open_dataset(directory: str | Path, *, check_sizes: bool = True) -> LatentSe
 
 def read_samples(dataset: LatentSet, samples: Iterable[int]) -> tuple[Tensor, Tensor, list[str]]:
     """-> latents (N, C, H, W) fp16, caption embeddings (N, L, C) fp16, captions. Raises ShardError."""
-    samples = list(samples)
-    rows = np.empty((len(samples), dataset.layout.row_bytes), np.uint8)
-    texts = []
-    for sample, row in zip(samples, rows):
-        [location] = dataset.locate([sample])
-        texts.append(dataset.read_row(location, row))
+    locations = dataset.locate(samples)
+    rows = np.empty((len(locations), dataset.layout.row_bytes), np.uint8)
+    texts = [dataset.read_row(location, row) for location, row in zip(locations, rows)]
     latents, captions = dataset.layout.split(torch.from_numpy(rows))
     return latents.contiguous(), captions.contiguous(), texts
 
@@ -292,6 +284,12 @@ def _size(path: Path, entry: FileEntry) -> int:
 def _require_size(path: Path, entry: FileEntry) -> None:
     if (found := _size(path, entry)) != entry.bytes:
         raise ShardError(f"{path}: has {found} bytes, but {MANIFEST} says {entry.bytes}")
+
+
+def _require_content(path: Path, entry: FileEntry) -> None:
+    _require_size(path, entry)
+    if (found := checksum(path)) != entry.xxh3:
+        raise ShardError(f"{path}: xxh3 is {found}, but {MANIFEST} says {entry.xxh3}")
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

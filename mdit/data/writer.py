@@ -6,7 +6,7 @@ complete. `finish_set` joins the records to index.npy and manifest.json. Bytes d
 
 import os
 import re
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from mdit.data.manifest import (
     read_manifest,
 )
 from mdit.data.quantise import quantise
+from mdit.data.report import PartReport, new_report
 from mdit.data.shards import INDEX, INDEX_DTYPE, LatentSet
 from mdit.descriptions import Encoders, check_descriptions
 from mdit.documents import parse_json
-from mdit.files import checksum, replacing, sync, write_json, write_text
+from mdit.files import measure, replacing, write_json, write_text
 
 SHARD_BYTES = 10**9
 
@@ -42,7 +43,7 @@ class NotFinite(UserError):
 class PartRecord(Section):
     """Content of part_00012.json."""
 
-    report: dict[str, Any]
+    report: PartReport
     shards: tuple[FileEntry, ...]
     dali_indexes: tuple[FileEntry, ...]
 
@@ -61,12 +62,11 @@ class PartWriter:
         part: int,
         layout: SampleLayout,
         shard_bytes: int = SHARD_BYTES,
-        report: dict[str, Any] | None = None,
         suffix: str = "",
     ) -> None:
         layout.check()
         self.directory, self.part, self.layout, self.shard_bytes = Path(directory), part, layout, shard_bytes
-        self.report, self._suffix = {} if report is None else report, suffix
+        self.report, self._suffix = new_report(), suffix
         if is_written(self.directory, part):
             raise ValueError(f"{self.directory}: part {part} is complete")
         for left in [path for name in ("shard", "part") for path in self.directory.glob(f"*{name}_{part:05d}[_.]*")]:
@@ -75,6 +75,7 @@ class PartWriter:
         self._dali_indexes: list[FileEntry] = []
         self._entries: list[tuple[int, int, int, int]] = []
         self._keys: list[str] = []  # of the open shard
+        self._shard = ExitStack()  # the open shard's file and name
         self._tar: Any = None  # a webdataset.TarWriter
 
     def write(self, key: str, latent: np.ndarray, embedding: np.ndarray, caption: str) -> None:
@@ -87,8 +88,11 @@ class PartWriter:
         emb = quantise(half) if self.layout.embeddings == "i8b64" else half.tobytes()
         text = caption.encode()
         if self._tar is None:
-            self._file = open(self.directory / f"{self._name}.tar.tmp", "w+b")
+            self._path = self.directory / f"shard_{self.part:05d}_{len(self._shards):03d}{self._suffix}.tar"
+            partial = self._shard.enter_context(replacing(self._path))
+            self._file = self._shard.enter_context(open(partial, "w+b"))
             self._tar = TarWriter(self._file, encoder=False, mtime=0)
+            self._shard.callback(self._tar.close)
         offset = self._tar.tarstream.offset
         # TarWriter sorts members by name: emb.bin, lat.bin, txt. Each is a header block and data padded to blocks.
         self._tar.write({"__key__": key, "emb.bin": emb, "lat.bin": lat, "txt": text})
@@ -110,13 +114,9 @@ class PartWriter:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is None:
             self.close()
-        elif self._tar is not None:
-            with suppress(OSError), self._file:  # a full disk may be why we are here
-                self._tar.close()
-
-    @property
-    def _name(self) -> str:
-        return f"shard_{self.part:05d}_{len(self._shards):03d}{self._suffix}"
+        else:
+            with suppress(OSError):  # a full disk may be why we are here
+                self._shard.__exit__(kind, error, traceback)
 
     def _half(self, key: str, what: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         if values.shape != shape:
@@ -130,22 +130,17 @@ class PartWriter:
     def _close_shard(self) -> None:
         self._tar.close()
         samples, first = len(self._keys), len(self._entries) - len(self._keys)
-        with self._file:
-            self._file.flush()
-            for number in range(first, len(self._entries)):
-                shard, text_bytes, offset, _ = self._entries[number]
-                sample = os.pread(self._file.fileno(), self.layout.row_bytes + text_bytes, offset)
-                self._entries[number] = (shard, text_bytes, offset, xxhash.xxh3_64_intdigest(sample))
-        path = self.directory / f"{self._name}.tar"
-        temporary = path.with_name(f"{path.name}.tmp")
-        sync(temporary)
-        entry = _entry(temporary, path.name, samples)
-        temporary.rename(path)
-        dali_index = path.with_suffix(".idx")
+        self._file.flush()
+        for number in range(first, len(self._entries)):
+            shard, text_bytes, offset, _ = self._entries[number]
+            sample = os.pread(self._file.fileno(), self.layout.row_bytes + text_bytes, offset)
+            self._entries[number] = (shard, text_bytes, offset, xxhash.xxh3_64_intdigest(sample))
+        self._shard.close()
+        self._shards.append(_entry(self._path, samples))
+        dali_index = self._path.with_suffix(".idx")
         lines = "".join([f"v1.2 {samples}\n", *map(self._dali_line, self._keys, self._entries[first:])])
-        write_text(dali_index, lines)  # syncs the directory, and with it the shard's name
-        self._dali_indexes.append(_entry(dali_index, dali_index.name, samples))
-        self._shards.append(entry)
+        write_text(dali_index, lines)
+        self._dali_indexes.append(_entry(dali_index, samples))
         self._tar, self._keys = None, []
 
     def _dali_line(self, key: str, row: tuple[int, int, int, int]) -> str:
@@ -165,7 +160,7 @@ def is_written(directory: str | Path, part: int) -> bool:
     return _record_path(Path(directory), part).exists()
 
 
-def written_parts(directory: str | Path, known: dict[int, dict[str, Any]] | None = None) -> dict[int, dict[str, Any]]:
+def written_parts(directory: str | Path, known: dict[int, PartReport] | None = None) -> dict[int, PartReport]:
     """Part -> its report, of the parts that are complete. What is `known` is not read again."""
     found = dict(known or {})
     for path in sorted(Path(directory).glob("part_*.json")):
@@ -208,16 +203,17 @@ def finish_set(
     return read_manifest(directory)
 
 
-def take_over(dataset: LatentSet, part: int, into: Path, report: dict[str, Any]) -> None:
+def take_over(dataset: LatentSet, part: int, into: Path, report: PartReport | None) -> None:
     """Make a part of a finished set a complete part of the set in the making `into`. Its shards stay where they are.
 
     Raises UserError unless the report has as many samples."""
     numbers = [n for n, shard in enumerate(dataset.manifest.shards) if _part_of(shard.file) == part]
     first, end = (min(numbers), max(numbers) + 1) if numbers else (0, 0)
     samples = sum(dataset.shard_sizes[first:end])
-    if report.get("written") != samples:
+    if report is None or report.written != samples:
         raise UserError(
-            f"{dataset.directory}: part {part} has {samples} samples, but its report says {report.get('written')}; "
+            f"{dataset.directory}: part {part} has {samples} samples, but its report says "
+            f"{report and report.written}; "
             "make the set again"
         )
     start = sum(dataset.shard_sizes[:first])
@@ -275,7 +271,7 @@ def _join_indexes(directory: Path, records: list[PartRecord], name: str) -> File
                 rows["shard"] += first_shard
                 file.write(rows.tobytes())
                 first_shard += len(record.shards)
-        return _entry(partial, name, samples)
+    return _entry(directory / name, samples)
 
 
 def _record_path(directory: Path, part: int) -> Path:
@@ -287,7 +283,7 @@ def _write_record(directory: Path, part: int, record: PartRecord, rows: np.ndarr
     path = _record_path(directory, part)
     with replacing(path.with_suffix(".npy")) as partial, open(partial, "wb") as file:
         np.save(file, rows, allow_pickle=False)
-    write_json(path, record.model_dump(mode="json"))
+    write_json(path, record.model_dump(mode="json", exclude_none=True))
 
 
 def _read_record(path: Path) -> PartRecord:
@@ -306,6 +302,5 @@ def _read_entries(directory: Path, part: int, record: PartRecord) -> np.ndarray:
     return rows
 
 
-def _entry(path: Path, name: str, samples: int) -> FileEntry:
-    """The entry of the file that lies at `path` and is, or will be, called `name`."""
-    return FileEntry(file=name, samples=samples, bytes=path.stat().st_size, xxh3=checksum(path))
+def _entry(path: Path, samples: int) -> FileEntry:
+    return FileEntry(file=path.name, samples=samples, **measure(path))

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mdit.config import Embeddings, UserError, parse_section
+from mdit.data.report import SetReport
 from mdit.data.writer import SHARD_BYTES, NotFinite, PartWriter
 from mdit.descriptions import Encoders
 from mdit.dist import logger
@@ -30,10 +31,8 @@ from mdit.precompute.coordination import (
     TooManyRejected,
     plan_of_finished,
     require_plan,
-    require_same_making,
 )
 from mdit.precompute.pipeline import SampleProducer, Samples, WorkItem, read
-from mdit.precompute.report import Report, reject
 from mdit.sources import Part, Picture, Rejected, Source
 from mdit.sources.fingerprint import fingerprint
 
@@ -72,7 +71,7 @@ class Outcome:
     """`finished` are the reports of the sets that are there; `left` says of the others how many parts are being made by
     other processes, which is 0 while they give the set its name."""
 
-    finished: dict[Path, Report]
+    finished: dict[Path, SetReport]
     left: dict[Path, int]
 
 
@@ -206,10 +205,8 @@ def _plan(
         parts=parts,
         pictures_of_last_part=of_last_part,
     )
-    if stored is not None:
-        require_plan(unfinished.directory, stored, plan, job.owner)
-    elif before is not None:
-        require_same_making(unfinished.directory, before, plan, job.owner)
+    if known is not None:
+        require_plan(unfinished.directory, known, plan, job.owner, finished=stored is None)
     return plan, made
 
 
@@ -289,7 +286,7 @@ def _note_seconds(writers: Mapping[int, PartWriter], device: str, began: float) 
     """Report the time since the part before was done, shared out by pixels. -> the time now"""
     now, pixels = time.perf_counter(), sum(size**2 for size in writers)
     for size, writer in writers.items():
-        writer.report["seconds"] = {device: (now - began) * size**2 / pixels}
+        writer.report.seconds = {device: (now - began) * size**2 / pixels}
     return now
 
 
@@ -307,18 +304,18 @@ def _work(parts: Sequence[Part], sets: Mapping[int, SetInProgress], plan: Plan) 
 
 def _write(samples: Samples, image_size: int, writer: PartWriter) -> None:
     report = writer.report
-    report["seen"] += samples.seen
+    report.seen += samples.seen
     for reason, origin in samples.rejected:
-        reject(report, reason, origin)
+        report.reject(reason, [origin])
     for sample in samples.samples:
         try:
             writer.write(sample.key, sample.latents[image_size], sample.embedding, sample.read.caption)
-            report["written"] += 1
+            report.written += 1
         except NotFinite:
-            reject(report, NOT_FINITE, sample.read.origin)
+            report.reject(NOT_FINITE, [sample.read.origin])
 
 
 def _done(sets: Mapping[int, SetInProgress]) -> tuple[int, int]:
     """Pictures and parts that are complete, whoever made them, of the set that is farthest behind."""
     reports = min((unfinished.reports() for unfinished in sets.values()), key=len)
-    return sum(report["seen"] for report in reports.values()), len(reports)
+    return sum(report.seen for report in reports.values()), len(reports)

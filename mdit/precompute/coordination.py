@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from mdit.config import PositiveInt, Section, UserError, parse_section
 from mdit.data.manifest import MANIFEST, SampleLayout, read_manifest
+from mdit.data.report import REPORT, PartReport, merge, new_report, read_report
 from mdit.data.shards import INDEX, open_dataset
 from mdit.data.writer import PartWriter, finish_set, is_written, take_over, written_parts
 from mdit.descriptions import Encoders
@@ -31,17 +32,6 @@ from mdit.dist import logger
 from mdit.documents import parse_json
 from mdit.files import sync, write_json, write_text
 from mdit.precompute.locks import RecordLocks
-from mdit.precompute.report import (
-    REPORT,
-    Report,
-    check_report,
-    merge,
-    merge_parts,
-    new_report,
-    read_report,
-    rejected_share,
-    summary,
-)
 
 T = TypeVar("T", bound=Section)
 PLAN, CHANGE = "plan.json", "change.json"
@@ -91,11 +81,6 @@ def is_changing(directory: Path) -> bool:
     return is_finished(directory) and (_work(directory) / PLAN).exists()
 
 
-def read_plan(directory: Path) -> Plan | None:
-    """The plan of the set that is to become `directory`; None when it has not been begun."""
-    return _read(Plan, _work(directory) / PLAN)
-
-
 def plan_of_finished(directory: Path) -> Plan | None:
     """The plan that a finished set was made by; None for one that was brought."""
     return _read(Plan, directory / PLAN)
@@ -105,34 +90,29 @@ def check_set(directory: Path, build_settings: dict[str, Any], owner: str) -> No
     """Raise UserError when the set, finished or begun, is made from something else, or when other files are in its
     place. `owner` says where `build_settings` comes from: "the recipe's"."""
     try:
-        _check_set(directory, build_settings, owner)
+        if is_finished(directory):
+            _remove_leftovers(directory)
+            found, what = read_manifest(directory).fingerprint, f"{directory / MANIFEST}: was made with"
+            _require_equal(found, build_settings, what, owner, f"remove {directory} to make it again")
+        elif directory.is_dir() and any(directory.iterdir()):
+            raise UserError(f"{directory}: holds files but no {MANIFEST}; remove it or choose another directory")
+        elif plan := _read(Plan, _work(directory) / PLAN):
+            require_plan(directory, plan, plan.model_copy(update={"build_settings": build_settings}), owner)
     except OSError as error:
         raise UserError(f"{directory}: cannot look at what is there: {error}") from None
 
 
-def _check_set(directory: Path, build_settings: dict[str, Any], owner: str) -> None:
-    if is_finished(directory):
-        _remove_leftovers(directory)
-        found, what = read_manifest(directory).fingerprint, f"{directory / MANIFEST}: was made with"
-        _require_equal(found, build_settings, what, owner, f"remove {directory} to make it again")
-    elif directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"{directory}: holds files but no {MANIFEST}; remove it or choose another directory")
-    elif plan := read_plan(directory):
-        require_plan(directory, plan, plan.model_copy(update={"build_settings": build_settings}), owner)
-
-
-def require_plan(directory: Path, begun: Plan, wanted: Plan, owner: str) -> None:
-    """Raise UserError naming the first difference between the plan of a set that was begun and the one wanted."""
-    work = _work(directory)
-    what, remedy = f"{work / PLAN}: was begun with", f"remove {work} to start again"
-    _require_equal(_hoisted(begun), _hoisted(wanted), what, owner, remedy)
-
-
-def require_same_making(directory: Path, finished: Plan, wanted: Plan, owner: str) -> None:
-    """Raise UserError naming the first difference, but for the parts, between the plan of a finished set and the one
-    wanted."""
-    found, asked = ({**_hoisted(plan), "parts": {}} for plan in (finished, wanted))
-    _require_equal(found, asked, f"{directory / PLAN}: was made with", owner, f"remove {directory} to make it again")
+def require_plan(directory: Path, there: Plan, wanted: Plan, owner: str, finished: bool = False) -> None:
+    """Raise UserError naming the first difference between the plan of a set that was begun and the one wanted; of a
+    finished set the parts may differ."""
+    found, asked = _hoisted(there), _hoisted(wanted)
+    if finished:
+        found["parts"] = asked["parts"]
+        what, remedy = f"{directory / PLAN}: was made with", f"remove {directory} to make it again"
+    else:
+        work = _work(directory)
+        what, remedy = f"{work / PLAN}: was begun with", f"remove {work} to start again"
+    _require_equal(found, asked, what, owner, remedy)
 
 
 class SetInProgress:
@@ -146,7 +126,7 @@ class SetInProgress:
         self.work = _work(directory)
         self._opened: RecordLocks | None = None
         self._held: set[int] = set()
-        self._reports: dict[int, Report] = {}
+        self._reports: dict[int, PartReport] = {}
         self._change: Change | None = None
 
     @property
@@ -161,7 +141,7 @@ class SetInProgress:
         new = [path for path in self.directory.parents if not path.exists()]
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self._opened = RecordLocks(_lock_path(self.directory))
-        stored, finished = read_plan(self.directory), is_finished(self.directory)
+        stored, finished = _read(Plan, self.work / PLAN), is_finished(self.directory)
         try:
             if stored is not None:
                 self._change = _read(Change, self.work / CHANGE)
@@ -195,7 +175,7 @@ class SetInProgress:
         """A writer of a part that was claimed."""
         change = self._change
         suffix = f"_{change.number:04d}" if change and part < len(change.replaces.parts) else ""
-        return PartWriter(self.work, part, self.layout, shard_bytes, new_report(), suffix)
+        return PartWriter(self.work, part, self.layout, shard_bytes, suffix)
 
     def claim(self, part: int) -> bool:
         """Whether this process is to make the part: it is not complete, and nobody is at it. May be called by a thread
@@ -221,15 +201,13 @@ class SetInProgress:
         """Number of parts that are not complete."""
         return num_parts - os.pread(self.locks.descriptor, num_parts, 1).count(COMPLETE)
 
-    def reports(self) -> dict[int, Report]:
+    def reports(self) -> dict[int, PartReport]:
         """Part -> report, of the complete ones, as far as another process has not joined them to a set meanwhile."""
         with suppress(FileNotFoundError):
-            found = written_parts(self.work, self._reports)
-            new = found.keys() - self._reports.keys()
-            self._reports |= {part: check_report(found[part], f"{self.work}: report of part {part}") for part in new}
+            self._reports = written_parts(self.work, self._reports)
         return self._reports
 
-    def finish(self, plan: Plan, max_rejected: float) -> Report | None:
+    def finish(self, plan: Plan, max_rejected: float) -> PartReport | None:
         """Give the set its name when all parts are complete and nobody else is at it. -> its report; None when it is
         not finished. Raises UserError, after removing what there is, when no picture was written; TooManyRejected,
         with all left as it is, when more than the share `max_rejected` of what was read for it was left out."""
@@ -266,28 +244,29 @@ class SetInProgress:
             os.close(self._opened.descriptor)
 
     def _begin_change(self, before: Plan, made: Collection[str]) -> None:
-        dataset, report = open_dataset(self.directory), read_report(self.directory) or {}
+        dataset, report = open_dataset(self.directory), read_report(self.directory)
+        reports = (report and report.parts) or {}
         for part, name in enumerate(before.parts):
             if name not in made:
-                take_over(dataset, part, self.work, (report.get("parts") or {}).get(name) or {})
+                take_over(dataset, part, self.work, reports.get(name))
         self._change = Change(replaces=before, index=dataset.manifest.index.file, made=tuple(made))
         write_json(self.work / CHANGE, self._change.model_dump(mode="json", exclude_unset=True))
 
-    def _judge(self, reports: dict[str, Report], max_rejected: float) -> None:
+    def _judge(self, reports: dict[str, PartReport], max_rejected: float) -> None:
         """Write the report of the set, unless it is one to be refused."""
-        report = merge_parts(reports)
-        if report["written"] == 0:
+        report = merge(reports)
+        if report.written == 0:
             shutil.rmtree(self.work)
             self.locks.path.unlink()
-            raise UserError(f"{self.directory}: no picture can be used: {summary(report)}")
-        made = merge(reports[name] for name in (reports if self._change is None else self._change.made))
-        if (share := rejected_share(made)) > max_rejected:
+            raise UserError(f"{self.directory}: no picture can be used: {report.summary()}")
+        made = report if self._change is None else merge({name: reports[name] for name in self._change.made})
+        if (share := made.rejected_share) > max_rejected:
             raise TooManyRejected(
                 f"{self.directory}: is not finished, as {share:.1%} is left out and --max_rejected is {max_rejected}: "
-                f"{summary(made)}; all parts are made, and the same command with --max_rejected "
+                f"{made.summary()}; all parts are made, and the same command with --max_rejected "
                 f"{math.ceil(share * 100) / 100} finishes the set at once"
             )
-        write_json(self.work / REPORT, report)
+        write_json(self.work / REPORT, report.model_dump(mode="json", exclude_none=True))
 
     def _replace(self) -> None:
         """Put the joined set into the place of the one that it changes; after a kill, again."""

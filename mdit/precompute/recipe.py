@@ -19,7 +19,6 @@ from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets
 from mdit.precompute.coordination import check_set, is_finished
 from mdit.precompute.decoders import build_decoder
 from mdit.precompute.pipeline import EncodingPipeline
-from mdit.precompute.report import summary
 from mdit.sources import Source, open_source, slices
 from mdit.sources.folder import CAPTIONS
 
@@ -130,8 +129,8 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
         while not (outcome := build_sets(job, pipeline)).finished:  # whoever is at the last parts may still be killed
             job = replace(job, progress=False)
             time.sleep(0.5)
-        if outcome.finished[directory]["rejected"]:
-            logger.info(f"{directory}: {summary(outcome.finished[directory])}")
+        if (report := outcome.finished[directory]).rejected:
+            logger.info(f"{directory}: {report.summary()}")
 
 
 def _encoders(config: TrainConfig, device: torch.device | str) -> tuple[ImageEncoder, TextEncoder]:

@@ -11,8 +11,8 @@ from mdit.config import load_config
 from mdit.costs.layouts import Layout
 from mdit.costs.machines import MACHINES
 from mdit.costs.prediction import predict
+from mdit.data.report import REPORT
 from mdit.data.writer import ShardWriter
-from mdit.precompute.report import REPORT
 from tests import bench_rows
 from tests.latent_sets import ENCODERS, made_up
 from tests.recipes import tiny_config

@@ -41,92 +41,17 @@ DAMAGING = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=
 
 # Values of every form, right for some key: as numbers, as sizes that nothing can hold, as names, as sections.
 VALUES = [None, True, False, 0, -1, 1, 2, 3, 4, 8, 16, 0.5, 0.999, 2.5, -0.0, 5e8, 1e-320, 1e308, float("nan"), 10**6]
-VALUES += [
-    10**15,
-    2**31,
-    2**63 - 1,
-    2**63,
-    2**64 - 1,
-    2**64,
-    10**400,
-    "",
-    ".",
-    "..",
-    "a/b",
-    "x" * 10**5,
-    "a\0b",
-    "\ud800",
-]
-VALUES += [
-    "auto",
-    "cpu",
-    "none",
-    "nvme",
-    "block",
-    "constant",
-    "emoji",
-    "folder",
-    "validation",
-    "é\u2028\x1b[31m",
-    [],
-    {},
-]
+VALUES += [10**15, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**400, "", "x" * 10**5, "a\0b", "\ud800", [], {}]
+VALUES += ". .. a/b auto cpu none nvme block constant emoji folder validation é\u2028\x1b[31m".split(" ")
 VALUES += [[1], ["a"], [0.5, 2.0], [[[]]], {"a": 1}, {"enabled": True}, {"stage": 3}, {"device": "cpu"}, [None] * 1000]
 # Keys that mean something somewhere.
-KEYS = [
-    "enabled",
-    "stage",
-    "device",
-    "name",
-    "seed",
-    "mdit",
-    "model",
-    "precompute",
-    "source",
-    "weights",
-    "bf16",
-    "__proto__",
-]
-KEYS += [
-    "",
-    " ",
-    "a.b",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "offload_optimizer",
-    "offload_param",
-    "comms_logger",
-    "é\n",
-]
-KEYS += ["flops_profiler", "steps_per_print", "zenflow", "optimizer", "fp16", "contiguous_gradients", "x" * 10**4]
-KEYS += ["train_batch_size", "zero_allow_untested_optimizer", "expert_parallel", "compile", "kernels", "sub_group_size"]
-SPLICES = [
-    b"\xef\xbb\xbf",
-    b"\xff",
-    b"\0",
-    b"NaN",
-    b"1e999",
-    b"-",
-    b'"',
-    b"{",
-    b"}",
-    b"[[",
-    b"]",
-    b",",
-    b"=",
-    b"\r\n",
-    b"\n",
-]
-SPLICES += [
-    b"#",
-    b"[" * 10**4,
-    b'{"a":' * 10**4,
-    b"9" * 5000,
-    b"0x" + b"f" * 10**4,
-    b"\\ud800",
-    b"2024-01-01",
-    b"a." * 100,
-]
+KEYS = """enabled stage device name seed mdit model precompute source weights bf16 __proto__ a.b overlap_comm
+    reduce_bucket_size offload_optimizer offload_param comms_logger flops_profiler steps_per_print zenflow optimizer fp16
+    contiguous_gradients train_batch_size zero_allow_untested_optimizer expert_parallel compile kernels sub_group_size
+    """.split()
+KEYS += ["", " ", "é\n", "x" * 10**4]
+SPLICES = [b"\xef\xbb\xbf", b"\xff", b"\0", b"\r\n", b"\n", b"[" * 10**4, b'{"a":' * 10**4, b"9" * 5000, b"a." * 100]
+SPLICES += [b"0x" + b"f" * 10**4, *rb'NaN 1e999 - " { } [[ ] , = # \ud800 2024-01-01'.split()]
 
 
 def tables(values) -> list:

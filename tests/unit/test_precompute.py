@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mdit.config import UserError
+from mdit.data.report import PartReport, merge, new_report
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter
 from mdit.precompute.build import build_sets
 from mdit.precompute.decoders import build_decoder
 from mdit.precompute.pipeline import CaptionCache, ahead
-from mdit.precompute.report import merge, new_report, reject, summary
 from mdit.sources import Picture, Rejected, Source, captioned, slices
 from tests.picture_sets import SIZE, WordCounts, captions_of, contents, interrupted, job_of, make, pictures, png, towers
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_used_is_counted_by_reason_with_the_first_origins(tmp_pat
     items[20] = dataclasses.replace(items[20], caption="infinite")
     items[21] = captioned("picture 21", items[21].image, "half a pair \ud83d")
     items[39] = Rejected("d/39 \udcff", "damaged archive")
-    finished = make(items, tmp_path, towers(min_side=10))
+    finished = make(items, tmp_path, towers(min_side=10))[tmp_path / "8"]
     expected = {
         "damaged archive": {"count": 1, "first": ["d/39 \\udcff"]},
         "no caption": {"count": 1, "first": ["d/3"]},
@@ -98,29 +98,27 @@ def test_what_cannot_be_used_is_counted_by_reason_with_the_first_origins(tmp_pat
         "unreadable caption": {"count": 1, "first": ["picture 21"]},
     }
     report = json.loads((tmp_path / "8" / "report.json").read_text())
-    assert finished == {tmp_path / "8": report}
+    assert finished.model_dump(mode="json", exclude_none=True) == report
     seconds, parts = report["seconds"], report["parts"]
     assert report == {"seen": 40, "written": 27, "rejected": expected, "seconds": seconds, "parts": parts}
-    assert merge(parts.values())["rejected"] == expected
     assert list(report["rejected"]) == sorted(expected)
     lost = {3, 5, *range(10, 18), 20, 21, 39}
     assert captions_of(open_dataset(tmp_path / "8")) == [item.caption for i, item in enumerate(items) if i not in lost]
-    assert "27 of 40 pictures; rejected: 1 damaged archive (d/39 \\udcff), " in summary(report)
-    assert "8 too small (picture 10, ...)" in summary(report)
+    assert "27 of 40 pictures; rejected: 1 damaged archive (d/39 \\udcff), " in finished.summary()
+    assert "8 too small (picture 10, ...)" in finished.summary()
 
 
 def test_reports_join_to_that_of_all():
-    parts = []
+    parts = {}
     for part, device in enumerate("aba"):
-        parts.append(new_report() | {"seen": 10, "written": 7, "seconds": {device: 1.5}})
+        parts[str(part)] = PartReport(seen=10, written=7, rejected={}, seconds={device: 1.5})
         for i in range(3):
-            reject(parts[-1], "too small", f"{part}/{i}")
+            parts[str(part)].reject("too small", [f"{part}/{i}"])
     joined = merge(parts)
-    first = ["0/0", "0/1", "0/2", "1/0", "1/1"]
-    assert joined["rejected"] == {"too small": {"count": 9, "first": first}}
-    assert (joined["seen"], joined["written"], joined["seconds"]) == (30, 21, {"a": 3.0, "b": 1.5})
-    parts[1].pop("seconds")  # made before there were times
-    assert "seconds" not in merge(parts)
+    found = joined.rejected["too small"]
+    assert (found.count, found.first) == (9, ("0/0", "0/1", "0/2", "1/0", "1/1"))
+    assert (joined.seen, joined.written, joined.seconds) == (30, 21, {"a": 3.0, "b": 1.5})
+    assert merge({**parts, "old": new_report()}).seconds is None  # made before there were times
 
 
 def test_every_part_in_the_set_counts_its_own_time_once(tmp_path, monkeypatch):
@@ -129,7 +127,7 @@ def test_every_part_in_the_set_counts_its_own_time_once(tmp_path, monkeypatch):
     with interrupted(monkeypatch, after=25):
         make(pictures(57), tmp_path, towers(sizes=(8, 16)), sizes=(8, 16))
     reports = make(pictures(57), tmp_path, towers(sizes=(8, 16)), sizes=(8, 16))
-    seconds = [report["seconds"]["cpu"] for report in reports.values()]
+    seconds = [report.seconds["cpu"] for report in reports.values()]
     assert seconds == pytest.approx([6 * 64 / 320, 6 * 256 / 320])  # six parts of a second, shared by pixels
 
 

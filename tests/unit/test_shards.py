@@ -295,12 +295,12 @@ def test_verify_finds_damage_in_every_kind_of_file(directory):
         open_dataset(directory).verify()
 
 
-def write_part(directory, part, *, report=None, **options):
+def write_part(directory, part, **options):
     """Samples 10 * part to 10 * part + 9; part 2 has none."""
     with PartWriter(directory, part, LAYOUT, **options) as out:
         for i in range(10 * part, 10 * part + 10 if part != 2 else 0):
             out.write(f"{part}-{i:03d}", *sample(i))
-        out.report.update(report or {})
+        out.report.seen = part
 
 
 def finish(directory):
@@ -321,8 +321,10 @@ def test_parts_join_to_a_set_whatever_their_order_and_interruptions(tmp_path):
                 raise KeyboardInterrupt
             assert list(folder.glob("shard_00001_*")) and not written_parts(folder)
         for part in parts:
-            write_part(folder, part, report={"seen": part}, shard_bytes=20_000)
-        assert written_parts(folder) == {part: {"seen": part} for part in range(4)}
+            write_part(folder, part, shard_bytes=20_000)
+        assert {part: report.seen for part, report in written_parts(folder).items()} == {
+            part: part for part in range(4)
+        }
         finish(folder)
     names = sorted(os.listdir(tmp_path / "a"))
     assert names == sorted(os.listdir(tmp_path / "b"))
