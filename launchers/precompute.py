@@ -81,20 +81,16 @@ def main(arguments: list[str] | None = None) -> None:
     configure_logging(world)
     try:
         work_on(world.device)
-        make_sets = plan_sets(args, world)
+        make_sets = (_plan_recipe if args.source is None else _plan_source)(args, world)
     except (UserError, OSError) as error:
         raise shared(error) from None  # until now all processes see the same
     for directory in make_sets():
         print(describe(directory, args.verify), flush=True)
 
 
-def plan_sets(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:
-    """Check all flags, open the source and load the encoders. -> what makes the sets as far as other processes do not,
-    and returns those that are finished and that this process is to tell about. Both raise UserError."""
-    return _plan_recipe(args, world) if args.source is None else _plan_source(args, world)
-
-
 def _plan_recipe(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:
+    """Check all flags. -> what makes the sets as far as other processes do not, and returns those that are finished and
+    that this process is to tell about. Both raise UserError."""
     if given := [name for name, value in vars(args).items() if value is not None and name not in FOR_BOTH]:
         raise UserError(f"--{given[0]}: needs --source")
     config = load_config(args.recipe or DEFAULT_RECIPE, args.set)
@@ -122,6 +118,7 @@ def describe(directory: Path, verify: bool) -> str:
 
 
 def _plan_source(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:
+    """As `_plan_recipe`; opens the source and loads the encoders too."""
     check_name(args.source)
     imports = args.source == "mds" and args.root is not None and holds_latents(args.root)
     _check_flags(args, imports)

@@ -273,21 +273,17 @@ def _make_parts(job: BuildJob, producer: SampleProducer, sets: Mapping[int, SetI
                     bar.update(samples.seen)
                     if samples.last:
                         break
-                began = _note_seconds(writers, producer.device_name(), began)
+                # The time since the part before was done, shared out by pixels.
+                spent, pixels = time.perf_counter() - began, sum(size**2 for size in writers)
+                began += spent
+                for size, writer in writers.items():
+                    writer.report.seconds = {producer.device_name(): spent * size**2 / pixels}
             for size in first.item.image_sizes:
                 sets[size].complete(first.item.number)
             done, parts = _done(sets)
             if total is None and parts:
                 bar.total = round(done / parts * len(plan.parts))
             bar.update(max(0, done - bar.n))  # by now all that was counted here is complete
-
-
-def _note_seconds(writers: Mapping[int, PartWriter], device: str, began: float) -> float:
-    """Report the time since the part before was done, shared out by pixels. -> the time now"""
-    now, pixels = time.perf_counter(), sum(size**2 for size in writers)
-    for size, writer in writers.items():
-        writer.report.seconds = {device: (now - began) * size**2 / pixels}
-    return now
 
 
 def _work(parts: Sequence[Part], sets: Mapping[int, SetInProgress], plan: Plan) -> Iterator[WorkItem]:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mdit.dist import logger
-from mdit.precompute.decode import Decoded, PillowDecoder, gather, source_box
+from mdit.precompute.decode import Decoded, PillowDecoder, source_box
 from mdit.sources.pictures import open_header, orientation
 from mdit.sources.storage import is_damage
 
@@ -28,14 +28,11 @@ class DaliUnavailable(Exception):
     """DALI is not installed or does not work here; the text says why, in one line."""
 
 
-class DaliDecoder:
-    """Image sizes and device are those of `pillow`, which decodes what DALI does not. For one thread at a time.
+class DaliDecoder(PillowDecoder):
+    """DALI, and Pillow for what DALI does not decode. For one thread at a time. Raises DaliUnavailable."""
 
-    Raises DaliUnavailable.
-    """
-
-    def __init__(self, pillow: PillowDecoder) -> None:
-        self.pillow, self.image_sizes, self.device = pillow, pillow.image_sizes, pillow.device
+    def __init__(self, image_sizes: Sequence[int], min_side: int, device: torch.device) -> None:
+        super().__init__(image_sizes, min_side, device)
         self.failed_before = False
         probe = io.BytesIO()
         Image.new("RGB", (16, 16)).save(probe, "JPEG")
@@ -49,30 +46,21 @@ class DaliDecoder:
 
     def __call__(self, pictures: Sequence[bytes | Image.Image]) -> Decoded:
         extents = [plain_jpeg(picture) for picture in pictures]
-        plain = [i for i, extent in enumerate(extents) if extent and min(extent) >= self.pillow.min_side]
-        others = sorted({*range(len(pictures))} - {*plain})
-        waiting = [self.pillow.pool.submit(self.pillow.decode, pictures[i]) for i in others]
-        done, parts = [], {size: [] for size in self.image_sizes}
+        plain = [i for i, extent in enumerate(extents) if extent and min(extent) >= self.min_side]
+        waiting = {i: self.pool.submit(self.decode, pictures[i]) for i in {*range(len(pictures))} - {*plain}}
+        results: dict[int, Any] = {}
         for start in range(0, len(plain), BATCH_SIZE):
             batch = plain[start : start + BATCH_SIZE]
             try:
-                images = self._run([pictures[i] for i in batch], [extents[i] for i in batch])
+                results |= zip(batch, self._run([pictures[i] for i in batch], [extents[i] for i in batch]))
             except RuntimeError as error:
                 self._start_again(error)
-                others += batch
-                waiting += [self.pillow.pool.submit(self.pillow.decode, pictures[i]) for i in batch]
-                continue
-            done += batch
-            for size, image_NHWC in images.items():
-                parts[size].append(image_NHWC)
-        rest = gather([result.result() for result in waiting], self.image_sizes, self.device)
-        kept = [*done, *(others[i] for i in rest.kept)]
-        order = torch.tensor(kept, dtype=torch.int64).argsort().to(self.device)
-        images = {size: torch.cat([*parts[size], rest.images[size]])[order] for size in self.image_sizes}
-        return Decoded(images, sorted(kept), {others[i]: reason for i, reason in rest.rejected.items()})
+                waiting |= {i: self.pool.submit(self.decode, pictures[i]) for i in batch}
+        results |= {i: decoded.result() for i, decoded in waiting.items()}
+        return self.gather([results[i] for i in range(len(pictures))])
 
-    def _run(self, pictures: Sequence[Any], extents: Sequence[Any]) -> dict[int, Tensor]:
-        """Image size -> uint8 (n, size, size, 3), for at most BATCH_SIZE pictures. Raises RuntimeError."""
+    def _run(self, pictures: Sequence[Any], extents: Sequence[Any]) -> list[dict[int, Tensor]]:
+        """Image size -> uint8 (size, size, 3) of each of at most BATCH_SIZE pictures. Raises RuntimeError."""
         inputs: dict[str, list] = {"pictures": [np.frombuffer(picture, np.uint8) for picture in pictures]}
         for size in self.image_sizes:
             boxes = [source_box(width, height, size) for width, height in extents]
@@ -82,7 +70,7 @@ class DaliDecoder:
         images = [torch.stack([torch.from_dlpack(output[i]) for i in range(len(output))]) for output in outputs]
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # DALI may write again where this was copied from
-        return dict(zip(self.image_sizes, images, strict=True))
+        return [dict(zip(self.image_sizes, rows, strict=True)) for rows in zip(*images, strict=True)]
 
     def _build_pipeline(self):
         from nvidia.dali import Pipeline, fn
@@ -91,7 +79,7 @@ class DaliDecoder:
         types: Any = dali_types  # whose stub lacks its enumerations
         on_gpu = self.device.type == "cuda"
         index = torch.cuda.current_device() if on_gpu and self.device.index is None else self.device.index
-        pipeline = Pipeline(BATCH_SIZE, self.pillow.threads, index if on_gpu else None, prefetch_queue_depth=1)
+        pipeline = Pipeline(BATCH_SIZE, self.threads, index if on_gpu else None, prefetch_queue_depth=1)
         with pipeline:
             encoded = fn.external_source(name="pictures", dtype=types.UINT8, ndim=1)
             # nvJPEG's own way of scaling colours up differs from that of libjpeg-turbo, which Pillow uses.
@@ -135,7 +123,7 @@ def plain_jpeg(picture: bytes | Image.Image) -> tuple[int, int] | None:
         return None
     try:
         image = open_header(picture)
-    except Exception as error:  # as in PillowDecoder.decode, which is going to reject it
+    except Exception as error:  # as in `decode`, which is going to reject it
         if not is_damage(error):
             raise
         return None

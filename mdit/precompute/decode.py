@@ -8,6 +8,7 @@ bit for bit what torchvision gives on Pillow pictures; `mdit.precompute.dali` ha
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,10 @@ class PillowDecoder:
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
     def __call__(self, pictures: Sequence[bytes | Image.Image]) -> Decoded:
+        """Decode each picture once for all image sizes. What is wrong with one is in the result, never raised."""
         decoded = all(isinstance(picture, Image.Image) for picture in pictures)
         results = map(self.decode, pictures) if decoded else self.pool.map(self.decode, pictures)
-        return gather(list(results), self.image_sizes, self.device)
+        return self.gather(list(results))
 
     def decode(self, picture: bytes | Image.Image) -> dict[int, np.ndarray] | str:
         """Image size -> uint8 (size, size, 3), or the reason of rejection."""
@@ -60,18 +62,18 @@ class PillowDecoder:
             if not is_damage(error):
                 raise
             return NOT_DECODABLE
-        return {size: np.asarray(crop(image, size)) for size in self.image_sizes}
+        return {size: np.array(crop(image, size)) for size in self.image_sizes}
 
-
-def gather(results: Sequence[dict[int, np.ndarray] | str], sizes: Sequence[int], device: torch.device) -> Decoded:
-    """One batch of what `PillowDecoder.decode` returned for each picture."""
-    kept = [i for i, result in enumerate(results) if not isinstance(result, str)]
-    rejected = {i: result for i, result in enumerate(results) if isinstance(result, str)}
-    images = {}
-    for size in sizes:
-        rows = np.stack([results[i][size] for i in kept]) if kept else np.empty((0, size, size, 3), np.uint8)
-        images[size] = torch.from_numpy(rows).to(device)
-    return Decoded(images, kept, rejected)
+    def gather(self, results: Sequence[dict[int, Any] | str]) -> Decoded:
+        """One batch of what was made of each picture: image size -> array or tensor, or the reason of rejection."""
+        kept = {i: result for i, result in enumerate(results) if not isinstance(result, str)}
+        rejected = {i: result for i, result in enumerate(results) if isinstance(result, str)}
+        images = {}
+        for size in self.image_sizes:
+            rows = [torch.as_tensor(result[size], device=self.device) for result in kept.values()]
+            nothing = torch.empty(0, size, size, 3, dtype=torch.uint8, device=self.device)
+            images[size] = torch.stack(rows) if rows else nothing
+        return Decoded(images, list(kept), rejected)
 
 
 def placement(width: int, height: int, size: int) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from mdit.data.manifest import SampleLayout
 from mdit.dist import work_on
 from mdit.documents import explain
 from mdit.encoders import ImageEncoder, TextEncoder
-from mdit.precompute.decoders import Decoder
+from mdit.precompute.decode import PillowDecoder
 from mdit.sources import Part, Rejected
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class EncodingPipeline(SampleProducer):
         self,
         image_encoder: ImageEncoder,
         text_encoder: TextEncoder,
-        decoder: Decoder,
+        decoder: PillowDecoder,
         batch_size: int,
         overlap: bool,
     ) -> None:

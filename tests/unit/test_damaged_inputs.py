@@ -46,9 +46,9 @@ VALUES += ". .. a/b auto cpu none nvme block constant emoji folder validation é
 VALUES += [[1], ["a"], [0.5, 2.0], [[[]]], {"a": 1}, {"enabled": True}, {"stage": 3}, {"device": "cpu"}, [None] * 1000]
 # Keys that mean something somewhere.
 KEYS = """enabled stage device name seed mdit model precompute source weights bf16 __proto__ a.b overlap_comm
-    reduce_bucket_size offload_optimizer offload_param comms_logger flops_profiler steps_per_print zenflow optimizer fp16
-    contiguous_gradients train_batch_size zero_allow_untested_optimizer expert_parallel compile kernels sub_group_size
-    """.split()
+    reduce_bucket_size offload_optimizer offload_param comms_logger flops_profiler steps_per_print zenflow optimizer
+    fp16 contiguous_gradients train_batch_size zero_allow_untested_optimizer expert_parallel compile kernels
+    sub_group_size""".split()
 KEYS += ["", " ", "é\n", "x" * 10**4]
 SPLICES = [b"\xef\xbb\xbf", b"\xff", b"\0", b"\r\n", b"\n", b"[" * 10**4, b'{"a":' * 10**4, b"9" * 5000, b"a." * 100]
 SPLICES += [b"0x" + b"f" * 10**4, *rb'NaN 1e999 - " { } [[ ] , = # \ud800 2024-01-01'.split()]
