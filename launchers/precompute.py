@@ -28,14 +28,13 @@ from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets, check_sour
 from mdit.precompute.coordination import check_set, is_changing, is_finished, plan_of_finished
 from mdit.precompute.decoders import build_decoder
 from mdit.precompute.mds_latents import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
-from mdit.precompute.pipeline import EncodingPipeline, SampleProducer
+from mdit.precompute.pipeline import BATCH_SIZE, EncodingPipeline, SampleProducer
 from mdit.sources import Source, check_name, open_named_source
 from mdit.sources.mds import holds_latents, open_latents
 
 OWNER = "this command's"
 FOR_BOTH = ("recipe", "set", "max_rejected", "verify", "local_rank")  # flags that go without --source
 FOR_PICTURES = ("split", "caption_key", "caption_length", "min_side", "precision", "batch_size", "decoder")
-BATCH_SIZE = 32
 Jobs = list[tuple[BuildJob, SampleProducer]]
 
 
@@ -230,14 +229,14 @@ def _encodings(args, world: World, sets: dict[int, Path], settings: dict[str, An
     for size in sets:
         image_encoder.latent_shape(size)  # raises for a size that it cannot take
     source = next(iter(_pictures(args, sets).values()))
-    overlap, jobs, alike = world.device.type == "cuda", [], defaultdict(dict)
+    jobs, alike = [], defaultdict(dict)
     for size, directory in sets.items():
         plan = plan_of_finished(directory) if is_finished(directory) else None
         alike[plan and (tuple(plan.parts.items()), plan.encoders.text)][size] = directory
     for together in alike.values():
         text_encoder = _text_encoder(args, world)  # one for each, as it keeps the statistics of a set
         decoder = build_decoder(tuple(together), settings["min_side"], world.device, engine=args.decoder or "auto")
-        pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, args.batch_size or BATCH_SIZE, overlap)
+        pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, args.batch_size or BATCH_SIZE)
         jobs.append((_job(args, world, source, together, settings), pipeline))
     return jobs
 

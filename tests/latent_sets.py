@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mdit.data.loader import Batch
+from mdit.data.loader import Batch, build_loader
 from mdit.data.quantise import BLOCK, quantise
 from mdit.data.shards import LatentSet
 from mdit.data.writer import ShardWriter
@@ -47,6 +47,11 @@ def write_set(
         for i in range(first, first + samples):
             writer.write(f"{i:05d}", *made_up(i, shape))
     return str(directory)
+
+
+def loader(directories, engine="auto", *, batch=16, **options):
+    options = {"seed": 0, "start_step": 0, "rank": 0, "world_size": 1, "device": "cpu", **options}
+    return build_loader(directories, global_batch_size=batch, engine=engine, **options)
 
 
 def is_right(batch: Batch, embeddings: str = "f16") -> bool:

@@ -5,7 +5,6 @@ complete. `finish_set` joins the records to index.npy and manifest.json. Bytes d
 """
 
 import os
-import re
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from mdit.data.manifest import (
 from mdit.data.quantise import quantise
 from mdit.data.report import PartReport, new_report
 from mdit.data.shards import INDEX, INDEX_DTYPE, LatentSet
-from mdit.descriptions import Encoders, check_descriptions
+from mdit.descriptions import Encoders
 from mdit.documents import parse_json
 from mdit.files import measure, replacing, write_json, write_text
 
@@ -163,10 +162,9 @@ def is_written(directory: str | Path, part: int) -> bool:
 def written_parts(directory: str | Path, known: dict[int, PartReport] | None = None) -> dict[int, PartReport]:
     """Part -> its report, of the parts that are complete. What is `known` is not read again."""
     found = dict(known or {})
-    for path in sorted(Path(directory).glob("part_*.json")):
-        match = re.fullmatch(r"part_(\d+)\.json", path.name)
-        if match and int(match[1]) not in found:
-            found[int(match[1])] = _read_record(path).report
+    for path in sorted(Path(directory).glob("part_[0-9]*.json")):
+        if (part := int(path.stem.removeprefix("part_"))) not in found:
+            found[part] = _read_record(path).report
     return found
 
 
@@ -174,7 +172,7 @@ def finish_set(
     directory: str | Path,
     num_parts: int,
     layout: SampleLayout,
-    encoders: dict[str, dict[str, Any]],
+    encoders: Encoders,
     fingerprint: dict[str, Any],
     index_name: str = INDEX,
 ) -> Manifest:
@@ -190,7 +188,7 @@ def finish_set(
                 lat=MemberFormat(dtype="f16", shape=layout.latent_shape),
                 emb=MemberFormat(dtype=layout.embeddings, shape=layout.embedding_shape),
             ),
-            encoders=parse_section(Encoders, encoders, directory / MANIFEST),
+            encoders=encoders,
             fingerprint=fingerprint,
             samples=index.samples,
             index=index,
@@ -207,7 +205,8 @@ def take_over(dataset: LatentSet, part: int, into: Path, report: PartReport | No
     """Make a part of a finished set a complete part of the set in the making `into`. Its shards stay where they are.
 
     Raises UserError unless the report has as many samples."""
-    numbers = [n for n, shard in enumerate(dataset.manifest.shards) if _part_of(shard.file) == part]
+    shards = dataset.manifest.shards
+    numbers = [n for n, shard in enumerate(shards) if shard.file.startswith(f"shard_{part:05d}_")]
     first, end = (min(numbers), max(numbers) + 1) if numbers else (0, 0)
     samples = sum(dataset.shard_sizes[first:end])
     if report is None or report.written != samples:
@@ -219,13 +218,8 @@ def take_over(dataset: LatentSet, part: int, into: Path, report: PartReport | No
     start = sum(dataset.shard_sizes[:first])
     rows = dataset.index.span(start, start + samples)
     rows["shard"] -= first
-    shards, dali_indexes = dataset.manifest.shards[first:end], dataset.manifest.dali_indexes[first:end]
-    _write_record(into, part, PartRecord(report=report, shards=shards, dali_indexes=dali_indexes), rows)
-
-
-def _part_of(shard: str) -> int | None:
-    match = re.match(r"shard_(\d+)_", shard)
-    return int(match[1]) if match else None
+    dali_indexes = dataset.manifest.dali_indexes[first:end]
+    _write_record(into, part, PartRecord(report=report, shards=shards[first:end], dali_indexes=dali_indexes), rows)
 
 
 class ShardWriter(PartWriter):
@@ -249,7 +243,8 @@ class ShardWriter(PartWriter):
         if any(directory.iterdir()):
             raise UserError(f"{directory}: is not empty, and shards are never rewritten; choose another directory")
         layout = SampleLayout(latent_shape=latent_shape, embedding_shape=embedding_shape, embeddings=embeddings)
-        self._encoders, self._fingerprint = check_descriptions(encoders, f"{directory}: encoders"), fingerprint
+        self._encoders = parse_section(Encoders, encoders, f"{directory}: encoders")
+        self._fingerprint = fingerprint
         super().__init__(directory, 0, layout, shard_bytes)
 
     def close(self) -> None:

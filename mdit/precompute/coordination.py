@@ -12,6 +12,7 @@ records of the parts that stay, and when the others are made, its files move to 
 there. Last, manifest.json is replaced. So there is the old set or the new one, and the files of the old one stay.
 """
 
+import errno
 import fcntl
 import math
 import os
@@ -30,8 +31,7 @@ from mdit.data.writer import PartWriter, finish_set, is_written, take_over, writ
 from mdit.descriptions import Encoders
 from mdit.dist import logger
 from mdit.documents import parse_json
-from mdit.files import sync, write_json, write_text
-from mdit.precompute.locks import RecordLocks
+from mdit.files import partial_name, sync, write_json, write_text
 
 T = TypeVar("T", bound=Section)
 PLAN, CHANGE = "plan.json", "change.json"
@@ -78,7 +78,7 @@ def is_finished(directory: Path) -> bool:
 
 def is_changing(directory: Path) -> bool:
     """Whether a finished set is being changed, or was when a process was killed."""
-    return is_finished(directory) and (_work(directory) / PLAN).exists()
+    return is_finished(directory) and (partial_name(directory) / PLAN).exists()
 
 
 def plan_of_finished(directory: Path) -> Plan | None:
@@ -96,7 +96,7 @@ def check_set(directory: Path, build_settings: dict[str, Any], owner: str) -> No
             _require_equal(found, build_settings, what, owner, f"remove {directory} to make it again")
         elif directory.is_dir() and any(directory.iterdir()):
             raise UserError(f"{directory}: holds files but no {MANIFEST}; remove it or choose another directory")
-        elif plan := _read(Plan, _work(directory) / PLAN):
+        elif plan := _read(Plan, partial_name(directory) / PLAN):
             require_plan(directory, plan, plan.model_copy(update={"build_settings": build_settings}), owner)
     except OSError as error:
         raise UserError(f"{directory}: cannot look at what is there: {error}") from None
@@ -110,9 +110,39 @@ def require_plan(directory: Path, there: Plan, wanted: Plan, owner: str, finishe
         found["parts"] = asked["parts"]
         what, remedy = f"{directory / PLAN}: was made with", f"remove {directory} to make it again"
     else:
-        work = _work(directory)
+        work = partial_name(directory)
         what, remedy = f"{work / PLAN}: was begun with", f"remove {work} to start again"
     _require_equal(found, asked, what, owner, remedy)
+
+
+class RecordLocks:
+    """The lock file of a set, held open. Opening it waits for byte 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        while True:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX, 1, 0)
+            if not self.are_removed():
+                return
+            os.close(self.descriptor)  # removed while this process waited
+
+    def are_removed(self) -> bool:
+        """Whether another process has removed the file, as the last one does."""
+        return os.fstat(self.descriptor).st_nlink == 0
+
+    def acquire(self, start: int, length: int) -> bool:
+        """Lock bytes, all to the end where `length` is 0; False where another process has one of them."""
+        try:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+    def release(self, start: int, length: int) -> None:
+        fcntl.lockf(self.descriptor, fcntl.LOCK_UN, length, start)
 
 
 class SetInProgress:
@@ -123,7 +153,7 @@ class SetInProgress:
 
     def __init__(self, directory: Path, layout: SampleLayout, build_settings: dict[str, Any]) -> None:
         self.directory, self.layout, self.build_settings = directory, layout, build_settings
-        self.work = _work(directory)
+        self.work = partial_name(directory)
         self._opened: RecordLocks | None = None
         self._held: set[int] = set()
         self._reports: dict[int, PartReport] = {}
@@ -223,7 +253,7 @@ class SetInProgress:
                         return None
                     self._judge({name: reports[part] for part, name in enumerate(plan.parts)}, max_rejected)
                 index = INDEX if self._change is None else f"index_{self._change.number:04d}.npy"
-                finish_set(self.work, len(plan.parts), self.layout, plan.encoders.plain(), self.build_settings, index)
+                finish_set(self.work, len(plan.parts), self.layout, plan.encoders, self.build_settings, index)
                 if self._change is None:
                     sync(self.work)
                     self.work.rename(self.directory)
@@ -288,10 +318,6 @@ class SetInProgress:
         return is_finished(self.directory) and not (self.work / PLAN).exists()
 
 
-def _work(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.partial")
-
-
 def _lock_path(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.lock")
 
@@ -303,7 +329,7 @@ def _remove_leftovers(directory: Path) -> None:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not is_changing(directory):
-                shutil.rmtree(_work(directory), ignore_errors=True)
+                shutil.rmtree(partial_name(directory), ignore_errors=True)
                 _lock_path(directory).unlink()
         finally:
             os.close(lock)

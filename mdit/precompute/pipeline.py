@@ -22,6 +22,7 @@ T = TypeVar("T")
 CPU = torch.device("cpu")
 CACHED_BYTES, TOGETHER_BYTES = 256 * 2**20, 64 * 2**20  # of caption embeddings
 BATCHES_TOGETHER = 8
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class EncodingPipeline(SampleProducer):
     """Makes samples of a part a function of that part, whatever was made before it: batches do not reach over its ends
     and no caption's embedding is taken over from another part.
 
-    With `overlap` a thread reads and decodes, another works the towers, and the caller writes, all at the same time.
-    That pays where towers on a GPU leave the CPU free; on a CPU the three take cores and interpreter from each other.
+    With `overlap`, the default on a GPU, a thread reads and decodes, another works the towers, and the caller writes,
+    all at the same time. On a CPU the three take cores and interpreter from each other.
     """
 
     def __init__(
@@ -103,12 +104,12 @@ class EncodingPipeline(SampleProducer):
         image_encoder: ImageEncoder,
         text_encoder: TextEncoder,
         decoder: PillowDecoder,
-        batch_size: int,
-        overlap: bool,
+        batch_size: int = BATCH_SIZE,
+        overlap: bool | None = None,
     ) -> None:
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
-        self.decoder, self.batch_size, self.overlap = decoder, batch_size, overlap
-        self.device = torch.device(image_encoder.device)
+        self.decoder, self.batch_size, self.device = decoder, batch_size, torch.device(image_encoder.device)
+        self.overlap = self.device.type == "cuda" if overlap is None else overlap
 
     def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout:
         return SampleLayout(

@@ -23,7 +23,6 @@ from mdit.sources import Source, open_source, slices
 from mdit.sources.folder import CAPTIONS
 
 OWNER = "the recipe's"
-BATCH_SIZE = 32
 PICTURES_PER_PART = {"emoji": 20_000, "folder": 2_000}  # scenes are quick to make, and repeat their captions
 
 
@@ -108,9 +107,8 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
     _require("data.precompute.image_encoder", "latents", shape, config.model.latent_shape)
     shape = (text_encoder.max_tokens, text_encoder.channels)
     _require("data.precompute.text_encoder", "caption embeddings", shape, config.model.caption_shape)
-    device = torch.device(device)
-    decoder = build_decoder([recipe.image_size], min_side=1, device=device)
-    pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, BATCH_SIZE, overlap=device.type == "cuda")
+    decoder = build_decoder([recipe.image_size], min_side=1, device=torch.device(device))
+    pipeline = EncodingPipeline(image_encoder, text_encoder, decoder)
     source = open_source(recipe.source, recipe.image_size)
     for directory, split in _makeable(config).items():
         if is_finished(directory):

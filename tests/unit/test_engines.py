@@ -20,11 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdit.data import shards
-from mdit.data.loader import build_loader
 from mdit.data.manifest import ShardError
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
-from tests.latent_sets import changed, is_right, make_manifest_match, sample_bytes, write_set
+from tests.latent_sets import changed, is_right, loader, make_manifest_match, sample_bytes, write_set
 
 DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 without_dali = pytest.mark.skipif(not DALI, reason="DALI is not installed")
@@ -54,20 +53,6 @@ def sets(tmp_path_factory):
         ]
         for kind in ("f16", "i8b64")
     }
-
-
-def loader(directories, engine, *, batch=16, start_step=0, rank=0, world_size=1, seed=0, weights=None, device="cpu"):
-    return build_loader(
-        directories,
-        global_batch_size=batch,
-        seed=seed,
-        start_step=start_step,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        weights=weights,
-        engine=engine,
-    )
 
 
 def take(count, *args, **options):

@@ -10,10 +10,10 @@ import torch
 
 from mdit.config import UserError
 from mdit.data import prefetcher
-from mdit.data.loader import build_loader, choose_engine
+from mdit.data.loader import choose_engine
 from mdit.data.native import NativeLoader
 from mdit.data.shards import LatentSet, open_dataset
-from tests.latent_sets import ENCODERS, is_right, write_set
+from tests.latent_sets import ENCODERS, is_right, loader, write_set
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +22,8 @@ def directories(tmp_path_factory):
     return [write_set(folder / "a", 40), write_set(folder / "b", 27, first=40)]
 
 
-def loader(directories, *, batch=8, world_size=1, **options):
-    return build_loader(
-        directories,
-        global_batch_size=batch,
-        seed=0,
-        start_step=0,
-        rank=0,
-        world_size=world_size,
-        device="cpu",
-        **options,
-    )
-
-
 def test_a_batch_that_the_ranks_cannot_share(directories):
-    with pytest.raises(UserError, match="global_batch_size = 8 is not a multiple of the 3 processes"):
+    with pytest.raises(UserError, match="global_batch_size = 16 is not a multiple of the 3 processes"):
         loader(directories, world_size=3)
 
 

@@ -1,7 +1,6 @@
 """`i8b64`: how far off a value may be, and one way to read it back, whoever reads."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +8,6 @@ from hypothesis.extra import numpy as arrays
 
 from mdit.data.quantise import BLOCK, dequantise, quantise, stored_bytes
 
-LARGEST_HALF, LEAST_HALF = 65504.0, 2.0**-24
 halves = st.floats(width=16, allow_nan=False, allow_infinity=False)  # zeros of both signs and subnormals included
 embeddings = st.tuples(st.integers(1, 3), st.integers(1, 2)).flatmap(
     lambda size: arrays.arrays(np.float16, (size[0], size[1] * BLOCK), elements=halves)
@@ -58,14 +56,6 @@ def test_every_scale_times_every_value_is_rounded_once():
     found = dequantise(torch.from_numpy(stored), 1, 2 * BLOCK)
     expected = (values.astype(np.float64) * scales[:, None].astype(np.float64)).astype(np.float16)
     assert np.array_equal(found.numpy()[:, 0].view(np.uint16), expected.view(np.uint16))
-
-
-@pytest.mark.parametrize("largest", [LARGEST_HALF, 1.0, 2.0**-14, 1e-5, LEAST_HALF, 0.0])
-def test_the_error_is_small_whatever_the_magnitude(largest):
-    """Half a step of 1 / 127 of the largest, and half a step of fp16 for the scale and for the result each."""
-    embedding = (np.linspace(-1, 1, 5 * BLOCK).reshape(5, BLOCK) * largest).astype(np.float16)
-    error = np.abs(read(quantise(embedding), embedding.shape).astype(np.float64) - embedding)
-    assert error.max() <= 0.5 * largest / 127 * (1 + 2**-9) + max(largest * 2**-11, LEAST_HALF)
 
 
 def test_rows_of_a_batch_are_read_each_with_its_own_scales():

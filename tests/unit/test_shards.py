@@ -12,14 +12,14 @@ import pytest
 import webdataset
 import xxhash
 
-from mdit.config import UserError
+from mdit.config import UserError, parse_section
 from mdit.data import prefetcher, shards
-from mdit.data.loader import build_loader
 from mdit.data.manifest import SampleLayout, ShardError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter, ShardWriter, finish_set, written_parts
+from mdit.descriptions import Encoders
 from mdit.files import checksum
-from tests.latent_sets import edit_manifest, is_right, made_up, write_set
+from tests.latent_sets import edit_manifest, is_right, loader, made_up, write_set
 from tests.processes import run_forked
 
 LATENT, EMBEDDING = (3, 4, 4), (5, 6)
@@ -175,8 +175,7 @@ def read_with_few_files(directories, soft, hard):
     thread.start()
     try:
         # 120 shards in each batch: more than may be open at once.
-        options = dict(global_batch_size=120, seed=0, start_step=0, rank=0, world_size=1, device="cpu")
-        with build_loader(directories, **options) as batches:
+        with loader(directories, batch=120) as batches:
             assert all(is_right(next(batches)) for _ in range(4))
         most = shards.open_shards().cache_parameters()["maxsize"]
         assert most == hard // 2 and len(os.listdir("/proc/self/fd")) <= hard
@@ -295,8 +294,8 @@ def write_part(directory, part, **options):
         out.report.seen = part
 
 
-def finish(directory):
-    return finish_set(directory, 4, LAYOUT, ENCODERS, {"objects": 3})
+def finish(directory, parts=4):
+    return finish_set(directory, parts, LAYOUT, parse_section(Encoders, ENCODERS, "test"), {"objects": 3})
 
 
 def test_parts_join_to_a_set_whatever_their_order_and_interruptions(tmp_path):
@@ -345,7 +344,7 @@ def test_a_complete_part_is_not_written_again(tmp_path):
 def test_a_set_without_samples(tmp_path):
     write_part(tmp_path, 2)
     with pytest.raises(UserError, match="not a single sample"):
-        finish_set(tmp_path, 0, LAYOUT, ENCODERS, {})
+        finish(tmp_path, 0)
 
 
 @pytest.mark.parametrize(
