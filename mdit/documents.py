@@ -9,7 +9,8 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,8 @@ def read_toml(path: str | Path, what: str = "the file") -> dict[str, Any]:
 
 def parse_json(content: bytes | str, source: object) -> Any:
     """Raises UserError, beginning with `source`, for what is not JSON or not fit for use (`check`)."""
-    try:
-        values = json.loads(_text(content), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
-        check(values)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not valid JSON: {_reason(error)}") from None
-    return values
+    loads = partial(json.loads, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+    return _parse(loads, "JSON", content, source)
 
 
 def parse_foreign_json(content: bytes | str) -> Any:
@@ -80,11 +77,14 @@ def parse_foreign_json(content: bytes | str) -> Any:
 
 def parse_toml(content: bytes | str, source: object) -> dict[str, Any]:
     """Raises UserError, beginning with `source`, for what is not TOML or not fit for use (`check`)."""
+    return _parse(tomllib.loads, "TOML", content, source)
+
+
+def _parse(loads: Callable[[str], Any], form: str, content: bytes | str, source: object) -> Any:
     try:
-        values = tomllib.loads(_text(content))
-        check(values)
+        check(values := loads(_text(content)))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not valid TOML: {_reason(error)}") from None
+        raise UserError(f"{source}: not valid {form}: {_reason(error)}") from None
     return values
 
 

@@ -74,6 +74,20 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def group_of_one():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A file system that fails is asked again at once."""
+    monkeypatch.setattr("mdit.files.PATIENCE", (0, 0))
+
+
 @pytest.fixture(autouse=True)
 def _environment():
     """No test leaves variables to the next, as a launcher run in this process leaves RANK and WORLD_SIZE."""

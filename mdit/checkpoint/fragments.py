@@ -1,9 +1,9 @@
 """Places of a parameter's elements in a rank's flat partitions, so that a state can move to another layout."""
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from mdit.parallel.shard import Shard
@@ -47,12 +47,4 @@ class Fragment:
         return partitions[self.partition].narrow(0, self.offset, self.numel)
 
 
-def to_json(fragments: list[Fragment]) -> str:
-    return json.dumps([asdict(fragment) for fragment in fragments])
-
-
-def from_json(text: str) -> list[Fragment]:
-    return [
-        Fragment(**{**values, "shape": tuple(values["shape"]), "shard": Shard(**values["shard"])})
-        for values in json.loads(text)
-    ]
+FRAGMENTS = TypeAdapter(list[Fragment])  # to JSON and back

@@ -157,11 +157,10 @@ def check_weights(weights: dict[str, Tensor], model: ModelConfig, source: str | 
 
 
 def check_numbers(weights: dict[str, Tensor], source: object, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
-    """Raise UserError naming the first tensor of another dtype, else the first with a NaN or an infinity in it."""
+    """Raise UserError naming the first tensor of another dtype, or with a NaN or an infinity in it."""
     for name, tensor in weights.items():
         if tensor.dtype not in dtypes:
             raise UserError(f"{source}: {name} is of {tensor.dtype}, not of {' or '.join(map(str, dtypes))}")
-    for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise UserError(f"{source}: {name} is not finite")
 

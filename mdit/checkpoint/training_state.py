@@ -31,7 +31,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from mdit.checkpoint.fragments import Fragment, from_json, to_json
+from mdit.checkpoint.fragments import FRAGMENTS, Fragment
 from mdit.config import UserError
 from mdit.dist import World, gather, logger, on_all_ranks, on_rank_zero, shared
 from mdit.documents import parse_json
@@ -144,7 +144,7 @@ def write_fragments(
     for number, chunk in enumerate(chunks(fragments, kinds=len(tensors))):
         path = directory / f"{rank_prefix(rank)}{number:03d}.safetensors"
         content = {f"{kind}/{p.name}": p.of(flat).to("cpu", copy=True) for kind, flat in tensors.items() for p in chunk}
-        save_tensors(content, path, {"fragments": to_json(chunk)})
+        save_tensors(content, path, {"fragments": FRAGMENTS.dump_json(chunk).decode()})
         yield path
 
 
@@ -266,7 +266,7 @@ class Reader:
         """Parameter name -> (file, fragment in it)."""
         found = defaultdict(list)
         for file in self.files:
-            for fragment in from_json(file.metadata()["fragments"]):
+            for fragment in FRAGMENTS.validate_json(file.metadata()["fragments"]):
                 found[fragment.name].append((file, fragment))
         return found
 

@@ -127,9 +127,14 @@ class Lock:
 
     def _content(self) -> bytes:
         pid = os.getpid()
-        values = {"host": socket.gethostname(), "pid": pid, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        values = {"host": socket.gethostname(), "pid": pid, "time": now()}
         values |= {"token": self.token, "beats": self._beats, "machine": _machine(), "process_began": _began(pid)}
         return json.dumps(values).encode()[: LENGTH - 1].ljust(LENGTH - 1) + b"\n"
+
+
+def now() -> str:
+    """Time of day in UTC, to the second, in ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _parse(content: bytes) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from mdit.documents import explain, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.meeting import Patience
 from mdit.models import MicroDiT
-from mdit.train.lock import Lock
+from mdit.train.lock import Lock, now
 from mdit.train.meter import step_of
 from mdit.train.optim import learning_rate
 
@@ -140,8 +139,10 @@ class RunDirectory:
         check_space(self.path, config)
         self.run = {"recipe": description["recipe"], "data": data, "initial_weights": weights}
         write_json(path, description | self.run)
-        step = found.step if found else 0
-        append_start(self.path / STARTS, {"step": step, **{k: v for k, v in description.items() if k != "recipe"}})
+        start = {"time": now(), "host": socket.gethostname(), "pid": os.getpid(), "step": found.step if found else 0}
+        start |= {key: value for key, value in description.items() if key != "recipe"}
+        append_line(self.path / STARTS, json.dumps(start))
+        sync(self.path / STARTS)
 
     def _initial_weights(self, before: dict[str, Any] | None, init_from: Path | None) -> dict[str, Any] | None:
         """Which weights the run began from. Raises UserError where it is asked to begin from others."""
@@ -245,7 +246,11 @@ def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None
     At the step of the first checkpoint itself there may be none: a run reports that step before it saves it.
     """
     damaged = [file.name for file in sorted((path / CHECKPOINTS).glob("*.damaged"))]
-    reached = max(steps_told(path / METRICS) + snapshots_there(path / SNAPSHOTS), default=0)
+    metrics, snapshots = path / METRICS, path / SNAPSHOTS
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+    names = os.listdir(snapshots) if snapshots.exists() else []
+    steps = (*map(step_of, lines), *map(step_in, names))  # None for lines that are torn, and other names
+    reached = max((step for step in steps if step is not None), default=0)
     first = before["recipe"]["report"]["checkpoint_every"] if before else 0
     if damaged or reached > first:
         told = f" ({', '.join(damaged)})" if damaged else ""
@@ -253,17 +258,6 @@ def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None
             f"{path / CHECKPOINTS}: has no checkpoint to go on from{told}, though the run has been at step {reached}; "
             "put a copy back, or start anew: --restart"
         )
-
-
-def steps_told(metrics: Path) -> list[int]:
-    """Steps of the lines of metrics.jsonl, as far as they are whole."""
-    steps = map(step_of, metrics.read_bytes().splitlines() if metrics.exists() else ())
-    return [step for step in steps if step is not None]
-
-
-def snapshots_there(snapshots: Path) -> list[int]:
-    names = [path.name for path in snapshots.iterdir()] if snapshots.exists() else []
-    return [step for name in names if (step := step_in(name)) is not None]
 
 
 def tell_moved_schedule(found: Checkpoint, config: TrainConfig) -> None:
@@ -298,13 +292,6 @@ def check_space(path: Path, config: TrainConfig) -> None:
                     f"{place}: {usage.free / 2**30:.3g} GiB are free, but two checkpoints and a snapshot need "
                     f"{size / 2**30:.3g} GiB more"
                 )
-
-
-def append_start(path: Path, values: dict[str, Any]) -> None:
-    """One line more in starts.jsonl."""
-    here = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(), "pid": os.getpid()}
-    append_line(path, json.dumps(here | values))
-    sync(path)
 
 
 def finished_at(path: Path, num_steps: int) -> int | None:

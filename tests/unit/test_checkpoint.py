@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdit import files
 from mdit.checkpoint import training_state
 from mdit.checkpoint.fragments import Fragment
 from mdit.checkpoint.training_state import (
@@ -30,16 +28,7 @@ LAYOUT = {"world_size": 1, "zero_stage": 2, "bf16": False}
 FRAGMENTS = [Fragment("weights", (3,), WHOLE, 0, 3, partition=0, offset=1)]
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", (0, 0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group_of_one():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group_of_one", "impatient")
 
 
 def save(directory, step, keep=2, layout=LAYOUT):

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed
 
-from mdit import files
 from mdit.checkpoint import training_state
 from mdit.checkpoint.fragments import Fragment
 from mdit.checkpoint.snapshot import save_snapshot
@@ -28,16 +26,7 @@ from tests.training import ENCODERS, run_in_processes
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", (0, 0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group_of_one():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group_of_one", "impatient")
 
 
 @pytest.fixture
