@@ -47,6 +47,11 @@ def explain(error: BaseException) -> str:
     return one_line(str(error) or type(error).__name__)
 
 
+def brief(error: BaseException) -> str:
+    """Type and words of an error that anything may have raised, on one line, cut off after 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def read_json(path: str | Path, what: str = "the file") -> Any:
     """The content of a JSON file. Raises UserError naming it; `what` says there what could not be read."""
     return parse_json(_read(path, what), path)

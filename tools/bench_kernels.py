@@ -19,7 +19,6 @@ Without a GPU, or with --tiny, tiny shapes show that all this works.
 
 import argparse
 import os
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,11 +32,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdit import cli
-from mdit.bench.kernel_report import HEAD, MAIN, NOT_MEASURED, KernelReport, KernelRow, Times
+from mdit.bench.kernel_report import HEAD, MAIN, KernelReport, KernelRow, Times
 from mdit.bench.report import environment
+from mdit.bench.row import NOT_MEASURED
+from mdit.bench.timing import median_milliseconds
 from mdit.config import ModelConfig, UserError
 from mdit.costs.calls import STAGES, KernelCall, kernel_calls
 from mdit.dist import settle_numerics
+from mdit.documents import brief
 from mdit.kernels import dispatch, expert_choice, patch_mixing, swiglu
 from mdit.kernels.self_check import is_lost
 from mdit.models import presets
@@ -57,16 +59,21 @@ WITHOUT_FP8 = {
 CONTENDERS = (*MAIN, *BACKENDS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP = 3
-FLUSH_BYTES = 2**28  # several times the L2 cache
-HEAD_START_CYCLES = 3 * 10**6  # 1.6 milliseconds of GPU time in which the host can queue the work
 TINY = dict(dim=64, depth=3, head_dim=32, mixer_depth=2, mixer_dim=32, multiple_of=32, caption_length=7, num_experts=4)
 
 
 class Bench(NamedTuple):
-    device: str
+    device: torch.device
     dtype: torch.dtype
     repeats: int
-    interpret: bool
+    interpret: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def milliseconds(self, function: Callable) -> float:
+        return median_milliseconds(function, self.device, self.repeats)
 
 
 class Contender(NamedTuple):
@@ -83,10 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
         print("no GPU here: tiny shapes on the CPU, without what only a GPU can tell")
         args.tiny = True
     dtype = args.dtype or ("bf16" if gpu else "fp32")
-    bench = Bench("cuda" if gpu else "cpu", DTYPES[dtype], args.repeats, args.interpret)
+    bench = Bench(torch.device("cuda" if gpu else "cpu"), DTYPES[dtype], args.repeats, args.interpret)
     calls, rows = rows_of(args, bench.dtype)
     report = KernelReport(
-        environment=environment(torch.device(bench.device)),
+        environment=environment(bench.device),
         settings={"dtype": dtype, "preset": "tiny" if args.tiny else args.preset, "repeats": args.repeats},
         ceilings=ceilings(bench),
         rows=rows,
@@ -108,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
         longest = max(longest, time.monotonic() - began)
         print(" | ".join(measured_row.cells(report.ceilings)), flush=True)
         save()
-        if is_lost(torch.device(bench.device)):  # a kernel that wrote where it must not ends every other one too
+        if is_lost(bench.device):  # a kernel that wrote where it must not ends every other one too
             raise UserError(f"the GPU is lost to this process since {row.op} {row.label}; go on with --resume")
     print("\n" + report.summary())
 
@@ -184,11 +191,11 @@ def measure_row(call: KernelCall, wanted: list[str], bench: Bench) -> tuple[dict
         try:
             with context, sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext():
                 found[name] = measure(contender, inputs, bench, name)
-            if name == "triton" and (bench.device == "cuda" or bench.interpret):
+            if name == "triton" and (bench.on_gpu or bench.interpret):
                 error = error_of(call, inputs)
         except Exception as failure:  # whatever a compiler or driver may say: the other rows still count
-            found[name] = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
-            if bench.device == "cuda":
+            found[name] = f"failed: {brief(failure)}"
+            if bench.on_gpu:
                 torch.cuda.empty_cache()
     return found, error
 
@@ -221,13 +228,13 @@ def normalised(inputs: list[Tensor], heads: int) -> list[Tensor]:
 
 
 def measure(contender: Contender, inputs: list[Tensor | None], bench: Bench, name: str) -> Times | str:
-    if bench.device == "cpu" and (contender.in_triton or name in BACKENDS):
+    if not bench.on_gpu and (contender.in_triton or name in BACKENDS):
         return NOT_MEASURED
     forward, both = passes(contender, inputs)
     for _ in range(WARM_UP):
         both()
-    forward_ms, both_ms, peak_mib = milliseconds(forward, bench), milliseconds(both, bench), None
-    if bench.device == "cuda":
+    forward_ms, both_ms, peak_mib = bench.milliseconds(forward), bench.milliseconds(both), None
+    if bench.on_gpu:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         both()
@@ -270,35 +277,14 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return (norm(found.float() - expected.float()) / norm(expected).clamp_min(1e-30)).item()
 
 
-def milliseconds(function: Callable, bench: Bench) -> float:
-    times = []
-    if bench.device == "cpu":
-        for _ in range(bench.repeats):
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
-    unneeded = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device=bench.device)
-    for _ in range(bench.repeats):
-        unneeded.sum()  # reads only: what a write left in the cache would be written back while `function` is timed
-        torch.cuda._sleep(HEAD_START_CYCLES)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def ceilings(bench: Bench) -> dict[str, float]:
     """Rates that a large copy (read and written bytes) and a large matmul reach here, now."""
-    numbers, side = (2**30, 8192) if bench.device == "cuda" else (2**26, 1024)
+    numbers, side = (2**30, 8192) if bench.on_gpu else (2**26, 1024)
     source = torch.randint(256, (numbers,), dtype=torch.uint8, device=bench.device)
     target, square = torch.empty_like(source), torch.randn(side, side, device=bench.device).to(bench.dtype)
     return {
-        "GB/s": 2 * numbers / milliseconds(lambda: target.copy_(source), bench) / 1e6,
-        "TFLOP/s": 2 * side**3 / milliseconds(lambda: square @ square, bench) / 1e9,
+        "GB/s": 2 * numbers / bench.milliseconds(lambda: target.copy_(source)) / 1e6,
+        "TFLOP/s": 2 * side**3 / bench.milliseconds(lambda: square @ square) / 1e9,
     }
 
 

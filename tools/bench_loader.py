@@ -200,11 +200,11 @@ def compare(names: list[str], bench: LoaderBenchmark, repeats: int) -> dict[str,
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         for _, name in itertools.product(range(repeats), results):
             results[name].append(processes.submit(measure, name, bench).result())
-    report = {}
+    report: dict[str, dict[str, Any]] = {}
     for name, found in results.items():
         rates, cpu_us, first_batch_ms, peaks_mib = zip(*found)
-        report[name] = {"samples_per_second": max(rates), "cpu_us": min(cpu_us), "cpu_us_of_repeats": cpu_us}
-        report[name] |= {"first_batch_ms": statistics.median(first_batch_ms), "peak_mib": max(peaks_mib)}
+        best = LoaderFigures(max(rates), min(cpu_us), statistics.median(first_batch_ms), max(peaks_mib))
+        report[name] = best._asdict() | {"cpu_us_of_repeats": cpu_us}
     return report
 
 
@@ -272,8 +272,9 @@ def print_report(report: dict) -> None:
     bound = report["contenders"].get("memmap", {"cpu_us": math.nan})["cpu_us"]
     lines = [["", "samples/s", "CPU us/sample", "x bound", "first batch ms", "peak MiB"]]
     for name, found in report["contenders"].items():
-        lines += [[name, f"{found['samples_per_second']:,.0f}", f"{found['cpu_us']:.1f}"]]
-        lines[-1] += [f"{found['cpu_us'] / bound:.2f}", f"{found['first_batch_ms']:.0f}", f"{found['peak_mib']:.0f}"]
+        rate, cpu_us, first_batch_ms, peak_mib, _ = found.values()
+        cells = [f"{rate:,.0f}", f"{cpu_us:.1f}", f"{cpu_us / bound:.2f}", f"{first_batch_ms:.0f}", f"{peak_mib:.0f}"]
+        lines.append([name, *cells])
     print(table(lines))
     checksum, order = report["checksum"], report["order"]
     share = 100 * checksum["xxh3_us"] / checksum["read_us"]

@@ -9,7 +9,6 @@ ways, with its error against float32. OUT/reductions.json holds the rows. On a C
 that this works.
 """
 
-import argparse
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from mdit.config import CONFIGS, load_config
 from mdit.costs.trace import Form, Product, trace
 from mdit.dist import settle_numerics
 from mdit.files import try_to_write, write_json
-from tools.bench_kernels import Bench, milliseconds, relative_error
+from tools.bench_kernels import Bench, relative_error
 
 SCHEMA = "mdit-reductions/1"
 SHAPE = ("matrices", "outputs", "inputs", "rows")
@@ -30,16 +29,22 @@ WAYS = ("reduced", "exact")  # sums
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--recipe", type=cli.path, default=CONFIGS / "res_256_pretrain.toml", help="default: the first stage")
+    add("--micro_batch", type=cli.whole(1), default=256)
+    add("--repeats", type=cli.whole(1), default=10)
+    add("--out", type=cli.path, metavar="DIR", help="for reductions.json")
+    add("--tiny", action="store_true", help="tiny shapes; always so where there is no GPU")
+    args = parser.parse_args(arguments)
     settle_numerics()  # as training does, all but what is compared
     gpu = torch.cuda.is_available()
     config = load_config(args.recipe)
     if args.tiny or not gpu:
         config, args.micro_batch, args.tiny = tiny_form(config), 2, True
-    bench = Bench("cuda" if gpu else "cpu", torch.bfloat16, args.repeats, False)
-    ratio = config.training.mask_ratio
+    bench = Bench(torch.device("cuda" if gpu else "cpu"), torch.bfloat16, args.repeats)
+    ratio, here = config.training.mask_ratio, environment(bench.device)
     settings = {"recipe": config.name, "micro_batch": args.micro_batch, "mask_ratio": ratio, "tiny": args.tiny}
-    here = environment(torch.device(bench.device))
     report: dict[str, Any] = {"schema": SCHEMA, "environment": here.model_dump(), "settings": settings, "rows": []}
     path = args.out and args.out / "reductions.json"
     if path:
@@ -61,17 +66,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"a micro-batch: {totals[0]:.2f} ms reduced in bfloat16, {totals[1]:.2f} ms in float32")
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    add("--recipe", type=cli.path, default=CONFIGS / "res_256_pretrain.toml", help="default: the first stage")
-    add("--micro_batch", type=cli.whole(1), default=256)
-    add("--repeats", type=cli.whole(1), default=10)
-    add("--out", type=cli.path, metavar="DIR", help="for reductions.json")
-    add("--tiny", action="store_true", help="tiny shapes; always so where there is no GPU")
-    return parser.parse_args(arguments)
-
-
 def measure(product: Product, bench: Bench) -> dict[str, Any]:
     """The row of a weight's gradient, y^T x over all rows of a micro-batch, of each expert for itself."""
     matrices, outputs, inputs, rows, _ = product
@@ -89,7 +83,7 @@ def measure(product: Product, bench: Bench) -> dict[str, Any]:
     for way in WAYS:
         settings.allow_bf16_reduced_precision_reduction = way == "reduced"
         error = relative_error(gradient(), exact)  # and the first call
-        found[way] = {"ms": milliseconds(gradient, bench), "error": error}
+        found[way] = {"ms": bench.milliseconds(gradient), "error": error}
     settings.allow_bf16_reduced_precision_reduction = before
     return found
 

@@ -37,6 +37,7 @@ from mdit.bench.report import table
 from mdit.config import ModelConfig, UserError, kept_tokens, load_config
 from mdit.costs.calls import STAGES
 from mdit.costs.trace import Form, launches
+from mdit.documents import brief
 from mdit.files import try_to_write, write_json
 from mdit.kernels import dispatch
 from mdit.kernels.launch import Launch, recorded
@@ -201,7 +202,7 @@ def attempt(method: str, source):
     try:
         return getattr(ahead_of_time, method)(source)
     except Exception as error:  # of Triton's many kinds
-        return reason(error)
+        return brief(error)
 
 
 def launches_of_check(head_dim: int, dtype: torch.dtype) -> list[Launch]:
@@ -210,10 +211,6 @@ def launches_of_check(head_dim: int, dtype: torch.dtype) -> list[Launch]:
         for op in dispatch.OPS:
             compare_with_reference(op, torch.device("cpu"), dtype, head_dim)
     return found
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def stages_of(args: argparse.Namespace) -> list[Workload]:

@@ -30,7 +30,7 @@ import inspect
 import runpy
 import statistics
 import sys
-import time
+from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -40,9 +40,10 @@ from torch import Tensor, nn
 from mdit import cli
 from mdit.bench.baseline import BASELINE, OURS, PACES, PRECISIONS, Baseline, BaselineComparison, Contender
 from mdit.bench.report import table
-from mdit.bench.stages import in_one_line
+from mdit.bench.timing import median_milliseconds
 from mdit.config import CONFIGS, ModelConfig, TrainConfig, UserError, kept_tokens, load_config
 from mdit.dist import world_from_env
+from mdit.documents import brief
 from mdit.files import try_to_write
 from mdit.kernels.selection import choose_kernels
 from mdit.models import MicroDiT, meta_model, presets
@@ -151,25 +152,18 @@ def compare_expert_layers(
             nn.init.normal_(parameter, std=0.02)
         x_NTD = torch.randn(images, config.num_patches, shape[1], device=device, dtype=dtype, requires_grad=True)
         forms = (fuse(copy.deepcopy(layer)), layer)
-        turns = [[milliseconds(form, x_NTD) for form in forms] for _ in range(1 + repeats)]
         lines.append([f"{place}, T = {config.num_patches}, F = {shape[2]}"])
-        for times in zip(*(zip(*form) for form in zip(*turns[1:]))):  # the first turn warms up
-            ours, theirs = map(statistics.median, times)
+        for work in (nn.Module.__call__, forward_and_backward):
+            calls = [partial(work, form, x_NTD) for form in forms]
+            turns = [[median_milliseconds(call, device, repeats=1) for call in calls] for _ in range(1 + repeats)]
+            ours, theirs = map(statistics.median, zip(*turns[1:]))  # the first turn warms up
             lines[-1] += [f"{ours:.3g}", f"{theirs:.3g}", f"{theirs / ours:.2f}"]
     print(table(lines))
 
 
-def milliseconds(layer: ExpertChoiceMoE, x_NTD: Tensor) -> tuple[float, float]:
-    """Milliseconds of forward, and of forward and backward."""
-    wait = torch.cuda.synchronize if x_NTD.is_cuda else lambda: None
-    wait()
-    started = time.perf_counter()
+def forward_and_backward(layer: nn.Module, x_NTD: Tensor) -> None:
     output = layer(x_NTD)
-    wait()
-    forward = time.perf_counter() - started
     torch.autograd.grad(output, (x_NTD, *layer.parameters()), torch.ones_like(output))
-    wait()
-    return 1e3 * forward, 1e3 * (time.perf_counter() - started)
 
 
 def load_baseline(spec: str, model: ModelConfig) -> nn.Module:
@@ -182,7 +176,7 @@ def load_baseline(spec: str, model: ModelConfig) -> nn.Module:
     try:
         factory = runpy.run_path(file).get(name)
     except Exception as error:  # of code that is not ours
-        raise UserError(f"--baseline {spec}: running {path} raised {in_one_line(error)}") from None
+        raise UserError(f"--baseline {spec}: running {path} raised {brief(error)}") from None
     if not callable(factory):
         raise UserError(f"--baseline {spec}: {path} has no function {name}")
     parameters = inspect.signature(factory).parameters.values()
@@ -190,7 +184,7 @@ def load_baseline(spec: str, model: ModelConfig) -> nn.Module:
     try:
         made = factory(model) if required else factory()
     except Exception as error:
-        raise UserError(f"--baseline {spec}: {name} raised {in_one_line(error)}") from None
+        raise UserError(f"--baseline {spec}: {name} raised {brief(error)}") from None
     if not isinstance(made, nn.Module):
         raise UserError(f"--baseline {spec}: {name} gave {type(made).__name__}, expected a torch.nn.Module")
     return made

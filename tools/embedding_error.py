@@ -23,10 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--samples", type=cli.whole(1), default=2048, help="at most so many, evenly spread")
     args = parser.parse_args(arguments)
-    report(args.directory, args.samples)
-
-
-def report(directory: Path, samples: int) -> None:
+    directory, samples = args.directory, args.samples
     dataset = open_dataset(directory)
     if dataset.layout.embeddings != "f16":
         raise UserError(f"{directory / MANIFEST}: embeddings is {dataset.layout.embeddings!r}, expected 'f16'")

@@ -7,7 +7,6 @@ measured". The figures and their pictures are kept in docs/benchmarks/figures, w
 says so). Figures of a CPU, of tiny shapes, of a rehearsal or of an unknown commit are refused.
 """
 
-import argparse
 from pathlib import Path
 
 from mdit import cli
@@ -21,7 +20,10 @@ KEPT = Path("docs/benchmarks/figures")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("directory", type=cli.path, metavar="DIR", help="the figures")
+    parser.add_argument("--root", type=cli.path, default=ROOT, help="of the documents; default: this repository")
+    args = parser.parse_args(arguments)
     found = figures.load(args.directory)
     if not found.reports:
         raise UserError(f"{args.directory}: has no figures; expected the DIR of tools/first_contact.py")
@@ -36,13 +38,6 @@ def main(arguments: list[str] | None = None) -> None:
         after = figures.fill(before, found, kept)
         write_text(path, after)
         print(f"{path}: {'filled' if after != before else 'as it was'}")
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("directory", type=cli.path, metavar="DIR", help="the figures")
-    parser.add_argument("--root", type=cli.path, default=ROOT, help="of the documents; default: this repository")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

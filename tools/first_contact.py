@@ -31,7 +31,7 @@ from typing import IO, Any
 from mdit import cli
 from mdit.documents import UserError, explain, parse_json, read_json, to_json
 from mdit.provenance import commit
-from tools.first_contact_kit import KIT, ROOT, move_cache, pack, prepare, unpack
+from tools.first_contact_kit import KIT, ROOT, arriving, move_cache, pack, prepare, unpack
 
 START = time.monotonic()
 SCHEMA = "mdit-first-contact/1"
@@ -210,8 +210,8 @@ class Contact:
         wheels, site = sorted(map(str, (self.scratch / "wheels").glob("*.whl"))), self.scratch / "site"
         if wheels and not site.exists():
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-            self.must([*install, "--no-cache-dir", "--target", f"{site}.partial", *wheels], "wheels")
-            Path(f"{site}.partial").rename(site)
+            with arriving(site) as partial:
+                self.must([*install, "--no-cache-dir", "--target", str(partial), *wheels], "wheels")
 
     def load_state(self) -> dict[str, Any]:
         """The state to go on with. Raises UserError where DIR holds figures of another machine or commit."""
@@ -241,9 +241,8 @@ class Contact:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write first_contact.json, and the pack."""
-        partial = self.state_file.with_suffix(".partial")
-        partial.write_text(to_json(state), encoding="utf-8")
-        partial.replace(self.state_file)
+        with arriving(self.state_file) as partial:
+            partial.write_text(to_json(state), encoding="utf-8")
         pack(self.out, self.pack_file, figures_only)
 
 

@@ -102,12 +102,18 @@ def call(command: list[str], **environment: str) -> None:
 KIT = {"wheels": fetch_wheels, "kernels": build_kernels, "training": make_training_set}
 
 
+@contextmanager
+def arriving(place: Path) -> Iterator[Path]:
+    """A name to make a file or a folder at, which gets its own at the end of the block if all went well."""
+    partial = place.with_name(f"{place.name}.partial")
+    yield partial
+    partial.replace(place)
+
+
 def pack(folder: Path, target: Path, choose: Callable[[tarfile.TarInfo], Any] = lambda info: info) -> None:
     """Pack what `choose` leaves of a folder into a file that is whole, or as it was."""
-    partial = target.with_name(f"{target.name}.partial")
-    with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
+    with arriving(target) as partial, tarfile.open(partial, "w:gz", compresslevel=6) as archive:
         archive.add(folder, arcname=folder.name, filter=choose)
-    partial.replace(target)
 
 
 def unpack(archive: Path, place: Path) -> None:

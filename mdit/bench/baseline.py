@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from mdit.bench.report import Report, environment
 from mdit.bench.row import OUT_OF_MEMORY, BenchmarkRow, Measured, one_line
 from mdit.bench.run import free_memory, synthetic_batches
-from mdit.bench.stages import Job, in_one_line, with_batch
+from mdit.bench.stages import Job, with_batch
 from mdit.bench.timing import PhaseTimer, StepPhases, summarize
 from mdit.config import TrainConfig, UserError
 from mdit.data.loader import Batch
 from mdit.diffusion.edm import StepNoise, edm_errors, edm_loss, sample_noise
 from mdit.dist import World
+from mdit.documents import brief
 from mdit.models import MicroDiT
 from mdit.parallel.apply import blocks_of, compiling
 from mdit.parallel.plan import ParallelPlan
@@ -187,7 +188,7 @@ class Baseline(Contender):
         try:
             output, dropped = self.call(batch.latents_NCHW.float(), sigma_N, batch.captions_NLC)
         except Exception as error:  # of code that is not ours
-            raise UserError(f"{self.name}: raised {in_one_line(error)}") from None
+            raise UserError(f"{self.name}: raised {brief(error)}") from None
         for what, found, expected in (("output", output, tuple(batch.latents_NCHW.shape)), ("mask", dropped, tokens)):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             if shape != expected and not (what == "mask" and found is None):
@@ -238,7 +239,7 @@ def take_turns(entries: list[Turn], pace: Pace, backend: str | Callable = "induc
                 except torch.OutOfMemoryError:
                     problems[i] = f"{OUT_OF_MEMORY} at micro-batch {micro_batch}"
                 except Exception as error:  # whatever a compiler or a driver may say: the others still count
-                    problems[i] = in_one_line(error)
+                    problems[i] = brief(error)
                 if problems[i] or contender.device.type == "cuda":
                     contender.to_host()
     return [problems[i] or summed_up(entries[i], steps[i], peaks[i]) for i in range(len(entries))]

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from mdit.bench.report import Environment, read_report, table
+from mdit.bench.row import NOT_MEASURED
 from mdit.config import Section, UserError, parse_section
 from mdit.files import write_json, write_text
 
 SCHEMA = "mdit-kernels/2"
 MAIN = ("eager", "compile", "triton")
-NOT_MEASURED = "not measured"
 WORTH_IT = 1.15  # times as fast as torch.compile
 
 Ceilings = dict[str, float]  # GB/s of a large copy and TFLOP/s of a large matmul
@@ -69,24 +69,21 @@ class KernelRow(Section):
         rate = f"{moving:,.0f} GB/s" if shares[0] >= shares[1] else f"{computing:,.0f} TFLOP/s"
         return f"{rate}, {100 * max(shares):.0f} %"
 
+    def times(self, contender: str) -> str:
+        found = self.measured.get(contender, NOT_MEASURED)
+        if isinstance(found, str):
+            return found.replace("|", "/")
+        return " / ".join(f"{ms:.3f}" for ms in (found.forward_ms, found.both_ms) if ms is not None)
+
     def cells(self, ceilings: Ceilings) -> list[str]:
         """A line of the table under `HEAD`."""
-
-        def times(contender: str) -> str:
-            found = self.measured.get(contender, NOT_MEASURED)
-            if isinstance(found, str):
-                return found.replace("|", "/")
-            return " / ".join(f"{ms:.3f}" for ms in (found.forward_ms, found.both_ms) if ms is not None)
-
-        others = "; ".join(f"{name} {times(name)}" for name in self.measured if name not in MAIN)
+        others = "; ".join(f"{name} {self.times(name)}" for name in self.measured if name not in MAIN)
         peaks = [found.peak_mib for name in MAIN if isinstance(found := self.measured.get(name), Times)]
         memory = " / ".join(f"{peak:,.0f}" for peak in peaks if peak is not None)
-        error = None if self.error is None else f"{self.error:.1e}"
-        speedup, worth_it = self.speedup, None
-        if speedup:
-            worth_it = "yes" if speedup >= WORTH_IT else "no"
-        cells = [self.op, self.label, str(sum(self.stages.values())), *map(times, MAIN), others or "-"]
-        more = (self.rate(ceilings), memory, error, f"{speedup:.2f}" if speedup else None, worth_it)
+        error = "" if self.error is None else f"{self.error:.1e}"
+        speedup, worth_it = f"{self.speedup or 0:.2f}", "yes" if (self.speedup or 0) >= WORTH_IT else "no"
+        cells = [self.op, self.label, str(sum(self.stages.values())), *map(self.times, MAIN), others or "-"]
+        more = (self.rate(ceilings), memory, error, *((speedup, worth_it) if self.speedup else ("", "")))
         return [*cells, *(cell or NOT_MEASURED for cell in more)]
 
 

@@ -13,6 +13,7 @@ from mdit.bench.run import BenchmarkRun, free_memory
 from mdit.config import TrainConfig, UserError, load_config
 from mdit.costs.trace import training_flops
 from mdit.dist import World, logger
+from mdit.documents import brief
 from mdit.parallel.settings import Execution, count_parameters, load_ds_json
 from mdit.train.run import resolve_execution
 
@@ -155,10 +156,6 @@ def attempt(row: BenchmarkRow, measure: Callable[[], Measured], world: World, *,
         if not alone:
             raise
         logger.warning(f"traceback of {row.name}, which failed", exc_info=error)
-        problem = in_one_line(error)
+        problem = brief(error)
     free_memory()  # behind the except clauses, which hold what the failed step held
     return row.with_(problem=problem)
-
-
-def in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

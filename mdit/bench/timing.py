@@ -12,6 +12,8 @@ import torch.distributed
 from mdit.bench.row import PHASES, Measured, Phase, StepTime
 from mdit.dist import World, gather
 
+FLUSH_BYTES = 2**28  # several times the L2 cache
+HEAD_START_CYCLES = 3 * 10**6  # 1.6 milliseconds of GPU time in which the host can queue the work
 StepPhases = dict[Phase, float]  # milliseconds of one step
 
 
@@ -26,11 +28,7 @@ class PhaseTimer:
         """A phase begins, and the one before it ends; a step begins with "data"."""
         if self.marks is None:
             return
-        now: Any = time.perf_counter()
-        if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        self.marks.append((phase, now))
+        self.marks.append((phase, _now(self.device)))
 
     def time_steps(
         self, step: Callable[[], object], *, steps: int, seconds: float = 0.0, world: World | None = None
@@ -53,13 +51,44 @@ class PhaseTimer:
         for (phase, begin), (_, end) in pairwise(marks):
             if phase == "data":
                 found.append(dict.fromkeys(PHASES, 0.0))
-            found[-1][phase] += 1e3 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)
+            found[-1][phase] += _milliseconds(begin, end)
         return found
 
     def wait(self) -> None:
         """Block until the device has done all that was queued."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _now(device: torch.device) -> Any:
+    """An event of a GPU, or seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _milliseconds(begin: Any, end: Any) -> float:
+    return 1e3 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)
+
+
+def median_milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Milliseconds of a call, the median of `repeats`. On a GPU the L2 cache is full of what nobody needs before each,
+    and the host is ahead."""
+    on_gpu, times = device.type == "cuda", []
+    unneeded = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device=device) if on_gpu else torch.empty(0)
+    for _ in range(repeats):
+        if on_gpu:
+            unneeded.sum()  # reads only: what a write left in the cache would be written back while `function` is timed
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        begin = _now(device)
+        function()
+        end = _now(device)
+        if on_gpu:
+            end.synchronize()
+        times.append(_milliseconds(begin, end))
+    return statistics.median(times)
 
 
 def summarize(
