@@ -53,10 +53,15 @@ def read_members(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iter
             with opened(path) as file:
                 yield from (_read_zip if path.suffix == ".zip" else _read_tar)(file, origin, wanted)
     except Exception as error:
-        if not is_damage(error):
-            raise
-        logger.warning(f"{path}: damaged: {error}")
-        yield Rejected(origin, "damaged archive", str(error))
+        yield damaged(error, path, origin)
+
+
+def damaged(error: Exception, what: object, origin: str) -> Rejected:
+    """The reject for the rest of a file or archive, which is logged as `what`. Raises what is the machine's fault."""
+    if not is_damage(error):
+        raise error
+    logger.warning(f"{what}: damaged: {error}")
+    return Rejected(origin, "damaged archive", str(error))
 
 
 def read_member(path: Path, name: str) -> bytes | None:

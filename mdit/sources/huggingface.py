@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import UserError
-from mdit.dist import logger
 from mdit.sources import Picture, Rejected, Source, captioned, part_name
+from mdit.sources.archives import damaged
 from mdit.sources.files import read_picture, text
 from mdit.sources.storage import is_damage
 
@@ -87,7 +87,7 @@ class Rows:
             for index, row in zip(self.indices, self.dataset.select(self.indices)):
                 yield self.columns.read(f"row {index}", row)
         except Exception as error:
-            yield _damaged(error, f"rows {self.name}", self.name)
+            yield damaged(error, f"rows {self.name}", self.name)
 
     def inputs(self) -> list[bytes]:
         captions = self.dataset.select_columns([self.columns.caption]).select(self.indices)
@@ -111,7 +111,7 @@ class ParquetFile:
                         yield self._read(f"{self.name}:row {index}", batch, row)
                         index += 1
         except Exception as error:
-            yield _damaged(error, self.path, self.name)
+            yield damaged(error, self.path, self.name)
 
     def _read(self, origin: str, batch: Any, row: int) -> Picture | Rejected:
         try:
@@ -153,14 +153,6 @@ def _parquet_files(root: Path, files: list[Path], caption_key: str | None) -> So
     columns = _columns(root, _library().Features.from_arrow_schema(schema), caption_key)
     names = [os.path.relpath(path, root) for path in sorted(files)]
     return Source([ParquetFile(part_name(Path(name), Path()), root / name, columns) for name in names], pictures)
-
-
-def _damaged(error: Exception, what: object, origin: str) -> Rejected:
-    """The reject for the rest of a file. Raises what is the machine's fault."""
-    if not is_damage(error):
-        raise error
-    logger.warning(f"{what}: damaged: {error}")
-    return Rejected(origin, "damaged archive", str(error))
 
 
 def _of_img2dataset(root: Path) -> list[Path]:

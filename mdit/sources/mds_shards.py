@@ -23,8 +23,9 @@ from mdit.config import UserError
 from mdit.dist import logger
 from mdit.documents import parse_foreign_json
 from mdit.sources import Rejected, not_found, part_name
+from mdit.sources.archives import damaged
 from mdit.sources.files import read_json, text
-from mdit.sources.storage import LARGEST, is_damage, opened
+from mdit.sources.storage import LARGEST, opened
 
 INDEX = "index.json"
 HOW = "MosaicML Streaming's MDSWriter and the paper's code write it"
@@ -49,10 +50,7 @@ class MdsShard:
                 for index, sample in enumerate(self._samples(file)):
                     yield f"{self.name}/{index}", self._split(sample, wanted)
         except Exception as error:
-            if not is_damage(error):
-                raise
-            logger.warning(f"{self.path}: damaged: {error}")
-            yield Rejected(self.name, "damaged archive", str(error))
+            yield damaged(error, self.path, self.name)
 
     def text(self, column: str, data: bytes) -> str | None:
         """Text of a column of the encoding "str" or "json". Raises ValueError."""
