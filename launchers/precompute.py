@@ -22,7 +22,7 @@ from mdit.data.report import read_report
 from mdit.data.shards import open_dataset
 from mdit.data.writer import SHARD_BYTES
 from mdit.dist import World, configure_logging, logger, shared, work_on, world_from_env
-from mdit.encoders import TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.encoders import build_image_encoder, build_text_encoder
 from mdit.precompute import precompute
 from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets, check_source
 from mdit.precompute.coordination import check_set, is_changing, is_finished, plan_of_finished
@@ -234,17 +234,13 @@ def _encodings(args, world: World, sets: dict[int, Path], settings: dict[str, An
         plan = plan_of_finished(directory) if is_finished(directory) else None
         alike[plan and (tuple(plan.parts.items()), plan.encoders.text)][size] = directory
     for together in alike.values():
-        text_encoder = _text_encoder(args, world)  # one for each, as it keeps the statistics of a set
+        text_encoder = build_text_encoder(  # one for each, as it keeps the statistics of a set
+            _text_description(args) or args.text_encoder, world.device, max_tokens=args.caption_length
+        )
         decoder = build_decoder(tuple(together), settings["min_side"], world.device, engine=args.decoder or "auto")
         pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, args.batch_size or BATCH_SIZE)
         jobs.append((_job(args, world, source, together, settings), pipeline))
     return jobs
-
-
-def _text_encoder(args: argparse.Namespace, world: World) -> TextEncoder:
-    if description := _text_description(args):
-        return build_text_encoder_from(description, world.device)
-    return build_text_encoder(args.text_encoder, max_tokens=args.caption_length, device=world.device)
 
 
 def _imports(args, world: World, sets: dict[int, Path], settings: dict[str, Any]) -> Jobs:

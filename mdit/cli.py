@@ -19,7 +19,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 try:
     os.getcwd()
-except FileNotFoundError:  # now, since torch's libraries end a process that loads them there, with a line of their own
+except FileNotFoundError:  # before compiled packages are imported: torch's and pydantic's libraries end a process there
     print(f"error: the working directory {os.environ.get('PWD', '')} is gone; change to another", file=sys.stderr)
     sys.exit(USER_ERROR)
 

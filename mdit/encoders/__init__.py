@@ -4,6 +4,6 @@ A description (`mdit.descriptions`) is what a set's manifest says about an encod
 """
 
 from mdit.encoders.image import ImageEncoder, build_image_encoder
-from mdit.encoders.text import TextEncoder, build_text_encoder, build_text_encoder_from
+from mdit.encoders.text import TextEncoder, build_text_encoder
 
-__all__ = ["ImageEncoder", "TextEncoder", "build_image_encoder", "build_text_encoder", "build_text_encoder_from"]
+__all__ = ["ImageEncoder", "TextEncoder", "build_image_encoder", "build_text_encoder"]

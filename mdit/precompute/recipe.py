@@ -13,7 +13,7 @@ from mdit.data.loader import require_same_kind
 from mdit.data.manifest import MANIFEST, read_manifest
 from mdit.data.shards import open_dataset
 from mdit.dist import logger
-from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder
 from mdit.files import checksum
 from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets
 from mdit.precompute.coordination import check_set, is_finished
@@ -148,7 +148,7 @@ def _encoders(config: TrainConfig, device: torch.device | str) -> tuple[ImageEnc
                 f"{directory / MANIFEST}: captions were embedded by {text['id']!r} in {text['max_tokens']} tokens, but "
                 f"data.precompute.text_encoder = {recipe.text_encoder!r} and model.caption_length = {length}"
             )
-        return build_image_encoder(image, device), build_text_encoder_from(text, device)
+        return build_image_encoder(image, device), build_text_encoder(text, device)
     return (
         build_image_encoder(recipe.image_encoder, device),
         build_text_encoder(recipe.text_encoder, max_tokens=length, device=device),

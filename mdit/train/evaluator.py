@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdit.data.shards import open_dataset, read_samples
 from mdit.dist import gather
-from mdit.encoders import build_image_encoder, build_text_encoder_from
+from mdit.encoders import build_image_encoder, build_text_encoder
 from mdit.eval.samples import grid, sample_latents, save_png, to_images
 from mdit.eval.validation import ExpertCoverage, validation_loss
 from mdit.files import optional
@@ -78,7 +78,7 @@ class Evaluator:
     def _prompts(self) -> tuple[list[str], Tensor]:
         prompts = self.config.report.prompts
         if prompts != "validation":
-            encoder = build_text_encoder_from(self.dataset.encoders["text"], self.world.device)
+            encoder = build_text_encoder(self.dataset.encoders["text"], self.world.device)
             return list(prompts), encoder.encode(list(prompts))
         count = min(self.config.report.num_samples, self.dataset.samples)
         _, captions, texts = read_samples(self.dataset, list(range(count)))

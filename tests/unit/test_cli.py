@@ -146,7 +146,11 @@ def test_wrong_arguments_are_one_line(arguments, line, capsys):
 
 
 def test_a_working_directory_that_is_gone_is_named(tmp_path):
-    """Found before torch is loaded, which would end the process with a line about its own libraries."""
+    """Found before anything compiled is loaded: torch's libraries, and pydantic's from Python 3.13 on, would end the
+    process with a line of their own."""
+    program = "import sys; before = {*sys.modules}; import mdit.cli; print(*{*sys.modules} - before)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {name.partition(".")[0] for name in ran.stdout.split()} - sys.stdlib_module_names == {"mdit"}
     here = tmp_path / "here"
     here.mkdir()
     program = f"import os; os.chdir({str(here)!r}); os.rmdir({str(here)!r}); import mdit.cli"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mdit.config import UserError
 from mdit.descriptions import check_descriptions
-from mdit.encoders import build_image_encoder, build_text_encoder, build_text_encoder_from
+from mdit.encoders import build_image_encoder, build_text_encoder
 from tests.towers import copy_files, save_autoencoder, save_clip, save_t5
 
 CAPTIONS = ["a red apple on a blue background", "banana, green background", "an image of a frog on white", "grapes"]
@@ -80,7 +80,7 @@ def test_long_captions_are_cut_and_no_captions_are_no_rows(minilm):
 
 
 def test_a_description_that_went_through_json_builds_the_same_encoder(minilm):
-    again = build_text_encoder_from(json.loads(json.dumps(minilm.describe())))
+    again = build_text_encoder(json.loads(json.dumps(minilm.describe())))
     new = ["a purple octopus on a pink background"]
     assert torch.equal(again.encode(new), minilm.encode(new))
 
@@ -112,7 +112,7 @@ def test_clip_embeds_all_77_tokens_after_the_final_norm_as_they_are(clip_path):
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-4)
     encoder.fit(CAPTIONS)  # measures nothing
     assert encoder.describe() == {"id": str(clip_path), "max_tokens": 77, "channels": 16, "weights": encoder.weights}
-    again = build_text_encoder_from(json.loads(json.dumps(encoder.describe())))
+    again = build_text_encoder(json.loads(json.dumps(encoder.describe())))
     assert torch.equal(again.encode(CAPTIONS), embeddings)
 
 
@@ -133,7 +133,7 @@ def test_clip_is_padded_with_the_token_of_its_tokenizer(clip_path, tmp_path):
 def test_a_set_whose_clip_states_were_standardised_stays_so(clip_path):
     encoder = build_text_encoder(str(clip_path))
     statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
-    older = build_text_encoder_from({**encoder.describe(), **statistics})
+    older = build_text_encoder({**encoder.describe(), **statistics})
     torch.testing.assert_close(older.encode(CAPTIONS), (encoder.encode(CAPTIONS) - 0.5) / 2)
     assert older.describe() == {**encoder.describe(), **statistics}
 
@@ -188,7 +188,7 @@ def test_a_tower_in_bfloat16_is_near_float32_and_says_so(tower, clip_path, t5_pa
     assert found.dtype == torch.float32
     assert 0 < (found - wanted).abs().mean() < 0.1 * wanted.abs().mean()
     assert "precision" not in exact.describe() and rough.describe()["precision"] == "bfloat16"
-    again = build_text_encoder_from(json.loads(json.dumps(rough.describe())))
+    again = build_text_encoder(json.loads(json.dumps(rough.describe())))
     assert torch.equal(again.encode(CAPTIONS), found)
 
 
@@ -198,7 +198,7 @@ def test_another_precision_or_width_is_refused(clip_path):
             build("some/model", precision="float16")
     description = {"id": str(clip_path), "max_tokens": 77, "channels": 1024, "mean": [], "std": []}
     with pytest.raises(UserError, match="has 16 channels, but the set was made with 1024"):
-        build_text_encoder_from(description)
+        build_text_encoder(description)
 
 
 # --- pictures
@@ -284,7 +284,7 @@ def tower(request, tmp_path):
     if request.param == "autoencoder":
         return tmp_path / "copy", build_image_encoder, lambda encoder: build_image_encoder(encoder.describe())
     build = partial(build_text_encoder, max_tokens=5)
-    return tmp_path / "copy", build, lambda encoder: build_text_encoder_from(encoder.describe())
+    return tmp_path / "copy", build, lambda encoder: build_text_encoder(encoder.describe())
 
 
 def edit_weights(folder, change):

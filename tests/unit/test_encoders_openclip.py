@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from mdit.config import UserError
-from mdit.encoders import build_text_encoder, build_text_encoder_from
+from mdit.encoders import build_text_encoder
 
 START, END, PADDING = 49406, 49407, 0
 WIDTH, HEADS, LAYERS, LENGTH = 16, 2, 2, 77
@@ -112,7 +112,7 @@ def test_a_description_builds_the_same_encoder(encoder, path):
     weights = encoder.weights
     assert description == {"id": f"openclip:local-dir:{path}", "max_tokens": 77, "channels": 16, "weights": weights}
     assert not encoder.needs_fit
-    again = build_text_encoder_from(json.loads(json.dumps(description)))
+    again = build_text_encoder(json.loads(json.dumps(description)))
     assert torch.equal(again.encode(CAPTIONS), encoder.encode(CAPTIONS))
 
 

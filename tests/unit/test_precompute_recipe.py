@@ -15,7 +15,7 @@ from launchers import precompute as launcher
 from mdit import cli
 from mdit.config import UserError
 from mdit.data.shards import open_dataset, read_samples
-from mdit.encoders import build_image_encoder, build_text_encoder_from
+from mdit.encoders import build_image_encoder, build_text_encoder
 from mdit.precompute import is_precomputed, precompute
 from mdit.sources import open_source
 from tests.picture_sets import contents, interrupted
@@ -54,7 +54,7 @@ def test_sets_hold_every_sample_once_encoded_and_shuffled(folder):
         dataset = open_dataset(folder / name)
         latents, captions, texts = read_samples(dataset, range(dataset.samples))
         assert sorted(texts) == sorted(split.captions)
-        text_encoder = build_text_encoder_from(dataset.encoders["text"])
+        text_encoder = build_text_encoder(dataset.encoders["text"])
         expected = text_encoder.encode(texts[:5])
         torch.testing.assert_close(captions[:5].float(), expected, atol=1e-2, rtol=1e-2)
         decoded = build_image_encoder(dataset.encoders["image"]).decode(latents)

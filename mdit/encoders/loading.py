@@ -1,0 +1,66 @@
+"""Frozen towers from a path or hub id: number format, files, digest of the weights. Their outputs are float32."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from mdit.config import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Raises UserError for a precision that is not in DTYPES."""
+    if precision not in DTYPES:
+        raise UserError(f"precision {precision!r} of an encoder: expected {' or '.join(DTYPES)}")
+    return DTYPES[precision]
+
+
+def described(encoder: Any) -> dict[str, str]:
+    """Entries of a description: float32 goes without saying, as in sets made before there was a choice."""
+    precision = {} if encoder.precision == "float32" else {"precision": encoder.precision}
+    return {"weights": encoder.weights} | precision
+
+
+def local_folder(name: str, key: str) -> Path | None:
+    """The directory of this name; None for what can only be a hub id. Raises UserError, beginning with `key`, for a
+    path that is not there."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise UserError(f"{key}: there is no such directory")
+    return None
+
+
+def require_complete(key: str, found: dict[str, Any]) -> None:
+    """Raise UserError where from_pretrained's loading info names parameters that the files lack."""
+    if found["missing_keys"]:
+        raise UserError(f"{key}: its weights lack {min(found['missing_keys'])}, and maybe more")
+
+
+def reason(error: Exception) -> str:
+    """The first line of a library's error."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def digest(weights: Iterable[Tensor]) -> str:
+    """xxh3 (64 bits), in hexadecimal, of a tower's weights in the format it computes in. It knows neither names nor
+    files, so a tower has the same one under any path, hub id, file format and version of a library."""
+    each = sorted(xxhash.xxh3_64_digest(_bytes(weight), seed=weight.numel()) for weight in weights)
+    return xxhash.xxh3_64_hexdigest(b"".join(each))
+
+
+def require_weights(key: str, encoder: Any, description: dict[str, Any]) -> None:
+    """Raise UserError unless an encoder has the weights of a description, as far as that says which."""
+    wanted = description.get("weights")
+    if wanted and wanted != (found := encoder.weights):
+        raise UserError(f"{key}: its weights have xxh3 {found}, but those that made the latents have {wanted}")
+
+
+def _bytes(weight: Tensor) -> memoryview:
+    return weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
