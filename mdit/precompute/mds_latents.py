@@ -6,7 +6,7 @@ from typing import Any
 from mdit.config import Embeddings
 from mdit.data.manifest import SampleLayout
 from mdit.precompute.pipeline import SampleProducer, Samples, WorkItem, ahead, read_parts
-from mdit.sources.mds import ShardOfLatents
+from mdit.sources.mds import EMBEDDING_SHAPE, ShardOfLatents
 
 SAMPLES_TOGETHER = 256
 # What the paper's code makes its latents and embeddings with.
@@ -22,12 +22,10 @@ class ImportedLatents(SampleProducer):
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
 
     def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout:
-        return SampleLayout(
-            latent_shape=self.part.latent_shape, embedding_shape=self.part.embedding_shape, embeddings=embeddings
-        )
+        return SampleLayout(latent_shape=self.part.latent_shape, embedding_shape=EMBEDDING_SHAPE, embeddings=embeddings)
 
     def encoders(self) -> dict[str, dict[str, Any]]:
-        length, channels = self.part.embedding_shape
+        length, channels = EMBEDDING_SHAPE
         return {
             "image": {"id": self.image_encoder, "scale": SCALE, "shift": 0.0},
             "text": {"id": self.text_encoder, "max_tokens": length, "channels": channels},

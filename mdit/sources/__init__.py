@@ -4,17 +4,17 @@ A source gives its pictures in parts, in an order that no file system and no cha
 left out in silence but comes as a `Rejected` with a reason.
 """
 
-import difflib
 import importlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
-from mdit.config import EmojiSource, FolderSource, UserError
+from mdit.config import EmojiSource, FolderSource, UserError, near_key
 from mdit.documents import explain
 
 SOURCES = (
@@ -30,9 +30,6 @@ SOURCES = (
     "mds",
     "emoji",
 )
-WITH_CAPTION_KEY = ("cc12m", "huggingface", "webdataset", "folder", "mds")
-SPLITS = {"coco": ("validation",)}  # those that are not named have "train" alone
-SPLITS |= dict.fromkeys(("textcaps", "journeydb", "huggingface", "emoji"), ("train", "validation"))
 
 Reason = Literal[
     "no caption",  # there is none, or it is blank
@@ -77,6 +74,17 @@ class Part(Protocol):
     def name(self) -> str: ...
 
     def __iter__(self) -> Iterator[Picture | Rejected]: ...
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A part that is one file, archive or directory."""
+
+    name: str
+    path: Path
+
+    def inputs(self) -> Sequence[Path]:
+        return [self.path]
 
 
 @dataclass(frozen=True)
@@ -135,20 +143,18 @@ def open_named_source(name: str, root: Path | None, *, split: str = "train", cap
     looked for and how to get them.
     """
     check_name(name)
-    splits = SPLITS.get(name, ("train",))
+    module = importlib.import_module(f"mdit.sources.{name}")
+    takes = inspect.signature(module.open_pictures).parameters
+    splits = getattr(module, "SPLITS", ("train", "validation") if "split" in takes else ("train",))
     if split not in splits:
         raise UserError(f"--split {split}: {name} has no such split; it has {' and '.join(splits)}")
-    if caption_key is not None and name not in WITH_CAPTION_KEY:
+    if caption_key is not None and "caption_key" not in takes:
         raise UserError(f"--caption_key {caption_key}: {name} has one caption a picture and takes no key")
-    if (root is None) != (name == "emoji"):
+    if (root is not None) != ("root" in takes):
         raise UserError(f"--source {name} {'needs --root' if root is None else 'is drawn and takes no --root'}")
-    chosen: dict[str, Any] = {} if root is None else {"root": root}
-    if len(splits) > 1:
-        chosen["split"] = split
-    if name in WITH_CAPTION_KEY:
-        chosen["caption_key"] = caption_key
+    given = {"root": root, "split": split, "caption_key": caption_key}
     try:
-        return importlib.import_module(f"mdit.sources.{name}").open_pictures(**chosen)
+        return module.open_pictures(**{key: value for key, value in given.items() if key in takes})
     except OSError as error:
         raise UserError(f"--source {name}: cannot read {root}: {explain(error)}") from None
 
@@ -156,8 +162,7 @@ def open_named_source(name: str, root: Path | None, *, split: str = "train", cap
 def check_name(name: str) -> None:
     """Raise UserError for what is none of SOURCES."""
     if name not in SOURCES:
-        nearest = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else f"; there are {', '.join(SOURCES)}"
+        hint = near_key(name, SOURCES) or f"; there are {', '.join(SOURCES)}"
         raise UserError(f"--source {name}: is not known{hint}")
 
 

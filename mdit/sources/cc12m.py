@@ -10,12 +10,10 @@ purpose, Google LLC likes to be named; the pictures belong to their owners.
 The alt texts come as they are, <PERSON> in the place of names included.
 """
 
-from pathlib import Path
+from functools import partial
 
-from mdit.sources import Source, webdataset
+from mdit.sources import webdataset
 
 HOW = "get them from https://huggingface.co/datasets/pixparse/cc12m-wds"
 
-
-def open_pictures(root: Path, caption_key: str | None) -> Source:
-    return webdataset.open_pictures(root, caption_key, HOW)
+open_pictures = partial(webdataset.open_pictures, how=HOW)

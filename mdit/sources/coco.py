@@ -10,14 +10,16 @@ those of 2017. Licence: captions CC BY 4.0; the pictures are of Flickr, each und
 A picture's first caption counts, as in the paper's code.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from mdit.config import UserError
-from mdit.sources import Source, not_found, slices
-from mdit.sources.files import CaptionedFiles, read_json, text
+from mdit.sources import Source, not_found
+from mdit.sources.files import captioned_files, text
 
+EXPECTED = '{"images": [...], "annotations": [...]} of COCO captions'
 HOW = "get val2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download and unpack them"
-PICTURES_PER_PART = 4000
+SPLITS = ("validation",)
 
 
 def open_pictures(root: Path) -> Source:
@@ -27,14 +29,9 @@ def open_pictures(root: Path) -> Source:
     if not (root / f"val{year}").is_dir():
         raise not_found(root, f"val{year}/", HOW.replace("2014", str(year)))
     path = root / f"annotations/captions_val{year}.json"
-    captions: dict[int, str | None] = {}
-    try:
-        annotations = read_json(path)
-        for entry in annotations["annotations"]:
-            captions.setdefault(entry["image_id"], text(entry["caption"]))
-        entries = [(image["file_name"], captions.get(image["id"])) for image in annotations["images"]]
-        entries.sort(key=lambda entry: Path(entry[0]).as_posix())
-    except (TypeError, KeyError):
-        raise UserError(f'{path}: expected {{"images": [...], "annotations": [...]}} of COCO captions') from None
-    pictures = CaptionedFiles(root / f"val{year}", entries)
-    return Source(slices(pictures, PICTURES_PER_PART), len(pictures))
+    return captioned_files(path, root / f"val{year}", _entries, EXPECTED)
+
+
+def _entries(values: Any) -> Iterator[tuple[str, str | None]]:
+    captions = {entry["image_id"]: text(entry["caption"]) for entry in reversed(values["annotations"])}
+    return ((image["file_name"], captions.get(image["id"])) for image in values["images"])

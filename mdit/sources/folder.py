@@ -6,7 +6,7 @@ A recipe wants every one of them: what is wrong is an error that names the line,
 as img2dataset writes them with output_format files (`mdit.sources.samples`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -19,11 +19,11 @@ from mdit.config import FolderSource, UserError
 from mdit.dist import logger
 from mdit.documents import parse_foreign_json
 from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
-from mdit.sources.archives import is_picture, walk
-from mdit.sources.files import PEEKED, read_object, read_picture, require_key, text
+from mdit.sources.archives import is_picture, rejected_file, walk
+from mdit.sources.files import PEEKED, CaptionedFiles, Entry, read_object, read_picture, require_key, text
 from mdit.sources.pictures import open_header, upright_rgb
 from mdit.sources.samples import SampleFiles, require_caption
-from mdit.sources.storage import is_damage, opened
+from mdit.sources.storage import opened
 
 CAPTIONS, CAPTION = "captions.jsonl", "caption"
 LINES_PER_PART = 5000
@@ -77,36 +77,22 @@ class Lines:
     def __iter__(self) -> Iterator[Picture | Rejected]:
         with opened(self.captions) as lines:
             lines.seek(self.start)
-            for number in range(LINES_PER_PART * self.number + 1, LINES_PER_PART * (self.number + 1) + 1):
-                if not (line := lines.readline()):
-                    return
-                yield self._read(f"{CAPTIONS}:{number}", line)
+            first = LINES_PER_PART * self.number + 1
+            for number, line in enumerate(islice(lines, LINES_PER_PART), start=first):
+                entry = parse_line(number, line, self.caption_key)
+                if isinstance(entry, Entry):
+                    entry = read_picture(self.captions.parent / entry.file, entry.origin, entry.caption, self.captions)
+                yield entry
 
     def inputs(self) -> list[bytes]:
         with opened(self.captions) as lines:
             lines.seek(self.start)
             return [b"".join(islice(lines, LINES_PER_PART))]
 
-    def _read(self, origin: str, line: bytes) -> Picture | Rejected:
-        entry = parse_line(origin, line, self.caption_key)
-        return entry if isinstance(entry, Rejected) else entry.read(self.captions)
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of captions.jsonl; `origin` counts from 1: "captions.jsonl:1"."""
-
-    origin: str
-    file: str
-    caption: str
-
-    def read(self, captions: Path) -> Picture | Rejected:
-        """Raises OSError when the machine fails."""
-        return read_picture(captions.parent / self.file, self.origin, self.caption, captions)
-
-
-def parse_line(origin: str, line: bytes, caption_key: str = CAPTION) -> Entry | Rejected:
-    """Keys other than "file" and the caption's are left alone."""
+def parse_line(number: int, line: bytes, caption_key: str = CAPTION) -> Entry | Rejected:
+    """A line of captions.jsonl, counted from 1. Keys other than "file" and the caption's are left alone."""
+    origin = f"{CAPTIONS}:{number}"
     try:
         values = parse_foreign_json(line)
     except ValueError as error:
@@ -136,37 +122,41 @@ class PictureFolder:
         entries = read_captions(folder)
         logger.info(f"{folder}: checking {len(entries)} pictures")
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(lambda entry: check_picture(folder / CAPTIONS, entry), entries):
+            for _ in pool.map(Pictures(folder, entries).check, range(len(entries))):
                 pass
-        validation = [entry for entry in entries if _uniform(entry.file) < config.validation_share]
-        training = [entry for entry in entries if _uniform(entry.file) >= config.validation_share]
-        for what, part in (("training", training), ("validation", validation)):
-            if not part:
+        splits: dict[bool, list[Entry]] = {False: [], True: []}
+        for entry in entries:
+            splits[_uniform(entry.file) < config.validation_share].append(entry)
+        self.training, self.validation = Pictures(folder, splits[False]), Pictures(folder, splits[True])
+        for what, split in (("training", self.training), ("validation", self.validation)):
+            if not len(split):
                 raise UserError(
                     f"{folder / CAPTIONS}: data.precompute.source.validation_share = {config.validation_share} of "
                     f"{len(entries)} pictures leaves none for {what}"
                 )
-        self.training, self.validation = Pictures(folder, training), Pictures(folder, validation)
 
 
-class Pictures:
-    """Pictures of one split, read when asked for; their origin is the line in captions.jsonl."""
+class Pictures(CaptionedFiles):
+    """Pictures of one split, read when asked for. Raises UserError naming the line for what is wrong."""
 
     def __init__(self, folder: Path, entries: list[Entry]) -> None:
-        self.folder, self.entries = folder, entries
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        super().__init__(folder, entries, there=folder / CAPTIONS)
 
     def __getitem__(self, index: int) -> Picture:
-        return _required(self.folder, self.entries[index].read(self.folder / CAPTIONS))
-
-    def inputs(self, indices: Iterable[int]) -> bytes:
-        return repr([(self.entries[index].file, self.entries[index].caption) for index in indices]).encode()
+        return _required(self.directory, super().__getitem__(index))
 
     @property
     def captions(self) -> list[str]:
-        return [entry.caption for entry in self.entries]
+        return [str(entry.caption) for entry in self.entries]
+
+    def check(self, index: int) -> None:
+        """Decode a picture and forget it."""
+        try:
+            upright_rgb(open_header(self[index].image))
+        except Exception as error:
+            entry = self.entries[index]
+            file = str(self.directory / entry.file)
+            _required(self.directory, rejected_file(error, entry.origin, file, directory=None))
 
 
 def read_captions(folder: Path) -> list[Entry]:
@@ -175,24 +165,10 @@ def read_captions(folder: Path) -> list[Entry]:
     if not path.is_file():
         raise UserError(f"{path}: cannot read the captions: there is no such file; see docs/data.md")
     with opened(path) as lines:
-        entries = [
-            _required(folder, parse_line(f"{CAPTIONS}:{number}", line)) for number, line in enumerate(lines, start=1)
-        ]
+        entries = [_required(folder, parse_line(number, line)) for number, line in enumerate(lines, start=1)]
     if not entries:
         raise UserError(f"{path}: is empty; expected one caption a line")
     return entries
-
-
-def check_picture(captions: Path, entry: Entry) -> None:
-    """Decode a picture and forget it. Raises UserError naming file and line."""
-    picture = _required(captions.parent, entry.read(captions))
-    try:
-        upright_rgb(open_header(picture.image))
-    except Exception as error:
-        if not is_damage(error):
-            raise
-        what = f"cannot read the picture {captions.parent / entry.file}: {error}"
-        raise UserError(f"{captions.parent / entry.origin}: {what}") from None
 
 
 def _required(folder: Path, item: T | Rejected) -> T:

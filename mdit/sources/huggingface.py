@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import UserError
-from mdit.sources import Picture, Rejected, Source, captioned, part_name
+from mdit.sources import FilePart, Picture, Rejected, Source, captioned, part_name
 from mdit.sources.archives import damaged
 from mdit.sources.files import read_picture, text
 from mdit.sources.storage import is_damage
@@ -95,9 +95,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class ParquetFile:
-    name: str
-    path: Path
+class ParquetFile(FilePart):
     columns: Columns
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
@@ -119,9 +117,6 @@ class ParquetFile:
         except ValueError as error:  # not UTF-8
             return Rejected(origin, "unreadable caption", str(error))
         return self.columns.read(origin, values)
-
-    def inputs(self) -> list[Path]:
-        return [self.path]
 
 
 def _table_source(root: Path, dataset: Any, caption_key: str | None) -> Source:

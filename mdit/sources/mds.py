@@ -1,6 +1,11 @@
-"""Shards that the paper's code wrote for MosaicML Streaming: of pictures, or of latents that need no encoding.
+"""Shards in the format MDS, version 2, of MosaicML Streaming: of pictures, or of latents that need no encoding.
 
-    index.json, 0/shard.00000.mds, ...    `mdit.sources.mds_shards` has the format
+    index.json            {"version": 2, "shards": [{"raw_data": {"basename": ...}, "column_names": [...], ...}, ...]}
+    shard.00000.mds       or 0/shard.00000.mds, where indexes were merged; compressed: shard.00000.mds.zstd, .gz, .bz2
+
+A shard, all little-endian: uint32 n; uint32 offsets[n + 1]; JSON that repeats the index; sample i from byte offsets[i]
+to offsets[i + 1]. A sample: the uint32 sizes of the columns whose size is not fixed, then the data of all columns.
+(https://github.com/mosaicml/streaming, streaming/base/format/mds.)
 
 Each shard is one part. Of pictures, the columns are jpg (or another of PICTURES) and caption (or another of CAPTIONS,
 or what the caption key names). Of latents they are, all raw little-endian fp16 but the caption:
@@ -12,23 +17,42 @@ or what the caption key names). Of latents they are, all raw little-endian fp16 
 Shards compressed with zstd need the package zstandard. The licence is that of the pictures.
 """
 
-from collections.abc import Iterator, Sequence
+import bz2
+import gzip
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from mdit.config import UserError
-from mdit.sources import Picture, Rejected, Source, captioned
-from mdit.sources.mds_shards import MdsShard, open_shards, read_index
+from mdit.dist import logger
+from mdit.documents import parse_foreign_json
+from mdit.sources import FilePart, Picture, Rejected, Source, captioned, not_found, part_name
+from mdit.sources.archives import damaged
+from mdit.sources.files import read_json, text
+from mdit.sources.storage import LARGEST, opened
 
+INDEX = "index.json"
+HOW = "MosaicML Streaming's MDSWriter and the paper's code write it"
 PICTURES = ("jpg", "jpeg", "png", "image")
 CAPTIONS = ("caption", "caption_syn_pixart_llava15", "text", "prompt")
 FILES, TEXTS = ("jpeg", "png", "bytes"), ("str", "json")  # encodings
 CAPTION, EMBEDDING, EMBEDDING_SHAPE = "caption", "caption_latents", (77, 1024)
 PIXELS_PER_LATENT = 8
 BYTES_PER_VALUE = 2
+
+
+def _open_zstd(file: BinaryIO) -> AbstractContextManager[BinaryIO]:
+    import zstandard
+
+    return zstandard.open(file)
+
+
+UNPACKERS: dict[str, Callable[[Any], Any]] = {"": nullcontext, "gz": gzip.open, "bz2": bz2.open, "zstd": _open_zstd}
 
 
 class Latents(NamedTuple):
@@ -41,64 +65,93 @@ class Latents(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardOfPictures:
-    name: str
-    shard: MdsShard
+class MdsShard(FilePart):
+    """One file of samples. `compression` is "" where the file is not compressed."""
+
+    compression: str
+    samples: int
+    encodings: dict[str, str]  # of the columns, in their order
+    sizes: tuple[int | None, ...]  # in bytes, of columns whose size is fixed
+
+    def read(self, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]] | Rejected]:
+        """Origin and wanted columns of every sample; where the shard is damaged, a Rejected at the end."""
+        try:
+            with opened(self.path) as packed, UNPACKERS[self.compression](packed) as file:
+                for index, sample in enumerate(self._samples(file)):
+                    yield f"{self.name}/{index}", self._split(sample, wanted)
+        except Exception as error:
+            yield damaged(error, self.path, self.name)
+
+    def text(self, column: str, data: bytes) -> str | None:
+        """Text of a column of the encoding "str" or "json". Raises ValueError."""
+        return text(parse_foreign_json(data)) if self.encodings[column] == "json" else data.decode()
+
+    def _samples(self, file: BinaryIO) -> Iterator[bytes]:
+        (count,) = np.frombuffer(_exactly(file, 4), "<u4")
+        if count != self.samples:
+            raise ValueError(f"holds {count} samples, but {INDEX} says {self.samples}")
+        offsets = np.frombuffer(_exactly(file, 4 * (self.samples + 1)), "<u4").astype(np.int64)
+        _exactly(file, int(offsets[0]) - 4 * (self.samples + 2))
+        for size in np.diff(offsets):
+            yield _exactly(file, int(size))
+        if file.read(1):  # a compressed file is checked when it is read to its end
+            raise ValueError("goes on behind its last sample")
+
+    def _split(self, sample: bytes, wanted: Sequence[str]) -> dict[str, bytes]:
+        unknown = self.sizes.count(None)
+        given = iter(np.frombuffer(sample, "<u4", count=unknown).tolist())
+        sizes = [next(given) if size is None else size for size in self.sizes]
+        ends = (4 * unknown + np.cumsum(sizes)).tolist()
+        if ends[-1] != len(sample):
+            raise ValueError(f"a sample has {len(sample)} bytes, but its columns take {ends[-1]}")
+        spans = zip(self.encodings, sizes, ends)
+        return {name: sample[end - size : end] for name, size, end in spans if name in wanted}
+
+
+@dataclass(frozen=True)
+class ShardOfPictures(MdsShard):
+    """`picture` and `caption` are columns."""
+
     picture: str
     caption: str
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
-        for item in self.shard.read((self.picture, self.caption)):
+        for item in self.read((self.picture, self.caption)):
             yield item if isinstance(item, Rejected) else self._sample(*item)
-
-    def inputs(self) -> list[Path]:
-        return [self.shard.path]
 
     def _sample(self, origin: str, columns: dict[str, bytes]) -> Picture | Rejected:
         try:
-            return captioned(origin, columns[self.picture], self.shard.text(self.caption, columns[self.caption]))
+            return captioned(origin, columns[self.picture], self.text(self.caption, columns[self.caption]))
         except ValueError:
             return Rejected(origin, "unreadable caption")
 
 
 @dataclass(frozen=True)
-class ShardOfLatents:
-    """Latents of one image size. `latent_shape` is (C, S, S), `embedding_shape` (77, 1024)."""
+class ShardOfLatents(MdsShard):
+    """Latents (C, S, S) of one image size in `column`."""
 
-    name: str
-    shard: MdsShard
     column: str
     latent_shape: tuple[int, int, int]
-    embedding_shape: tuple[int, int]
-
-    @property
-    def samples(self) -> int:
-        return self.shard.samples
 
     def __iter__(self) -> Iterator[Latents | Rejected]:
-        for item in self.shard.read((self.column, EMBEDDING, CAPTION)):
+        for item in self.read((self.column, EMBEDDING, CAPTION)):
             yield item if isinstance(item, Rejected) else self._sample(*item)
-
-    def inputs(self) -> list[Path]:
-        return [self.shard.path]
 
     def _sample(self, origin: str, columns: dict[str, bytes]) -> Latents | Rejected:
         try:
             latent = np.frombuffer(columns[self.column], "<f2").reshape(self.latent_shape)
-            embedding = np.frombuffer(columns[EMBEDDING], "<f2").reshape(self.embedding_shape)
-            caption = self.shard.text(CAPTION, columns[CAPTION])
+            embedding = np.frombuffer(columns[EMBEDDING], "<f2").reshape(EMBEDDING_SHAPE)
+            judged = captioned(origin, b"", self.text(CAPTION, columns[CAPTION]))
         except ValueError:
             return Rejected(origin, "unreadable latents")
-        if not (caption := (caption or "").strip()):
-            return Rejected(origin, "no caption")
-        return Latents(origin, latent, embedding, caption)
+        return judged if isinstance(judged, Rejected) else Latents(origin, latent, embedding, judged.caption)
 
 
 def open_pictures(root: Path, caption_key: str | None) -> Source:
     shards = open_shards(root)
     captions = CAPTIONS if caption_key is None else (caption_key,)
     parts = [
-        ShardOfPictures(shard.name, shard, _column(shard, PICTURES, FILES), _column(shard, captions, TEXTS))
+        ShardOfPictures(**vars(shard), picture=_column(shard, PICTURES, FILES), caption=_column(shard, captions, TEXTS))
         for shard in shards
     ]
     return Source(parts, sum(shard.samples for shard in shards))
@@ -130,7 +183,7 @@ def open_latents(root: Path, image_size: int) -> list[ShardOfLatents]:
     if rest or not channels:
         raise UserError(f"{shards[0].path}: {column} has {latent} bytes, expected 4 x {side} x {side} in fp16")
     shape = (channels, side, side)
-    return [ShardOfLatents(shard.name, shard, column, shape, EMBEDDING_SHAPE) for shard in shards]
+    return [ShardOfLatents(**vars(shard), column=column, latent_shape=shape) for shard in shards]
 
 
 def _column(shard: MdsShard, names: Sequence[str], encodings: Sequence[str]) -> str:
@@ -141,3 +194,52 @@ def _column(shard: MdsShard, names: Sequence[str], encodings: Sequence[str]) -> 
     there = ", ".join(f"{name} ({encoding})" for name, encoding in shard.encodings.items())
     wanted = f"{' or '.join(names)} ({' or '.join(encodings)})"
     raise UserError(f"{shard.path}: has no column {wanted}; its columns are {there}")
+
+
+def open_shards(root: Path) -> list[MdsShard]:
+    """The shards that are there, by name; a warning tells how many others the index lists. Raises UserError."""
+    listed = read_index(root)
+    shards = [shard for shard in listed if shard.path.is_file()]
+    if not shards:
+        raise not_found(root, f"shard that {INDEX} lists" if listed else INDEX, HOW)
+    if len(shards) < len(listed):
+        logger.warning(f"{root}: {len(listed) - len(shards)} of {len(listed)} shards are not there and are skipped")
+    for shard in shards:
+        if shard.compression not in UNPACKERS:
+            raise UserError(
+                f"{shard.path}: {shard.compression} is not read; unpack the shards, or write them with zstd"
+            )
+        if shard.compression == "zstd" and importlib.util.find_spec("zstandard") is None:
+            raise UserError(f"{shard.path}: needs the package zstandard: pip install zstandard")
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def read_index(root: Path) -> list[MdsShard]:
+    """All shards that are listed, there or not. Without an index.json those below count (0/index.json, ...), which the
+    paper's code leaves when it ends before it has merged them. Raises UserError."""
+    indexes = [root / INDEX] if (root / INDEX).is_file() else sorted(root.glob(f"*/{INDEX}"))
+    shards = []
+    for index in indexes:
+        values = read_json(index)
+        try:
+            shards += [_shard(root, index.parent, entry) for entry in values["shards"]]
+        except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError):
+            raise UserError(f"{index}: is not the index of shards in the format mds, version 2") from None
+    return shards
+
+
+def _shard(root: Path, folder: Path, entry: dict) -> MdsShard:
+    if entry["format"] != "mds" or entry["version"] != 2:
+        raise ValueError
+    encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+    sizes = tuple(size for _, size in zip(encodings, entry["column_sizes"], strict=True))
+    path, compression = folder / entry["raw_data"]["basename"], ""
+    if not path.is_file() and entry["zip_data"]:
+        path, compression = folder / entry["zip_data"]["basename"], entry["compression"].split(":")[0]
+    return MdsShard(part_name(path, root), path, compression, int(entry["samples"]), encodings, sizes)
+
+
+def _exactly(file: BinaryIO, size: int) -> bytes:
+    if not 0 <= size <= LARGEST or len(data := file.read(size)) < size:
+        raise EOFError(f"ends early, or {size} bytes are no size")
+    return data

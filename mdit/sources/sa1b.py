@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
+from mdit.sources import FilePart, Picture, Rejected, Source, captioned, not_found, part_name
 from mdit.sources.archives import ArchiveMember, is_picture, read_members, rejected_file, walk, without_unpacked
 from mdit.sources.storage import read_file
 
@@ -42,19 +42,14 @@ def open_pictures(root: Path) -> Source:
 
 
 @dataclass(frozen=True)
-class Photographs:
-    """One tar or directory; `texts` are the directories that may hold its captions."""
+class Photographs(FilePart):
+    """One tar or directory; `texts` are the directories that may hold its captions, too many to be fingerprinted."""
 
-    name: str
-    path: Path
     texts: Sequence[Path]
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
         for item in read_members(self.path, self.name, _is_picture):
             yield self._with_caption(item) if isinstance(item, ArchiveMember) else item
-
-    def inputs(self) -> list[Path]:
-        return [self.path]  # the texts are too many
 
     def _with_caption(self, member: ArchiveMember) -> Picture | Rejected:
         origin, name = f"{self.name}/{member.name}", f"{PurePosixPath(member.name).stem}.txt"

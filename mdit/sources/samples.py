@@ -6,7 +6,6 @@ reading. Lines in the log say so. Every picture and every caption ends in a samp
 error.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,22 +14,20 @@ from pathlib import Path
 
 from mdit.config import UserError
 from mdit.dist import logger
-from mdit.documents import parse_foreign_json
-from mdit.sources import Picture, Reason, Rejected, captioned
+from mdit.sources import FilePart, Picture, Rejected, captioned
 from mdit.sources.archives import PICTURES, ArchiveMember, is_hidden, is_picture, read_members
-from mdit.sources.files import PEEKED, require_key, text
+from mdit.sources.files import PEEKED, parse_object, read_object, require_key, text
 
 TEXT, OBJECT = ".txt", ".json"
 NAMED = 4  # files, in a line about many
+_told: set[tuple[Path, str]] = set()  # folders, and the kinds of lines that were logged about them
 
 
 @dataclass(frozen=True)
-class SampleFiles:
+class SampleFiles(FilePart):
     """The samples of a tar or of a directory. The caption is KEY.txt, or what KEY.json holds under "caption"; with a
     caption key it is what KEY.json holds there."""
 
-    name: str
-    path: Path
     caption_key: str | None
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
@@ -49,35 +46,27 @@ class SampleFiles:
                     raise UserError(_unsorted(self.path, item.key))
             yield sample
 
-    def inputs(self) -> list[Path]:
-        return [self.path]
-
     def _sample(self, group: "Group", origin: str) -> Picture | Rejected:
+        files = f"files {_some(group.names)}"
         if group.clashes:
-            return Rejected(origin, "name twice", f"files {_some(group.names)}")
+            return Rejected(origin, "name twice", files)
         picture = next((group.files[suffix] for suffix in PICTURES if suffix in group.files), None)
         if picture is None:
-            return Rejected(origin, "missing picture", f"files {_some(group.names)}")
+            return Rejected(origin, "missing picture", files)
+        is_text = self.caption_key is None and TEXT in group.files
+        words = group.files.get(TEXT if is_text else OBJECT)
+        if isinstance(lost := picture, Rejected) or isinstance(lost := words, Rejected):
+            return Rejected(origin, lost.reason, lost.detail)
+        caption = None
         try:
-            sample = captioned(origin, _data(picture), self._caption(group))
-        except _Lost as lost:
-            return Rejected(origin, lost.reason, str(lost))
+            if is_text and words is not None:
+                caption = words.data.decode("utf-8-sig")
+            elif words is not None:
+                caption = text(parse_object(words.data).get(self.caption_key or "caption"))
         except ValueError as error:
-            return Rejected(origin, "unreadable caption", f"files {_some(group.names)}: {error}")
-        if isinstance(sample, Rejected):
-            return Rejected(origin, sample.reason, f"files {_some(group.names)}: {sample.detail}")
-        return sample
-
-    def _caption(self, group: "Group") -> str | None:
-        """Raises ValueError when it is not UTF-8 or not JSON."""
-        if self.caption_key is None and TEXT in group.files:
-            return _data(group.files[TEXT]).decode("utf-8-sig")
-        if OBJECT not in group.files:
-            return None
-        values = parse_foreign_json(_data(group.files[OBJECT]))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return text(values.get(self.caption_key or "caption"))
+            return Rejected(origin, "unreadable caption", f"{files}: {error}")
+        sample = captioned(origin, picture.data, caption)
+        return Rejected(origin, sample.reason, f"{files}: {sample.detail}") if isinstance(sample, Rejected) else sample
 
     def _tell(self, group: "Group") -> None:
         others = [name for name in group.names if _split(name)[0] != group.key]
@@ -98,12 +87,8 @@ def require_caption(parts: Iterable[SampleFiles], caption_key: str | None) -> No
         for item in islice(members, PEEKED):
             if isinstance(item, ArchiveMember) and _split(item.name)[1] == TEXT:
                 texts += 1
-            elif isinstance(item, ArchiveMember):
-                try:
-                    values = parse_foreign_json(item.data)
-                except ValueError:
-                    continue
-                objects += [values] if isinstance(values, dict) else []
+            elif isinstance(item, ArchiveMember) and (values := read_object(item.data)) is not None:
+                objects.append(values)
             if (texts and caption_key is None) or any((caption_key or "caption") in values for values in objects[-1:]):
                 return
         require_key(objects, caption_key or "caption", f"{part.path}: KEY.json")
@@ -178,18 +163,6 @@ def _closed(group: Group, around: list[Group]) -> Iterator[Group]:
         yield from group.parts
 
 
-class _Lost(Exception):
-    def __init__(self, rejected: Rejected) -> None:
-        super().__init__(rejected.detail)
-        self.reason: Reason = rejected.reason
-
-
-def _data(item: ArchiveMember | Rejected) -> bytes:
-    if isinstance(item, Rejected):
-        raise _Lost(item)
-    return item.data
-
-
 def _name(item: ArchiveMember | Rejected) -> str:
     return item.name if isinstance(item, ArchiveMember) else str(item.member)
 
@@ -221,13 +194,7 @@ def _unsorted(path: Path, key: str) -> str:
     )
 
 
-@functools.cache
-def _lines_of(folder: Path) -> set[str]:
-    """The kinds of lines that were logged about a folder."""
-    return set()
-
-
 def _tell_once(folder: Path, kind: str, line: str) -> None:
-    if kind not in (told := _lines_of(folder)):
-        told.add(kind)
+    if (folder, kind) not in _told:
+        _told.add((folder, kind))
         logger.warning(f"{folder}: {line}")

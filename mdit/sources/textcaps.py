@@ -12,16 +12,17 @@ paper's code trains on both splits. The copy https://huggingface.co/datasets/Hug
 `--source huggingface --root HuggingFaceM4/TextCaps`.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from mdit.config import UserError
-from mdit.sources import Source, not_found, slices
-from mdit.sources.files import CaptionedFiles, read_json, text
+from mdit.sources import Source, not_found
+from mdit.sources.files import captioned_files, text
 
 IMAGES = "train_images"
 FILES = {"train": "TextCaps_0.1_train.json", "validation": "TextCaps_0.1_val.json"}
+EXPECTED = '{"data": [{"image_name": ..., "reference_strs": [...]}, ...]}'
 HOW = "get {} from https://textvqa.org/textcaps/dataset/"
-PICTURES_PER_PART = 4000
 
 
 def open_pictures(root: Path, split: str) -> Source:
@@ -30,11 +31,9 @@ def open_pictures(root: Path, split: str) -> Source:
         raise not_found(root, path.name, HOW.format("it"))
     if not (root / IMAGES).is_dir():
         raise not_found(root, f"{IMAGES}/", HOW.format("train_val_images.zip"))
-    captions: dict[str, str | None] = {}
-    try:
-        for entry in read_json(path)["data"]:
-            captions.setdefault(f"{entry['image_name']}.jpg", text(entry.get("reference_strs")))
-    except (TypeError, KeyError, AttributeError):
-        raise UserError(f'{path}: expected {{"data": [{{"image_name": ..., "reference_strs": [...]}}, ...]}}') from None
-    pictures = CaptionedFiles(root / IMAGES, sorted(captions.items()))
-    return Source(slices(pictures, PICTURES_PER_PART), len(pictures))
+    return captioned_files(path, root / IMAGES, _entries, EXPECTED)
+
+
+def _entries(values: Any) -> Iterable[tuple[str, str | None]]:
+    entries = reversed(values["data"])
+    return {f"{entry['image_name']}.jpg": text(entry.get("reference_strs")) for entry in entries}.items()
