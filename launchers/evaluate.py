@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path in (picture, scores):
         try_to_write(path)
     model = sampling_model(snapshot, args.weights, device)
-    found = evaluate(snapshot, model, num_pictures=args.num_pictures, seed=args.seed, options=options)
+    found = evaluate(snapshot, model, args.num_pictures, args.seed, options)
     save_png(grid(found.pictures_NHWC, found.captions), picture)
     settings = {"step": snapshot.step, "weights": args.weights, "pictures": len(found.captions), "seed": args.seed}
     write_json(scores, {**settings, **options, **found.scores})

@@ -14,20 +14,15 @@ BEGAN = time.time()  # before anything slow is imported
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument(
-        "--recipe", type=cli.config, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json"
-    )
-    parser.add_argument(
-        "--ds_config", type=cli.config, default=DEFAULT_DS_CONFIG, help="how it is run: a DeepSpeed JSON"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe"
-    )
-    parser.add_argument("--run_dir", type=cli.path, help="default: runs/<recipe name>")
-    parser.add_argument("--init_from", type=cli.path, metavar="SNAPSHOT", help="start from these weights")
-    parser.add_argument("--restart", action="store_true", help="start anew; what the run directory has is moved aside")
-    parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, run nothing")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
+    add = parser.add_argument
+    add("--recipe", type=cli.config, default=DEFAULT_RECIPE, help="what is learned: TOML, or a run's config.json")
+    add("--ds_config", type=cli.config, default=DEFAULT_DS_CONFIG, help="how it is run: a DeepSpeed JSON")
+    add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
+    add("--run_dir", type=cli.path, help="default: runs/<recipe name>")
+    add("--init_from", type=cli.path, metavar="SNAPSHOT", help="start from these weights")
+    add("--restart", action="store_true", help="start anew; what the run directory has is moved aside")
+    add("--dry_run", action="store_true", help="resolve and print everything, run nothing")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args(arguments)
 
 

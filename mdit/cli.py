@@ -38,9 +38,8 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
         130  for Ctrl-C (what a KeyboardInterrupt says is told as well); a second one ends the process at once
 
     and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
-    one to print an error. MDIT_TRACEBACK=1 shows where an
-    error came from. What the terminal's encoding lacks is printed escaped. What `command` compiles is kept on this
-    machine's disk (mdit/caches.py).
+    one to print an error. MDIT_TRACEBACK=1 shows where an error came from. What the terminal's encoding lacks is
+    printed escaped. What `command` compiles is kept on this machine's disk (mdit/caches.py).
     """
     keep_on_local_disk()
     for name in ("stdout", "stderr"):

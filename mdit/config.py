@@ -9,7 +9,7 @@ import copy
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -254,13 +254,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     `overrides` are `key.sub=value` strings; the value is read as TOML and, failing that, as a bare string.
     Raises UserError naming the file, the key and the value.
     """
-    path = Path(path)
-    values = (read_json if path.suffix == ".json" else read_toml)(path, "the recipe")
-    if path.suffix == ".json":
-        if not isinstance(values, dict) or not isinstance(values.get("recipe"), dict):
-            raise UserError(f'{path}: has no table "recipe"; expected the config.json of a run')
-        values = values["recipe"]
-    return parse_recipe(values, path, overrides)
+    if Path(path).suffix != ".json":
+        return parse_recipe(read_toml(path, "the recipe"), path, overrides)
+    values = read_json(path, "the recipe")
+    if not isinstance(values, dict) or not isinstance(values.get("recipe"), dict):
+        raise UserError(f'{path}: has no table "recipe"; expected the config.json of a run')
+    return parse_recipe(values["recipe"], path, overrides)
 
 
 def parse_recipe(values: dict[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -300,12 +299,6 @@ def parse_section(section: type[AnySection], values: Any, path: object) -> AnySe
         clauses = list({_written(e, values): _explain(e, values, section) for e in told}.values())
         more = [f"and {error.error_count() - len(told)} more"] if error.error_count() > len(told) else []
         raise UserError(f"{path}: " + "; ".join(clauses + more)) from None
-
-
-def near_key(key: str, known: Iterable[str]) -> str:
-    """ " (did you mean seed?)", or nothing."""
-    match = difflib.get_close_matches(key[:100], known, n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
 
 
 def _change_locations(values: dict, change: Callable[[str], str]) -> None:
@@ -352,8 +345,8 @@ def _value(text: str) -> Any:
 def _explain(error: ErrorDetails, values: Any, section: type[Section]) -> str:
     key = _written(error, values)
     if error["type"] == "extra_forbidden":
-        nearest = near_key(str(error["loc"][-1]), _known_keys(error["loc"], section))
-        return f"unknown key {key} = {error['input']!r}{nearest}"
+        near = difflib.get_close_matches(str(error["loc"][-1])[:100], _known_keys(error["loc"], section), n=1)
+        return f"unknown key {key} = {error['input']!r}" + (f" (did you mean {near[0]}?)" if near else "")
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")

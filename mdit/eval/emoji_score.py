@@ -43,10 +43,9 @@ class SceneJudge:
     def score(self, images_NHWC: Tensor, scenes: Sequence[Scene]) -> Scores:
         """(N, H, W, 3) uint8 pictures against the N scenes that were asked for."""
         backgrounds, objects = nearest_backgrounds(images_NHWC), self.nearest_objects(images_NHWC, scenes)
-        return Scores(
-            float(np.mean([name == scene.pair.background for name, scene in zip(backgrounds, scenes, strict=True)])),
-            float(np.mean([name == scene.pair.object for name, scene in zip(objects, scenes, strict=True)])),
-        )
+        rows = zip(backgrounds, objects, (scene.pair for scene in scenes), strict=True)
+        right_N2 = [(background == pair.background, object_ == pair.object) for background, object_, pair in rows]
+        return Scores(*np.mean(right_N2, axis=0).tolist())
 
     def nearest_objects(self, images_NHWC: Tensor, scenes: Sequence[Scene]) -> list[str]:
         """The nearest object for every picture, among all on its scene's background in its scene's style."""

@@ -29,21 +29,19 @@ class Evaluation:
     lines: list[str]
 
 
-def evaluate(
-    snapshot: Snapshot, model: MicroDiT, *, num_pictures: int, seed: int, options: dict[str, Any]
-) -> Evaluation:
+def evaluate(snapshot: Snapshot, model: MicroDiT, count: int, seed: int, options: dict[str, Any]) -> Evaluation:
     """By scenes of known truth where the recipe has them, else by validation loss. `options`: sampling_options."""
-    settings = snapshot.config.data.precompute
-    if settings is not None and isinstance(settings.source, EmojiSource):
-        return evaluate_scenes(snapshot, model, num_pictures, seed, options)
-    return evaluate_validation(snapshot, model, num_pictures, seed, options)
+    made = snapshot.config.data.precompute
+    if made is None or not isinstance(made.source, EmojiSource):
+        return evaluate_validation(snapshot, model, count, seed, options)
+    return evaluate_scenes(snapshot, model, EmojiScenes(made.source, made.image_size), count, seed, options)
 
 
-def evaluate_scenes(snapshot: Snapshot, model: MicroDiT, count: int, seed: int, options: dict[str, Any]) -> Evaluation:
+def evaluate_scenes(
+    snapshot: Snapshot, model: MicroDiT, source: EmojiScenes, count: int, seed: int, options: dict[str, Any]
+) -> Evaluation:
     """Scores of `count` pictures of pairs that training never saw (`mdit.eval.emoji_score`)."""
-    settings, device = snapshot.config.data.precompute, next(model.parameters()).device
-    assert settings is not None and isinstance(settings.source, EmojiSource)
-    source = EmojiScenes(settings.source, settings.image_size)
+    device = next(model.parameters()).device
     judge = SceneJudge(source, load_efficientnet(device))
     scenes = held_out_scenes(source, count)
     captions = [scene.caption for scene in scenes]
