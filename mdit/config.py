@@ -9,7 +9,7 @@ import copy
 import difflib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -301,6 +301,12 @@ def parse_section(section: type[AnySection], values: Any, path: object) -> AnySe
         raise UserError(f"{path}: " + "; ".join(clauses + more)) from None
 
 
+def near_key(key: str, known: Iterable[str]) -> str:
+    """ " (did you mean seed?)", or nothing."""
+    match = difflib.get_close_matches(key[:100], known, n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
 def _change_locations(values: dict, change: Callable[[str], str]) -> None:
     """`change` every place of data in a recipe that nobody has checked yet."""
 
@@ -345,8 +351,8 @@ def _value(text: str) -> Any:
 def _explain(error: ErrorDetails, values: Any, section: type[Section]) -> str:
     key = _written(error, values)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1])[:100], _known_keys(error["loc"], section), n=1)
-        return f"unknown key {key} = {error['input']!r}" + (f" (did you mean {near[0]}?)" if near else "")
+        nearest = near_key(str(error["loc"][-1]), _known_keys(error["loc"], section))
+        return f"unknown key {key} = {error['input']!r}{nearest}"
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")
