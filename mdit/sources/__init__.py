@@ -6,7 +6,7 @@ left out in silence but comes as a `Rejected` with a reason.
 
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -146,8 +146,7 @@ def open_named_source(name: str, root: Path | None, *, split: str = "train", cap
     module = importlib.import_module(f"mdit.sources.{name}")
     takes = inspect.signature(module.open_pictures).parameters
     splits = getattr(module, "SPLITS", ("train", "validation") if "split" in takes else ("train",))
-    if split not in splits:
-        raise UserError(f"--split {split}: {name} has no such split; it has {' and '.join(splits)}")
+    check_split(split, splits, name)
     if caption_key is not None and "caption_key" not in takes:
         raise UserError(f"--caption_key {caption_key}: {name} has one caption a picture and takes no key")
     if (root is not None) != ("root" in takes):
@@ -164,6 +163,12 @@ def check_name(name: str) -> None:
     if name not in SOURCES:
         hint = near_key(name, SOURCES) or f"; there are {', '.join(SOURCES)}"
         raise UserError(f"--source {name}: is not known{hint}")
+
+
+def check_split(split: str, splits: Collection[str], of: object) -> None:
+    """Raise UserError for what is none of the splits."""
+    if split not in splits:
+        raise UserError(f"--split {split}: {of} has no such split; it has {' and '.join(splits)}")
 
 
 def captioned(origin: str, image: bytes | Image.Image, caption: str | None) -> Picture | Rejected:

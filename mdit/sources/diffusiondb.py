@@ -65,7 +65,7 @@ class Zips:
     def __iter__(self) -> Iterator[Picture | Rejected]:
         safe = read_ratings(self.table, [_number(path) for path in self.paths])
         for path in self.paths:
-            prompts = read_object(read_member(path, f"{_stem(path)}.json") or b"") or {}
+            prompts = read_object(read_member(path, f"{path.name.removesuffix('.zip')}.json") or b"") or {}
             for item in read_members(path, path.name, is_picture):
                 yield self._judged(path, item, prompts, safe) if isinstance(item, ArchiveMember) else item
 
@@ -124,7 +124,3 @@ def _number(path: Path) -> int:
     """1 for part-000001.zip and part-000001; 0 for anything else."""
     match = re.fullmatch(r"part-(\d+)(\.zip)?", path.name)
     return int(match[1]) if match else 0
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".zip")

@@ -36,17 +36,17 @@ def open_pictures(root: Path, caption_key: str | None) -> Source:
     path = root / CAPTIONS
     if not path.is_file():
         return _open_pairs(root, caption_key)
-    starts, offset, count = [], 0, 0
+    starts, objects, offset, count = [], [], 0, 0
     with opened(path) as lines:
         for count, line in enumerate(lines, start=1):
             if count % LINES_PER_PART == 1:
                 starts.append(offset)
+            if count <= PEEKED and (values := read_object(line)) is not None:
+                objects.append(values)
             offset += len(line)
     if not starts:
         raise UserError(f"{path}: is empty; expected one caption a line")
-    with opened(path) as lines:
-        objects = [read_object(line) for line in islice(lines, PEEKED)]
-    require_key([values for values in objects if values is not None], caption_key or CAPTION, path)
+    require_key(objects, caption_key or CAPTION, path)
     return Source([Lines(f"{n:05d}", path, n, start, caption_key or CAPTION) for n, start in enumerate(starts)], count)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import UserError
-from mdit.sources import FilePart, Picture, Rejected, Source, captioned, part_name
+from mdit.sources import FilePart, Picture, Rejected, Source, captioned, check_split, part_name
 from mdit.sources.archives import damaged
 from mdit.sources.files import read_picture, text
 from mdit.sources.storage import is_damage
@@ -183,8 +183,7 @@ def _holds_files(name: str, kind: Any) -> bool:
 
 
 def _of_split(root: Path, splits: Mapping[str, Any], split: str) -> Any:
-    if split not in splits:
-        raise UserError(f"--split {split}: {root} has no such split; it has {' and '.join(splits)}")
+    check_split(split, splits, root)
     return splits[split]
 
 
