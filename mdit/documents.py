@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,24 @@ def check(values: Any) -> None:
                 raise ValueError(f"{key} is not Unicode text: {value!r}") from None
         if not isinstance(value, str | int | float | dict | list | tuple | None):
             raise ValueError(f"{key} = {value} is a {type(value).__name__}, which no key takes")
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": [1]}} -> {"a.b.0": 1}"""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    flat = {}
+    for key, value in items:
+        inside = isinstance(value, dict | list | tuple)
+        flat |= flatten(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in `one`, value in `other`) where they differ, keys like "a.b.0". A missing value is None."""
+    first, second = flatten(one), flatten(other)
+    for key in {**first, **second}:
+        if first.get(key) != second.get(key):
+            yield key, first.get(key), second.get(key)
 
 
 def to_json(values: Any) -> str:

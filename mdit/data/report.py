@@ -13,8 +13,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mdit.config import NonNegativeInt, PositiveInt, Section, parse_section
-from mdit.documents import parse_json
+from mdit.config import NonNegativeInt, PositiveInt, Section, read_section
 
 REPORT = "report.json"
 ORIGINS = 5  # of each reason
@@ -79,8 +78,4 @@ def merge(parts: Mapping[str, PartReport]) -> SetReport:
 
 def read_report(directory: Path) -> SetReport | None:
     """The report of a finished set; None where there is none, as in sets that were brought. Raises UserError."""
-    path = directory / REPORT
-    try:
-        return parse_section(SetReport, parse_json(path.read_bytes(), path), path)
-    except FileNotFoundError:
-        return None
+    return read_section(SetReport, directory / REPORT)

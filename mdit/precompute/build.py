@@ -83,28 +83,25 @@ def build_sets(job: BuildJob, producer: SampleProducer) -> Outcome:
     """
     try:
         with ExitStack() as stack:
-            sets, plans = {}, {}
+            for size in job.sets:
+                producer.layout(size, job.embeddings).check()
+            fingerprints, sets = Fingerprints(job.source, job.limit), {}
             for size, directory in job.sets.items():
-                layout = producer.layout(size, job.embeddings)
-                layout.check()
-                sets[size] = stack.enter_context(
-                    SetInProgress(directory, layout, {**job.build_settings, "image_size": size})
-                )
-            fingerprints = Fingerprints(job.source, job.limit)
-            for size, unfinished in sets.items():
-                plans[size] = unfinished.agree(partial(_plan, job, producer, fingerprints, unfinished, plans))
-            _make_parts(job, producer, sets, plans[size])
+                make_plan = partial(_plan, job, producer, fingerprints, size, sets)
+                sets[size] = stack.enter_context(SetInProgress(directory, make_plan))
+            _make_parts(job, producer, sets)
             finished, left, refused = {}, {}, []
-            for size, unfinished in sets.items():
+            for size in sets:
+                unfinished = sets[size]
                 try:
-                    report = unfinished.finish(plans[size], job.max_rejected)
+                    report = unfinished.finish(job.max_rejected)
                 except TooManyRejected as error:  # the other sets may be better
                     refused.append(error)
                     continue
                 if report is not None:
                     finished[unfinished.directory] = report
                 else:
-                    left[unfinished.directory] = unfinished.left(len(plans[size].parts))
+                    left[unfinished.directory] = unfinished.left()
             if refused:
                 raise refused[0]
             return Outcome(finished, left)
@@ -179,34 +176,34 @@ def _plan(
     job: BuildJob,
     producer: SampleProducer,
     fingerprints: Fingerprints,
-    unfinished: SetInProgress,
-    others: Mapping[int, Plan],
+    size: int,
+    others: Mapping[int, SetInProgress],
     stored: Plan | None,
     before: Plan | None,
 ) -> tuple[Plan, Collection[str]]:
-    """The plan of a set, and the parts to make. `others` are the plans for other image sizes. Raises UserError
-    when something else is stored."""
-    known, changing = stored or before, bool(job.extend or job.remake)
-    if known is not None and before is not None and (unfinished.is_joined() if stored else not changing):
-        return known, ()
+    """The plan of a set, and the parts to make. `others` are the sets of other image sizes. Raises UserError when
+    something else is stored."""
+    if before is not None and stored is None and not (job.extend or job.remake):
+        return before, ()
+    directory, known = job.sets[size], stored or before
     producer.settle(known and known.encoders.plain(), job.captions or partial(first_captions, job.source, job.limit))
     if before is None:
-        parts, of_last_part = _first_parts(job, fingerprints, next(iter(others.values()), known))
+        parts, of_last_part = _first_parts(job, fingerprints, next((other.plan for other in others.values()), known))
         made: Collection[str] = parts
     else:
-        parts, made = _changes(job, fingerprints, unfinished.directory, before)
+        parts, made = _changes(job, fingerprints, directory, before)
         of_last_part = None
     plan = Plan(
-        build_settings=unfinished.build_settings,
-        encoders=parse_section(Encoders, producer.encoders(), unfinished.directory),
-        layout=unfinished.layout,
+        build_settings={**job.build_settings, "image_size": size},
+        encoders=parse_section(Encoders, producer.encoders(), directory),
+        layout=producer.layout(size, job.embeddings),
         shard_bytes=job.shard_bytes,
         settings=producer.settings(),
         parts=parts,
         pictures_of_last_part=of_last_part,
     )
     if known is not None:
-        require_plan(unfinished.directory, known, plan, job.owner, finished=stored is None)
+        require_plan(directory, known, plan, job.owner, finished=stored is None)
     return plan, made
 
 
@@ -254,9 +251,10 @@ def _pictures(parts: Iterable[Part]) -> Iterator[Picture]:
         yield from (item for item in read(WorkItem(number, part)) if not isinstance(item, Rejected))
 
 
-def _make_parts(job: BuildJob, producer: SampleProducer, sets: Mapping[int, SetInProgress], plan: Plan) -> None:
+def _make_parts(job: BuildJob, producer: SampleProducer, sets: Mapping[int, SetInProgress]) -> None:
     """Make parts until there is none for this process. A bar counts pictures, of others as far as their parts are
     complete."""
+    plan = next(iter(sets.values())).plan  # all have the same parts
     total = job.source.pictures if job.limit is None else job.limit
     name, began = ", ".join(str(directory) for directory in job.sets.values()), time.perf_counter()
     bar = tqdm(initial=_done(sets)[0], total=total, desc=name, unit=" images", disable=not job.progress)
@@ -264,8 +262,7 @@ def _make_parts(job: BuildJob, producer: SampleProducer, sets: Mapping[int, SetI
         for first in stream:
             with ExitStack() as stack:
                 writers = {
-                    size: stack.enter_context(sets[size].writer(first.item.number, job.shard_bytes))
-                    for size in first.item.image_sizes
+                    size: stack.enter_context(sets[size].writer(first.item.number)) for size in first.item.image_sizes
                 }
                 for samples in chain([first], stream):
                     for size, writer in writers.items():

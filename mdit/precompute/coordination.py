@@ -18,22 +18,21 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mdit.config import PositiveInt, Section, UserError, parse_section
+from mdit.config import PositiveInt, Section, UserError, read_section
 from mdit.data.manifest import MANIFEST, SampleLayout, read_manifest
 from mdit.data.report import REPORT, PartReport, merge, new_report, read_report
 from mdit.data.shards import INDEX, open_dataset
 from mdit.data.writer import PartWriter, finish_set, is_written, take_over, written_parts
 from mdit.descriptions import Encoders
 from mdit.dist import logger
-from mdit.documents import parse_json
+from mdit.documents import differences
 from mdit.files import partial_name, sync, write_json, write_text
 
-T = TypeVar("T", bound=Section)
 PLAN, CHANGE = "plan.json", "change.json"
 COMPLETE = b"1"
 
@@ -83,7 +82,7 @@ def is_changing(directory: Path) -> bool:
 
 def plan_of_finished(directory: Path) -> Plan | None:
     """The plan that a finished set was made by; None for one that was brought."""
-    return _read(Plan, directory / PLAN)
+    return read_section(Plan, directory / PLAN)
 
 
 def check_set(directory: Path, build_settings: dict[str, Any], owner: str) -> None:
@@ -96,7 +95,7 @@ def check_set(directory: Path, build_settings: dict[str, Any], owner: str) -> No
             _require_equal(found, build_settings, what, owner, f"remove {directory} to make it again")
         elif directory.is_dir() and any(directory.iterdir()):
             raise UserError(f"{directory}: holds files but no {MANIFEST}; remove it or choose another directory")
-        elif plan := _read(Plan, partial_name(directory) / PLAN):
+        elif plan := read_section(Plan, partial_name(directory) / PLAN):
             require_plan(directory, plan, plan.model_copy(update={"build_settings": build_settings}), owner)
     except OSError as error:
         raise UserError(f"{directory}: cannot look at what is there: {error}") from None
@@ -146,74 +145,57 @@ class RecordLocks:
 
 
 class SetInProgress:
-    """This process's hand in making the set `directory`. A context manager: leaving it lets go of all locks.
+    """This process's hand in making the set `directory` by `plan`, which is that of all processes. A context manager:
+    leaving it lets go of all locks.
+
+    `make_plan` is called by one process at a time. It takes what was stored by another, or None, and the plan of the
+    finished set that is to be changed, or None; it returns the plan and the names of the parts to make, or raises
+    UserError. When that or what follows fails and there was no plan, nothing is left.
 
     At most one in a process for each set, as a process's locks do not bind itself.
     """
 
-    def __init__(self, directory: Path, layout: SampleLayout, build_settings: dict[str, Any]) -> None:
-        self.directory, self.layout, self.build_settings = directory, layout, build_settings
-        self.work = partial_name(directory)
-        self._opened: RecordLocks | None = None
+    def __init__(
+        self, directory: Path, make_plan: Callable[[Plan | None, Plan | None], tuple[Plan, Collection[str]]]
+    ) -> None:
+        self.directory, self.work = directory, partial_name(directory)
         self._held: set[int] = set()
         self._reports: dict[int, PartReport] = {}
         self._change: Change | None = None
-
-    @property
-    def locks(self) -> RecordLocks:
-        assert self._opened is not None, "agree() comes first"
-        return self._opened
-
-    def agree(self, make_plan: Callable[[Plan | None, Plan | None], tuple[Plan, Collection[str]]]) -> Plan:
-        """The plan of all processes. `make_plan` is called by one at a time; it takes what was stored by another, or
-        None, and the plan of the finished set that is to be changed, or None. It returns the plan and the names of the
-        parts to make, or raises UserError. When that or what follows fails and there was no plan, nothing is left."""
-        new = [path for path in self.directory.parents if not path.exists()]
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self._opened = RecordLocks(_lock_path(self.directory))
-        stored, finished = _read(Plan, self.work / PLAN), is_finished(self.directory)
+        new = [path for path in directory.parents if not path.exists()]
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        self._locks = RecordLocks(_lock_path(directory))
+        begun = (self.work / PLAN).exists()
         try:
-            if stored is not None:
-                self._change = _read(Change, self.work / CHANGE)
-                plan, _ = make_plan(stored, self._change and self._change.replaces)
-            else:
-                before = plan_of_finished(self.directory) if finished else None
-                plan, made = make_plan(None, before)
-                if made or not finished:
-                    os.truncate(self.locks.descriptor, 0)
-                    shutil.rmtree(self.work, ignore_errors=True)
-                    self.work.mkdir()
-                    if before is not None:
-                        self._begin_change(before, made)
-                    write_json(self.work / PLAN, plan.plain())
+            self.plan = self._begun(make_plan) if begun else self._begin(make_plan)
         except BaseException:
-            if stored is None:
+            if not begun:
                 shutil.rmtree(self.work, ignore_errors=True)
-                self.locks.path.unlink(missing_ok=True)
+                self._locks.path.unlink(missing_ok=True)
                 for path in new:
                     with suppress(OSError):  # another process has use for it
                         path.rmdir()
+            os.close(self._locks.descriptor)
             raise
-        self.locks.release(0, 1)
-        return plan
+        self._locks.release(0, 1)
 
     def is_joined(self) -> bool:
         """Whether the parts' records are, or may be, gone into the manifest."""
-        return self.locks.are_removed() or self._is_done() or (self.work / MANIFEST).exists()
+        return self._locks.are_removed() or self._is_done() or (self.work / MANIFEST).exists()
 
-    def writer(self, part: int, shard_bytes: int) -> PartWriter:
+    def writer(self, part: int) -> PartWriter:
         """A writer of a part that was claimed."""
         change = self._change
         suffix = f"_{change.number:04d}" if change and part < len(change.replaces.parts) else ""
-        return PartWriter(self.work, part, self.layout, shard_bytes, suffix)
+        return PartWriter(self.work, part, self.plan.layout, self.plan.shard_bytes, suffix)
 
     def claim(self, part: int) -> bool:
         """Whether this process is to make the part: it is not complete, and nobody is at it. May be called by a thread
         beside the one that writes."""
-        if part in self._held or not self.locks.acquire(1 + part, 1):
+        if part in self._held or not self._locks.acquire(1 + part, 1):
             return False
-        if os.pread(self.locks.descriptor, 1, 1 + part) == COMPLETE or self.is_joined():
-            self.locks.release(1 + part, 1)
+        if os.pread(self._locks.descriptor, 1, 1 + part) == COMPLETE or self.is_joined():
+            self._locks.release(1 + part, 1)
             return False
         if is_written(self.work, part):  # by a process that was killed before it could say so; or it stays as it is
             self.complete(part)
@@ -223,13 +205,14 @@ class SetInProgress:
 
     def complete(self, part: int) -> None:
         """Let go of a part that was claimed and made."""
-        os.pwrite(self.locks.descriptor, COMPLETE, 1 + part)
-        self.locks.release(1 + part, 1)
+        os.pwrite(self._locks.descriptor, COMPLETE, 1 + part)
+        self._locks.release(1 + part, 1)
         self._held.discard(part)
 
-    def left(self, num_parts: int) -> int:
+    def left(self) -> int:
         """Number of parts that are not complete."""
-        return num_parts - os.pread(self.locks.descriptor, num_parts, 1).count(COMPLETE)
+        num_parts = len(self.plan.parts)
+        return num_parts - os.pread(self._locks.descriptor, num_parts, 1).count(COMPLETE)
 
     def reports(self) -> dict[int, PartReport]:
         """Part -> report, of the complete ones, as far as another process has not joined them to a set meanwhile."""
@@ -237,14 +220,15 @@ class SetInProgress:
             self._reports = written_parts(self.work, self._reports)
         return self._reports
 
-    def finish(self, plan: Plan, max_rejected: float) -> PartReport | None:
+    def finish(self, max_rejected: float) -> PartReport | None:
         """Give the set its name when all parts are complete and nobody else is at it. -> its report; None when it is
         not finished. Raises UserError, after removing what there is, when no picture was written; TooManyRejected,
         with all left as it is, when more than the share `max_rejected` of what was read for it was left out."""
-        if not self.locks.acquire(0, 0):
+        plan = self.plan
+        if not self._locks.acquire(0, 0):
             return None
         try:
-            if self.locks.are_removed():  # what there is now may be another process's next change
+            if self._locks.are_removed():  # what there is now may be another process's next change
                 return (read_report(self.directory) or new_report()) if is_finished(self.directory) else None
             if not self._is_done():
                 if not self.is_joined():
@@ -253,7 +237,7 @@ class SetInProgress:
                         return None
                     self._judge({name: reports[part] for part, name in enumerate(plan.parts)}, max_rejected)
                 index = INDEX if self._change is None else f"index_{self._change.number:04d}.npy"
-                finish_set(self.work, len(plan.parts), self.layout, plan.encoders, self.build_settings, index)
+                finish_set(self.work, len(plan.parts), plan.layout, plan.encoders, plan.build_settings, index)
                 if self._change is None:
                     sync(self.work)
                     self.work.rename(self.directory)
@@ -261,17 +245,36 @@ class SetInProgress:
                 else:
                     self._replace()
             shutil.rmtree(self.work, ignore_errors=True)  # what a process left that was killed while it removed it
-            self.locks.path.unlink(missing_ok=True)
+            self._locks.path.unlink(missing_ok=True)
             return read_report(self.directory) or new_report()
         finally:
-            self.locks.release(0, 0)
+            self._locks.release(0, 0)
 
     def __enter__(self) -> "SetInProgress":
         return self
 
     def __exit__(self, *error) -> None:
-        if self._opened is not None:
-            os.close(self._opened.descriptor)
+        os.close(self._locks.descriptor)
+
+    def _begun(self, make_plan) -> Plan:
+        stored, self._change = read_section(Plan, self.work / PLAN), read_section(Change, self.work / CHANGE)
+        assert stored is not None, "it goes under the lock only"
+        if self._change is not None and self.is_joined():
+            return stored
+        return make_plan(stored, self._change and self._change.replaces)[0]
+
+    def _begin(self, make_plan) -> Plan:
+        finished = is_finished(self.directory)
+        before = plan_of_finished(self.directory) if finished else None
+        plan, made = make_plan(None, before)
+        if made or not finished:
+            os.truncate(self._locks.descriptor, 0)
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir()
+            if before is not None:
+                self._begin_change(before, made)
+            write_json(self.work / PLAN, plan.plain())
+        return plan
 
     def _begin_change(self, before: Plan, made: Collection[str]) -> None:
         dataset, report = open_dataset(self.directory), read_report(self.directory)
@@ -287,7 +290,7 @@ class SetInProgress:
         report = merge(reports)
         if report.written == 0:
             shutil.rmtree(self.work)
-            self.locks.path.unlink()
+            self._locks.path.unlink()
             raise UserError(f"{self.directory}: no picture can be used: {report.summary()}")
         made = report if self._change is None else merge({name: reports[name] for name in self._change.made})
         if (share := made.rejected_share) > max_rejected:
@@ -335,14 +338,6 @@ def _remove_leftovers(directory: Path) -> None:
             os.close(lock)
 
 
-def _read(kind: type[T], path: Path) -> T | None:
-    """None when there is no such file. Raises UserError naming it for what is not of that kind."""
-    try:
-        return parse_section(kind, parse_json(path.read_bytes(), path), path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def _hoisted(plan: Plan) -> dict[str, Any]:
     """Content of a plan, with the settings as if they were its own keys."""
     values = plan.plain()
@@ -351,20 +346,5 @@ def _hoisted(plan: Plan) -> dict[str, Any]:
 
 
 def _require_equal(found: dict[str, Any], wanted: dict[str, Any], was: str, owner: str, remedy: str) -> None:
-    found, wanted = _flat(found), _flat(wanted)
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            raise UserError(
-                f"{was} {key} = {found.get(key)!r}, but {owner} is {wanted.get(key)!r}; {remedy}, or choose another "
-                "directory"
-            )
-
-
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b.0": 1}"""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, list | tuple):
-            value = dict(enumerate(value))
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    for key, there, asked in differences(found, wanted):
+        raise UserError(f"{was} {key} = {there!r}, but {owner} is {asked!r}; {remedy}, or choose another directory")

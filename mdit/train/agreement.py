@@ -14,13 +14,12 @@ import mdit.kernels
 from mdit.config import UserError
 from mdit.data.manifest import MANIFEST
 from mdit.dist import World, gather, on_all_ranks, shared
-from mdit.documents import to_json
+from mdit.documents import differences, to_json
 from mdit.files import checksum
 from mdit.meeting import while_others_wait
 from mdit.precompute import precompute
 from mdit.provenance import package_versions
 from mdit.train.run import Run, check_data
-from mdit.train.run_directory import flatten
 
 
 def require_agreement(world: World, values: Mapping[str, Any]) -> None:
@@ -30,33 +29,30 @@ def require_agreement(world: World, values: Mapping[str, Any]) -> None:
         return
     (first_host, first), *others = gather((socket.gethostname(), dict(values)), world)
     for rank, (host, other) in enumerate(others, 1):
-        for key in [*first, *(key for key in other if key not in first)]:
-            if first.get(key) != other.get(key):
-                raise shared(
-                    UserError(
-                        f"rank {rank} on {host} has {key} = {other.get(key)!r}, but rank 0 on {first_host} has "
-                        f"{first.get(key)!r}; start all processes of a run with the same"
-                    )
+        for key, at_first, here in differences(first, other):
+            raise shared(
+                UserError(
+                    f"rank {rank} on {host} has {key} = {here!r}, but rank 0 on {first_host} has {at_first!r}; start "
+                    "all processes of a run with the same"
                 )
+            )
 
 
 def what_runs(run: Run) -> dict[str, Any]:
     """Everything that this rank is about to train, and the code it does it with."""
-    return flatten(
-        {
-            "recipe": run.config.model_dump(mode="json"),
-            "deepspeed": run.execution.deepspeed,
-            "mdit": run.execution.settings.model_dump(mode="json"),
-            "kernels": sorted(run.execution.triton_ops),
-            "device": run.world.device.type,
-            "run_dir": str(run.run_dir.absolute()),
-            "restart": run.restart,
-            "init_from": run.init_from and str(run.init_from.absolute()),
-            "initial_weights": run.initial_weights and weights_digest(run.initial_weights),
-            "versions": package_versions(),
-            "code": code_digests(),
-        }
-    )
+    return {
+        "recipe": run.config.model_dump(mode="json"),
+        "deepspeed": run.execution.deepspeed,
+        "mdit": run.execution.settings.model_dump(mode="json"),
+        "kernels": ", ".join(sorted(run.execution.triton_ops)),
+        "device": run.world.device.type,
+        "run_dir": str(run.run_dir.absolute()),
+        "restart": run.restart,
+        "init_from": run.init_from and str(run.init_from.absolute()),
+        "initial_weights": run.initial_weights and weights_digest(run.initial_weights),
+        "versions": package_versions(),
+        "code": code_digests(),
+    }
 
 
 def what_is_read(run: Run) -> dict[str, Any]:

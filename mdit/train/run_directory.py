@@ -33,7 +33,7 @@ from mdit.checkpoint.training_state import (
 from mdit.config import TrainConfig, UserError, parse_recipe
 from mdit.data.manifest import MANIFEST
 from mdit.dist import World, forget_stop, gather, logger, on_all_ranks, on_rank_zero, shared
-from mdit.documents import explain, read_json
+from mdit.documents import differences, explain, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.meeting import Patience
 from mdit.models import MicroDiT
@@ -232,12 +232,9 @@ def check_same_run(before: dict[str, Any], config: TrainConfig, data: dict[str, 
 
 def check_same_recipe(before: TrainConfig, config: TrainConfig, source: Path) -> None:
     """A run directory belongs to one recipe. Raises UserError naming the first key that differs."""
-    then, now = (flatten(each.model_dump(mode="json")) for each in (before, config))
-    for key in sorted(then.keys() | now.keys()):
-        if then.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
-            raise UserError(
-                f"{source}: this run was started with {key} = {then.get(key)!r}, now it is {now.get(key)!r}; {CHOICES}"
-            )
+    for key, was, is_ in differences(before.model_dump(mode="json"), config.model_dump(mode="json")):
+        if not key.startswith(CHANGEABLE):
+            raise UserError(f"{source}: this run was started with {key} = {was!r}, now it is {is_!r}; {CHOICES}")
 
 
 def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None) -> None:
@@ -302,13 +299,3 @@ def finished_at(path: Path, num_steps: int) -> int | None:
                 load_snapshot(path / SNAPSHOTS / newest.name)
                 return step
     return None
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
