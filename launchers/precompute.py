@@ -26,7 +26,7 @@ from mdit.encoders import build_image_encoder, build_text_encoder
 from mdit.precompute import precompute
 from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets, check_source
 from mdit.precompute.coordination import check_set, is_changing, is_finished, plan_of_finished
-from mdit.precompute.decoders import build_decoder
+from mdit.precompute.dali import build_decoder
 from mdit.precompute.mds_latents import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
 from mdit.precompute.pipeline import BATCH_SIZE, EncodingPipeline, SampleProducer
 from mdit.sources import Source, check_name, open_named_source

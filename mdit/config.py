@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from mdit.documents import UserError, check, parse_json, parse_toml, read_json, read_toml
+from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 
 PACKAGED = Path(__file__).absolute().parent / "configs"  # in a checkout a link to the top-level folder
 CONFIGS = PACKAGED.resolve()
@@ -299,14 +299,6 @@ def parse_section(section: type[AnySection], values: Any, path: object) -> AnySe
         clauses = list({_written(e, values): _explain(e, values, section) for e in told}.values())
         more = [f"and {error.error_count() - len(told)} more"] if error.error_count() > len(told) else []
         raise UserError(f"{path}: " + "; ".join(clauses + more)) from None
-
-
-def read_section(section: type[AnySection], path: Path) -> AnySection | None:
-    """The content of a JSON file as a section; None where there is no such file. Raises UserError, or OSError."""
-    try:
-        return parse_section(section, parse_json(path.read_bytes(), path), path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def near_key(key: str, known: Iterable[str]) -> str:

@@ -188,8 +188,9 @@ def on_rank_zero(world: World, function: Callable[[], T]) -> T:
     return gather(value, world)[0]
 
 
-def shared(error: Exception) -> Exception:
-    """The error, marked as one that all ranks raise alike, so that rank 0 alone tells it."""
+def shared(error: Exception | str) -> Exception:
+    """The error, or a UserError of these words, marked as one that all ranks raise alike: rank 0 alone tells it."""
+    error = UserError(error) if isinstance(error, str) else error
     vars(error)["all_ranks_have_it"] = True
     return error
 

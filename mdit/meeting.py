@@ -133,7 +133,7 @@ def meet(world: World, failed: Exception | None = None) -> Meeting:
     store.set(f"here/{world.rank}", json.dumps({"host": here, "size": world.size, "error": line}))
     outcome = _call_the_roll(world, store, line) if world.is_rank_zero else _wait_for_roll(world, store, failed)
     if outcome["error"]:
-        raise shared(UserError(outcome["error"]))
+        raise shared(outcome["error"])
     if outcome["size"] != world.size:
         raise UserError(f"WORLD_SIZE = {world.size} for rank {world.rank} on {here}, but {outcome['size']} for rank 0")
     return Meeting(store, outcome["hosts"], address)

@@ -13,7 +13,7 @@ from mdit.data.shards import read_samples
 from mdit.data.writer import PartWriter
 from mdit.encoders import build_image_encoder
 from mdit.precompute.build import BuildJob, build_sets
-from mdit.precompute.decoders import build_decoder
+from mdit.precompute.dali import build_decoder
 from mdit.precompute.pipeline import EncodingPipeline
 from mdit.sources import Picture, Source, slices
 

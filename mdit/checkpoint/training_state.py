@@ -179,8 +179,7 @@ def find_latest(directory: Path, world: World) -> Checkpoint | None:
         damaged[path] = reasons[0]
     if damaged:
         told = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-        message = f"{directory}: every checkpoint is damaged ({told}); put a copy back, or start anew: --restart"
-        raise shared(UserError(message))
+        raise shared(f"{directory}: every checkpoint is damaged ({told}); put a copy back, or start anew: --restart")
     return None
 
 

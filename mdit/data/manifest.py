@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mdit.config import Embeddings, NonNegativeInt, PositiveInt, Section, UserError, parse_section
+from mdit.config import AnySection, Embeddings, NonNegativeInt, PositiveInt, Section, UserError, parse_section
 from mdit.data.quantise import BLOCK, dequantise, stored_bytes
 from mdit.descriptions import Encoders
-from mdit.documents import read_json
+from mdit.documents import parse_json, read_json
 
 FORMAT = "mdit-latents/1"
 MANIFEST = "manifest.json"
@@ -124,6 +124,14 @@ def read_manifest(directory: str | Path) -> Manifest:
     if len(manifest.shards) != len(manifest.dali_indexes):
         raise ShardError(f"{path}: has {len(manifest.shards)} shards, but {len(manifest.dali_indexes)} DALI indexes")
     return manifest
+
+
+def read_section(section: type[AnySection], path: Path) -> AnySection | None:
+    """A document of a set; None where there is no such file. Raises UserError naming the file, or OSError."""
+    try:
+        return parse_section(section, parse_json(path.read_bytes(), path), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def padded(size: int) -> int:

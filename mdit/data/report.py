@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mdit.config import NonNegativeInt, PositiveInt, Section, read_section
+from mdit.config import NonNegativeInt, PositiveInt, Section
+from mdit.data.manifest import read_section
 
 REPORT = "report.json"
 ORIGINS = 5  # of each reason

@@ -209,11 +209,17 @@ def _plan(
 
 def _first_parts(job: BuildJob, fingerprints: Fingerprints, known: Plan | None) -> tuple[dict[str, str], int | None]:
     """The parts up to the limit, and how many pictures of the last one that takes."""
-    if known is not None and job.limit is not None:
-        num_parts, of_last_part = len(known.parts), known.pictures_of_last_part
-    else:
-        num_parts, of_last_part = _limited(job.source.parts, job.limit)
-    return {part.name: fingerprints[part.name] for part in job.source.parts[:num_parts]}, of_last_part
+    parts, of_last_part, left = job.source.parts, None, job.limit
+    if left is not None and known is not None:
+        parts, of_last_part = parts[: len(known.parts)], known.pictures_of_last_part
+    elif left is not None:
+        for number, part in enumerate(parts, 1):
+            found = sum(1 for _ in islice(_pictures([part]), left))
+            left -= found
+            if left == 0:
+                parts, of_last_part = parts[:number], found
+                break
+    return {part.name: fingerprints[part.name] for part in parts}, of_last_part
 
 
 def _changes(
@@ -233,17 +239,6 @@ def _changes(
     names = [*before.parts, *(name for name in fingerprints.new(before) if name in made)]
     parts = {name: fingerprints[name] if name in made else before.parts[name] for name in names}
     return parts, [name for name in names if name in made]
-
-
-def _limited(parts: Sequence[Part], limit: int | None) -> tuple[int, int | None]:
-    """Number of parts that hold the first `limit` pictures, and number of the last part's pictures that takes."""
-    if limit is not None:
-        for number, part in enumerate(parts):
-            found = sum(1 for _ in islice(_pictures([part]), limit))
-            limit -= found
-            if limit == 0:
-                return number + 1, found
-    return len(parts), None
 
 
 def _pictures(parts: Iterable[Part]) -> Iterator[Picture]:

@@ -23,8 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mdit.config import PositiveInt, Section, UserError, read_section
-from mdit.data.manifest import MANIFEST, SampleLayout, read_manifest
+from mdit.config import PositiveInt, Section, UserError
+from mdit.data.manifest import MANIFEST, SampleLayout, read_manifest, read_section
 from mdit.data.report import REPORT, PartReport, merge, new_report, read_report
 from mdit.data.shards import INDEX, open_dataset
 from mdit.data.writer import PartWriter, finish_set, is_written, take_over, written_parts

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mdit.config import UserError
 from mdit.dist import logger
 from mdit.precompute.decode import Decoded, PillowDecoder, source_box
 from mdit.sources.pictures import open_header, orientation
@@ -138,3 +139,25 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = [i + 1 for i, line in enumerate(lines) if line == "encountered:"]
     return lines[after[0]] if after and after[0] < len(lines) else lines[0] if lines else type(error).__name__
+
+
+def build_decoder(
+    image_sizes: Sequence[int], min_side: int, device: torch.device, *, engine: str = "auto"
+) -> PillowDecoder:
+    """A decoder of pictures whose shorter side is at least `min_side` pixels.
+
+    `engine` is "pillow", "dali", or "auto": DALI where it works and `device` is a GPU, else Pillow; the log says which
+    and why. Raises UserError when "dali" is asked for and does not work here.
+    """
+    reason = "asked for" if engine == "pillow" else f"{device} is no GPU"
+    if engine == "dali" or (engine == "auto" and device.type == "cuda"):
+        try:
+            dali = DaliDecoder(image_sizes, min_side, device)
+            logger.info(f"pictures are decoded by DALI (on {device})")
+            return dali
+        except DaliUnavailable as error:
+            if engine == "dali":
+                raise UserError(f"decoder 'dali': {error}; see docs/data.md") from None
+            reason = str(error)
+    logger.info(f"pictures are decoded by Pillow ({reason})")
+    return PillowDecoder(image_sizes, min_side, device)

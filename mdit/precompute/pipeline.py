@@ -152,14 +152,12 @@ class EncodingPipeline(SampleProducer):
 
     def _encode(self, batch: Samples) -> Samples:
         for size, images in batch.images.items() if batch.samples else ():
-            for sample, latents in zip(batch.samples, self._latents(images), strict=True):
-                sample.latents[size] = latents
+            images_NCHW = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+            latents = self.image_encoder.encode(images_NCHW).half().cpu().numpy()
+            for sample, latent in zip(batch.samples, latents, strict=True):
+                sample.latents[size] = latent
         batch.images = {}
         return batch
-
-    def _latents(self, images_NHWC: Tensor) -> np.ndarray:
-        images_NCHW = images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self.image_encoder.encode(images_NCHW).half().cpu().numpy()
 
     def _embed(self, batches: Iterable[Samples]) -> Generator[Samples, None, None]:
         bytes_each = 2 * self.text_encoder.max_tokens * self.text_encoder.channels

@@ -17,7 +17,7 @@ from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_
 from mdit.files import checksum
 from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets
 from mdit.precompute.coordination import check_set, is_finished
-from mdit.precompute.decoders import build_decoder
+from mdit.precompute.dali import build_decoder
 from mdit.precompute.pipeline import EncodingPipeline
 from mdit.sources import Source, open_source, slices
 from mdit.sources.folder import CAPTIONS

@@ -11,7 +11,6 @@ from typing import Any
 import xxhash
 
 import mdit.kernels
-from mdit.config import UserError
 from mdit.data.manifest import MANIFEST
 from mdit.dist import World, gather, on_all_ranks, shared
 from mdit.documents import differences, to_json
@@ -31,10 +30,8 @@ def require_agreement(world: World, values: Mapping[str, Any]) -> None:
     for rank, (host, other) in enumerate(others, 1):
         for key, at_first, here in differences(first, other):
             raise shared(
-                UserError(
-                    f"rank {rank} on {host} has {key} = {here!r}, but rank 0 on {first_host} has {at_first!r}; start "
-                    "all processes of a run with the same"
-                )
+                f"rank {rank} on {host} has {key} = {here!r}, but rank 0 on {first_host} has {at_first!r}; start all "
+                "processes of a run with the same"
             )
 
 

@@ -65,14 +65,12 @@ class RunDirectory:
         self.checkpoint: Checkpoint | None = None
         self.run: dict[str, Any] = {}
         self._failed: list[tuple[int, str, OSError]] = []
-        self._held = ExitStack()
 
     def __enter__(self) -> "RunDirectory":
-        with ExitStack() as undo:
-            undo.push(self._held)
-            token = on_rank_zero(self.world, self._take)
+        with ExitStack() as held:
+            token = on_rank_zero(self.world, lambda: self._take(held))
             on_all_ranks(self.world, lambda: try_out(self.path, token, self.world))
-            undo.pop_all()
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
@@ -87,7 +85,7 @@ class RunDirectory:
         on_rank_zero(self.world, lambda: self._check_and_write(config, description, init_from))
         needed = self.checkpoint is None and init_from is not None
         if needed and not all(gather(has_weights, self.world)):  # a rank saw a checkpoint that rank 0 does not see
-            raise shared(UserError(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again"))
+            raise shared(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again")
 
     def attempt(self, what: str, step: int, save: Callable[[], None]) -> None:
         """Call `save`, a collective that raises on all ranks alike. Where the disk does not take it, what was saved
@@ -106,14 +104,13 @@ class RunDirectory:
             if failed == step:
                 last = latest_step(self.path / CHECKPOINTS)
                 there = f"the same command goes on from step {last}" if last else "there is no checkpoint"
-                told = f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}"
-                raise shared(UserError(told))
+                raise shared(f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}")
 
-    def _take(self) -> str:
+    def _take(self, held: ExitStack) -> str:
         """Take the directory and tidy it up -> the lock's token."""
         check_place(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(self.lock)
+        held.enter_context(self.lock)
         forget_stop(self.path / STOP, self.began)  # only now: before, it may have been meant for the lock's holder
         if self.restart:
             move_aside(self.path)

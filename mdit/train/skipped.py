@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mdit.checkpoint.fragments import Fragment
 from mdit.checkpoint.training_state import complete_checkpoints
-from mdit.config import UserError
 from mdit.data.loader import Batch
 from mdit.dist import World, enumerated, gather, logger, shared
 from mdit.train.run_directory import CHECKPOINTS
@@ -44,11 +43,9 @@ class SkippedSteps:
     def error(self, step: int) -> Exception:
         """The error that all ranks end with at `step`, when too many were skipped in a row."""
         return shared(
-            UserError(
-                f"{self.run_dir}: stopped at step {step}: {self.in_a_row} steps in a row were skipped "
-                f"(training.max_skipped_in_a_row = {self.limit}); in this one {self.reason}; "
-                f"{last_checkpoint(self.run_dir / CHECKPOINTS)}"
-            )
+            f"{self.run_dir}: stopped at step {step}: {self.in_a_row} steps in a row were skipped "
+            f"(training.max_skipped_in_a_row = {self.limit}); in this one {self.reason}; "
+            f"{last_checkpoint(self.run_dir / CHECKPOINTS)}"
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -75,10 +72,8 @@ def require_finite(
     for rank, name in enumerate(found):
         if name is not None:
             raise shared(
-                UserError(
-                    f"{checkpoints.parent}: step {step}: {name} on rank {rank} is not finite: nothing is saved; "
-                    f"{last_checkpoint(checkpoints)}"
-                )
+                f"{checkpoints.parent}: step {step}: {name} on rank {rank} is not finite: nothing is saved; "
+                f"{last_checkpoint(checkpoints)}"
             )
 
 

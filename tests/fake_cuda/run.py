@@ -140,7 +140,7 @@ def _read_on_the_first_gpu() -> None:
 
 
 def _leave_batches_on_the_cpu() -> None:
-    from mdit.data.native import NativeLoader
+    from mdit.data.loader import NativeLoader
 
     take = NativeLoader.__next__
 

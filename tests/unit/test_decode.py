@@ -12,8 +12,8 @@ from PIL import Image, PngImagePlugin
 
 from mdit.config import UserError
 from mdit.precompute import decode
+from mdit.precompute.dali import build_decoder
 from mdit.precompute.decode import NOT_DECODABLE, TOO_SMALL
-from mdit.precompute.decoders import build_decoder
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")

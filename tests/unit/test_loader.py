@@ -10,8 +10,7 @@ import torch
 
 from mdit.config import UserError
 from mdit.data import prefetcher
-from mdit.data.loader import choose_engine
-from mdit.data.native import NativeLoader
+from mdit.data.loader import NativeLoader, choose_engine
 from mdit.data.shards import LatentSet, open_dataset
 from tests.latent_sets import ENCODERS, is_right, loader, write_set
 

@@ -15,7 +15,7 @@ from mdit.data.report import PartReport, merge, new_report
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import PartWriter
 from mdit.precompute.build import build_sets
-from mdit.precompute.decoders import build_decoder
+from mdit.precompute.dali import build_decoder
 from mdit.precompute.pipeline import CaptionCache, ahead
 from mdit.sources import Picture, Rejected, Source, captioned, slices
 from tests.picture_sets import SIZE, WordCounts, captions_of, contents, interrupted, job_of, make, pictures, png, towers
