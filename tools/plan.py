@@ -25,9 +25,9 @@ from mdit.costs.layouts import Layout, candidates, layout_of
 from mdit.costs.machines import MACHINES, Machine
 from mdit.costs.prediction import Prediction, fitted, predict
 from mdit.costs.time import PARTS, host_seconds
-from mdit.costs.trace import Checkpointing, training_flops
+from mdit.costs.trace import training_flops
 from mdit.files import try_to_write, write_json
-from mdit.parallel.settings import Execution, load_ds_json
+from mdit.parallel.settings import Checkpointing, Execution, load_ds_json
 
 RECIPE = CONFIGS / "res_256_pretrain.toml"
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -8,7 +8,7 @@ import torch
 
 from mdit.config import CONFIGS, PositiveFloat, Section, TrainConfig
 from mdit.costs.machines import MACHINES, Machine
-from mdit.costs.trace import Checkpointing
+from mdit.parallel.settings import Checkpointing
 
 Kind = Literal["stage", "ladder", "baseline", "profile"]
 Phase = Literal["data", "forward", "backward", "optimizer"]

@@ -5,16 +5,18 @@ for call, count in kernel_calls(xl_2(), micro_batch=256, mask_ratio=0.75).items(
 """
 
 import inspect
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mdit.config import ModelConfig
 from mdit.costs.trace import Form, fused_attention, on_meta
@@ -31,7 +33,8 @@ STAGES = {  # of the paper: latent_size, mask_ratio, and a micro-batch of 16,384
 }
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     """A tensor without its numbers."""
 
     sizes: tuple[int, ...]
@@ -95,7 +98,7 @@ class KernelCall:
                     if re.fullmatch("[A-Z]+", letters):
                         found |= {letter: size for letter, size in zip(letters, part.sizes) if letter not in found}
                     else:  # (..., rows, columns)
-                        found |= dict(zip(("rows", "columns"), (_product(part.sizes[:-1]), part.sizes[-1])))
+                        found |= dict(zip(("rows", "columns"), (math.prod(part.sizes[:-1]), part.sizes[-1])))
                 elif isinstance(part, int):
                     found[field] = part
         return found
@@ -112,14 +115,10 @@ class KernelCall:
     def _named(self) -> dict[str, Any]:
         return inspect.signature(self._cost).bind(*self.arguments).arguments
 
-    def _filled(self, inputs: Sequence[Tensor | None]) -> list[Any]:
+    def _filled(self, inputs: Sequence[Tensor | None]) -> tuple:
         """The arguments, with these tensors."""
-        filled, first = [], 0
-        for value in self.arguments:
-            tensors = len(value) if isinstance(value, Routing) else int(value is None or isinstance(value, Shape))
-            mine, first = inputs[first : first + tensors], first + tensors
-            filled.append(Routing(*cast(list[Tensor], mine)) if tensors > 1 else mine[0] if tensors else value)
-        return filled
+        tensors = iter(inputs)
+        return tree_map(lambda x: next(tensors) if x is None or isinstance(x, Shape) else x, self.arguments)
 
 
 @cache
@@ -131,15 +130,16 @@ def kernel_calls(config: ModelConfig, micro_batch: int, mask_ratio: float, fp8: 
         loss_of_batch()
     for op, arguments in calls:
         if op != "fp8_linear.in_float8":  # once for all blocks, and without a backward pass
-            found[KernelCall(op, tuple(map(_without_numbers, arguments)))] += 1
+            found[KernelCall(op, tree_map(_without_numbers, arguments, is_leaf=_is_in_float8))] += 1
     return found
 
 
+def _is_in_float8(value: Any) -> bool:
+    return isinstance(value, InFloat8)
+
+
 def _without_numbers(value: Any) -> Any:
-    if isinstance(value, InFloat8):
-        value = value.plain
-    if isinstance(value, Routing):
-        return Routing(*map(_without_numbers, value))
+    value = value.plain if _is_in_float8(value) else value
     return Shape(tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
@@ -148,7 +148,3 @@ def _tensor(shape: Shape, device: torch.device | str, dtype: torch.dtype, fill: 
     numbers = 1 + sum((size - 1) * stride for size, stride in zip(shape.sizes, shape.strides))
     dtype = shape.dtype if shape.dtype == torch.float32 else dtype
     return fill(numbers, device=device, dtype=dtype).as_strided(shape.sizes, shape.strides)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    return torch.Size(sizes).numel()

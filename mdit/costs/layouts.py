@@ -1,7 +1,7 @@
 """Layouts of a step over GPUs, in numbers alone: those that can be, for a run and for a plan."""
 
 import itertools
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from mdit.config import ModelConfig, TrainConfig, UserError
-from mdit.costs.trace import Checkpointing, Form
-from mdit.models import MicroDiT, meta_model
+from mdit.costs.trace import Form
+from mdit.models import meta_model
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.plan import problem
-from mdit.parallel.settings import DEEPSPEED_BUCKET, Execution
+from mdit.parallel.settings import DEEPSPEED_BUCKET, Checkpointing, Execution
 
-SIZES = (1, 2, 4, 8)  # of expert and tensor groups that are tried: within a node
+SIZES = (2, 4, 8)  # of expert and tensor groups that are tried: within a node
+ITEMSIZE = 2  # bytes of a number that is computed with: a paper plan is for bfloat16
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class ZeroOptions:
 @dataclass(frozen=True)
 class Layout:
     """`gpus` in groups of `ep` (experts) or `tp` (matrices) neighbours; `micro_batch` images at once, `accumulation`
-    times a step. `bf16` False is float32 throughout. `offload`: the optimizer is in host memory. `reduced`: fewer
-    images at once than a run takes by itself. `fp8`: the blocks' matmuls are in float8."""
+    times a step. `offload`: the optimizer is in host memory. `reduced`: fewer images at once than a run takes by
+    itself. `fp8`: the blocks' matmuls are in float8."""
 
     gpus: int
     stage: int
@@ -47,7 +48,6 @@ class Layout:
     tp: int = 1
     checkpointing: Checkpointing = "none"
     triton: bool = False
-    bf16: bool = True
     options: ZeroOptions = field(default=ZeroOptions())
     reduced: bool = False
     offload: bool = False
@@ -59,20 +59,15 @@ class Layout:
         return self.gpus // self.tp
 
     @property
-    def itemsize(self) -> int:
-        return 2 if self.bf16 else 4
-
-    @property
     def overlapped(self) -> bool:
         """Is ZeRO's own communication hidden behind the computation? BF16_Optimizer (stage 1) cannot."""
         wanted = self.stage == 3 if self.options.overlap_comm is None else self.options.overlap_comm
-        return wanted and not (self.stage == 1 and self.bf16)
+        return wanted and self.stage > 1
 
     @property
     def form(self) -> Form:
         """Form in which each GPU computes the model."""
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return Form(self.triton, self.fp8, self.checkpointing, self.tp, dtype)
+        return Form(self.triton, self.fp8, self.checkpointing, self.tp)
 
     @property
     def label(self) -> str:
@@ -84,11 +79,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of a model's parameters: experts (cut by ep), matrices that tp cuts, and all others."""
+    """Numbers of a model's parameters: experts (cut by ep), matrices that tp cuts, and all others; and the sizes of
+    its tensors, one by one."""
 
     experts: int
     matrices: int
     others: int
+    tensors: tuple[int, ...]
 
     def groups(self, layout: Layout) -> list[tuple[int, int, int]]:
         """(numbers that a rank computes with, ranks that share their optimizer state, how far apart they are)."""
@@ -97,24 +94,25 @@ class Weights:
             return [(whole[0][0] + self.experts, *whole[0][1:])]
         return [*whole, (self.experts // layout.ep, layout.gpus // layout.ep, layout.ep)]
 
+    def on_a_rank(self, layout: Layout) -> tuple[int, int]:
+        """Numbers that a rank (computes with, has the optimizer state of)."""
+        groups = self.groups(layout)
+        return sum(count for count, _, _ in groups), sum(-(-count // ranks) for count, ranks, _ in groups)
+
+    def persistent(self, layout: Layout) -> int:
+        """Numbers that ZeRO 3 leaves whole on every rank (parameter_offload.py: numel <= threshold)."""
+        return sum(size for size in self.tensors if size <= layout.options.stage3_param_persistence_threshold)
+
 
 @cache
 def count_weights(config: ModelConfig) -> Weights:
     model = meta_model(config)
-    experts = sum(p.numel() for mlp in expert_layers(model) for p in (mlp.w1, mlp.w2))
-    cut = [m for m in model.modules() if isinstance(m, SelfAttention | CrossAttention | SwiGLU)]
-    matrices = sum(p.numel() for module in cut for p in module.parameters())
-    return Weights(experts, matrices, sum(p.numel() for p in model.parameters()) - experts - matrices)
-
-
-def expert_layers(model: MicroDiT) -> list[ExpertChoiceMoE]:
-    return [block.mlp for block in (*model.patch_mixer, *model.blocks) if isinstance(block.mlp, ExpertChoiceMoE)]
-
-
-@cache
-def persistent_numbers(config: ModelConfig, threshold: int) -> int:
-    """Numbers in parameters that ZeRO 3 leaves whole on every rank (parameter_offload.py: numel <= threshold)."""
-    return sum(p.numel() for p in meta_model(config).parameters() if p.numel() <= threshold)
+    experts, matrices = (
+        sum(p.numel() for m in model.modules() if isinstance(m, kind) for p in m.parameters(recurse=recurse))
+        for kind, recurse in ((ExpertChoiceMoE, False), (SelfAttention | CrossAttention | SwiGLU, True))
+    )
+    tensors = tuple(p.numel() for p in model.parameters())
+    return Weights(experts, matrices, sum(tensors) - experts - matrices, tensors)
 
 
 def gathered_numbers(config: TrainConfig, layout: Layout) -> tuple[int, int]:
@@ -125,10 +123,10 @@ def gathered_numbers(config: TrainConfig, layout: Layout) -> tuple[int, int]:
     """
     if layout.data_size == 1:  # gathering is a view of the only partition
         return 0, 0
-    options, numbers = layout.options, sum(asdict(count_weights(config.model)).values())
-    always = persistent_numbers(config.model, options.stage3_param_persistence_threshold)
+    options, weights = layout.options, count_weights(config.model)
+    always = weights.persistent(layout)
     ahead = options.stage3_max_reuse_distance // 2 + options.stage3_prefetch_bucket_size
-    return always, always + min(numbers - always, ahead)
+    return always, always + min(sum(weights.tensors) - always, ahead)
 
 
 def candidates(
@@ -140,21 +138,17 @@ def candidates(
     triton: bool,
 ) -> list[Layout]:
     """ZeRO 1 and 2 with every ep or tp that fits, and ZeRO 3. Raises UserError when none can share the batch."""
-    groups = [(1, 1), *((ep, 1) for ep in SIZES[1:]), *((1, tp) for tp in SIZES[1:])]
-    found, errors = [], []
+    groups = [(1, 1), *((ep, 1) for ep in SIZES), *((1, tp) for tp in SIZES)]
+    found, errors, path = [], [], f"--gpus {gpus}"
     for stage, (ep, tp) in itertools.product((1, 2, 3), groups):
-        if problem(config.model, gpus, stage, ep, tp) is None:
-            spread = {"expert_parallel": ep, "tensor_parallel": tp}
-            ds_json: dict[str, Any] = {"zero_optimization": {"stage": stage}, "mdit": spread}
-            ds_json |= {"train_micro_batch_size_per_gpu": "auto" if micro_batch is None else micro_batch}
-            try:
-                execution = Execution.resolve(ds_json, config, processes=gpus, bf16_works=True, path=f"--gpus {gpus}")
-            except UserError as error:
-                errors.append(error)
-            else:
-                options = ZeroOptions(reduce_bucket_size=execution.zero.reduce_bucket_size)
-                batches = execution.micro_batch, execution.accumulation_steps
-                found.append(Layout(gpus, stage, *batches, ep, tp, checkpointing, triton, options=options))
+        settings = {"expert_parallel": ep, "tensor_parallel": tp, "activation_checkpointing": checkpointing}
+        ds_json: dict[str, Any] = {"zero_optimization": {"stage": stage}, "mdit": settings}
+        ds_json |= {"train_micro_batch_size_per_gpu": "auto" if micro_batch is None else micro_batch}
+        try:
+            execution = Execution.resolve(ds_json, config, processes=gpus, bf16_works=True, path=path)
+            found.append(layout_of(execution, config, gpus, triton=triton, path=path))
+        except UserError as error:
+            errors.append(error)
     if not found:
         raise errors[0]
     return found
@@ -170,10 +164,20 @@ def layout_of(execution: Execution, config: TrainConfig, gpus: int, *, triton: b
         raise UserError(f"{path}: zero_optimization.{key}.device = 'cpu': {why}")
     if execution.dtype != torch.bfloat16:
         raise UserError(f"{path}: bf16.enabled = False: a paper plan is for bfloat16")
-    if why := problem(config.model, gpus, zero.stage, ep, tp):
-        raise UserError(f"{path}: {why}")
+    if why := problem(execution, config.model, gpus):
+        raise UserError(f'{path}: "mdit": {why}')
     given = zero.model_dump(exclude_unset=True)
     options = ZeroOptions(**{key: given[key] for key in ZeroOptions.__dataclass_fields__ if key in given})
-    batches, checkpointing = (execution.micro_batch, execution.accumulation_steps), settings.activation_checkpointing
-    plain = Layout(gpus, zero.stage, *batches, ep, tp, checkpointing, triton, options=options)
-    return replace(plain, offload=execution.offloads_optimizer, fp8=settings.fp8)
+    return Layout(
+        gpus,
+        zero.stage,
+        execution.micro_batch,
+        execution.accumulation_steps,
+        ep,
+        tp,
+        settings.activation_checkpointing,
+        triton,
+        options=options,
+        offload=execution.offloads_optimizer,
+        fp8=settings.fp8,
+    )

@@ -1,17 +1,16 @@
 """Memory of one GPU in an optimizer step, from the second one on. docs/planning.md has the formulas with their sources.
 
-Numbers are counted in parameters, `b` is the bytes of one in the computing dtype.
+Numbers are counted in parameters, `b` is the bytes of one in bfloat16.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from mdit.config import TrainConfig
-from mdit.costs.layouts import Layout, count_weights, gathered_numbers, persistent_numbers
+from mdit.costs.layouts import ITEMSIZE, Layout, count_weights, gathered_numbers
 from mdit.costs.machines import RESERVED_GIB, Machine
 from mdit.costs.trace import trace
 from mdit.costs.traffic import exchanged_bytes
-from mdit.models import meta_model
 
 ADAM_BYTES, EMA_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4, 4  # float32: two moments, and one each
 NORM_BYTES = 8  # DeepSpeed takes the norm of an offloaded gradient in float64, parameter by parameter
@@ -52,18 +51,18 @@ def predict_memory(config: TrainConfig, layout: Layout) -> Memory:
 def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, Moment]:
     """`held`: after a micro-batch that is not the last. `backward`: as the last one's backward pass begins. `reduce`:
     as gradients are exchanged for the first time in it. `step`: in the optimizer."""
-    b, groups = layout.itemsize, count_weights(config.model).groups(layout)
-    numbers, part = sum(count for count, _, _ in groups), sum(-(-count // ranks) for count, ranks, _ in groups)
+    b, weights = ITEMSIZE, count_weights(config.model)
+    numbers, part = weights.on_a_rank(layout)
     between = turning = b * numbers
     if layout.stage == 3:
         between, turning = (b * (part + whole) for whole in gathered_numbers(config, layout))
     optimizer = 0 if layout.offload else (MASTER_BYTES + ADAM_BYTES + (EMA_BYTES if config.ema else 0)) * part
-    through = largest_parameter(config) if layout.offload else 0
+    through = max(weights.tensors) if layout.offload else 0
     flying = b * gathering(config, layout)
     peak, inputs = activation_bytes(config, layout), input_bytes(config, layout)
     left = max(0, numbers - layout.options.reduce_bucket_size) / numbers  # of backward, at the first exchange
     activations = {"held": 0, "backward": peak, "reduce": int(left * peak) if layout.stage > 1 else 0, "step": 0}
-    largest = max(count for count, _, _ in groups)
+    largest = max(count for count, _, _ in weights.groups(layout))
     return {
         moment: Moment(
             turning if moment in ("backward", "reduce") else between,
@@ -87,48 +86,36 @@ def activation_bytes(config: TrainConfig, layout: Layout) -> int:
 
 def host_bytes(config: TrainConfig, layout: Layout) -> int:
     """Bytes of host memory for each GPU of an offloaded optimizer (zero/stage_1_and_2.py): masters, moments, EMA and
-    gradients in float32, the new weights on their way back, and the buffer that a gradient passes through. In float32,
-    gradients are also added up here."""
+    gradients in float32, the new weights on their way back, and the buffer that a gradient passes through."""
     if not layout.offload:
         return 0
-    part = sum(-(-count // ranks) for count, ranks, _ in count_weights(config.model).groups(layout))
-    each = MASTER_BYTES + ADAM_BYTES + GRADIENT_BYTES + (EMA_BYTES if config.ema else 0) + layout.itemsize
-    each += GRADIENT_BYTES if not layout.bf16 and layout.accumulation > 1 else 0
-    return each * part + layout.itemsize * largest_parameter(config)
-
-
-def largest_parameter(config: TrainConfig) -> int:
-    return max(p.numel() for p in meta_model(config.model).parameters())
+    weights = count_weights(config.model)
+    each = MASTER_BYTES + ADAM_BYTES + GRADIENT_BYTES + (EMA_BYTES if config.ema else 0) + ITEMSIZE
+    return each * weights.on_a_rank(layout)[1] + ITEMSIZE * max(weights.tensors)
 
 
 def gradient_bytes(layout: Layout, numbers: int, part: int, largest: int) -> dict[str, tuple[int, int]]:
     """(gradients, buffers that they pass through) at each moment, as DeepSpeed 0.19 allocates them."""
-    b, often, options = layout.itemsize, layout.accumulation > 1, layout.options
-    every, partition = b * numbers, GRADIENT_BYTES * part
-    if layout.offload and not layout.bf16:  # added up in host memory; of bfloat16 on the GPU, as without offload
-        partition = 0
-    if layout.stage == 1 and layout.bf16:  # mdit/train/zero_step.py: float32 sums of all; autograd's own come and go
-        sums, sent = GRADIENT_BYTES * numbers, b * largest if layout.data_size > 1 else 0
+    if layout.stage == 1:  # mdit/train/zero_step.py: float32 sums of all; autograd's own come and go
+        sums, sent = GRADIENT_BYTES * numbers, ITEMSIZE * largest if layout.data_size > 1 else 0
+        every = ITEMSIZE * numbers
         return {"held": (sums, 0), "backward": (sums, 0), "reduce": (sums + every, 0), "step": (sums, sent)}
-    bucket = b * options.reduce_bucket_size * (2 if layout.stage < 3 and layout.overlapped else 1)
-    copy = b * min(options.reduce_bucket_size, numbers)  # a bucket is flattened before it is sent
-    flat = 0 if layout.stage == 2 and layout.bf16 else partition  # the optimizer's own copy
-    if layout.stage == 1:
-        moments = {"held": (every, bucket), "backward": (every if often else 0, bucket)}
-        return moments | {"reduce": (every, bucket + partition), "step": (partition, flat)}
-    stays = bucket if layout.stage == 3 else 0
-    again = partition if layout.stage == 2 and not layout.bf16 and often else 0  # this micro-batch's, not yet added
-    kept = partition if often or layout.stage == 3 else 0
+    size, partition = layout.options.reduce_bucket_size, GRADIENT_BYTES * part
+    bucket = ITEMSIZE * size * (2 if layout.stage == 2 and layout.overlapped else 1)
+    copy = ITEMSIZE * min(size, numbers)  # a bucket is flattened before it is sent
+    stays, flat = (bucket, partition) if layout.stage == 3 else (0, 0)  # flat: the optimizer's own copy
+    kept = partition if layout.accumulation > 1 or layout.stage == 3 else 0
     moments = {"held": (partition, stays), "backward": (kept, bucket)}
-    return moments | {"reduce": (partition, bucket + copy + again), "step": (partition, stays + flat)}
+    return moments | {"reduce": (partition, bucket + copy), "step": (partition, stays + flat)}
 
 
 def gathering(config: TrainConfig, layout: Layout) -> int:
     """ZeRO 3: numbers in the buffer of the gather that was begun ahead, from which whole weights are copied."""
-    options = layout.options
-    numbers = sum(count for count, _, _ in count_weights(config.model).groups(layout))
-    rest = numbers - persistent_numbers(config.model, options.stage3_param_persistence_threshold)
-    return min(rest, options.stage3_prefetch_bucket_size) if layout.stage == 3 and layout.data_size > 1 else 0
+    if layout.stage < 3 or layout.data_size == 1:
+        return 0
+    weights = count_weights(config.model)
+    rest = weights.on_a_rank(layout)[0] - weights.persistent(layout)
+    return min(rest, layout.options.stage3_prefetch_bucket_size)
 
 
 def input_bytes(config: TrainConfig, layout: Layout) -> int:

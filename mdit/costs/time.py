@@ -13,7 +13,7 @@ import math
 from functools import cache
 
 from mdit.config import ModelConfig, TrainConfig
-from mdit.costs.layouts import Layout, count_weights
+from mdit.costs.layouts import ITEMSIZE, Layout, count_weights
 from mdit.costs.machines import (
     ARGUMENT,
     ATTENTION_SHARE,
@@ -29,7 +29,6 @@ from mdit.costs.machines import (
     Machine,
 )
 from mdit.costs.trace import PYTORCH, Form, Kernel, Product, trace
-from mdit.models import meta_model
 
 PARTS = {  # of a step, in the order of the table
     "matmuls": "matmuls",
@@ -69,13 +68,12 @@ HIDDEN_WRITING = 0.35  # of a tile's result, what the next tile's main loop does
 def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[str, float]:
     """Seconds of one optimizer step without communication, by part: the keys of PARTS."""
     bytes_per_second, m = machine.memory * MEMORY_SHARE, layout.accumulation
-    groups = count_weights(config.model).groups(layout)
-    numbers, part = sum(count for count, _, _ in groups), sum(count / ranks for count, ranks, _ in groups)
-    weights = sum(1 for p in meta_model(config.model).parameters())
-    gradients = m * (GRADIENT_TRAFFIC[layout.stage] * numbers / bytes_per_second + weights * KERNEL_START)
+    weights = count_weights(config.model)
+    numbers, part = weights.on_a_rank(layout)
+    gradients = m * (GRADIENT_TRAFFIC[layout.stage] * numbers / bytes_per_second + len(weights.tensors) * KERNEL_START)
     optimizer = (CLEARED + (SENT if layout.data_size > 1 else 0)) * numbers if layout.stage == 1 else 0
     optimizer += (NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)) * part
-    after = host_optimizer_seconds(config, layout) if layout.offload else 0.0
+    after = host_optimizer_seconds(config, part) if layout.offload else 0.0
     kernels = device_parts(config.model, config.training.mask_ratio, layout.form, layout.micro_batch, machine)
     parts = {name: m * seconds for name, seconds in kernels.items()}
     parts |= {"gradients": gradients, "optimizer": optimizer / bytes_per_second + after}
@@ -84,11 +82,10 @@ def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[st
     return {name: max(0.0, waiting) if name == "host" else parts.get(name, 0.0) for name in PARTS}
 
 
-def host_optimizer_seconds(config: TrainConfig, layout: Layout) -> float:
-    """Gradients to the host, its step, and the weights back: one after the other."""
-    part = sum(count / ranks for count, ranks, _ in count_weights(config.model).groups(layout))
-    moved = GRADIENT_BYTES + layout.itemsize
-    return part * (moved / HOST_LINK + (moved + layout.itemsize + HOST_TRAFFIC + ema_traffic(config)) / HOST_MEMORY)
+def host_optimizer_seconds(config: TrainConfig, part: int) -> float:
+    """Gradients of `part` numbers to the host, its step, and the weights back: one after the other."""
+    moved = GRADIENT_BYTES + ITEMSIZE
+    return part * (moved / HOST_LINK + (moved + ITEMSIZE + HOST_TRAFFIC + ema_traffic(config)) / HOST_MEMORY)
 
 
 def ema_traffic(config: TrainConfig) -> int:
@@ -143,5 +140,5 @@ def host_seconds(config: TrainConfig, layout: Layout) -> float:
     found = trace(config.model, config.training.mask_ratio, layout.form)
     arguments = [(seen.kernel.arguments, count) for seen, count in found.kernels.items() if seen.kernel.arguments]
     launching = sum(count * (LAUNCH + ARGUMENT * number) for number, count in arguments)
-    weights = sum(1 for p in meta_model(config.model).parameters())
-    return launching + found.operations * TORCH_OP + weights * HOOK_OF_A_PARAMETER[layout.stage]
+    hooks = len(count_weights(config.model).tensors)
+    return launching + found.operations * TORCH_OP + hooks * HOOK_OF_A_PARAMETER[layout.stage]

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -30,21 +30,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mdit.config import ModelConfig, UserError, kept_tokens
+from mdit.config import ModelConfig, UserError
 from mdit.diffusion.edm import StepNoise, edm_loss
 from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.kernels.custom_op import FUNCTIONS
 from mdit.kernels.launch import Launch, recorded
-from mdit.masking import Mask
+from mdit.masking import sample_mask
 from mdit.models import MicroDiT
 from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
-from mdit.parallel.settings import RunSettings
+from mdit.parallel.settings import Checkpointing, RunSettings
 
-Checkpointing = Literal["none", "block", "selective"]
 IMAGES = 1009
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 ATTENTION = "masked_attention"
@@ -100,7 +99,8 @@ class Kernel:
     product: Product | None = None
 
 
-class Size(NamedTuple):
+@dataclass(frozen=True)
+class Size:
     """A number that grows with the micro-batch by `each` for an image."""
 
     fixed: int = 0
@@ -113,9 +113,11 @@ class Size(NamedTuple):
     def seen(cls, number: int, images: int) -> "Size":
         return cls(number, 0) if number % images else cls(0, number // images)
 
-    @classmethod
-    def sum(cls, sizes: Iterable["Size"]) -> "Size":
-        return cls(*map(sum, zip(cls(), *sizes)))
+    def __add__(self, other: "Size") -> "Size":
+        return Size(self.fixed + other.fixed, self.each + other.each)
+
+    def __sub__(self, other: "Size") -> "Size":
+        return Size(self.fixed - other.fixed, self.each - other.each)
 
 
 class Seen(NamedTuple):
@@ -244,15 +246,20 @@ def on_meta(
         model = MicroDiT(config).to(form.dtype)
         latents = torch.empty(shape, dtype=torch.half)
         captions = torch.empty(n, *config.caption_shape, dtype=torch.half)
-        keep = torch.empty(n, config.num_patches, dtype=torch.int64)  # cut as sample_mask does it
-        keep = keep[:, : kept_tokens(config.num_patches, mask_ratio)]
-        mask = Mask(keep, config.num_patches) if mask_ratio else None
+        mask = sample_mask(torch.empty(n, config.num_patches), mask_ratio)
         noise = StepNoise(torch.empty(n), torch.empty(shape), torch.empty(n, dtype=torch.bool), mask)
     if form.tp > 1:
         take_part(model, form.tp)
     settings = RunSettings(fp8=form.fp8, activation_checkpointing=form.checkpointing)
     parallelize(model, settings, ParallelPlan(World(0, 1, 0, torch.device("meta"))))
-    batch = [latents, captions, keep, noise.sigma_N, noise.noise_NCHW, noise.keep_caption_N]
+    batch = [
+        latents,
+        captions,
+        noise.sigma_N,
+        noise.noise_NCHW,
+        noise.keep_caption_N,
+        *([mask.keep_NK] if mask else []),
+    ]
     return model, lambda: edm_loss(model, latents, captions, noise, sigma_data=0.5), batch
 
 
@@ -292,8 +299,7 @@ class Watch(TorchDispatchMode):
         self.launches, self.images, self.backward, self.operations = launches, images, False, 0
         self.seen: list[Seen] = []
         self.sizes = {_storage(tensor): Size() for tensor in given}
-        self.fixed = self.each = 0  # bytes alive
-        self.kept = self.peak = Size()
+        self.alive = self.kept = self.peak = Size()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
@@ -320,14 +326,14 @@ class Watch(TorchDispatchMode):
     def turn_back(self) -> None:
         """The forward pass is over."""
         self.note_launches()
-        self.backward, self.kept = True, Size(self.fixed, self.each)
+        self.backward, self.kept = True, self.alive
 
     def count(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self.sizes:
             self.sizes[storage._cdata] = size = Size.seen(storage.nbytes(), self.images)
-            self.fixed, self.each = self.fixed + size.fixed, self.each + size.each
+            self.alive += size
             weakref.finalize(storage, self.gone, storage._cdata)
-            self.peak = max(self.peak, Size(self.fixed, self.each), key=lambda size: size.of(self.images))
+            self.peak = max(self.peak, self.alive, key=lambda size: size.of(self.images))
 
     def forget(self, tensor: Tensor) -> None:
         """Its bytes are counted elsewhere."""
@@ -335,8 +341,7 @@ class Watch(TorchDispatchMode):
         self.sizes[_storage(tensor)] = Size()
 
     def gone(self, storage: int) -> None:
-        size = self.sizes.pop(storage, Size())
-        self.fixed, self.each = self.fixed - size.fixed, self.each - size.each
+        self.alive -= self.sizes.pop(storage, Size())
 
     def note_launches(self) -> None:
         self.seen += map(self.of_triton, self.launches)
@@ -364,7 +369,7 @@ class Watch(TorchDispatchMode):
         return Seen(kernel, self.bytes_of(tensors), Size.seen(flops, self.images))
 
     def bytes_of(self, tensors: list[Tensor]) -> Size:
-        return Size.sum(Size.seen(_bytes(tensor), self.images) for tensor in tensors)
+        return sum((Size.seen(_bytes(tensor), self.images) for tensor in tensors), Size())
 
 
 def _attention_flops(of: dict[str, Any], backward: bool) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mdit.config import TrainConfig
-from mdit.costs.layouts import Layout, count_weights, gathered_numbers
+from mdit.costs.layouts import ITEMSIZE, Layout, count_weights, gathered_numbers
 from mdit.costs.machines import Machine
 from mdit.costs.trace import layers
 from mdit.models import meta_model
@@ -38,7 +38,7 @@ def predict_traffic(config: TrainConfig, layout: Layout) -> list[Traffic]:
 
 
 def _weight_traffic(config: TrainConfig, layout: Layout) -> Iterator[Traffic]:
-    b, often, options = layout.itemsize, layout.accumulation, layout.options
+    b, often, options = ITEMSIZE, layout.accumulation, layout.options
     for numbers, n, stride in count_weights(config.model).groups(layout):
         once = b * numbers * (n - 1) / n
         buckets = max(1.0, numbers / options.reduce_bucket_size)
@@ -65,7 +65,7 @@ def exchanged_bytes(config: TrainConfig, layout: Layout) -> tuple[int, int]:
     for module, (shape, *_), _ in layers(config.model, config.training.mask_ratio):
         if isinstance(module, ExpertChoiceMoE):
             chosen = module.num_experts * module.tokens_per_expert(shape[1])
-            total, count = total + chosen * (2 * layout.itemsize * shape[2] + 4), count + 1
+            total, count = total + chosen * (2 * ITEMSIZE * shape[2] + 4), count + 1
     return layout.micro_batch * total, count
 
 
@@ -90,5 +90,5 @@ def _tensor_traffic(config: TrainConfig, layout: Layout) -> Traffic:
             rows += sum(shape[1] for shape in inputs) * (3 - len(inputs))  # q and k of one input, or of one each
             count += (again + 1) * len(inputs)
     summed = 2 * (n - 1) / n
-    each = layout.itemsize * numbers * summed + 8 * rows * (again * (n - 1) + summed)
+    each = ITEMSIZE * numbers * summed + 8 * rows * (again * (n - 1) + summed)
     return Traffic("activations", layout.micro_batch * layout.accumulation * each, n, 1, layout.accumulation * count)

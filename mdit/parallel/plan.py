@@ -58,40 +58,34 @@ class ParallelPlan:
 
 
 def check_plan(execution: Execution, model: ModelConfig, world_size: int, path: object) -> None:
-    """Raise UserError, naming the JSON at `path`, for a plan that its `zero_optimization` or this model cannot have."""
-    settings, zero = execution.settings, execution.zero
-    ep, tp = settings.expert_parallel, settings.tensor_parallel
-    found = problem(model, world_size, execution.zero_stage, ep, tp)
-    if ep > 1 and not zero.reduce_scatter:
-        found = f"expert_parallel = {ep} with zero_optimization.reduce_scatter = false: expected true"
-    if tp > 1 and settings.compile:
-        found = f"tensor_parallel = {tp} with compile = true: expected false"
+    """Raise UserError, naming the JSON at `path`, for a plan that cannot be, or not with what is installed."""
+    found, tp = problem(execution, model, world_size), execution.settings.tensor_parallel
     if tp > 1 and (find_spec("megatron") is None or find_spec("megatron.core") is None):
-        found = f"tensor_parallel = {tp} needs megatron-core: pip install -e '.[megatron]'"
-    for key, value in (("expert_parallel", ep), ("tensor_parallel", tp)):
-        if value > 1 and settings.fp8:
-            found = f"{key} = {value} with fp8 = true: expected false"
+        found = found or f"tensor_parallel = {tp} needs megatron-core: pip install -e '.[megatron]'"
     if found:
         raise UserError(f'{path}: "mdit": {found}')
 
 
-def problem(config: ModelConfig, gpus: int, stage: int, ep: int, tp: int) -> str | None:
-    """Why a layout cannot be, or None."""
+def problem(execution: Execution, model: ModelConfig, gpus: int) -> str | None:
+    """Why a run of this model cannot be spread over so many GPUs as its JSON asks, or None."""
+    settings, zero = execution.settings, execution.zero
+    ep, tp = settings.expert_parallel, settings.tensor_parallel
+    for key, value in (("expert_parallel", ep), ("tensor_parallel", tp)):
+        if value > 1 and settings.fp8:
+            return f"{key} = {value} with fp8 = true: expected false"
+        if value > 1 and zero.stage == 3:
+            return f"{key} = {value} with zero_optimization.stage = 3: expected stage 1 or 2"
     if ep > 1 and tp > 1:
         return f"expert_parallel = {ep} with tensor_parallel = {tp}: one of them has to be 1"
-    if gpus % (ep * tp):
-        return f"groups of {ep * tp} do not divide {gpus} GPUs"
-    for key, value in (("expert_parallel", ep), ("tensor_parallel", tp)):
-        if value > 1 and stage == 3:
-            return f"{key} = {value} with zero_optimization.stage = 3: expected stage 1 or 2"
-    experts = config.num_experts if has_experts(config) else 0
+    if tp > 1 and settings.compile:
+        return f"tensor_parallel = {tp} with compile = true: expected false"
+    if ep > 1 and not zero.reduce_scatter:
+        return f"expert_parallel = {ep} with zero_optimization.reduce_scatter = false: expected true"
+    has_experts = any(isinstance(module, ExpertChoiceMoE) for module in meta_model(model).modules())
+    experts = model.num_experts if has_experts else 0
     if ep > 1 and (not experts or experts % ep):
         return f"expert_parallel = {ep} does not divide the recipe's {experts} experts"
-    return uneven(config, tp)
-
-
-def has_experts(config: ModelConfig) -> bool:
-    return any(isinstance(module, ExpertChoiceMoE) for module in meta_model(config).modules())
+    return uneven(model, tp)
 
 
 @cache

@@ -5,6 +5,7 @@ DeepSpeed, which by itself takes unknown keys, strings for numbers, and keys tha
 recipe owns are "auto" in the JSON; "auto" is everywhere as if the key were not there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ AUTO_TOKENS = 16_384
 DEEPSPEED_BUCKET = 500_000_000  # numbers; its default of zero_optimization.reduce_bucket_size
 
 Kernels = Literal["auto", "reference", "triton"]
+Checkpointing = Literal["none", "block", "selective"]
 
 
 def _whole(value: Any) -> Any:
@@ -36,20 +38,19 @@ Numbers = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
 
 def only(value: Any, why: str) -> AfterValidator:
     """A key that has one value here."""
-
-    def check(given: Any) -> Any:
-        if type(given) is not type(value) or given != value:
-            raise PydanticCustomError("only", "{reason}", {"reason": f"expected {value!r}, since {why}"})
-        return given
-
-    return AfterValidator(check)
+    return _refused(f"expected {value!r}, since {why}", lambda given: type(given) is type(value) and given == value)
 
 
 def never(why: str) -> AfterValidator:
     """A key that has no place in the JSON."""
+    return _refused(f"does not belong in the JSON: {why}", lambda given: False)
 
+
+def _refused(reason: str, unless: Callable[[Any], bool]) -> AfterValidator:
     def check(given: Any) -> Any:
-        raise PydanticCustomError("never", "{reason}", {"reason": f"does not belong in the JSON: {why}"})
+        if not unless(given):
+            raise PydanticCustomError("refused", "{reason}", {"reason": reason})
+        return given
 
     return AfterValidator(check)
 
@@ -150,7 +151,7 @@ class RunSettings(Section):
     expert_parallel: PositiveInt = 1
     tensor_parallel: PositiveInt = 1
     compile: bool = False
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    activation_checkpointing: Checkpointing = "none"
     fp8: bool = False
     kernels: Kernels = "auto"
     data_engine: Literal["auto", "native", "dali"] = "auto"
@@ -261,12 +262,7 @@ class Execution:
         return self.deepspeed["gradient_accumulation_steps"]
 
     def with_batch(self, global_batch: int, micro_batch: int, accumulation_steps: int) -> "Execution":
-        sizes = {
-            "train_batch_size": global_batch,
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulation_steps,
-        }
-        return replace(self, deepspeed=self.deepspeed | sizes)
+        return replace(self, deepspeed=self.deepspeed | _sizes(global_batch, micro_batch, accumulation_steps))
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -328,10 +324,14 @@ def _batch_sizes(given: DeepSpeedJson, config: TrainConfig, processes: int, path
             f"{path}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {steps} x {data_size} "
             f"processes is not training.global_batch_size {batch}"
         )
+    return _sizes(batch, micro, share // micro)
+
+
+def _sizes(batch: int, micro_batch: int, accumulation_steps: int) -> dict[str, int]:
     return {
         "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": share // micro,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation_steps,
     }
 
 

@@ -6,14 +6,13 @@ import pytest
 
 from mdit.config import CONFIGS, UserError, load_config
 from mdit.costs.layouts import Layout, ZeroOptions, candidates, count_weights, layout_of
-from mdit.costs.machines import HOOK_OF_A_PARAMETER, MACHINES, MEMORY_SHARE, TORCH_OP
-from mdit.costs.memory import memory_moments, predict_memory
+from mdit.costs.machines import MACHINES, MEMORY_SHARE
+from mdit.costs.memory import predict_memory
 from mdit.costs.prediction import fitted, predict
 from mdit.costs.time import PARTS, device_parts, host_seconds, product_seconds, step_parts
 from mdit.costs.trace import Product, forward_flops
 from mdit.costs.traffic import predict_traffic
-from mdit.models import meta_model
-from mdit.models.presets import tiny_2, xl_2
+from mdit.models.presets import xl_2
 from mdit.parallel.settings import Execution, load_ds_json
 from tests.recipes import tiny_config
 
@@ -31,22 +30,6 @@ def test_weights_are_counted_by_what_cuts_them():
     assert (numbers, ranks, stride) == (weights.experts // 8, 8, 8) and one[1:] == (64, 1)
     ((numbers, ranks, stride),) = weights.groups(Layout(64, 2, 64, 1, tp=2))
     assert numbers == weights.experts + weights.others + weights.matrices // 2 and (ranks, stride) == (32, 2)
-
-
-@pytest.mark.parametrize(
-    "stage, ep, held",  # bytes a parameter, over 8 GPUs, while micro-batches accumulate
-    [
-        (1, 1, P * (2 + 4) + P * 12 / 8),
-        (2, 1, P * 2 + P * (4 + 12) / 8),
-        (1, 4, (P - E + E / 4) * 6 + (P - E) * 12 / 8 + E / 4 * 12 / 2),
-        (2, 4, (P - E + E / 4) * 2 + (P - E) * 16 / 8 + E / 4 * 16 / 2),
-    ],
-)
-def test_states_of_xl_2(stage, ep, held):
-    moments = memory_moments(XL, Layout(8, stage, 64, 4, ep=ep))
-    assert sum(moments["held"]) == pytest.approx(held, rel=1e-3)
-    with_ema = memory_moments(tiny_config(**{**XL.model_dump(exclude={"ema"})}), Layout(8, stage, 64, 4, ep=ep))
-    assert with_ema["held"].optimizer == pytest.approx(moments["held"].optimizer * 16 / 12)
 
 
 def test_zero_3_gathers_what_is_used_again_soon():
@@ -170,17 +153,6 @@ def test_small_micro_batches_wait_for_the_host_and_for_the_weights():
     one, thousand = predict(XL, large, H100), predict(XL, small, H100)
     assert thousand.host_bound and not one.host_bound
     assert thousand.images_per_second / 1024 < 0.1 * one.images_per_second / 8
-
-
-def test_the_host_is_asked_for_launches_operations_and_hooks():
-    layout = Layout(8, 1, 256, 1, triton=True)
-    weights = sum(1 for p in meta_model(tiny_2()).parameters())
-    config = tiny_config(model=tiny_2().model_dump())
-    found = [host_seconds(config, replace(layout, stage=stage)) for stage in (1, 2)]
-    hooks = HOOK_OF_A_PARAMETER[2] - HOOK_OF_A_PARAMETER[1]
-    assert found[1] - found[0] == pytest.approx(weights * hooks)
-    assert host_seconds(config, replace(layout, checkpointing="block")) > 1.2 * found[0]
-    assert host_seconds(config, replace(layout, micro_batch=2)) == found[0] > 1000 * TORCH_OP
 
 
 def test_communication_is_hidden_where_deepspeed_overlaps_it():

@@ -162,16 +162,16 @@ def test_recomputation_and_tensor_parallelism_need_less():
 
 SHAPE = {"dim": 64, "mixer_dim": 32, "depth": 2, "mixer_depth": 2}
 OPTIONS = {"reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 1_000}
-# (ZeRO stage, bfloat16?, is the optimizer in host memory?): each in two processes, which keep their groups.
+# (ZeRO stage, is the optimizer in host memory?): each in two processes, which keep their groups.
 CASES = {
-    (1, 1): [(1, True), (2, True), (3, True), (1, False), (2, False), (3, False), (2, True, True), (2, False, True)],
-    (2, 1): [(1, True), (2, True)],
-    (1, 2): [(2, True)],
+    (1, 1): [(1, False), (2, False), (3, False), (2, True)],
+    (2, 1): [(1, False), (2, False)],
+    (1, 2): [(2, False)],
 }
 
 
-def layout_for(ep, tp, stage, bf16, offload=False) -> Layout:
-    return Layout(2, stage, 8, 2, ep=ep, tp=tp, bf16=bf16, offload=offload, options=ZeroOptions(**OPTIONS))
+def layout_for(ep, tp, stage, offload) -> Layout:
+    return Layout(2, stage, 8, 2, ep=ep, tp=tp, offload=offload, options=ZeroOptions(**OPTIONS))
 
 
 def config_for(layout):
@@ -194,7 +194,7 @@ def measure(plan, layout) -> dict:
     config = config_for(layout)
     zero = {"stage": layout.stage, **OPTIONS}
     zero |= {"offload_optimizer": {"device": "cpu"}} if layout.offload else {}
-    ds_json = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
+    ds_json = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": zero, "bf16": {"enabled": True}}
     ds_json |= {"mdit": {"tensor_parallel": plan.tensor_parallel}}
     execution = Execution.resolve(ds_json, config, processes=plan.world.size, bf16_works=True, path="test")
     with Storages() as watch:

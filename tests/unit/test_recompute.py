@@ -1,16 +1,12 @@
 """Activation checkpointing of a block: the same values, less memory, nothing dear computed twice."""
 
 import functools
-import gc
 from collections import Counter
 
 import pytest
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mdit.config import ModelConfig
 from mdit.kernels import dispatch
@@ -19,6 +15,7 @@ from mdit.models.layers import SwiGLU
 from mdit.models.presets import xl_2
 from mdit.parallel.fuse import PendingResidual, fuse
 from mdit.parallel.recompute import recompute
+from tests.operations import Operations
 from tests.recipes import tiny_model
 
 MODES = ("none", "selective", "block")
@@ -59,29 +56,6 @@ def run(block: Block) -> tuple[Tensor, list[Tensor]]:
 def assert_same(ours, theirs, *, bits: bool) -> None:
     tolerance = {"rtol": 0, "atol": 0} if bits else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(ours, theirs, **tolerance)
-
-
-class Operations(TorchDispatchMode):
-    """Counts what runs inside, backward included, and knows which results are still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count, self.results = Counter(), {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        self.count[str(op)] += 1
-        for tensor in tree_leaves(out) if not op.is_view else ():
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.results[reference.cdata] = reference, storage.nbytes()
-        return out
-
-    def kept(self) -> int:
-        """Bytes of the results that somebody still holds."""
-        gc.collect()
-        return sum(size for reference, size in self.results.values() if not reference.expired())
 
 
 @functools.cache
