@@ -205,7 +205,8 @@ def report(config: TrainConfig, machine: Machine, tables: dict[str, list[Predict
     def described(p: Prediction) -> dict[str, Any]:
         derived = {name: getattr(p, name) for name in DERIVED}
         derived |= {"label": p.layout.label, "dollars_per_million_images": p.dollars_per_million_images(dollars)}
-        return asdict(p) | derived
+        layout = asdict(p.layout) | {"bf16": True, "options": p.layout.options.model_dump()}
+        return asdict(p) | {"layout": layout} | derived
 
     assumed = {name.lower(): value for name, value in vars(machines).items() if name.isupper() and name != "MACHINES"}
     return {

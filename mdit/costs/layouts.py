@@ -1,7 +1,7 @@
 """Layouts of a step over GPUs, in numbers alone: those that can be, for a run and for a plan."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,13 @@ import torch
 from mdit.config import ModelConfig, TrainConfig, UserError
 from mdit.costs.trace import Form
 from mdit.models import meta_model
-from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.plan import problem
-from mdit.parallel.settings import DEEPSPEED_BUCKET, Checkpointing, Execution
+from mdit.parallel.settings import Checkpointing, Execution, ZeroOptions
+from mdit.parallel.shard import DENSE
 
 SIZES = (2, 4, 8)  # of expert and tensor groups that are tried: within a node
 ITEMSIZE = 2  # bytes of a number that is computed with: a paper plan is for bfloat16
-
-
-@dataclass(frozen=True)
-class ZeroOptions:
-    """Keys of "zero_optimization" that memory and traffic depend on, with DeepSpeed's defaults
-    (deepspeed/runtime/zero/config.py). Sizes in numbers, not bytes. `overlap_comm` None: at stage 3 only. A run makes
-    the bucket no larger than its model."""
-
-    overlap_comm: bool | None = None
-    reduce_bucket_size: int = DEEPSPEED_BUCKET
-    use_multi_rank_bucket_allreduce: bool = True
-    stage3_prefetch_bucket_size: int = 50_000_000
-    stage3_max_reuse_distance: int = 1_000_000_000
-    stage3_param_persistence_threshold: int = 100_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,7 @@ class Layout:
     tp: int = 1
     checkpointing: Checkpointing = "none"
     triton: bool = False
-    options: ZeroOptions = field(default=ZeroOptions())
+    options: ZeroOptions = ZeroOptions()
     reduced: bool = False
     offload: bool = False
     fp8: bool = False
@@ -99,43 +85,36 @@ class Weights:
         groups = self.groups(layout)
         return sum(count for count, _, _ in groups), sum(-(-count // ranks) for count, ranks, _ in groups)
 
-    def persistent(self, layout: Layout) -> int:
-        """Numbers that ZeRO 3 leaves whole on every rank (parameter_offload.py: numel <= threshold)."""
-        return sum(size for size in self.tensors if size <= layout.options.stage3_param_persistence_threshold)
-
 
 @cache
 def count_weights(config: ModelConfig) -> Weights:
     model = meta_model(config)
     experts, matrices = (
         sum(p.numel() for m in model.modules() if isinstance(m, kind) for p in m.parameters(recurse=recurse))
-        for kind, recurse in ((ExpertChoiceMoE, False), (SelfAttention | CrossAttention | SwiGLU, True))
+        for kind, recurse in ((ExpertChoiceMoE, False), (DENSE, True))
     )
     tensors = tuple(p.numel() for p in model.parameters())
     return Weights(experts, matrices, sum(tensors) - experts - matrices, tensors)
 
 
-def gathered_numbers(config: TrainConfig, layout: Layout) -> tuple[int, int]:
-    """ZeRO 3: whole weights beside the partitions, (between steps, while backward begins).
+def gathered_numbers(config: TrainConfig, layout: Layout) -> tuple[int, int, int]:
+    """ZeRO 3: whole weights beside the partitions, (between steps, while backward begins), and those in the buffer of
+    the gather that was begun ahead, from which they are copied.
 
-    Parameters of up to the persistence threshold always; of the others those that will be used again within the reuse
-    distance, which at the turn from forward to backward is twice the way to the end, and a bucket fetched ahead.
+    Parameters of up to the persistence threshold always (parameter_offload.py); of the others those that will be used
+    again within the reuse distance, which at the turn from forward to backward is twice the way to the end, and a
+    bucket fetched ahead.
     """
-    if layout.data_size == 1:  # gathering is a view of the only partition
-        return 0, 0
-    options, weights = layout.options, count_weights(config.model)
-    always = weights.persistent(layout)
-    ahead = options.stage3_max_reuse_distance // 2 + options.stage3_prefetch_bucket_size
-    return always, always + min(sum(weights.tensors) - always, ahead)
+    if layout.stage < 3 or layout.data_size == 1:  # gathering is a view of the only partition
+        return 0, 0, 0
+    options, tensors = layout.options, count_weights(config.model).tensors
+    always = sum(size for size in tensors if size <= options.stage3_param_persistence_threshold)
+    rest, bucket = sum(tensors) - always, options.stage3_prefetch_bucket_size
+    return always, always + min(rest, options.stage3_max_reuse_distance // 2 + bucket), min(rest, bucket)
 
 
 def candidates(
-    config: TrainConfig,
-    gpus: int,
-    *,
-    micro_batch: int | None,
-    checkpointing: Checkpointing,
-    triton: bool,
+    config: TrainConfig, gpus: int, *, micro_batch: int | None, checkpointing: Checkpointing, triton: bool
 ) -> list[Layout]:
     """ZeRO 1 and 2 with every ep or tp that fits, and ZeRO 3. Raises UserError when none can share the batch."""
     groups = [(1, 1), *((ep, 1) for ep in SIZES), *((1, tp) for tp in SIZES)]
@@ -166,18 +145,7 @@ def layout_of(execution: Execution, config: TrainConfig, gpus: int, *, triton: b
         raise UserError(f"{path}: bf16.enabled = False: a paper plan is for bfloat16")
     if why := problem(execution, config.model, gpus):
         raise UserError(f'{path}: "mdit": {why}')
-    given = zero.model_dump(exclude_unset=True)
-    options = ZeroOptions(**{key: given[key] for key in ZeroOptions.__dataclass_fields__ if key in given})
-    return Layout(
-        gpus,
-        zero.stage,
-        execution.micro_batch,
-        execution.accumulation_steps,
-        ep,
-        tp,
-        settings.activation_checkpointing,
-        triton,
-        options=options,
-        offload=execution.offloads_optimizer,
-        fp8=settings.fp8,
-    )
+    batches, checkpointing = (execution.micro_batch, execution.accumulation_steps), settings.activation_checkpointing
+    options = ZeroOptions(**zero.model_dump(include=set(ZeroOptions.model_fields)))
+    ways: dict[str, Any] = {"options": options, "offload": execution.offloads_optimizer, "fp8": settings.fp8}
+    return Layout(gpus, zero.stage, *batches, ep, tp, checkpointing, triton, **ways)

@@ -4,7 +4,6 @@ Numbers are counted in parameters, `b` is the bytes of one in bfloat16.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from mdit.config import TrainConfig
 from mdit.costs.layouts import ITEMSIZE, Layout, count_weights, gathered_numbers
@@ -33,45 +32,34 @@ class Memory:
         return self.peak <= (machine.memory_gib - RESERVED_GIB) * 2**30
 
 
-class Moment(NamedTuple):
-    """Bytes on one GPU at one moment of a step, by part."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    buffers: int
-
-
 def predict_memory(config: TrainConfig, layout: Layout) -> Memory:
     moments = memory_moments(config, layout).values()
     return Memory(*map(max, zip(*moments)), peak=max(map(sum, moments)))
 
 
-def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, Moment]:
-    """`held`: after a micro-batch that is not the last. `backward`: as the last one's backward pass begins. `reduce`:
-    as gradients are exchanged for the first time in it. `step`: in the optimizer."""
+def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Bytes on one GPU by part, in the order of `Memory`, at moments of a step. `held`: after a micro-batch that is not
+    the last. `backward`: as the last one's backward pass begins. `reduce`: as gradients are exchanged for the first
+    time in it. `step`: in the optimizer."""
     b, weights = ITEMSIZE, count_weights(config.model)
     numbers, part = weights.on_a_rank(layout)
-    between = turning = b * numbers
-    if layout.stage == 3:
-        between, turning = (b * (part + whole) for whole in gathered_numbers(config, layout))
+    always, turning, flying = gathered_numbers(config, layout)
+    held = part if layout.stage == 3 else numbers  # of the weights, at least
     optimizer = 0 if layout.offload else (MASTER_BYTES + ADAM_BYTES + (EMA_BYTES if config.ema else 0)) * part
     through = max(weights.tensors) if layout.offload else 0
-    flying = b * gathering(config, layout)
     peak, inputs = activation_bytes(config, layout), input_bytes(config, layout)
     left = max(0, numbers - layout.options.reduce_bucket_size) / numbers  # of backward, at the first exchange
     activations = {"held": 0, "backward": peak, "reduce": int(left * peak) if layout.stage > 1 else 0, "step": 0}
     largest = max(count for count, _, _ in weights.groups(layout))
     return {
-        moment: Moment(
-            turning if moment in ("backward", "reduce") else between,
+        moment: (
+            b * (held + (turning if moment in ("backward", "reduce") else always)),
             gradients,
             optimizer,
             activations[moment],
             buffers
             + (0 if moment == "held" else inputs)
-            + (flying if moment == "backward" else 0)
+            + (b * flying if moment == "backward" else 0)
             + (b + (NORM_BYTES if moment == "reduce" else 0)) * through,
         )
         for moment, (gradients, buffers) in gradient_bytes(layout, numbers, part, largest).items()
@@ -107,15 +95,6 @@ def gradient_bytes(layout: Layout, numbers: int, part: int, largest: int) -> dic
     kept = partition if layout.accumulation > 1 or layout.stage == 3 else 0
     moments = {"held": (partition, stays), "backward": (kept, bucket)}
     return moments | {"reduce": (partition, bucket + copy), "step": (partition, stays + flat)}
-
-
-def gathering(config: TrainConfig, layout: Layout) -> int:
-    """ZeRO 3: numbers in the buffer of the gather that was begun ahead, from which whole weights are copied."""
-    if layout.stage < 3 or layout.data_size == 1:
-        return 0
-    weights = count_weights(config.model)
-    rest = weights.on_a_rank(layout)[0] - weights.persistent(layout)
-    return min(rest, layout.options.stage3_prefetch_bucket_size)
 
 
 def input_bytes(config: TrainConfig, layout: Layout) -> int:

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -38,17 +38,16 @@ from mdit.kernels.custom_op import FUNCTIONS
 from mdit.kernels.launch import Launch, recorded
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
-from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Checkpointing, RunSettings
+from mdit.parallel.shard import DENSE, cut_dense
 
 IMAGES = 1009
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 ATTENTION = "masked_attention"
 PYTORCH = "pytorch"
-ROW_PARALLEL = ("proj", "w3")  # of tensor-parallel layers; all others are cut by outputs (mdit.parallel.tensor)
 IN_PLACE = {  # of a kernel's tensors, read and written
     "_swiglu_backward": "u_ptr",
     "_gated_gradient": "u_ptr",
@@ -230,7 +229,7 @@ def layers(config: ModelConfig, mask_ratio: float) -> list[Layer]:
         found.append(Layer(module, tuple(x.shape for x in inputs), output.shape))
 
     for module in model.modules():
-        if isinstance(module, SelfAttention | CrossAttention | SwiGLU | ExpertChoiceMoE):
+        if isinstance(module, (*DENSE, ExpertChoiceMoE)):
             module.register_forward_hook(note)
     with torch.no_grad():
         loss_of_batch()
@@ -249,32 +248,12 @@ def on_meta(
         mask = sample_mask(torch.empty(n, config.num_patches), mask_ratio)
         noise = StepNoise(torch.empty(n), torch.empty(shape), torch.empty(n, dtype=torch.bool), mask)
     if form.tp > 1:
-        take_part(model, form.tp)
+        cut_dense(model, 0, form.tp)
     settings = RunSettings(fp8=form.fp8, activation_checkpointing=form.checkpointing)
     parallelize(model, settings, ParallelPlan(World(0, 1, 0, torch.device("meta"))))
-    batch = [
-        latents,
-        captions,
-        noise.sigma_N,
-        noise.noise_NCHW,
-        noise.keep_caption_N,
-        *([mask.keep_NK] if mask else []),
-    ]
+    batch = [latents, captions, noise.sigma_N, noise.noise_NCHW, noise.keep_caption_N]
+    batch += [mask.keep_NK] if mask else []
     return model, lambda: edm_loss(model, latents, captions, noise, sigma_data=0.5), batch
-
-
-def take_part(model: MicroDiT, tp: int) -> None:
-    """Cut the layers that a tensor group shares to what one of `tp` ranks has, in place, by shape alone."""
-    for module in model.modules():
-        if isinstance(module, SelfAttention | CrossAttention | SwiGLU):
-            for name, child in module.named_children():
-                linear = cast(nn.Linear, child)
-                by_inputs = name in ROW_PARALLEL
-                linear.weight = nn.Parameter(linear.weight.chunk(tp, dim=int(by_inputs))[0])
-                if linear.bias is not None and not by_inputs:
-                    linear.bias = nn.Parameter(linear.bias.chunk(tp)[0])
-        if isinstance(module, SelfAttention | CrossAttention):
-            module.num_heads //= tp
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def _weight_traffic(config: TrainConfig, layout: Layout) -> Iterator[Traffic]:
         if layout.stage < 3:
             yield Traffic("weights", once, n, stride)
             continue
-        always, while_turning = gathered_numbers(config, layout)
+        always, while_turning, _ = gathered_numbers(config, layout)
         moved = often * (2 * numbers - always - while_turning) + always
         fetches = 2 * sum(1 for p in meta_model(config.model).parameters() if p.ndim > 1)
         yield Traffic("weights", b * moved * (n - 1) / n, n, stride, often * fetches)

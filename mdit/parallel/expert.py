@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from mdit.kernels.expert_choice import Routing
-from mdit.models import MicroDiT
 from mdit.parallel.fuse import FusedExpertChoiceMoE
 from mdit.parallel.shard import Shard, cut
 from mdit.parallel.swap import swap
@@ -43,19 +42,15 @@ def group_name(expert_parallel: int) -> str:
     return f"ep_size_{expert_parallel}"  # what DeepSpeed calls it
 
 
-def shard_experts(model: MicroDiT, group: torch.distributed.ProcessGroup) -> None:
+def shard_experts(model: nn.Module, group: torch.distributed.ProcessGroup) -> None:
     """Keep this rank's experts of every expert layer of a fused model, in place. Parameters keep their names."""
-    for block in (*model.patch_mixer, *model.blocks):
-        if isinstance(block.mlp, FusedExpertChoiceMoE):
-            shard_layer(block.mlp, group)
-
-
-def shard_layer(layer: FusedExpertChoiceMoE, group: torch.distributed.ProcessGroup) -> None:
-    ep = torch.distributed.get_world_size(group)
-    for part in (layer.w1, layer.w2):
-        cut(part, Shard(dim=0, index=torch.distributed.get_rank(group), count=ep), group)
-        vars(part).update(allreduce=False, group_name=group_name(ep))
-    swap(layer, ExpertParallelMoE, group=group, ep=ep)
+    ep = group.size()
+    for layer in model.modules():
+        if type(layer) is FusedExpertChoiceMoE:
+            for part in (layer.w1, layer.w2):
+                cut(part, Shard(dim=0, index=group.rank(), count=ep), group)
+                vars(part).update(allreduce=False, group_name=group_name(ep))
+            swap(layer, ExpertParallelMoE, group=group, ep=ep)
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:

@@ -64,25 +64,31 @@ class Offload(Section):
     pin_memory: bool = True
 
 
-class ZeRO(Section):
+class ZeroOptions(Section):
+    """Keys that memory and traffic depend on, with DeepSpeed's defaults (deepspeed/runtime/zero/config.py). Sizes in
+    numbers, not bytes. `overlap_comm` None: at stage 3 only. A run makes the bucket no larger than its model."""
+
+    overlap_comm: bool | None = None
+    reduce_bucket_size: Annotated[Numbers, Field(gt=0)] = DEEPSPEED_BUCKET
+    use_multi_rank_bucket_allreduce: bool = True
+    stage3_prefetch_bucket_size: Numbers = 50_000_000
+    stage3_max_reuse_distance: Numbers = 1_000_000_000
+    stage3_param_persistence_threshold: Numbers = 100_000
+
+
+class ZeRO(ZeroOptions):
     """Stage 0 accumulates bf16 gradients in bf16; stage 1 on one process costs the same and does not."""
 
     stage: Annotated[int, Field(ge=1, le=3)]
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
-    reduce_bucket_size: Annotated[Numbers, Field(gt=0)] = DEEPSPEED_BUCKET
-    use_multi_rank_bucket_allreduce: bool = True
     allgather_partitions: bool = True
     allgather_bucket_size: Annotated[Numbers, Field(gt=0, multiple_of=2)] = DEEPSPEED_BUCKET  # of NCCL's alignment
-    overlap_comm: bool | None = None
     offload_param: Offload | None = None
     offload_optimizer: Offload | None = None
     sub_group_size: Annotated[Numbers, Field(gt=0)] = 1_000_000_000
-    stage3_prefetch_bucket_size: Numbers = 50_000_000
-    stage3_param_persistence_threshold: Numbers = 100_000
     stage3_model_persistence_threshold: Numbers = 2**63 - 1
     stage3_max_live_parameters: Numbers = 1_000_000_000
-    stage3_max_reuse_distance: Numbers = 1_000_000_000
     stage3_use_all_reduce_for_fetch_params: bool = False
     stage3_allgather_sequential: bool = False
     parameter_alignment: bool = False
@@ -237,10 +243,6 @@ class Execution:
     @cached_property
     def zero(self) -> ZeRO:
         return parse_section(ZeRO, self.deepspeed["zero_optimization"], "zero_optimization")
-
-    @property
-    def zero_stage(self) -> int:
-        return self.deepspeed["zero_optimization"]["stage"]
 
     @property
     def dtype(self) -> torch.dtype:

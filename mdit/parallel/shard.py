@@ -7,6 +7,12 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from mdit.models.layers import CrossAttention, SelfAttention, SwiGLU
+
+DENSE = SelfAttention, CrossAttention, SwiGLU  # what a tensor group shares
+# Their layers that are cut by outputs, and into how many blocks first; all others are cut by inputs.
+COLUMN_BLOCKS = {"qkv": 3, "q_linear": 1, "kv_linear": 2, "w1": 1, "w2": 1}
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -25,7 +31,7 @@ class Shard:
         """This part, in memory of its own."""
         assert whole.shape[self.dim] % (self.blocks * self.count) == 0, (whole.shape, self)
         parts = [block.chunk(self.count, self.dim)[self.index] for block in whole.chunk(self.blocks, self.dim)]
-        return torch.cat(parts, self.dim).contiguous() if self.blocks > 1 else parts[0].clone(memory_format=CONTIGUOUS)
+        return torch.cat(parts, self.dim).contiguous()  # a copy, even of one
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole, from all parts in the order of their index."""
@@ -34,15 +40,27 @@ class Shard:
         return torch.cat([part[block] for block in range(self.blocks) for part in cut], self.dim)
 
 
-CONTIGUOUS = torch.contiguous_format
 WHOLE = Shard()
 
 
 @torch.no_grad()
-def cut(parameter: Tensor, shard: Shard, group: torch.distributed.ProcessGroup) -> None:
+def cut(parameter: Tensor, shard: Shard, group: torch.distributed.ProcessGroup | None) -> None:
     """Keep a part of a parameter, in place, and note on it which, and which ranks hold the others (by index)."""
     parameter.data = shard.take(parameter)
     vars(parameter).update(shard=shard, shard_group=group)
+
+
+def cut_dense(model: nn.Module, index: int, count: int, group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Keep part `index` of `count` of every attention, whole heads, and of every dense feed-forward network, in place;
+    names and order of parameters stay. On the meta device no group is needed."""
+    for module in model.modules():
+        if isinstance(module, DENSE):
+            for name, layer in module.named_children():
+                blocks = COLUMN_BLOCKS.get(name)
+                for parameter in layer.parameters() if blocks else [layer.get_parameter("weight")]:
+                    cut(parameter, Shard(0 if blocks else 1, index, count, blocks or 1), group)
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.num_heads //= count
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:

@@ -23,10 +23,9 @@ from torch.distributed import ProcessGroup
 
 from mdit.kernels import swiglu
 from mdit.models import MicroDiT
-from mdit.models.dit import Block
-from mdit.models.layers import SwiGLU, softmax_attention
+from mdit.models.layers import softmax_attention
 from mdit.parallel.fuse import FusedCrossAttention, FusedSelfAttention, FusedSwiGLU, side_by_side
-from mdit.parallel.shard import Shard, cut
+from mdit.parallel.shard import COLUMN_BLOCKS, WHOLE, cut_dense, shard_of
 from mdit.parallel.swap import swap
 
 with warnings.catch_warnings():
@@ -72,39 +71,20 @@ def shard_blocks(model: MicroDiT, group: ProcessGroup) -> None:
 
     Every rank of the group has to come with the same weights.
     """
-    for block in (model.y_emb_preprocess, *model.patch_mixer, *model.blocks):
-        cut_column(block.attn.qkv, group, blocks=3)
-        cut_row(block.attn.proj, group)
-        swap(block.attn, TensorParallelSelfAttention, group=group, num_heads=block.attn.num_heads // group.size())
-        if isinstance(block, Block):
-            cross = block.cross_attn
-            cut_column(cross.q_linear, group)
-            cut_column(cross.kv_linear, group, blocks=2)
-            cut_row(cross.proj, group)
-            swap(cross, TensorParallelCrossAttention, group=group, num_heads=cross.num_heads // group.size())
-        if isinstance(block.mlp, SwiGLU):
-            cut_column(block.mlp.w1, group)
-            cut_column(block.mlp.w2, group)
-            cut_row(block.mlp.w3, group)
-            swap(block.mlp, TensorParallelSwiGLU, group=group)
-
-
-def cut_column(layer: nn.Linear, group: ProcessGroup, blocks: int = 1) -> None:
-    """Keep this rank's rows of each of `blocks` blocks of a weight: (N, T, D) -> (N, T, blocks * P)"""
-    for parameter in layer.parameters():
-        cut(parameter, Shard(0, group.rank(), group.size(), blocks), group)
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=blocks)
-    swap(layer, ColumnParallelLinear, group=group)
-
-
-def cut_row(layer: nn.Linear, group: ProcessGroup) -> None:
-    """Keep this rank's columns of a weight: (N, T, P) -> (N, T, D)"""
-    cut(layer.weight, Shard(1, group.rank(), group.size()), group)
-    set_tensor_model_parallel_attributes(layer.weight, is_parallel=True, dim=1, stride=1)
-    swap(layer, RowParallelLinear, group=group)
+    cut_dense(model, group.rank(), group.size(), group)
+    for module in model.modules():
+        if type(module) in FORMS:
+            swap(module, FORMS[type(module)], group=group)
+            for name, layer in module.named_children():
+                swap(layer, ColumnParallelLinear if name in COLUMN_BLOCKS else RowParallelLinear, group=group)
+                for parameter in layer.parameters():
+                    if (shard := shard_of(parameter)) != WHOLE:
+                        set_tensor_model_parallel_attributes(parameter, True, shard.dim, shard.blocks)
 
 
 class ColumnParallelLinear(nn.Linear):
+    """(N, T, D) -> (N, T, P), of each block a part."""
+
     group: ProcessGroup
 
     def forward(self, x_NTD: Tensor) -> Tensor:
@@ -120,6 +100,8 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
+    """(N, T, P) -> (N, T, D)"""
+
     group: ProcessGroup
 
     def forward(self, x_NTP: Tensor) -> Tensor:
@@ -164,6 +146,13 @@ class TensorParallelSwiGLU(FusedSwiGLU):
         x_NTD = copy_to_tensor_model_parallel_region(x_NTD, self.group)  # all-reduces the gradient
         ab_NTP = F.linear(x_NTD, *side_by_side(self.w1, self.w2))
         return self.w3.sum_over_ranks(swiglu.swiglu_linear(ab_NTP, self.w3.weight))
+
+
+FORMS: dict[type[nn.Module], type[nn.Module]] = {
+    FusedSelfAttention: TensorParallelSelfAttention,
+    FusedCrossAttention: TensorParallelCrossAttention,
+    FusedSwiGLU: TensorParallelSwiGLU,
+}
 
 
 class FullWidthNorm(torch.autograd.Function):

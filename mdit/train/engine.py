@@ -129,7 +129,7 @@ class Engine:
         found = []
         for name, parameter in self.deepspeed.module.named_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            if self.execution.zero_stage == 3:
+            if self.execution.zero.stage == 3:
                 partition, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
                 start = size * self.world.rank
                 numel = min(size, parameter.ds_numel - start)
@@ -170,7 +170,7 @@ class Engine:
 
     def refresh_parameters(self) -> None:
         """Fill the model's parameters from the masters, after these have been filled from a checkpoint."""
-        if self.execution.zero_stage < 3:
+        if self.execution.zero.stage < 3:
             self.zero.update_lp_params()
             return
         zero = self.zero
@@ -188,7 +188,7 @@ class Engine:
     def _clean_up_skipped_step(self) -> None:
         """Leave nothing of a skipped step to the next one. DeepSpeed 0.19.8 does so but for two things: the gradients
         that bf16 under ZeRO 1 or 2 sums up for an optimizer in host memory, and ZeRO 3's small parameters."""
-        if self.execution.zero_stage == 3:
+        if self.execution.zero.stage == 3:
             self._gather_persistent()
             return
         sums = getattr(self.zero, "averaged_gradients", {})

@@ -185,7 +185,7 @@ def _apex_misfit(device: torch.device, execution: Execution) -> str:
         return f"it runs on GPUs only, and this run is on {device.type}"
     if execution.offloads_optimizer:
         return "it runs on GPUs only, and zero_optimization.offload_optimizer keeps the optimizer in host memory"
-    if execution.zero_stage == 3:
+    if execution.zero.stage == 3:
         # It counts a step of its group whenever it is called, and ZeRO 3 calls it once for each part of a group.
         return "it would miscount its steps under zero_optimization.stage = 3"
     return ""

@@ -159,7 +159,7 @@ def describe(run: Run, start: int) -> str:
             f"model: {count_parameters(config.model) / 1e6:,.1f} M parameters, {config.model.num_patches} patches, "
             f"{kept} kept",
             f"processes: {run.world.size}, experts over {settings.expert_parallel}, tensors over "
-            f"{settings.tensor_parallel}, ZeRO-{execution.zero_stage}, {str(execution.dtype).removeprefix('torch.')}",
+            f"{settings.tensor_parallel}, ZeRO-{execution.zero.stage}, {str(execution.dtype).removeprefix('torch.')}",
             f"batch: {training.global_batch_size} = {run.world.size // settings.tensor_parallel} shares x "
             f"{execution.micro_batch} samples x {execution.accumulation_steps} accumulated",
             f"{'resuming' if start else 'starting'} at step {start} of {training.num_steps}",

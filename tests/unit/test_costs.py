@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mdit.config import CONFIGS, UserError, load_config
-from mdit.costs.layouts import Layout, ZeroOptions, candidates, count_weights, layout_of
+from mdit.costs.layouts import Layout, candidates, count_weights, layout_of
 from mdit.costs.machines import MACHINES, MEMORY_SHARE
 from mdit.costs.memory import predict_memory
 from mdit.costs.prediction import fitted, predict
@@ -13,7 +13,7 @@ from mdit.costs.time import PARTS, device_parts, host_seconds, product_seconds, 
 from mdit.costs.trace import Product, forward_flops
 from mdit.costs.traffic import predict_traffic
 from mdit.models.presets import xl_2
-from mdit.parallel.settings import Execution, load_ds_json
+from mdit.parallel.settings import Execution, ZeroOptions, load_ds_json
 from tests.recipes import tiny_config
 
 H100 = MACHINES["h100"]

@@ -10,7 +10,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mdit.costs.layouts import Layout, ZeroOptions
+from mdit.costs.layouts import Layout
 from mdit.costs.memory import host_bytes, memory_moments, predict_memory
 from mdit.costs.trace import Form, trace
 from mdit.costs.traffic import predict_traffic
@@ -21,7 +21,7 @@ from mdit.models import MicroDiT
 from mdit.models.presets import tiny_2
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
-from mdit.parallel.settings import Execution, RunSettings
+from mdit.parallel.settings import Execution, RunSettings, ZeroOptions
 from tests.recipes import tiny_config
 from tests.training import run_in_processes
 

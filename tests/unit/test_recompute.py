@@ -189,12 +189,12 @@ def alone():
 
 
 def test_experts_elsewhere_are_asked_once_with_selective(alone):
-    from mdit.parallel.expert import shard_layer
+    from mdit.parallel.expert import shard_experts
 
     counts, gradients = {}, {}
     for mode in MODES:
         block = new_block()
-        shard_layer(block.mlp, alone)
+        shard_experts(block.mlp, alone)
         recompute(block, mode)
         with Operations() as seen:
             _, gradients[mode] = run(block)
