@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
 from tests.fake_cuda.library import build, compiler
 from tests.training import REPOSITORY
@@ -20,6 +21,7 @@ pytestmark = [
     pytest.mark.timeout(600),  # for a busy machine: alone it takes under a minute
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler ($CXX or c++) for the fake CUDA device"),
     pytest.mark.skipif(sys.platform != "linux", reason="the fake CUDA device is built for Linux"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA and has the part that is faked"),
 ]
 
 
