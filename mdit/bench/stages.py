@@ -56,7 +56,7 @@ class Job:
             kernels=tuple(sorted(execution.triton_ops)),
             compile=settings.compile,
             activation_checkpointing=settings.activation_checkpointing,
-            zero_stage=execution.zero.stage,
+            zero_stage=execution.deepspeed["zero_optimization"]["stage"],  # 0, no ZeRO, for a baseline
         )
         return BenchmarkRow(
             kind=kind,

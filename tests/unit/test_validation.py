@@ -153,7 +153,7 @@ def test_a_snapshot_without_scenes_gets_its_validation_loss(tmp_path):
             writer.write(f"sample-{i}", latent, embedding, f"caption {i}")
     model = MicroDiT(config.model).eval().requires_grad_(False)
     snapshot = Snapshot(tmp_path, 0, config, description, {})
-    found = evaluate(snapshot, model, num_pictures=8, seed=0, options={"guidance": 2.0, "num_steps": 2})
+    found = evaluate(snapshot, model, count=8, seed=0, options={"guidance": 2.0, "num_steps": 2})
     assert found.pictures_NHWC.shape == (3, 32, 32, 3) and found.captions == ["caption 0", "caption 1", "caption 2"]
     latents, captions, _ = read_samples(open_dataset(tmp_path / "set"), range(3))
     sums = validation_loss(model, latents, captions, config=config, indices=range(3), batch_size=3)
