@@ -35,7 +35,7 @@ from mdit import cli
 from mdit.bench.kernel_report import HEAD, MAIN, KernelReport, KernelRow, Times
 from mdit.bench.report import environment
 from mdit.bench.row import NOT_MEASURED
-from mdit.bench.timing import median_milliseconds
+from mdit.bench.timing import median_milliseconds, relative_error
 from mdit.config import ModelConfig, UserError
 from mdit.costs.calls import STAGES, KernelCall, kernel_calls
 from mdit.dist import settle_numerics
@@ -270,11 +270,6 @@ def error_of(call: KernelCall, inputs: list[Tensor | None]) -> float:
         with dispatch.using(*ops):
             found.append(passes(Contender(call.function), inputs)[1]())
     return max((relative_error(ours, theirs) for ours, theirs in zip(*found)), default=0.0)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
-    return (norm(found.float() - expected.float()) / norm(expected).clamp_min(1e-30)).item()
 
 
 def ceilings(bench: Bench) -> dict[str, float]:

@@ -17,11 +17,11 @@ from torch import Tensor
 from mdit import cli
 from mdit.bench.report import environment, table
 from mdit.bench.stages import tiny_form
+from mdit.bench.timing import median_milliseconds, relative_error
 from mdit.config import CONFIGS, load_config
 from mdit.costs.trace import Form, Product, trace
 from mdit.dist import settle_numerics
 from mdit.files import try_to_write, write_json
-from tools.bench_kernels import Bench, relative_error
 
 SCHEMA = "mdit-reductions/1"
 SHAPE = ("matrices", "outputs", "inputs", "rows")
@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(args.recipe)
     if args.tiny or not gpu:
         config, args.micro_batch, args.tiny = tiny_form(config), 2, True
-    bench = Bench(torch.device("cuda" if gpu else "cpu"), torch.bfloat16, args.repeats)
-    ratio, here = config.training.mask_ratio, environment(bench.device)
+    device = torch.device("cuda" if gpu else "cpu")
+    ratio, here = config.training.mask_ratio, environment(device)
     settings = {"recipe": config.name, "micro_batch": args.micro_batch, "mask_ratio": ratio, "tiny": args.tiny}
     report: dict[str, Any] = {"schema": SCHEMA, "environment": here.model_dump(), "settings": settings, "rows": []}
     path = args.out and args.out / "reductions.json"
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines: list[list[Any]] = [["calls", *SHAPE, "bf16 ms", "error", "fp32 ms", "error"]]
     calls = trace(config.model, ratio, Form(triton=False)).weight_gradients(args.micro_batch)
     for product, count in sorted(calls.items(), key=lambda item: -item[0].flops * item[1]):
-        row = {"calls": count} | measure(product, bench)
+        row = {"calls": count} | measure(product, device, args.repeats)
         report["rows"].append(row)
         lines.append([count, *(row[name] for name in SHAPE)])
         for way in WAYS:
@@ -66,12 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"a micro-batch: {totals[0]:.2f} ms reduced in bfloat16, {totals[1]:.2f} ms in float32")
 
 
-def measure(product: Product, bench: Bench) -> dict[str, Any]:
+def measure(product: Product, device: torch.device, repeats: int) -> dict[str, Any]:
     """The row of a weight's gradient, y^T x over all rows of a micro-batch, of each expert for itself."""
     matrices, outputs, inputs, rows, _ = product
     torch.manual_seed(0)
-    x = torch.randn(matrices, rows, inputs, device=bench.device, dtype=bench.dtype)
-    y = torch.randn(matrices, rows, outputs, device=bench.device, dtype=bench.dtype)
+    x = torch.randn(matrices, rows, inputs, device=device, dtype=torch.bfloat16)
+    y = torch.randn(matrices, rows, outputs, device=device, dtype=torch.bfloat16)
 
     def gradient(x: Tensor = x, y: Tensor = y) -> Tensor:
         return x.mT @ y if matrices > 1 else (x[0].mT @ y[0])[None]
@@ -83,7 +83,7 @@ def measure(product: Product, bench: Bench) -> dict[str, Any]:
     for way in WAYS:
         settings.allow_bf16_reduced_precision_reduction = way == "reduced"
         error = relative_error(gradient(), exact)  # and the first call
-        found[way] = {"ms": bench.milliseconds(gradient), "error": error}
+        found[way] = {"ms": median_milliseconds(gradient, device, repeats), "error": error}
     settings.allow_bf16_reduced_precision_reduction = before
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from mdit.bench.row import PHASES, Measured, Phase, StepTime
 from mdit.dist import World, gather
@@ -130,3 +131,9 @@ def length_of_union(spans: Iterable[tuple[float, float]]) -> float:
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the expected norm, in float32."""
+    difference, norm = found.float() - expected.float(), expected.float().norm().clamp_min(1e-30)
+    return (difference.norm() / norm).item()
