@@ -211,8 +211,7 @@ def take_over(dataset: LatentSet, part: int, into: Path, report: PartReport | No
     samples = sum(dataset.shard_sizes[first:end])
     if report is None or report.written != samples:
         raise UserError(
-            f"{dataset.directory}: part {part} has {samples} samples, but its report says "
-            f"{report and report.written}; "
+            f"{dataset.directory}: part {part} has {samples} samples, but its report says {report and report.written}; "
             "make the set again"
         )
     start = sum(dataset.shard_sizes[:first])
