@@ -100,7 +100,7 @@ def python_files() -> list[str]:
 
 
 def found_outside_tests(check) -> dict[str, list[str]]:
-    """What `check` finds in a file's source, of files where it finds something."""
+    """Findings of `check` in the source of each file that has some."""
     files = [path for path in python_files() if not path.startswith("tests/")]
     return {path: found for path in files if (found := check((ROOT / path).read_text(encoding="utf-8")))}
 

@@ -59,7 +59,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def given(calls) -> int:
-    """How many of these were given what a norm or the caption has in float8 already."""
+    """Number of these that were given what a norm or the caption has in float8 already."""
     return sum(isinstance(arguments[0], fp8_linear.InFloat8) for _, arguments in calls)
 
 
