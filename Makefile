@@ -46,13 +46,11 @@ announce:
 	@test -e .venv/test-installed || echo "make lint and make test install into .venv the Python packages of constraints.txt, 4.4 GB"
 	@$(HAVE_SLURM) || echo "make test installs Debian's packages slurm-wlm and munge, if this is Debian and its root"
 
-# The kernels once more with the Triton that torch 2.11 brings (its interpreter knows no newer numpy): their values and
-# gradients, and their builds. What is PyTorch alone is the same, and not run again.
+# The kernels once more with the Triton that torch 2.11 brings (its interpreter knows no newer numpy): their builds, and
+# each one's values and gradients.
 test-kernels-triton-3.6: .venv/test-installed .venv/triton-3.6/installed
-	PYTHONPATH=$(CURDIR)/.venv/triton-3.6 $(PYTEST) -q -W ignore tests/kernels \
-		--ignore tests/kernels/test_selection.py --ignore tests/kernels/test_custom_op.py \
-		--ignore tests/kernels/test_self_check.py \
-		-k 'not (reference_is or of_the_reference or compiles or registered or proper_torch or misuse or trace_has)'
+	PYTHONPATH=$(CURDIR)/.venv/triton-3.6 $(PYTEST) -q -W ignore tests/kernels/test_ahead_of_time.py \
+		tests/kernels/test_self_check.py::test_kernels_as_they_are_pass
 
 .venv/triton-3.6/installed: | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target $(@D) \

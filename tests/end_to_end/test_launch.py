@@ -1,4 +1,4 @@
-"""The command lines of the README, as typed."""
+"""The command lines of the README: the first as typed, those after it in forked processes."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from mdit.eval.samples import grid
-from tests.training import REPOSITORY, environment
+from tests.processes import run_forked
+from tests.training import REPOSITORY, environment, launch
 
 # The quickstart's own recipe, smaller in every number; its sets are not the checkout's, which `make train` takes.
 SMALL = [
@@ -28,6 +29,19 @@ def run(*arguments: str, cwd: Path, timeout: int = 200) -> str:
     done = subprocess.run(arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run_script(script: str, *arguments: str, cwd: Path, env: dict | None = None) -> str:
+    """A Python file of the repository, run in `cwd` -> what it printed."""
+    ended = run_forked(_launch_in, cwd, str(REPOSITORY / script), list(map(str, arguments)), env=env)
+    assert ended.returncode == 0, ended.output
+    return ended.output
+
+
+def _launch_in(folder: Path, script: str, arguments: list[str]) -> None:
+    os.chdir(folder)
+    sys.path.insert(0, str(Path(script).parent))
+    launch(script, arguments)
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +86,14 @@ def test_sample_and_evaluate(trained):
     snapshot, prompts = "runs/quickstart/snapshots/latest", ["a red apple on a blue background", "a banana on white"]
     asked = [part for prompt in prompts for part in ("--prompt", prompt)]
     options = ["--guidance", "2.5", "--num_steps", "18", "--seed", "0"]
-    sample = [sys.executable, "launchers/sample.py", "--snapshot", snapshot]
-    run(*sample, *asked, "--out", "grid.png", *options, cwd=folder)
-    run(sys.executable, REPOSITORY / "examples" / "generate.py", snapshot, *prompts, cwd=folder)
+    run_script("launchers/sample.py", "--snapshot", snapshot, *asked, "--out", "grid.png", *options, cwd=folder)
+    run_script("examples/generate.py", snapshot, *prompts, cwd=folder)
     pictures = [Image.open(folder / f"picture_{i}.png") for i in range(2)]
     with Image.open(folder / "grid.png") as drawn:
         assert drawn.tobytes() == grid(pictures, prompts).tobytes(), "the same from Python"
-    output = run(
-        sys.executable, "launchers/evaluate.py", "--snapshot", snapshot, "--out", "evaluation", "--num_pictures", "4",
-        "--num_steps", "2", cwd=folder,
+    output = run_script(
+        "launchers/evaluate.py", "--snapshot", snapshot, "--out", "evaluation", "--num_pictures", "4", "--num_steps", "2",
+        cwd=folder,
     )  # fmt: skip
     assert "grid.png" in output and "background" in output
     assert json.loads((folder / "evaluation" / "scores.json").read_text())
@@ -96,19 +109,13 @@ def test_notebook(trained):
     small = "\n".join(('name="notebook"', *SMALL))
     program, count = re.subn('settings = """.*?"""', lambda _: f'settings = """{small}"""', program, flags=re.DOTALL)
     assert count == 1
-    run(
-        sys.executable,
-        "-c",
-        f"import matplotlib\nmatplotlib.use('Agg')\n{program}\nassert len(pictures) == 2",
-        cwd=folder,
-    )
+    (folder / "notebook.py").write_text(f"import matplotlib\nmatplotlib.use('Agg')\n{program}\nassert len(pictures) == 2")
+    run_script(folder / "notebook.py", cwd=folder)
 
 
 def test_run_config_is_itself_a_recipe(trained):
     folder, _ = trained
-    output = run(
-        sys.executable, "launchers/train.py", "--recipe", "runs/quickstart/config.json", "--dry_run", cwd=folder
-    )
+    output = run_script("launchers/train.py", "--recipe", "runs/quickstart/config.json", "--dry_run", cwd=folder)
     assert '"num_steps": 4' in output and "at step 4" in output
 
 
@@ -117,8 +124,5 @@ def test_start_under_srun_variables(trained):
     """What srun sets for the one task of a step is enough to start; a finished run needs no second one."""
     folder, _ = trained
     slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
-    done = subprocess.run(
-        [sys.executable, "launchers/train.py", *[part for item in SMALL for part in ("--set", item)]],
-        cwd=folder, env={**environment(), **slurm}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert done.returncode == 0 and "finished at step 4" in done.stderr, done.stderr
+    sets = [part for item in SMALL for part in ("--set", item)]
+    assert "finished at step 4" in run_script("launchers/train.py", *sets, cwd=folder, env=slurm)

@@ -39,7 +39,7 @@ def run(scenario: dict, folder: Path) -> dict:
     recipe = write_recipe(
         folder / f"recipe_{os.getpid()}",
         # Heads that there are kernels for; a dense block, one with experts, and one in the mixer.
-        model={"dim": 64, "mixer_dim": 32, "head_dim": 16, "depth": 3, "mixer_depth": 1},
+        model={"dim": 64, "mixer_dim": 32, "head_dim": 16, "depth": scenario.get("depth", 3), "mixer_depth": 1},
         training={"num_steps": scenario.get("steps", 3), "global_batch_size": 16},
         report={"log_every": 3, "checkpoint_every": 3, "num_samples": 1, "sampler_steps": 2, **every},
     )
