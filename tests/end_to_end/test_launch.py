@@ -91,10 +91,8 @@ def test_sample_and_evaluate(trained):
     pictures = [Image.open(folder / f"picture_{i}.png") for i in range(2)]
     with Image.open(folder / "grid.png") as drawn:
         assert drawn.tobytes() == grid(pictures, prompts).tobytes(), "the same from Python"
-    output = run_script(
-        "launchers/evaluate.py", "--snapshot", snapshot, "--out", "evaluation", "--num_pictures", "4", "--num_steps", "2",
-        cwd=folder,
-    )  # fmt: skip
+    options = ["--out", "evaluation", "--num_pictures", "4", "--num_steps", "2"]
+    output = run_script("launchers/evaluate.py", "--snapshot", snapshot, *options, cwd=folder)
     assert "grid.png" in output and "background" in output
     assert json.loads((folder / "evaluation" / "scores.json").read_text())
 
@@ -109,7 +107,9 @@ def test_notebook(trained):
     small = "\n".join(('name="notebook"', *SMALL))
     program, count = re.subn('settings = """.*?"""', lambda _: f'settings = """{small}"""', program, flags=re.DOTALL)
     assert count == 1
-    (folder / "notebook.py").write_text(f"import matplotlib\nmatplotlib.use('Agg')\n{program}\nassert len(pictures) == 2")
+    (folder / "notebook.py").write_text(
+        f"import matplotlib\nmatplotlib.use('Agg')\n{program}\nassert len(pictures) == 2"
+    )
     run_script(folder / "notebook.py", cwd=folder)
 
 
