@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # from the ground up
     {"documents", "provenance", "caches"},
+    {"recipe"},
     {"config"},
     {"dist", "masking", "kernels", "descriptions"},
     {"files", "cli", "meeting"},

@@ -1,0 +1,244 @@
+"""The recipe: what is learned, as frozen pydantic models. `mdit.config` reads it from one TOML file.
+
+A recipe never says how the run is laid out on machines: ZeRO stage, precision and micro-batch live in the DeepSpeed
+JSON (`mdit.parallel.settings`). Bounds are of what can be counted in 64 bits or built at all: whether a model fits into
+memory is not known here.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are errors, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch takes
+PositiveFloat = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[int, Field(gt=0, le=2**16)]  # pixels, channels, tokens
+Count = Annotated[int, Field(ge=0, le=2**10)]  # layers, experts
+Ratio = Annotated[float, Field(gt=0, le=2**6)]
+Embeddings = Literal["f16", "i8b64"]  # formats of caption embeddings
+Location = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # of a file or directory
+
+
+class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]  (so is Section, by model_config)
+    """Shape of MicroDiT (paper section 2 and appendix; names of the released code where they are plain).
+
+    `qkv_ratio` and `ffn_ratio` are the multipliers of `dim` at the first and the last block; between them the widths
+    grow linearly with depth. Block i (from 0) has experts when (i + 1) is a multiple of `experts_every_n`, except the
+    last block; the mixer's blocks likewise, its last one included. `experts_every_n` 0 gives a dense model.
+    """
+
+    latent_size: Size
+    latent_channels: Annotated[int, Field(gt=0, le=2**10)]
+    patch_size: Size
+    dim: Size
+    depth: Annotated[Count, Field(gt=0)]
+    head_dim: Size
+    multiple_of: Size
+    caption_length: Size
+    caption_channels: Size
+    pos_interp_scale: Annotated[float, Field(ge=2**-10, le=2**10)]
+    norm_eps: PositiveFloat
+    use_bias: bool
+    qkv_ratio: tuple[Ratio, Ratio]
+    ffn_ratio: tuple[Ratio, Ratio]
+    use_patch_mixer: bool
+    mixer_depth: Count
+    mixer_dim: Size
+    mixer_qkv_ratio: Ratio
+    mixer_ffn_ratio: Ratio
+    num_experts: Annotated[Count, Field(gt=0)]
+    capacity_factor: PositiveFloat
+    experts_every_n: NonNegativeInt
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    @property
+    def caption_shape(self) -> tuple[int, int]:
+        """(L, C)"""
+        return self.caption_length, self.caption_channels
+
+    @property
+    def num_patches(self) -> int:
+        return (self.latent_size // self.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _shapes_fit(self):
+        _require_multiple("latent_size", self.latent_size, "patch_size", self.patch_size)
+        _require_multiple("dim", self.dim, "head_dim", self.head_dim)
+        _require_multiple("dim", self.dim, "4 (sine and cosine of two axes)", 4)
+        _require_width("dim", self.dim, "qkv_ratio", min(self.qkv_ratio))
+        _require_width("dim", self.dim, "ffn_ratio", min(self.ffn_ratio))
+        if self.use_patch_mixer:
+            _require_multiple("mixer_dim", self.mixer_dim, "head_dim", self.head_dim)
+            _require_width("mixer_dim", self.mixer_dim, "mixer_qkv_ratio", self.mixer_qkv_ratio)
+            _require_width("mixer_dim", self.mixer_dim, "mixer_ffn_ratio", self.mixer_ffn_ratio)
+        if self.capacity_factor > self.num_experts:
+            raise ValueError(f"capacity_factor {self.capacity_factor} is above num_experts {self.num_experts}")
+        return self
+
+
+class NoiseConfig(Section):
+    """EDM noise (Karras et al. 2022, table 1): ln sigma ~ N(P_mean, P_std^2)."""
+
+    P_mean: float
+    P_std: PositiveFloat
+    sigma_data: PositiveFloat
+
+
+class EmojiSource(Section):
+    """Captioned scenes of one emoji on a plain background, drawn from pip packages (`mdit.sources.emoji`)."""
+
+    name: Literal["emoji"]
+    objects: PositiveInt | tuple[str, ...] = Field(description="how many objects, or their CLDR names")
+    styles: tuple[Literal["twemoji", "openmoji"], ...] = Field(min_length=1)
+    scenes: PositiveInt = Field(description="training pictures")
+    validation_scenes: PositiveInt = Field(description="pictures of held-out object x background pairs")
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the pairs that training never sees")
+    seed: Seed
+
+
+class FolderSource(Section):
+    """A directory of pictures with a `captions.jsonl` beside them (`mdit.sources.folder`)."""
+
+    name: Literal["folder"]
+    path: Location
+    validation_share: Annotated[float, Field(gt=0, lt=1)]
+
+
+class PrecomputeConfig(Section):
+    """Settings by which the training set is made when it is not there yet: source, frozen encoders, caption tokens."""
+
+    source: EmojiSource | FolderSource = Field(discriminator="name")
+    image_size: Size
+    image_encoder: str
+    text_encoder: str
+    embeddings: Embeddings = Field("f16", description="how caption embeddings are stored: docs/data.md")
+
+
+class DataConfig(Section):
+    """Directories of latent shards (`mdit-latents/1`). Several training directories are read as one set, in proportion
+    to their sizes; with `weights`, one for each, every batch holds them in that proportion."""
+
+    train: Annotated[tuple[Location, ...], Field(min_length=1)]
+    weights: tuple[PositiveFloat, ...] | None = None
+    validation: Location
+    caption_drop: Probability
+    precompute: PrecomputeConfig | None = None
+
+    @model_validator(mode="after")
+    def _directories_fit(self):
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(f"weights has {len(self.weights)} values, but train has {len(self.train)} directories")
+        if self.precompute is not None and self.validation == self.train[0]:
+            raise ValueError(f"train and validation are both {self.validation!r}; give each set made a directory")
+        return self
+
+
+class TrainingConfig(Section):
+    """A step whose gradient is not finite is skipped; the run ends when that happens `max_skipped_in_a_row` times."""
+
+    num_steps: PositiveInt
+    global_batch_size: PositiveInt
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)]
+    max_skipped_in_a_row: PositiveInt = 10
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak.
+
+    Every `implementation` takes the same step; a run may go on with another (`mdit.train.optim`).
+    """
+
+    lr: PositiveFloat
+    betas: tuple[Decay, Decay]
+    eps: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: PositiveFloat
+    warmup_steps: NonNegativeInt
+    schedule: Literal["constant", "cosine"]
+    final_lr_ratio: Annotated[float, Field(gt=0, le=1)]
+    implementation: Literal["torch", "deepspeed", "apex"] = "torch"
+
+    @model_validator(mode="after")
+    def _constant_has_no_floor(self):
+        if self.schedule == "constant" and self.final_lr_ratio != 1:
+            raise ValueError(f'final_lr_ratio is {self.final_lr_ratio} but schedule is "constant"; set it to 1.0')
+        return self
+
+
+class EMAConfig(Section):
+    """ema <- decay * ema + (1 - decay) * weights after each step beyond `start_step`; until then ema is the weights."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)]
+    start_step: NonNegativeInt
+
+
+class ReportConfig(Section):
+    """Intervals of the run's reports, in steps. 0 turns a report off (a finished run always leaves a snapshot)."""
+
+    log_every: PositiveInt
+    validate_every: NonNegativeInt
+    sample_every: NonNegativeInt
+    snapshot_every: NonNegativeInt
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt
+    prompts: Literal["validation"] | Annotated[tuple[str, ...], Field(min_length=1)]  # captions of the sample grids
+    num_samples: Size = Field(description="pictures in a grid when the prompts are those of the validation set")
+    guidance: PositiveFloat
+    sampler_steps: Annotated[int, Field(ge=2, le=10_000)]
+
+
+class TrainConfig(Section):
+    """A whole recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]  # of its run directory
+    seed: Seed
+    model: ModelConfig
+    noise: NoiseConfig
+    data: DataConfig
+    training: TrainingConfig
+    optim: OptimConfig
+    ema: EMAConfig | None = None
+    report: ReportConfig
+
+    @model_validator(mode="after")
+    def _every_expert_gets_tokens(self):
+        model, ratio = self.model, self.training.mask_ratio
+        if (kept := kept_tokens(model.num_patches, ratio)) == 0:
+            raise ValueError(f"training.mask_ratio {ratio} keeps none of {model.num_patches} patches")
+        if model.experts_every_n and int(model.capacity_factor * kept / model.num_experts) == 0:
+            raise ValueError(
+                f"model.capacity_factor {model.capacity_factor} gives {model.num_experts} experts no token of the "
+                f"{kept} that training.mask_ratio {ratio} keeps"
+            )
+        return self
+
+
+def kept_tokens(num_patches: int, mask_ratio: float) -> int:
+    """Patches the backbone sees, rounded down as in the released code."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:
+    if value % of:
+        raise ValueError(f"{name} {value} is not a multiple of {of_name} {of}")
+
+
+def _require_width(name: str, value: int, ratio_name: str, ratio: float) -> None:
+    if value * ratio < 2:
+        raise ValueError(f"{name} {value} times {ratio_name} {ratio} is no width")
