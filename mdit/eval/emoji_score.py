@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdit.eval.efficientnet import EfficientNetLite0, image_features
+from mdit.encoders.efficientnet import EfficientNetLite0, image_features
 from mdit.sources.emoji import BACKGROUNDS, LARGEST, SMALLEST, EmojiScenes, Pair, Scene
 
 

@@ -11,7 +11,7 @@ from mdit.config import EmojiSource, UserError
 from mdit.data.manifest import MANIFEST
 from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_text_encoder
-from mdit.eval.efficientnet import load_efficientnet
+from mdit.encoders.efficientnet import load_efficientnet
 from mdit.eval.emoji_score import SceneJudge, held_out_scenes, render
 from mdit.eval.samples import draw_pictures, require_shape
 from mdit.eval.validation import validation_loss

@@ -9,7 +9,7 @@ from mdit import cli
 from mdit.checkpoint.snapshot import save_snapshot
 from mdit.config import DEFAULT_RECIPE, load_config
 from mdit.encoders import build_text_encoder
-from mdit.eval.efficientnet import SameConv2d, image_features, load_efficientnet, normalise
+from mdit.encoders.efficientnet import SameConv2d, image_features, load_efficientnet, normalise
 from mdit.eval.emoji_score import SceneJudge, Scores, held_out_scenes, nearest_backgrounds, render
 from mdit.models import MicroDiT
 from mdit.sources.emoji import BACKGROUNDS, EmojiScenes
