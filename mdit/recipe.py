@@ -23,6 +23,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch takes
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int, Field(gt=0, le=2**16)]  # pixels, channels, tokens
 Count = Annotated[int, Field(ge=0, le=2**10)]  # layers, experts
@@ -159,7 +160,8 @@ class TrainingConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak.
+    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak, or "wsd":
+    constant until the last `decay_share` of the run's steps, in which it falls to that, linearly or as 1 - sqrt.
 
     Every `implementation` takes the same step; a run may go on with another (`mdit.train.optim`).
     """
@@ -170,14 +172,26 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: PositiveFloat
     warmup_steps: NonNegativeInt
-    schedule: Literal["constant", "cosine"]
-    final_lr_ratio: Annotated[float, Field(gt=0, le=1)]
+    schedule: Literal["constant", "cosine", "wsd"]
+    final_lr_ratio: Share
+    decay_share: Share | None = None
+    decay_shape: Literal["linear", "1-sqrt"] | None = None
     implementation: Literal["torch", "deepspeed", "apex"] = "torch"
 
     @model_validator(mode="after")
     def _constant_has_no_floor(self):
         if self.schedule == "constant" and self.final_lr_ratio != 1:
             raise ValueError(f'final_lr_ratio is {self.final_lr_ratio} but schedule is "constant"; set it to 1.0')
+        return self
+
+    @model_validator(mode="after")
+    def _a_decay_belongs_to_wsd(self):
+        for key in ("decay_share", "decay_shape"):
+            value = getattr(self, key)
+            if self.schedule == "wsd" and value is None:
+                raise ValueError(f'schedule "wsd" needs {key}')
+            if self.schedule != "wsd" and value is not None:
+                raise ValueError(f'{key} is {value!r} but schedule is "{self.schedule}"; it belongs to "wsd"')
         return self
 
 

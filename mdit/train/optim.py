@@ -37,14 +37,20 @@ GET_APEX = (
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Learning rate of the step to `step + 1`: linear warm-up, then constant, or a cosine down to final_lr_ratio."""
+    """Learning rate of the step to `step + 1`: linear warm-up, then constant, or a fall to final_lr_ratio: a cosine from
+    the warm-up's end on, or that of "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395; 1 - sqrt: Haegele
+    et al. 2024, arXiv 2405.18392)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
+    falling = config.decay_share * num_steps if config.decay_share else num_steps - config.warmup_steps
+    progress = min(1.0, max(0.0, (step - (num_steps - falling)) / max(1, falling)))
+    if config.schedule == "cosine":
+        left = (1 + math.cos(math.pi * progress)) / 2
+    else:
+        left = 1 - (progress if config.decay_shape == "linear" else math.sqrt(progress))
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * left)
 
 
 def build_optimizer(

@@ -159,6 +159,8 @@ REFUSED = [
     ("training.mask_ratio=0.99", ["mask_ratio 0.99", "16 patches"]),
     ("model.capacity_factor=0.5", ["capacity_factor 0.5", "4 experts", "mask_ratio 0.75"]),
     ("optim.schedule=constant", ["final_lr_ratio", "0.33", "constant"]),
+    ("optim.schedule=wsd", ['schedule "wsd" needs decay_share']),
+    ("optim.decay_share=0.2", ["decay_share is 0.2", 'schedule is "cosine"']),
     ("report.prompts=[]", ["prompts"]),
     ("data.weights=[2.0, 1.0]", ["weights has 2 values, but train has 1 directories"]),
 ]

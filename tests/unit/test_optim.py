@@ -278,6 +278,15 @@ def test_constant_after_warm_up():
     assert [learning_rate(step, 8, config) for step in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("shape, left", [("linear", [0, 0.25, 0.5, 0.75]), ("1-sqrt", [0, 0.5, 2**-0.5, 0.75**0.5])])
+def test_wsd_stays_at_its_peak_and_falls_in_its_last_share(shape, left):
+    changes = {"schedule": "wsd", "decay_share": 0.4, "decay_shape": shape, "final_lr_ratio": 0.1, "warmup_steps": 2}
+    config = tiny_config(optim={**changes, "lr": 2.0}).optim
+    falling = [2 * (1 - 0.9 * part) for part in left]
+    assert [learning_rate(step, 10, config) for step in range(10)] == pytest.approx([1, 2, 2, 2, 2, 2, *falling])
+    assert learning_rate(10, 10, config) == pytest.approx(0.2)
+
+
 def test_cosine_never_rises_after_warm_up():
     config = tiny_config(optim={"warmup_steps": 3}).optim
     rates = [learning_rate(step, 50, config) for step in range(50)]
