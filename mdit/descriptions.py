@@ -44,9 +44,17 @@ class TextDescription(Section):
         return self
 
 
+class FeaturesDescription(Section):
+    id: str
+    weights: Digest | None = None
+
+
 class Encoders(Section):
+    """`features`: the vision tower of sets with patch features."""
+
     image: ImageDescription
     text: TextDescription
+    features: FeaturesDescription | None = None
 
     def plain(self) -> dict[str, dict[str, Any]]:
         """The descriptions as they are written down."""

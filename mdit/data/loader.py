@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mdit.config import UserError
 from mdit.data.manifest import MANIFEST
@@ -30,9 +31,11 @@ def build_loader(
     device: torch.device | str,
     weights: Sequence[float] | None = None,
     engine: Literal["auto", "native", "dali"] = "auto",
+    features: bool = False,
 ):
     """An endless iterator of Batch and a context manager: rank r of W yields rows [r * G / W, (r + 1) * G / W) of every
-    global batch of G samples, from `start_step` on. Engines differ in how they move bytes, never in what arrives.
+    global batch of G samples, from `start_step` on. Engines differ in how they move bytes, never in what arrives. With
+    `features` a batch has those of the sets, which must have some.
 
     Raises UserError when the directories do not fit together, when G is not a multiple of W, when a set is smaller than
     its share of G or when the engine is not there; ShardError when shards are missing or damaged.
@@ -44,6 +47,7 @@ def build_loader(
     datasets = [open_dataset(directory) for directory in directories]
     for other in datasets[1:]:
         require_same_kind(datasets[0], other)
+        require_same_rows(datasets[0], other)
     order = build_order([dataset.shard_sizes for dataset in datasets], weights, global_batch_size, seed)
     share = global_batch_size // world_size
 
@@ -59,8 +63,8 @@ def build_loader(
     if chosen == "dali":
         from mdit.data.dali import DaliLoader
 
-        return DaliLoader(prefetcher, share, device)
-    return NativeLoader(prefetcher, device)
+        return DaliLoader(prefetcher, share, device, features)
+    return NativeLoader(prefetcher, device, features)
 
 
 class NativeLoader(Loader):
@@ -70,24 +74,30 @@ class NativeLoader(Loader):
     it is copied from pinned memory on a stream of its own: while a batch is used, the next one is on its way.
     """
 
-    def __init__(self, prefetcher: Prefetcher, device: torch.device) -> None:
+    def __init__(self, prefetcher: Prefetcher, device: torch.device, features: bool = False) -> None:
         super().__init__(prefetcher, device)
+        self._features = features
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copying: tuple[Batch, torch.Event] | None = None  # the next batch, and the event behind its copy
 
     def __next__(self) -> Batch:
         if self._stream is None:
             buffer = self._prefetcher.take()
-            texts, samples, step = buffer.texts, buffer.samples, buffer.step
-            return Batch(*self._prefetcher.layout.split(self._prefetcher.checkout(buffer)), texts, samples, step)
+            return self._split(self._prefetcher.checkout(buffer), buffer)
         batch, copied = self._copying or self._copy(self._prefetcher.take())
         following = self._prefetcher.take_filled()
         self._copying = None if following is None else self._copy(following)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(copied)
-        for tensor in (batch.latents_NCHW, batch.captions_NLC):
-            tensor.record_stream(computing)  # else the next copy could take its memory while it is still read
+        for tensor in (batch.latents_NCHW, batch.captions_NLC, batch.features_NTC):
+            if tensor is not None:
+                tensor.record_stream(computing)  # else the next copy could take its memory while it is still read
         return batch
+
+    def _split(self, rows: Tensor, buffer: Buffer) -> Batch:
+        layout = self._prefetcher.layout
+        features = layout.features(rows) if self._features else None
+        return Batch(*layout.split(rows), buffer.texts, buffer.samples, buffer.step, features)
 
     def _copy(self, buffer: Buffer) -> tuple[Batch, torch.Event]:
         """Start it. Dequantisation, where samples are in 8 bits, is part of it."""
@@ -96,7 +106,7 @@ class NativeLoader(Loader):
             rows = buffer.rows.to(self._device, non_blocking=True)
             if buffer.copied is not None:
                 buffer.copied.record()
-            batch = Batch(*self._prefetcher.layout.split(rows), buffer.texts, buffer.samples, buffer.step)
+            batch = self._split(rows, buffer)
         done = self._stream.record_event()
         self._prefetcher.recycle(buffer)
         return batch, done
@@ -126,7 +136,7 @@ def require_same_kind(one: LatentSet, other: LatentSet) -> None:
         first, second = getattr(one.layout, name), getattr(other.layout, name)
         if first != second:
             raise UserError(f"{paths}: {name} is {first} and {second}; one model cannot read both")
-    for name in sorted(one.encoders.keys() | other.encoders.keys()):
+    for name in ("image", "text"):
         first, second = one.encoders.get(name, {}), other.encoders.get(name, {})
         weights = {first.get("weights"), second.get("weights")}
         apart = {"weights"} if None in weights else {"id"} if len(weights) == 1 else set()
@@ -134,6 +144,14 @@ def require_same_kind(one: LatentSet, other: LatentSet) -> None:
             if first.get(key) != second.get(key):
                 values = f"{_short(first.get(key))} and {_short(second.get(key))}"
                 raise UserError(f"{paths}: encoders.{name}.{key} is {values}; make both with the same encoders")
+
+
+def require_same_rows(one: LatentSet, other: LatentSet) -> None:
+    """Raise UserError unless the samples of two sets, of the same kind, can be read into one buffer."""
+    first, second = one.layout.features_shape, other.layout.features_shape
+    if first != second:
+        paths = f"{one.directory / MANIFEST} and {other.directory / MANIFEST}"
+        raise UserError(f"{paths}: members.rep.shape is {first} and {second}; train on sets with the same features")
 
 
 def _short(value) -> str:

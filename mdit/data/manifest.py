@@ -29,12 +29,16 @@ class MemberFormat(Section):
 
 
 class Members(Section):
+    """`rep`: a vision tower's features of the picture's patches, in sets that have some."""
+
     lat: MemberFormat
     emb: MemberFormat
+    rep: MemberFormat | None = None
 
 
 class SampleLayout(Section):
-    """Layout of a sample: latents (C, H, W) in fp16, a caption embedding (L, C) in fp16 or 8 bits.
+    """Layout of a sample: latents (C, H, W) in fp16, a caption embedding (L, C) in fp16 or 8 bits; in some sets also a
+    vision tower's features of T patches (T, C), in 8 bits.
 
     A *row* is the part of a sample that all samples of a set share in length: from its first tar header to the caption,
     headers and padding included. So one read and one checksum cover everything.
@@ -43,6 +47,7 @@ class SampleLayout(Section):
     latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     embedding_shape: tuple[PositiveInt, PositiveInt]
     embeddings: Embeddings = "f16"
+    features_shape: tuple[PositiveInt, PositiveInt] | None = None
 
     @cached_property
     def embedding_bytes(self) -> int:
@@ -60,8 +65,18 @@ class SampleLayout(Section):
         return 2 * TAR_BLOCK + padded(self.embedding_bytes)
 
     @cached_property
-    def row_bytes(self) -> int:
+    def features_bytes(self) -> int:
+        return stored_bytes(*self.features_shape) if self.features_shape else 0
+
+    @cached_property
+    def features_at(self) -> int:
+        """Offset of the features' first byte in a row of a set that has some."""
         return self.latent_at + padded(self.latent_bytes) + TAR_BLOCK
+
+    @cached_property
+    def row_bytes(self) -> int:
+        latents_end = self.latent_at + padded(self.latent_bytes)
+        return (self.features_at + padded(self.features_bytes) if self.features_shape else latents_end) + TAR_BLOCK
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(N, row_bytes) uint8 -> latents (N, C, H, W) and caption embeddings (N, L, C), both fp16, on the device of
@@ -74,8 +89,20 @@ class SampleLayout(Section):
             captions = stored.view(torch.float16).unflatten(1, self.embedding_shape)
         return latents.unflatten(1, self.latent_shape), captions
 
+    def features(self, rows: Tensor) -> Tensor:
+        """(N, row_bytes) uint8 -> the patches' features (N, T, C) fp16, on the device of the rows."""
+        assert self.features_shape is not None
+        stored = rows[:, self.features_at : self.features_at + self.features_bytes]
+        return dequantise(stored, *self.features_shape)
+
     def check(self) -> None:
-        """Raise UserError when 8-bit blocks do not fit the width."""
+        """Raise UserError when 8-bit blocks do not fit."""
+        patches, width = self.features_shape or (0, 0)
+        if patches * width % BLOCK:
+            raise UserError(
+                f"features of {patches} patches in {width} channels are {patches * width} values, which the blocks of "
+                f"{BLOCK} that they are stored in do not fit"
+            )
         if self.embeddings == "i8b64" and self.embedding_shape[1] % BLOCK:
             raise UserError(
                 f"embeddings = 'i8b64' has blocks of {BLOCK} values, which do not fit "
@@ -105,8 +132,9 @@ class Manifest(Section):
 
     @property
     def layout(self) -> SampleLayout:
-        lat, emb = self.members.lat, self.members.emb
+        lat, emb, rep = self.members.lat, self.members.emb, self.members.rep
         shapes = {"latent_shape": lat.shape, "embedding_shape": emb.shape}
+        shapes |= {"features_shape": rep.shape} if rep else {}
         return SampleLayout.model_validate({**shapes, "embeddings": emb.dtype})
 
 

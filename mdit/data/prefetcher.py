@@ -29,7 +29,8 @@ class Batch:
     """This rank's rows of one global batch.
 
     `latents_NCHW` and `captions_NLC` are fp16 on the loader's device, `texts` the captions themselves, `samples` the
-    (N,) int64 sample numbers over all directories, `step` the optimizer step they belong to.
+    (N,) int64 sample numbers over all directories, `step` the optimizer step they belong to; `features_NTC`, fp16, a
+    vision tower's features of all patches, where the run asks for them.
     """
 
     latents_NCHW: Tensor
@@ -37,6 +38,7 @@ class Batch:
     texts: list[str]
     samples: np.ndarray
     step: int
+    features_NTC: Tensor | None = None
 
 
 @dataclass

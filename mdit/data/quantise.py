@@ -1,7 +1,7 @@
-"""Caption embeddings in 8 bits, `i8b64`: int8 values, and one fp16 scale for every 64 of them along the width.
+"""Caption embeddings and patch features in 8 bits, `i8b64`: int8 values, and one fp16 scale for every 64 of them.
 
-Stored as the L x C values followed by the L x C / 64 scales. A value is read as int8 * scale, computed in float32 and
-rounded to fp16 once: exact in float32 (7 + 11 bits), so every engine and device reads the same bits.
+Stored as the L x C values, row by row, followed by the L x C / 64 scales. A value is read as int8 * scale, computed in
+float32 and rounded to fp16 once: exact in float32 (7 + 11 bits), so every engine and device reads the same bits.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ PIECE = 512  # blocks
 
 
 def stored_bytes(length: int, channels: int) -> int:
-    """Bytes of one embedding of `length` tokens of `channels` (a multiple of BLOCK)."""
+    """Bytes of one embedding of `length` tokens of `channels`, a multiple of BLOCK values in all."""
     return length * channels + 2 * (length * channels // BLOCK)
 
 

@@ -77,15 +77,21 @@ class PartWriter:
         self._shard = ExitStack()  # the open shard's file and name
         self._tar: Any = None  # a webdataset.TarWriter
 
-    def write(self, key: str, latent: np.ndarray, embedding: np.ndarray, caption: str) -> None:
-        """Append one sample: latent (C, H, W), embedding (L, C), any float dtype. `key` is unique in the set and holds
-        no dot. Raises NotFinite, with nothing written, when a value is not finite in fp16."""
+    def write(
+        self, key: str, latent: np.ndarray, embedding: np.ndarray, caption: str, features: np.ndarray | None = None
+    ) -> None:
+        """Append one sample: latent (C, H, W), embedding (L, C) and, where the layout has them, features (T, C), of any
+        float dtype. `key` is unique in the set and holds no dot. Raises NotFinite, with nothing written, when a value
+        is not finite in fp16."""
         if "." in key:
             raise ValueError(f"key {key!r} holds a dot, which ends a key in a tar of samples")
         lat = self._half(key, "latents", latent, self.layout.latent_shape).tobytes()
         half = self._half(key, "caption embedding", embedding, self.layout.embedding_shape)
         emb = quantise(half) if self.layout.embeddings == "i8b64" else half.tobytes()
-        text = caption.encode()
+        content = {"emb.bin": emb, "lat.bin": lat, "txt": (text := caption.encode())}
+        if self.layout.features_shape is not None:
+            assert features is not None
+            content["rep.bin"] = quantise(self._half(key, "features", features, self.layout.features_shape))
         if self._tar is None:
             self._path = self.directory / f"shard_{self.part:05d}_{len(self._shards):03d}{self._suffix}.tar"
             partial = self._shard.enter_context(replacing(self._path))
@@ -93,8 +99,8 @@ class PartWriter:
             self._tar = TarWriter(self._file, encoder=False, mtime=0)
             self._shard.callback(self._tar.close)
         offset = self._tar.tarstream.offset
-        # TarWriter sorts members by name: emb.bin, lat.bin, txt. Each is a header block and data padded to blocks.
-        self._tar.write({"__key__": key, "emb.bin": emb, "lat.bin": lat, "txt": text})
+        # TarWriter sorts members by name: emb.bin, lat.bin, rep.bin, txt. Each is a header block and padded data.
+        self._tar.write({"__key__": key, **content})
         self._keys.append(key)
         self._entries.append((len(self._shards), len(text), offset, 0))
         if offset + self.layout.row_bytes + padded(len(text)) >= self.shard_bytes:
@@ -146,11 +152,14 @@ class PartWriter:
         """`extension offset size name` of every member, as DALI's wds2idx writes them."""
         _, text_bytes, offset, _ = row
         layout = self.layout
-        members = (
+        members = [
             ("emb.bin", offset + 512, layout.embedding_bytes),
             ("lat.bin", offset + layout.latent_at, layout.latent_bytes),
+            ("rep.bin", offset + layout.features_at, layout.features_bytes),
             ("txt", offset + layout.row_bytes, text_bytes),
-        )
+        ]
+        if layout.features_shape is None:
+            del members[2]
         return " ".join(f"{extension} {at} {size} {key}.{extension}" for extension, at, size in members) + "\n"
 
 
@@ -184,10 +193,7 @@ def finish_set(
         index = _join_indexes(directory, records, index_name)
         manifest = Manifest(
             format=FORMAT,
-            members=Members(
-                lat=MemberFormat(dtype="f16", shape=layout.latent_shape),
-                emb=MemberFormat(dtype=layout.embeddings, shape=layout.embedding_shape),
-            ),
+            members=_members(layout),
             encoders=encoders,
             fingerprint=fingerprint,
             samples=index.samples,
@@ -199,6 +205,14 @@ def finish_set(
     for path in [*directory.glob("part_*.json"), *directory.glob("part_*.npy")]:
         path.unlink()
     return read_manifest(directory)
+
+
+def _members(layout: SampleLayout) -> Members:
+    lat = MemberFormat(dtype="f16", shape=layout.latent_shape)
+    emb = MemberFormat(dtype=layout.embeddings, shape=layout.embedding_shape)
+    if layout.features_shape is None:
+        return Members(lat=lat, emb=emb)
+    return Members(lat=lat, emb=emb, rep=MemberFormat(dtype="i8b64", shape=layout.features_shape))
 
 
 def take_over(dataset: LatentSet, part: int, into: Path, report: PartReport | None) -> None:
@@ -236,12 +250,18 @@ class ShardWriter(PartWriter):
         fingerprint: dict[str, Any],
         shard_bytes: int = SHARD_BYTES,
         embeddings: Embeddings = "f16",
+        features_shape: tuple[int, int] | None = None,
     ) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise UserError(f"{directory}: is not empty, and shards are never rewritten; choose another directory")
-        layout = SampleLayout(latent_shape=latent_shape, embedding_shape=embedding_shape, embeddings=embeddings)
+        layout = SampleLayout(
+            latent_shape=latent_shape,
+            embedding_shape=embedding_shape,
+            embeddings=embeddings,
+            features_shape=features_shape,
+        )
         self._encoders = parse_section(Encoders, encoders, f"{directory}: encoders")
         self._fingerprint = fingerprint
         super().__init__(directory, 0, layout, shard_bytes)
