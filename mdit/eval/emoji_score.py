@@ -40,16 +40,16 @@ class SceneJudge:
     def chance(self) -> Scores:
         return Scores(1 / len(BACKGROUNDS), 1 / len(self.source.objects))
 
-    def score(self, images_NHWC: Tensor, scenes: Sequence[Scene]) -> Scores:
-        """(N, H, W, 3) uint8 pictures against the N scenes that were asked for."""
-        backgrounds, objects = nearest_backgrounds(images_NHWC), self.nearest_objects(images_NHWC, scenes)
+    def score(self, images_NHWC: Tensor, features_NF: Tensor, scenes: Sequence[Scene]) -> Scores:
+        """(N, H, W, 3) uint8 pictures, with their `image_features`, against the N scenes that were asked for."""
+        backgrounds, objects = nearest_backgrounds(images_NHWC), self.nearest_objects(features_NF, scenes)
         rows = zip(backgrounds, objects, (scene.pair for scene in scenes), strict=True)
         right_N2 = [(background == pair.background, object_ == pair.object) for background, object_, pair in rows]
         return Scores(*np.mean(right_N2, axis=0).tolist())
 
-    def nearest_objects(self, images_NHWC: Tensor, scenes: Sequence[Scene]) -> list[str]:
+    def nearest_objects(self, features_NF: Tensor, scenes: Sequence[Scene]) -> list[str]:
         """The nearest object for every picture, among all on its scene's background in its scene's style."""
-        features_NF = F.normalize(image_features(self.network, images_NHWC), dim=1)
+        features_NF = F.normalize(features_NF, dim=1)
         rows = [
             int((self._object_features(scene.pair.background, scene.style) @ feature_F).argmax())
             for feature_F, scene in zip(features_NF, scenes, strict=True)

@@ -36,22 +36,34 @@ def validation_loss(
     config: TrainConfig,
     indices: Sequence[int],
     batch_size: int,
+    measured_as: TrainConfig | None = None,
 ) -> Tensor:
     """EDM loss (Karras et al. 2022, equation 8) of every patch with its caption, summed over samples.
 
     `indices` are the samples' places in the validation set: each draws its noise from (seed, place, sigma), so neither
-    batch size nor the split over ranks matters. Runs on the latents' device.
+    batch size nor the split over ranks matters. Runs on the latents' device. `config` is the network's recipe;
+    `measured_as` is another one whose seed, noise levels and weights are taken, so that networks of several recipes can
+    be compared.
 
     -> (NUM_SIGMAS,) float64 on that device: add over ranks, then divide by the number of samples of all of them.
     """
+    measure, sigma_data = measured_as or config, config.noise.sigma_data
     sums = torch.zeros(NUM_SIGMAS, dtype=torch.float64, device=latents_NCHW.device)
     for start in range(0, len(indices), batch_size):
         rows = slice(start, start + batch_size)
         latents, captions = latents_NCHW[rows].float(), captions_NLC[rows]
-        for s, sigma in enumerate(validation_sigmas(config.noise)):
-            noise = _noise(config.seed, indices[rows], s, sigma, latents)
-            sums[s] += edm_loss(net, latents, captions, noise, config.noise.sigma_data).double() * len(latents)
-    return sums
+        for s, sigma in enumerate(validation_sigmas(measure.noise)):
+            noise = _noise(measure.seed, indices[rows], s, sigma, latents)
+            sums[s] += edm_loss(net, latents, captions, noise, sigma_data).double() * len(latents)
+    return sums * sums.new_tensor(
+        [_reweighted(sigma, sigma_data, measure) for sigma in validation_sigmas(measure.noise)]
+    )
+
+
+def _reweighted(sigma: float, sigma_data: float, measure: TrainConfig) -> float:
+    """lambda(sigma) of a recipe over that of `sigma_data`; 1 where they are the same."""
+    one, other = ((sigma**2 + data**2) / (sigma * data) ** 2 for data in (measure.noise.sigma_data, sigma_data))
+    return one / other
 
 
 def _noise(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Tensor) -> StepNoise:

@@ -29,9 +29,13 @@ def judge(source):
     return SceneJudge(source, load_efficientnet())
 
 
+def score(judge, images, scenes):
+    return judge.score(images, image_features(judge.network, images), scenes)
+
+
 def test_true_scenes_are_right(source, judge):
     scenes = held_out_scenes(source, 10)
-    assert judge.score(render(source, scenes), scenes) == Scores(1.0, 1.0)
+    assert score(judge, render(source, scenes), scenes) == Scores(1.0, 1.0)
     assert judge.chance == Scores(1 / 10, 1 / 5)
 
 
@@ -40,7 +44,7 @@ def test_a_picture_of_something_else_is_wrong(source, judge):
     scenes = held_out_scenes(source, 5)  # five pairs, no two with one object or one background
     assert len({s.pair.object for s in scenes}) == len({s.pair.background for s in scenes}) == 5
     shifted = scenes[1:] + scenes[:1]
-    found = judge.score(render(source, scenes), shifted)
+    found = score(judge, render(source, scenes), shifted)
     assert found.background == 0
     assert found.object <= 0.2
 
@@ -64,7 +68,7 @@ def test_one_picture_cannot_stand_for_all(source, judge):
     """The same picture for every caption gets chance: each object is asked for once."""
     scenes = held_out_scenes(source, 5)
     same = render(source, scenes[:1]).expand(5, -1, -1, -1)
-    assert judge.score(same, scenes) == Scores(0.2, 0.2)
+    assert score(judge, same, scenes) == Scores(0.2, 0.2)
 
 
 def test_efficientnet_knows_its_classes():
@@ -115,6 +119,7 @@ def test_evaluate_writes_scores_and_grid(snapshot, tmp_path, capsys):
     assert "true pictures score 100.0%, chance 20.0%" in out and str(tmp_path / "new" / "grid.png") in out
     scores = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert scores["step"] == 3 and scores["true"] == {"background": 1.0, "object": 1.0}
+    assert scores["FD-EffLite0"]["drawn"] > 0 and scores["FD-EffLite0"]["true"] > 0 and "FD-EffLite0" in out
     assert (tmp_path / "new" / "grid.png").stat().st_size > 0
 
 

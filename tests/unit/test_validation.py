@@ -29,24 +29,31 @@ def data():
     return torch.randn(COUNT, 2, 8, 8, generator=generator), torch.randn(COUNT, 4, 6, generator=generator)
 
 
-def loss(latents, captions, indices, batch_size=3):
-    return validation_loss(net, latents, captions, config=CONFIG, indices=indices, batch_size=batch_size)
+def loss(latents, captions, indices, batch_size=3, measured_as=None):
+    options = dict(config=CONFIG, indices=indices, batch_size=batch_size, measured_as=measured_as)
+    return validation_loss(net, latents, captions, **options)
 
 
-def test_it_is_the_textbook_formula():
+OTHER = load_config(DEFAULT_RECIPE, ["seed=7", "noise.P_mean=-0.9", "noise.P_std=0.7", "noise.sigma_data=0.4"])
+
+
+@pytest.mark.parametrize("measured_as", [None, OTHER], ids=["its own noise", "another recipe's"])
+def test_it_is_the_textbook_formula(measured_as):
+    """The network keeps its own preconditioning; levels, weights and noise may be another recipe's."""
     latents, captions = data()
-    noise = CONFIG.noise
+    inside, (noise, seed) = CONFIG.noise.sigma_data, ((c := measured_as or CONFIG).noise, c.seed)
     expected = torch.zeros(NUM_SIGMAS, dtype=torch.float64)
     for i in range(COUNT):
         x, caption = latents[i : i + 1].double(), captions[i : i + 1].double()
         for s, sigma in enumerate(validation_sigmas(noise)):
-            generator = generator_for(CONFIG.seed, "validation", 100 + i, s)
+            generator = generator_for(seed, "validation", 100 + i, s)
             noisy = x + sigma * torch.randn(1, 2, 8, 8, generator=generator).double()
-            total = sigma**2 + noise.sigma_data**2
+            total = sigma**2 + inside**2
             inner = net(noisy / math.sqrt(total), torch.tensor([math.log(sigma) / 4]).double(), caption)
-            denoised = noise.sigma_data**2 / total * noisy + sigma * noise.sigma_data / math.sqrt(total) * inner
-            expected[s] += total / (sigma * noise.sigma_data) ** 2 * ((denoised - x) ** 2).mean()
-    found = loss(latents, captions, range(100, 100 + COUNT))
+            denoised = inside**2 / total * noisy + sigma * inside / math.sqrt(total) * inner
+            weight = (sigma**2 + noise.sigma_data**2) / (sigma * noise.sigma_data) ** 2
+            expected[s] += weight * ((denoised - x) ** 2).mean()
+    found = loss(latents, captions, range(100, 100 + COUNT), measured_as=measured_as)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
@@ -158,4 +165,4 @@ def test_a_snapshot_without_scenes_gets_its_validation_loss(tmp_path):
     latents, captions, _ = read_samples(open_dataset(tmp_path / "set"), range(3))
     sums = validation_loss(model, latents, captions, config=config, indices=range(3), batch_size=3)
     assert found.scores["validation_loss"] == pytest.approx(sums.mean().item() / 3)
-    assert found.lines == [f"validation loss {found.scores['validation_loss']:.4f} over 3 samples"]
+    assert found.lines[0] == f"validation loss {found.scores['validation_loss']:.4f} over 3 samples"
