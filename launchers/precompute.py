@@ -108,9 +108,10 @@ def describe(directory: Path, verify: bool) -> str:
     if verify:
         dataset.verify()
     size = sum(shard.bytes for shard in dataset.manifest.shards)
+    captions = "" if dataset.weights is None else f" with {dataset.captions():,} captions"
     text = (
-        f"{directory}: {dataset.samples:,} samples in {len(dataset.shard_sizes)} shards, {size / 1e6:,.1f} MB, "
-        f"latents {dataset.latent_shape}, caption embeddings {dataset.embedding_shape}"
+        f"{directory}: {dataset.samples:,} samples{captions} in {len(dataset.shard_sizes)} shards, "
+        f"{size / 1e6:,.1f} MB, latents {dataset.latent_shape}, caption embeddings {dataset.embedding_shape}"
     ) + (", checksums right" if verify else "")
     report = read_report(directory)
     return text + (f"\n{directory}: {report.summary()}" if report and report.rejected else "")

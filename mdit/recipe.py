@@ -132,7 +132,7 @@ class PrecomputeConfig(Section):
 
 
 class DataConfig(Section):
-    """Directories of latent shards (`mdit-latents/1`). Several training directories are read as one set, in proportion
+    """Directories of latent shards (`mdit-latents`). Several training directories are read as one set, in proportion
     to their sizes; with `weights`, one for each, every batch holds them in that proportion."""
 
     train: Annotated[tuple[Location, ...], Field(min_length=1)]

@@ -70,8 +70,8 @@ def is_right(batch: Batch, embeddings: str = "f16") -> bool:
 def sample_bytes(dataset: LatentSet, sample: int) -> tuple[Path, int, int]:
     """The shard of a sample, and where its bytes begin and end there: first header to last letter of the caption."""
     [place] = dataset.locate([sample])
-    end = place.offset + dataset.layout.row_bytes + place.text_bytes
-    return dataset.directory / dataset.manifest.shards[place.shard].file, place.offset, end
+    at, size = dataset.layout.checked(place.text_bytes, place.captions if dataset.weights else None)
+    return dataset.directory / dataset.manifest.shards[place.shard].file, place.offset, place.offset + at + size
 
 
 def edit_manifest(directory: Path, change: Callable[[dict], None]) -> None:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # from the ground up
-    {"documents", "provenance", "caches"},
+    {"documents", "provenance", "caches", "captions"},
     {"recipe"},
     {"config"},
     {"dist", "masking", "kernels", "descriptions"},

@@ -47,7 +47,8 @@ def verify(directory: Path, jobs: int) -> int:
             workers.shutdown(cancel_futures=True)  # what is left need not be read
             raise
     found = f"{damaged} of them damaged" if damaged else "all as they were written"
-    print(f"{directory}: {dataset.samples} samples in {shards} shards, {found}")
+    captions = "" if dataset.weights is None else f" with {dataset.captions()} captions"
+    print(f"{directory}: {dataset.samples} samples{captions} in {shards} shards, {found}")
     return damaged
 
 

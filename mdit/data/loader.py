@@ -59,7 +59,7 @@ def build_loader(
         device = torch.device("cuda", torch.cuda.current_device())
     chosen, reason = choose_engine(engine, device)
     logger.info(f"data engine: {chosen} ({reason})")
-    prefetcher = Prefetcher(datasets, rows, start_step, device)
+    prefetcher = Prefetcher(datasets, rows, start_step, device, seed)
     if chosen == "dali":
         from mdit.data.dali import DaliLoader
 

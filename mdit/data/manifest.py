@@ -2,17 +2,19 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from mdit.captions import CaptionWeights
 from mdit.config import AnySection, Embeddings, NonNegativeInt, PositiveInt, Section, UserError, parse_section
 from mdit.data.quantise import BLOCK, dequantise, stored_bytes
 from mdit.descriptions import Encoders
 from mdit.documents import parse_json, read_json
 
-FORMAT = "mdit-latents/1"
+FORMATS = ("mdit-latents/1", "mdit-latents/2")  # with one caption a sample, with several
 MANIFEST = "manifest.json"
 TAR_BLOCK = 512
 
@@ -42,12 +44,16 @@ class SampleLayout(Section):
 
     A *row* is the part of a sample that all samples of a set share in length: from its first tar header to the caption,
     headers and padding included. So one read and one checksum cover everything.
+
+    With `captions`, weights by kind, samples have one or more of them, with an embedding each. A row then has the one
+    that is asked for in the place of the only one, so that what makes tensors of rows knows no difference.
     """
 
     latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     embedding_shape: tuple[PositiveInt, PositiveInt]
     embeddings: Embeddings = "f16"
     features_shape: tuple[PositiveInt, PositiveInt] | None = None
+    captions: CaptionWeights | None = None
 
     @cached_property
     def embedding_bytes(self) -> int:
@@ -60,9 +66,14 @@ class SampleLayout(Section):
         return 2 * channels * height * width
 
     @cached_property
+    def rest_at(self) -> int:
+        """Offset in a row of the header behind the embedding, which comes first."""
+        return TAR_BLOCK + padded(self.embedding_bytes)
+
+    @cached_property
     def latent_at(self) -> int:
-        """Offset of the latents' first byte in a row. The embedding comes first, behind one header."""
-        return 2 * TAR_BLOCK + padded(self.embedding_bytes)
+        """Offset of the latents' first byte in a row."""
+        return self.rest_at + TAR_BLOCK
 
     @cached_property
     def features_bytes(self) -> int:
@@ -77,6 +88,17 @@ class SampleLayout(Section):
     def row_bytes(self) -> int:
         latents_end = self.latent_at + padded(self.latent_bytes)
         return (self.features_at + padded(self.features_bytes) if self.features_shape else latents_end) + TAR_BLOCK
+
+    def checked(self, text_bytes: int, captions: int | None = None) -> tuple[int, int]:
+        """Offset in a sample, and length, of what the xxh3 in the index is of: with several captions all that is behind
+        their embeddings, else everything."""
+        if captions is None:
+            return 0, self.row_bytes + text_bytes
+        return self.rest_at + self.further_bytes(captions), self.row_bytes - self.rest_at + text_bytes
+
+    def further_bytes(self, captions: Any) -> Any:
+        """Bytes that a sample of so many captions (int or array) has in its shard beyond a row and its text."""
+        return padded(captions * self.embedding_bytes) - padded(self.embedding_bytes)
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(N, row_bytes) uint8 -> latents (N, C, H, W) and caption embeddings (N, L, C), both fp16, on the device of
@@ -110,6 +132,20 @@ class SampleLayout(Section):
             )
 
 
+class StoredCaption(Section):
+    """A caption of several, and the checksum of its embedding's bytes."""
+
+    kind: str
+    text: str
+    xxh3: str
+
+
+class StoredCaptions(Section):
+    """Content of KEY.texts.json, in the order of the embeddings in KEY.emb.bin."""
+
+    captions: Annotated[tuple[StoredCaption, ...], Field(min_length=1)]
+
+
 class FileEntry(Section):
     file: str
     samples: PositiveInt
@@ -119,10 +155,12 @@ class FileEntry(Section):
 
 class Manifest(Section):
     """Content of manifest.json. `encoders` says how to embed a new caption and how to decode latents; `fingerprint`
-    holds the settings that the set was made from; `dali_indexes` belong to the shards in their order."""
+    holds the settings that the set was made from; `dali_indexes` belong to the shards in their order; `captions` are
+    the weights by kind in a set of several captions a sample."""
 
-    format: Literal["mdit-latents/1"]
+    format: Literal["mdit-latents/1", "mdit-latents/2"]
     members: Members
+    captions: CaptionWeights | None = None
     encoders: Encoders
     fingerprint: dict[str, Any]
     samples: PositiveInt
@@ -135,7 +173,7 @@ class Manifest(Section):
         lat, emb, rep = self.members.lat, self.members.emb, self.members.rep
         shapes = {"latent_shape": lat.shape, "embedding_shape": emb.shape}
         shapes |= {"features_shape": rep.shape} if rep else {}
-        return SampleLayout.model_validate({**shapes, "embeddings": emb.dtype})
+        return SampleLayout.model_validate({**shapes, "embeddings": emb.dtype, "captions": self.captions})
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -143,8 +181,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     try:
         values = read_json(path, "the manifest of a set (see docs/data.md)")
-        if (found := values.get("format") if isinstance(values, dict) else values) != FORMAT:
-            raise UserError(f"{path}: format is {found!r}, expected {FORMAT!r}")
+        if (found := values.get("format") if isinstance(values, dict) else values) not in FORMATS:
+            raise UserError(f"{path}: format is {found!r}, expected {' or '.join(map(repr, FORMATS))}")
         manifest = parse_section(Manifest, values, path)
         manifest.layout.check()
     except UserError as error:
@@ -162,6 +200,6 @@ def read_section(section: type[AnySection], path: Path) -> AnySection | None:
         return None
 
 
-def padded(size: int) -> int:
-    """To whole blocks of a tar."""
+def padded(size: Any) -> Any:
+    """To whole blocks of a tar; an int, or an array of them."""
     return -(-size // TAR_BLOCK) * TAR_BLOCK

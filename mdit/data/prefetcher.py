@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdit.captions import caption_draw
 from mdit.data.shards import LatentSet, SampleLocation
 from mdit.dist import work_on
 
@@ -55,9 +56,9 @@ class Buffer:
 class Prefetcher:
     """Buffers filled for `start_step`, `start_step + 1`, ... without end, at most AHEAD of what was taken.
 
-    `rows(step)` gives the sample numbers to read for a step, counted over all `datasets` as if they were one. Buffers
-    that are given back are filled again; of those that are not, there are simply more. For a GPU `device` they are
-    pinned.
+    `rows(step)` gives the sample numbers to read for a step, counted over all `datasets` as if they were one. Where a
+    sample has several captions, (seed, step, number) decide which one is read. Buffers that are given back are filled
+    again; of those that are not, there are simply more. For a GPU `device` they are pinned.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Prefetcher:
         rows: Callable[[int], np.ndarray],
         start_step: int,
         device: torch.device,
+        seed: int = 0,
     ) -> None:
         self.layout = datasets[0].layout
         self._queues = Queues()
         thread = threading.Thread(
             target=_fill_buffers,
-            args=(datasets, rows, start_step, device, self._queues),
+            args=(datasets, rows, start_step, device, seed, self._queues),
             name="mdit-read-ahead",
             daemon=True,
         )
@@ -143,7 +145,7 @@ class Queues:
         thread.join()
 
 
-def _fill_buffers(datasets, rows, start_step: int, device: torch.device, queues: Queues) -> None:
+def _fill_buffers(datasets, rows, start_step: int, device: torch.device, seed: int, queues: Queues) -> None:
     first_samples = np.cumsum([0, *(dataset.samples for dataset in datasets)])
     threads = READERS
     try:
@@ -156,7 +158,8 @@ def _fill_buffers(datasets, rows, start_step: int, device: torch.device, queues:
                 samples = rows(step)
                 buffer = _free_buffer(queues, datasets[0].layout.row_bytes, len(samples), device.type == "cuda")
                 buffer.step, buffer.samples = step, samples
-                work = list(zip(_locate(datasets, first_samples, samples), buffer.rows.numpy()))
+                draws = [caption_draw(seed, step, sample) for sample in samples.tolist()]
+                work = list(zip(_locate(datasets, first_samples, samples), buffer.rows.numpy(), draws))
                 share, start = -(-len(work) // threads), time.perf_counter()
                 buffer.texts = _read(work, readers, share)
                 threads = READERS if (time.perf_counter() - start) / share > SLOW else 1
@@ -191,12 +194,12 @@ def _locate(
 
 
 def _read(
-    work: list[tuple[tuple[LatentSet, SampleLocation], np.ndarray]], readers: ThreadPoolExecutor, share: int
+    work: list[tuple[tuple[LatentSet, SampleLocation], np.ndarray, float]], readers: ThreadPoolExecutor, share: int
 ) -> list[str]:
     """Read every location into its row, `share` of them one after the other. -> captions."""
 
     def read(part: list) -> list[str]:
-        return [dataset.read_row(location, row) for (dataset, location), row in part]
+        return [dataset.read_row(location, row, draw) for (dataset, location), row, draw in part]
 
     if share == len(work):
         return read(work)

@@ -1,10 +1,11 @@
-"""Writing `mdit-latents/1` part by part: several processes may write parts of one set, and be killed at any moment.
+"""Writing `mdit-latents` part by part: several processes may write parts of one set, and be killed at any moment.
 
 A part's shards appear under their names as they fill; its record (part_00012.json and .npy) comes last and makes it
 complete. `finish_set` joins the records to index.npy and manifest.json. Bytes depend on the samples alone.
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,24 @@ import numpy as np
 import xxhash
 from webdataset.writer import TarWriter
 
+from mdit.captions import Caption
 from mdit.config import Embeddings, Section, UserError, parse_section
 from mdit.data.manifest import (
-    FORMAT,
+    FORMATS,
     MANIFEST,
+    TAR_BLOCK,
     FileEntry,
     Manifest,
     MemberFormat,
     Members,
     SampleLayout,
-    padded,
+    StoredCaption,
+    StoredCaptions,
     read_manifest,
 )
 from mdit.data.quantise import quantise
 from mdit.data.report import PartReport, new_report
-from mdit.data.shards import INDEX, INDEX_DTYPE, LatentSet
+from mdit.data.shards import INDEX, LatentSet, index_dtype
 from mdit.descriptions import Encoders
 from mdit.documents import parse_json
 from mdit.files import measure, replacing, write_json, write_text
@@ -72,23 +76,35 @@ class PartWriter:
             left.unlink()
         self._shards: list[FileEntry] = []
         self._dali_indexes: list[FileEntry] = []
-        self._entries: list[tuple[int, int, int, int]] = []
+        self._entries: list[tuple[int, ...]] = []  # rows of the index
         self._keys: list[str] = []  # of the open shard
         self._shard = ExitStack()  # the open shard's file and name
         self._tar: Any = None  # a webdataset.TarWriter
 
     def write(
-        self, key: str, latent: np.ndarray, embedding: np.ndarray, caption: str, features: np.ndarray | None = None
+        self,
+        key: str,
+        latent: np.ndarray,
+        embedding: np.ndarray,
+        caption: str | Sequence[Caption],
+        features: np.ndarray | None = None,
     ) -> None:
         """Append one sample: latent (C, H, W), embedding (L, C) and, where the layout has them, features (T, C), of any
-        float dtype. `key` is unique in the set and holds no dot. Raises NotFinite, with nothing written, when a value
-        is not finite in fp16."""
+        float dtype; in a set of several captions a sample embeddings (k, L, C) of k captions. `key` is unique in the
+        set and holds no dot. Raises NotFinite, with nothing written, when a value is not finite in fp16."""
         if "." in key:
             raise ValueError(f"key {key!r} holds a dot, which ends a key in a tar of samples")
+        if isinstance(caption, str) != (self.layout.captions is None):
+            raise ValueError(f"sample {key}: captions are {caption!r}, but weights are {self.layout.captions}")
         lat = self._half(key, "latents", latent, self.layout.latent_shape).tobytes()
-        half = self._half(key, "caption embedding", embedding, self.layout.embedding_shape)
-        emb = quantise(half) if self.layout.embeddings == "i8b64" else half.tobytes()
-        content = {"emb.bin": emb, "lat.bin": lat, "txt": (text := caption.encode())}
+        embs = [self._stored(key, each) for each in ([embedding] if isinstance(caption, str) else embedding)]
+        if isinstance(caption, str):
+            text = caption.encode()
+        else:
+            pairs = zip(caption, embs, strict=True)
+            found = [StoredCaption(**each._asdict(), xxh3=xxhash.xxh3_64_hexdigest(emb)) for each, emb in pairs]
+            text = StoredCaptions(captions=tuple(found)).model_dump_json().encode()
+        content = {"emb.bin": b"".join(embs), "lat.bin": lat, self._text_member: text}
         if self.layout.features_shape is not None:
             assert features is not None
             content["rep.bin"] = quantise(self._half(key, "features", features, self.layout.features_shape))
@@ -102,8 +118,9 @@ class PartWriter:
         # TarWriter sorts members by name: emb.bin, lat.bin, rep.bin, txt. Each is a header block and padded data.
         self._tar.write({"__key__": key, **content})
         self._keys.append(key)
-        self._entries.append((len(self._shards), len(text), offset, 0))
-        if offset + self.layout.row_bytes + padded(len(text)) >= self.shard_bytes:
+        entry = len(self._shards), len(text), offset, 0
+        self._entries.append(entry if self.layout.captions is None else (*entry, len(embs)))
+        if self._tar.tarstream.offset >= self.shard_bytes:
             self._close_shard()
 
     def close(self) -> None:
@@ -111,7 +128,7 @@ class PartWriter:
         if self._tar is not None:
             self._close_shard()
         record = PartRecord(report=self.report, shards=tuple(self._shards), dali_indexes=tuple(self._dali_indexes))
-        _write_record(self.directory, self.part, record, np.array(self._entries, dtype=INDEX_DTYPE))
+        _write_record(self.directory, self.part, record, np.array(self._entries, dtype=index_dtype(self.layout)))
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -122,6 +139,14 @@ class PartWriter:
         else:
             with suppress(OSError):  # a full disk may be why we are here
                 self._shard.__exit__(kind, error, traceback)
+
+    @property
+    def _text_member(self) -> str:
+        return "txt" if self.layout.captions is None else "texts.json"
+
+    def _stored(self, key: str, embedding: np.ndarray) -> bytes:
+        half = self._half(key, "caption embedding", embedding, self.layout.embedding_shape)
+        return quantise(half) if self.layout.embeddings == "i8b64" else half.tobytes()
 
     def _half(self, key: str, what: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         if values.shape != shape:
@@ -137,9 +162,10 @@ class PartWriter:
         samples, first = len(self._keys), len(self._entries) - len(self._keys)
         self._file.flush()
         for number in range(first, len(self._entries)):
-            shard, text_bytes, offset, _ = self._entries[number]
-            sample = os.pread(self._file.fileno(), self.layout.row_bytes + text_bytes, offset)
-            self._entries[number] = (shard, text_bytes, offset, xxhash.xxh3_64_intdigest(sample))
+            shard, text_bytes, offset, _, *captions = self._entries[number]
+            at, size = self.layout.checked(text_bytes, *captions)
+            digest = xxhash.xxh3_64_intdigest(os.pread(self._file.fileno(), size, offset + at))
+            self._entries[number] = (shard, text_bytes, offset, digest, *captions)
         self._shard.close()
         self._shards.append(_entry(self._path, samples))
         dali_index = self._path.with_suffix(".idx")
@@ -148,15 +174,15 @@ class PartWriter:
         self._dali_indexes.append(_entry(dali_index, samples))
         self._tar, self._keys = None, []
 
-    def _dali_line(self, key: str, row: tuple[int, int, int, int]) -> str:
+    def _dali_line(self, key: str, row: tuple[int, ...]) -> str:
         """`extension offset size name` of every member, as DALI's wds2idx writes them."""
-        _, text_bytes, offset, _ = row
-        layout = self.layout
+        _, text_bytes, offset, _, captions = (*row, 1)[:5]
+        layout, further = self.layout, self.layout.further_bytes(captions)
         members = [
-            ("emb.bin", offset + 512, layout.embedding_bytes),
-            ("lat.bin", offset + layout.latent_at, layout.latent_bytes),
-            ("rep.bin", offset + layout.features_at, layout.features_bytes),
-            ("txt", offset + layout.row_bytes, text_bytes),
+            ("emb.bin", offset + TAR_BLOCK, captions * layout.embedding_bytes),
+            ("lat.bin", offset + further + layout.latent_at, layout.latent_bytes),
+            ("rep.bin", offset + further + layout.features_at, layout.features_bytes),
+            (self._text_member, offset + further + layout.row_bytes, text_bytes),
         ]
         if layout.features_shape is None:
             del members[2]
@@ -190,9 +216,11 @@ def finish_set(
     directory = Path(directory)
     if not (directory / MANIFEST).exists():
         records = [_read_record(_record_path(directory, part)) for part in range(num_parts)]
-        index = _join_indexes(directory, records, index_name)
+        index = _join_indexes(directory, records, index_name, index_dtype(layout))
+        several = layout.captions is not None
         manifest = Manifest(
-            format=FORMAT,
+            format=FORMATS[several],
+            **({"captions": layout.captions} if several else {}),
             members=_members(layout),
             encoders=encoders,
             fingerprint=fingerprint,
@@ -251,6 +279,7 @@ class ShardWriter(PartWriter):
         shard_bytes: int = SHARD_BYTES,
         embeddings: Embeddings = "f16",
         features_shape: tuple[int, int] | None = None,
+        captions: Mapping[str, float] | None = None,
     ) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -261,6 +290,7 @@ class ShardWriter(PartWriter):
             embedding_shape=embedding_shape,
             embeddings=embeddings,
             features_shape=features_shape,
+            captions=None if captions is None else dict(captions),
         )
         self._encoders = parse_section(Encoders, encoders, f"{directory}: encoders")
         self._fingerprint = fingerprint
@@ -271,17 +301,17 @@ class ShardWriter(PartWriter):
         finish_set(self.directory, 1, self.layout, self._encoders, self._fingerprint)
 
 
-def _join_indexes(directory: Path, records: list[PartRecord], name: str) -> FileEntry:
+def _join_indexes(directory: Path, records: list[PartRecord], name: str, dtype: np.dtype) -> FileEntry:
     samples = sum(shard.samples for record in records for shard in record.shards)
     if samples == 0:
         raise UserError(f"{directory}: not a single sample was written")
     with replacing(directory / name) as partial:
         with open(partial, "wb") as file:
-            header = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (samples,)}
+            header = {"descr": dtype.descr, "fortran_order": False, "shape": (samples,)}
             np.lib.format.write_array_header_1_0(file, header)
             first_shard = 0
             for part, record in enumerate(records):
-                rows = _read_entries(directory, part, record)
+                rows = _read_entries(directory, part, record, dtype)
                 rows["shard"] += first_shard
                 file.write(rows.tobytes())
                 first_shard += len(record.shards)
@@ -304,15 +334,15 @@ def _read_record(path: Path) -> PartRecord:
     return parse_section(PartRecord, parse_json(path.read_bytes(), path), path)
 
 
-def _read_entries(directory: Path, part: int, record: PartRecord) -> np.ndarray:
+def _read_entries(directory: Path, part: int, record: PartRecord, dtype: np.dtype) -> np.ndarray:
     path = _record_path(directory, part).with_suffix(".npy")
     try:
         rows = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: not a numpy file: {error}") from None
     samples = sum(shard.samples for shard in record.shards)
-    if (found := (rows.dtype, rows.shape)) != (INDEX_DTYPE, (samples,)):
-        raise UserError(f"{path}: has rows of {found[0].descr} {found[1]}, expected {samples} of {INDEX_DTYPE.descr}")
+    if (found := (rows.dtype, rows.shape)) != (dtype, (samples,)):
+        raise UserError(f"{path}: has rows of {found[0].descr} {found[1]}, expected {samples} of {dtype.descr}")
     return rows
 
 
