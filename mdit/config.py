@@ -19,9 +19,11 @@ from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 # The sections and their types are imported from here all over mdit.
 from mdit.recipe import (  # noqa: F401
     AnySection,
+    EDMNoise,
     EMAConfig,
     Embeddings,
     EmojiSource,
+    FlowNoise,
     FolderSource,
     ModelConfig,
     NoiseConfig,

@@ -5,9 +5,9 @@ JSON (`mdit.parallel.settings`). Bounds are of what can be counted in 64 bits or
 memory is not known here.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
@@ -93,12 +93,47 @@ class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIss
         return self
 
 
-class NoiseConfig(Section):
-    """EDM noise (Karras et al. 2022, table 1): ln sigma ~ N(P_mean, P_std^2)."""
+class EDMNoise(Section):
+    """EDM (Karras et al. 2022, table 1): ln sigma ~ N(P_mean, P_std^2). `sigma_data`: standard deviation of latents."""
 
+    target: Literal["edm"] = "edm"
     P_mean: float
     P_std: PositiveFloat
     sigma_data: PositiveFloat
+
+
+class FlowNoise(Section):
+    """Rectified flow (Liu et al. 2023): velocities on straight lines from latents, at t = 0, to noise, at t = 1.
+
+    ln(t / (1 - t)) ~ N(mean, std^2), or t uniform in [0, 1); then t' = shift t / (1 + (shift - 1) t), in sampling too.
+    """
+
+    target: Literal["flow"]
+    times: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+    shift: Annotated[float, Field(ge=2**-10, le=2**10)] = 1.0
+    sigma_data: PositiveFloat
+
+    @model_validator(mode="after")
+    def _uniform_has_no_mean(self):
+        if self.times == "uniform" and (self.mean, self.std) != (0, 1):
+            raise ValueError(f'mean is {self.mean} and std {self.std} but times is "uniform"; leave them out')
+        return self
+
+
+def _tagged(key: str, default: str, expected: str) -> Discriminator:
+    """The branch of a union whose name a table has at `key`; `default` where it has none, or is no table."""
+
+    def branch(values: Any) -> Any:
+        return values.get(key, default) if isinstance(values, dict) else getattr(values, key, default)
+
+    return Discriminator(branch, "wrong_branch", f"{key}: expected {expected}")
+
+
+NoiseConfig = Annotated[
+    Annotated[EDMNoise, Tag("edm")] | Annotated[FlowNoise, Tag("flow")], _tagged("target", "edm", '"edm" or "flow"')
+]
 
 
 class EmojiSource(Section):
@@ -160,8 +195,8 @@ class TrainingConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak, or "wsd":
-    constant until the last `decay_share` of the run's steps, in which it falls to that, linearly or as 1 - sqrt.
+    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak, or
+    "wsd": constant until the last `decay_share` of the run's steps, in which it falls to that, linearly or as 1 - sqrt.
 
     Every `implementation` takes the same step; a run may go on with another (`mdit.train.optim`).
     """

@@ -71,7 +71,7 @@ class Contender:
         return blocks_of(cast(MicroDiT, self.model))
 
     def loss(self, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise) -> Tensor:
-        return edm_loss(self.model, latents_NCHW, captions_NLC, noise, self.config.noise.sigma_data)
+        return edm_loss(self.model, latents_NCHW, captions_NLC, noise, self.config.noise)
 
     def to_device(self) -> None:
         """Move to the device, with a new optimizer."""
@@ -166,7 +166,7 @@ class Baseline(Contender):
             output, dropped = self.call(x_NCHW, noise.sigma_N, captions_NLC)
             return output
 
-        error = edm_errors(net, latents_NCHW, captions_NLC, noise, self.config.noise.sigma_data)
+        error = edm_errors(net, latents_NCHW, captions_NLC, noise, self.config.noise)
         if dropped is None:
             return error.mean()
         patch, grid = self.config.model.patch_size, self.config.model.latent_size // self.config.model.patch_size

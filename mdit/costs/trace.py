@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mdit.config import ModelConfig, UserError
+from mdit.config import EDMNoise, ModelConfig, UserError
 from mdit.diffusion.edm import StepNoise, edm_loss
 from mdit.dist import World
 from mdit.kernels import dispatch
@@ -45,6 +45,7 @@ from mdit.parallel.settings import Checkpointing, RunSettings
 from mdit.parallel.shard import DENSE, cut_dense
 
 IMAGES = 1009
+NOISE = EDMNoise(P_mean=0.0, P_std=1.0, sigma_data=0.5)  # any: FLOPs and bytes are those of either target
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 ATTENTION = "masked_attention"
 PYTORCH = "pytorch"
@@ -253,7 +254,7 @@ def on_meta(
     parallelize(model, settings, ParallelPlan(World(0, 1, 0, torch.device("meta"))))
     batch = [latents, captions, noise.sigma_N, noise.noise_NCHW, noise.keep_caption_N]
     batch += [mask.keep_NK] if mask else []
-    return model, lambda: edm_loss(model, latents, captions, noise, sigma_data=0.5), batch
+    return model, lambda: edm_loss(model, latents, captions, noise, NOISE), batch
 
 
 @contextmanager

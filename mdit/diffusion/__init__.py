@@ -1,1 +1,1 @@
-"""EDM: preconditioning, loss and sampler, for any callable network; knows no model."""
+"""Targets (EDM, rectified flow), loss and samplers, for any callable network; knows no model."""

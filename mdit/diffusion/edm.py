@@ -1,4 +1,5 @@
-"""EDM preconditioning and loss (Karras et al. 2022, arXiv 2206.00364), with the loss on kept patches only.
+"""Loss and denoiser of a network in the form of EDM (Karras et al. 2022, arXiv 2206.00364), of either target
+(`mdit.diffusion.targets`), with the loss on kept patches only.
 
 A network here is any callable net(x_NCHW, c_noise_N, captions_NLC, mask=...) -> (N, C, H, W).
 """
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdit.config import TrainConfig
+from mdit.config import NoiseConfig, TrainConfig
+from mdit.diffusion.targets import loss_weight, preconditioning, sample_sigmas
 from mdit.masking import Mask, sample_mask
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_NCHW, sigma_N) -> (N, C, H, W)
@@ -39,7 +41,7 @@ def sample_noise(config: TrainConfig, step: int, samples: slice, device: torch.d
     generator = generator_for(config.seed, "step", step, device=device)
     n, model = config.training.global_batch_size, config.model
     shape = (n, *model.latent_shape)
-    sigma = (torch.randn(n, generator=generator, device=device) * config.noise.P_std + config.noise.P_mean).exp()
+    sigma = sample_sigmas(config.noise, n, generator, device)
     keep_caption = torch.rand(n, generator=generator, device=device) >= config.data.caption_drop
     patch_noise = torch.rand(n, model.num_patches, generator=generator, device=device)
     noise = torch.randn(shape, generator=generator, device=device)
@@ -54,27 +56,25 @@ def generator_for(*key, device: torch.device | str = "cpu") -> torch.Generator:
 
 
 def denoise(
-    net: Callable, x_NCHW: Tensor, sigma_N: Tensor, captions_NLC: Tensor, sigma_data: float, mask: Mask | None = None
+    net: Callable, x_NCHW: Tensor, sigma_N: Tensor, captions_NLC: Tensor, target: NoiseConfig, mask: Mask | None = None
 ) -> Tensor:
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), in float32 outside the network (equation 7, table 1)."""
-    sigma = sigma_N.float().view(-1, 1, 1, 1)
-    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
-    c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
-    c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
-    c_noise = sigma.flatten().log() / 4
-    return c_skip * x_NCHW + c_out * net(c_in * x_NCHW, c_noise, captions_NLC, mask=mask).float()
+    c_skip, c_out, c_in, c_noise = preconditioning(target, sigma_N.float().view(-1, 1, 1, 1))
+    return c_skip * x_NCHW + c_out * net(c_in * x_NCHW, c_noise.flatten(), captions_NLC, mask=mask).float()
 
 
-def edm_loss(net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, sigma_data: float) -> Tensor:
-    """Mean over samples and kept patches of lambda(sigma) |D(x + sigma n) - x|^2 (equation 8). A scalar, float32."""
-    return edm_losses(net, latents_NCHW, captions_NLC, noise, sigma_data).mean()
+def edm_loss(
+    net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, target: NoiseConfig
+) -> Tensor:
+    """Mean over samples and kept patches of the weighted |D(x + sigma n) - x|^2 (equation 8). A scalar, float32."""
+    return edm_losses(net, latents_NCHW, captions_NLC, noise, target).mean()
 
 
 def edm_losses(
-    net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, sigma_data: float
+    net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, target: NoiseConfig
 ) -> Tensor:
     """(N,) float32: the loss of every sample, a mean over its kept patches, of which all samples have equally many."""
-    error = edm_errors(net, latents_NCHW, captions_NLC, noise, sigma_data)
+    error = edm_errors(net, latents_NCHW, captions_NLC, noise, target)
     if noise.mask is None:
         return error.flatten(1).mean(1)
     kept = noise.mask.image(*error.shape[-2:])
@@ -82,9 +82,9 @@ def edm_losses(
 
 
 def edm_errors(
-    net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, sigma_data: float
+    net: Callable, latents_NCHW: Tensor, captions_NLC: Tensor, noise: StepNoise, target: NoiseConfig
 ) -> Tensor:
-    """(N, C, H, W) float32: lambda(sigma) (D(x + sigma n) - x)^2, of dropped patches too.
+    """(N, C, H, W) float32: weight (D(x + sigma n) - x)^2, of dropped patches too; of flow, (v - (n - x))^2.
 
     Deterministic given its arguments. Dropped captions are all zeros, as classifier-free guidance expects them.
     """
@@ -92,19 +92,18 @@ def edm_errors(
     captions = captions_NLC * noise.keep_caption_N.view(-1, 1, 1).to(captions_NLC.dtype)
     sigma = noise.sigma_N.view(-1, 1, 1, 1)
     noisy = latents + sigma * noise.noise_NCHW
-    denoised = denoise(net, noisy, noise.sigma_N, captions, sigma_data, noise.mask)
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * (denoised - latents) ** 2
+    denoised = denoise(net, noisy, noise.sigma_N, captions, target, noise.mask)
+    return loss_weight(target, sigma) * (denoised - latents) ** 2
 
 
-def denoiser(net: Callable, captions_NLC: Tensor, sigma_data: float, guidance: float = 1.0) -> Denoiser:
+def denoiser(net: Callable, captions_NLC: Tensor, target: NoiseConfig, guidance: float = 1.0) -> Denoiser:
     """A denoiser for the sampler, with classifier-free guidance: D = D(zeros) + guidance * (D(caption) - D(zeros))."""
     if guidance == 1:
-        return lambda x, sigma: denoise(net, x, sigma, captions_NLC, sigma_data)
+        return lambda x, sigma: denoise(net, x, sigma, captions_NLC, target)
     both = torch.cat([captions_NLC, torch.zeros_like(captions_NLC)])
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        with_caption, without = denoise(net, x.repeat(2, 1, 1, 1), sigma.repeat(2), both, sigma_data).chunk(2)
+        with_caption, without = denoise(net, x.repeat(2, 1, 1, 1), sigma.repeat(2), both, target).chunk(2)
         return without + guidance * (with_caption - without)
 
     return guided

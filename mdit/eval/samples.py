@@ -1,4 +1,4 @@
-"""Pictures from a network: latents by the EDM sampler, decoded, in a grid with their captions."""
+"""Pictures from a network: latents by the Heun sampler, decoded, in a grid with their captions."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from mdit.checkpoint.snapshot import Snapshot, WeightKind, load_model
 from mdit.config import ReportConfig, TrainConfig, UserError, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
-from mdit.diffusion.sampler import heun_sample
+from mdit.diffusion.sampler import sample
 from mdit.dist import logger, work_on, world_from_env
 from mdit.encoders import build_image_encoder, build_text_encoder
 from mdit.eval.lettering import lettering
@@ -64,8 +64,8 @@ def sample_latents(
         rows = slice(start, start + batch_size)
         noise = torch.stack([torch.randn(shape, generator=generator_for(seed, "sample", i)) for i in indices[rows]])
         captions = captions_NLC[rows]
-        denoise = denoiser(net, captions, config.noise.sigma_data, guidance)
-        latents_NCHW[rows] = heun_sample(denoise, noise.to(captions.device), num_steps)
+        denoise = denoiser(net, captions, config.noise, guidance)
+        latents_NCHW[rows] = sample(config.noise, denoise, noise.to(captions.device), num_steps)
     return latents_NCHW
 
 

@@ -1,15 +1,14 @@
 """Validation loss at fixed noise levels, and how evenly the routers spread tokens over the experts."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
 
 from mdit.config import NoiseConfig, TrainConfig
 from mdit.diffusion.edm import StepNoise, edm_loss, generator_for
+from mdit.diffusion.targets import edm_weight, loss_weight, sigma_quantile
 from mdit.kernels import expert_choice
 from mdit.models.moe import ExpertChoiceMoE
 
@@ -17,14 +16,12 @@ NUM_SIGMAS = 5
 
 
 def validation_sigmas(noise: NoiseConfig) -> list[float]:
-    """The 10, 30, 50, 70 and 90 % quantiles of training's ln sigma ~ N(P_mean, P_std^2), lowest first.
+    """The 10, 30, 50, 70 and 90 % quantiles of training's noise levels, lowest first.
 
     They are the middles of five equally probable bins, so the mean of the five losses estimates the loss that training
-    minimises (without mask and caption drop), and each of them alone tells about one range of noise.
+    of EDM minimises (without mask and caption drop), and each of them alone tells about one range of noise.
     """
-    quantiles = [(s + 0.5) / NUM_SIGMAS for s in range(NUM_SIGMAS)]
-    ln_sigma = NormalDist(noise.P_mean, noise.P_std)
-    return [math.exp(ln_sigma.inv_cdf(q)) for q in quantiles]
+    return [sigma_quantile(noise, (s + 0.5) / NUM_SIGMAS) for s in range(NUM_SIGMAS)]
 
 
 @torch.no_grad()
@@ -38,7 +35,8 @@ def validation_loss(
     batch_size: int,
     measured_as: TrainConfig | None = None,
 ) -> Tensor:
-    """EDM loss (Karras et al. 2022, equation 8) of every patch with its caption, summed over samples.
+    """EDM loss (Karras et al. 2022, equation 8) of every patch with its caption, summed over samples; of a denoiser of
+    either target.
 
     `indices` are the samples' places in the validation set: each draws its noise from (seed, place, sigma), so neither
     batch size nor the split over ranks matters. Runs on the latents' device. `config` is the network's recipe;
@@ -47,23 +45,17 @@ def validation_loss(
 
     -> (NUM_SIGMAS,) float64 on that device: add over ranks, then divide by the number of samples of all of them.
     """
-    measure, sigma_data = measured_as or config, config.noise.sigma_data
-    sums = torch.zeros(NUM_SIGMAS, dtype=torch.float64, device=latents_NCHW.device)
+    measure, target = measured_as or config, config.noise
+    sigmas = validation_sigmas(measure.noise)
+    sums = torch.zeros(len(sigmas), dtype=torch.float64, device=latents_NCHW.device)
     for start in range(0, len(indices), batch_size):
         rows = slice(start, start + batch_size)
         latents, captions = latents_NCHW[rows].float(), captions_NLC[rows]
-        for s, sigma in enumerate(validation_sigmas(measure.noise)):
+        for s, sigma in enumerate(sigmas):
             noise = _noise(measure.seed, indices[rows], s, sigma, latents)
-            sums[s] += edm_loss(net, latents, captions, noise, sigma_data).double() * len(latents)
-    return sums * sums.new_tensor(
-        [_reweighted(sigma, sigma_data, measure) for sigma in validation_sigmas(measure.noise)]
-    )
-
-
-def _reweighted(sigma: float, sigma_data: float, measure: TrainConfig) -> float:
-    """lambda(sigma) of a recipe over that of `sigma_data`; 1 where they are the same."""
-    one, other = ((sigma**2 + data**2) / (sigma * data) ** 2 for data in (measure.noise.sigma_data, sigma_data))
-    return one / other
+            sums[s] += edm_loss(net, latents, captions, noise, target).double() * len(latents)
+    weights = [edm_weight(sigma, measure.noise.sigma_data) / loss_weight(target, sigma) for sigma in sigmas]
+    return sums * sums.new_tensor(weights)
 
 
 def _noise(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Tensor) -> StepNoise:

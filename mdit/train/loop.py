@@ -111,9 +111,7 @@ def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig)
     engine.set_learning_rate(learning_rate(step, config.training.num_steps, config.optim))
     losses = []
     for rows in engine.micro_batches(share):
-        losses_N = edm_losses(
-            engine, batch.latents_NCHW[rows], batch.captions_NLC[rows], noise[rows], config.noise.sigma_data
-        )
+        losses_N = edm_losses(engine, batch.latents_NCHW[rows], batch.captions_NLC[rows], noise[rows], config.noise)
         engine.backward(losses_N.mean())  # accumulates; averages over the ranks
         losses.append(losses_N.detach())
     engine.step()  # clips to optim.max_grad_norm, steps AdamW, zeroes the gradients

@@ -37,9 +37,9 @@ GET_APEX = (
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Learning rate of the step to `step + 1`: linear warm-up, then constant, or a fall to final_lr_ratio: a cosine from
-    the warm-up's end on, or that of "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395; 1 - sqrt: Haegele
-    et al. 2024, arXiv 2405.18392)."""
+    """Learning rate of the step to `step + 1`: linear warm-up, then constant, or a fall to final_lr_ratio: a cosine
+    from the warm-up's end on, or that of "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395; 1 - sqrt:
+    Haegele et al. 2024, arXiv 2405.18392)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

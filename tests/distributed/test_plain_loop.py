@@ -27,7 +27,7 @@ def plain_run(config):
         for group in adamw.param_groups:
             group["lr"] = learning_rate(step, config.training.num_steps, optim)
         latents, captions, _ = read_samples(dataset, order.batch(step))
-        loss = edm_loss(model, latents, captions, sample_noise(config, step, slice(0, batch)), config.noise.sigma_data)
+        loss = edm_loss(model, latents, captions, sample_noise(config, step, slice(0, batch)), config.noise)
         adamw.zero_grad()
         loss.backward()
         norms[step + 1] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm))

@@ -133,7 +133,7 @@ def train_plain() -> tuple[list[float], list[float], dict[str, Tensor]]:
     )
     losses, norms = [], []
     for step in range(STEPS):
-        loss = edm_loss(model, *batch(step), sample_noise(CONFIG, step, slice(None)), CONFIG.noise.sigma_data)
+        loss = edm_loss(model, *batch(step), sample_noise(CONFIG, step, slice(None)), CONFIG.noise)
         adamw.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)))
@@ -157,7 +157,7 @@ def train_layout(plan, stage: int, bf16: bool = False, recompute: str = "none") 
     from mdit.parallel.settings import Execution, RunSettings
     from mdit.train.engine import Engine
 
-    share, sigma_data = CONFIG.training.global_batch_size // plan.data_size, CONFIG.noise.sigma_data
+    share = CONFIG.training.global_batch_size // plan.data_size
     ds_config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": share // 2,
@@ -177,7 +177,7 @@ def train_layout(plan, stage: int, bf16: bool = False, recompute: str = "none") 
         latents, captions = (values[ours] for values in batch(step))
         noise = sample_noise(CONFIG, step, ours)
         for rows in engine.micro_batches(share):
-            loss = edm_loss(engine, latents[rows], captions[rows], noise[rows], sigma_data)
+            loss = edm_loss(engine, latents[rows], captions[rows], noise[rows], CONFIG.noise)
             engine.backward(loss)
             losses[step] += loss.detach() / (share // 2)
         engine.step()

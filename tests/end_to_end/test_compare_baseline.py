@@ -226,7 +226,7 @@ def test_the_baseline_is_given_the_loss_of_our_model():
     mask = Mask(noise.mask.keep_NK, 16)
     latents, captions = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 12)
     baseline = Baseline("fixed", Fixed(model, mask), config, CPU, "fp32")
-    expected = edm_loss(model, latents, captions, noise, config.noise.sigma_data)
+    expected = edm_loss(model, latents, captions, noise, config.noise)
     torch.testing.assert_close(baseline.loss(latents, captions, noise), expected)
     ours, theirs = Contender("ours", model, config, CPU, "fp32").data(4), baseline.data(4)
     assert torch.equal(next(ours[1]).latents_NCHW, next(theirs[1]).latents_NCHW)  # the same data, and for 3 images
@@ -255,7 +255,7 @@ def test_a_plain_step_in_every_precision(precision, weights):
     for number in range(2):
         batch, noise = next(batches), sample_noise(config, number, slice(0, 4))
         optimizer.zero_grad()
-        edm_loss(expected, batch.latents_NCHW, batch.captions_NLC, noise, config.noise.sigma_data).backward()
+        edm_loss(expected, batch.latents_NCHW, batch.captions_NLC, noise, config.noise).backward()
         torch.nn.utils.clip_grad_norm_(expected.parameters(), optim.max_grad_norm)
         optimizer.step()
     assert figures.steps == 1 and len(found.losses) == 2 and {p.dtype for p in found.model.parameters()} == {weights}

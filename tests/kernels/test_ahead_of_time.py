@@ -180,7 +180,7 @@ def test_a_trace_has_all_that_a_micro_batch_launches(mask_ratio, fp8):
         return model(*(t.bfloat16() for t in inputs), mask=mask)
 
     with recorded() as run, dispatch.using(*dispatch.OPS, off_gpu=True), build_kernels.without_float8_matmuls():
-        edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, noise, config.noise.sigma_data).mean().backward()
+        edm_losses(net, torch.randn(4, 4, 8, 8), captions_NLC, noise, config.noise).mean().backward()
     checked = {found.kernel.fn.__name__ for found in build_kernels.launches_of_check(32, torch.bfloat16)}
     assert checked > {"_attend_backward", "_mix_backward", "_scatter", "_swiglu_backward", "_quantise_gelu"}
     traced = launches(config.model, 4, mask_ratio, Form(fp8=fp8))

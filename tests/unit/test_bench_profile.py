@@ -90,7 +90,7 @@ def profiled(tmp_path_factory):
         calls.append(None)
         optimizer.zero_grad()
         noise = sample_noise(config, 0, slice(0, 8), cpu)
-        edm_loss(model, latents, captions, noise, config.noise.sigma_data).backward()
+        edm_loss(model, latents, captions, noise, config.noise).backward()
         optimizer.step()
 
     step()

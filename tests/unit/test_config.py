@@ -161,6 +161,10 @@ REFUSED = [
     ("optim.schedule=constant", ["final_lr_ratio", "0.33", "constant"]),
     ("optim.schedule=wsd", ['schedule "wsd" needs decay_share']),
     ("optim.decay_share=0.2", ["decay_share is 0.2", 'schedule is "cosine"']),
+    ("noise.target=vp", ["noise = ", "'vp'", 'target: expected "edm" or "flow"']),
+    ("noise.shift=3.0", ["unknown key noise.shift = 3.0"]),
+    ('noise={target="flow", sigma_data=1.0, P_std=1.2}', ["unknown key noise.P_std = 1.2"]),
+    ('noise={target="flow", times="uniform", std=0.5, sigma_data=1.0}', ["noise: ", "std 0.5", "uniform"]),
     ("report.prompts=[]", ["prompts"]),
     ("data.weights=[2.0, 1.0]", ["weights has 2 values, but train has 1 directories"]),
 ]

@@ -83,7 +83,7 @@ def one_pass(config, model, n=8, device="cpu", dtype=torch.float32):
     shape = config.model
     latents = torch.randn(n, shape.latent_channels, shape.latent_size, shape.latent_size, device=device)
     captions = torch.randn(n, shape.caption_length, shape.caption_channels, device=device, dtype=dtype)
-    return edm_loss(model, latents, captions, sample_noise(config, 0, slice(0, n), device), config.noise.sigma_data)
+    return edm_loss(model, latents, captions, sample_noise(config, 0, slice(0, n), device), config.noise)
 
 
 def model_of(config, mode="none"):

@@ -262,6 +262,6 @@ def weights_after_a_step(run) -> torch.Tensor:
     for rows in engine.micro_batches(batch):
         count = len(range(*rows.indices(batch)))
         inputs = latents.expand(count, *latents.shape), torch.ones(count, *captions)
-        engine.backward(edm_loss(engine, *inputs, noise[rows], config.noise.sigma_data))
+        engine.backward(edm_loss(engine, *inputs, noise[rows], config.noise))
     engine.step()
     return torch.cat([weight.flatten().cpu() for _, weight in engine.full_weights()])

@@ -14,7 +14,8 @@ from mdit.diffusion.edm import StepNoise, denoise, denoiser, edm_loss, generator
 from mdit.masking import Mask
 from tests.recipes import tiny_config
 
-SIGMA_DATA = 0.9
+EDM = tiny_config().noise
+SIGMA_DATA = EDM.sigma_data
 SEED_OF_STEP_17 = 9168107782540815465  # half of blake2b-64 of "(0, 'step', 17)", little-endian
 
 
@@ -38,7 +39,7 @@ def hand_denoised(x, sigma, caption):
 def test_denoise_is_the_preconditioned_network():
     x, sigma, captions = inputs()
     expected = torch.stack([hand_denoised(x[i], sigma[i].item(), captions[i]) for i in range(3)])
-    torch.testing.assert_close(denoise(net, x, sigma, captions, SIGMA_DATA).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(denoise(net, x, sigma, captions, EDM).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_denoise_hands_the_mask_on_and_leaves_bf16_only_inside_the_network():
@@ -49,7 +50,7 @@ def test_denoise_hands_the_mask_on_and_leaves_bf16_only_inside_the_network():
         seen.append((x.dtype, c_noise.dtype, mask))
         return x.bfloat16()
 
-    assert denoise(bf16_net, x, sigma, captions, SIGMA_DATA, mask).dtype == torch.float32
+    assert denoise(bf16_net, x, sigma, captions, EDM, mask).dtype == torch.float32
     assert seen == [(torch.float32, torch.float32, mask)]
 
 
@@ -71,7 +72,7 @@ def test_loss_is_the_mean_over_kept_patches_of_the_weighted_squared_error(masked
     latents, sigma, captions = inputs()
     mask = Mask(torch.rand(3, 16).argsort(1)[:, :4], 16) if masked else None
     d = StepNoise(sigma, torch.randn(3, 4, 8, 8), torch.tensor([True, False, True]), mask)
-    loss = edm_loss(net, latents, captions, d, SIGMA_DATA)
+    loss = edm_loss(net, latents, captions, d, EDM)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert loss.item() == pytest.approx(hand_loss(latents, captions, d).item(), rel=1e-5)
 
@@ -80,7 +81,7 @@ def test_loss_of_half_precision_latents_is_computed_in_float32():
     latents, sigma, captions = inputs()
     latents, captions = latents.half(), captions.half()
     d = StepNoise(sigma, torch.randn(3, 4, 8, 8), torch.tensor([True, False, True]), None)
-    loss = edm_loss(lambda x, t, c, mask: net(x, t, c.float()), latents, captions, d, SIGMA_DATA)
+    loss = edm_loss(lambda x, t, c, mask: net(x, t, c.float()), latents, captions, d, EDM)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(hand_loss(latents, captions, d).item(), rel=1e-4)
 
@@ -90,7 +91,7 @@ def test_loss_at_the_start_is_one_whatever_sigma():
     for sigma in (0.01, 1.0, 50.0):
         latents = SIGMA_DATA * torch.randn(64, 4, 8, 8)
         d = StepNoise(torch.full((64,), sigma), torch.randn(64, 4, 8, 8), torch.ones(64, dtype=torch.bool), None)
-        loss = edm_loss(lambda x, t, c, mask: torch.zeros_like(x), latents, torch.zeros(64, 1, 1), d, SIGMA_DATA)
+        loss = edm_loss(lambda x, t, c, mask: torch.zeros_like(x), latents, torch.zeros(64, 1, 1), d, EDM)
         assert loss.item() == pytest.approx(1, rel=0.05)
 
 
@@ -100,8 +101,8 @@ def test_mean_of_the_losses_of_equal_micro_batches_is_the_loss_of_the_batch():
         sigma, torch.randn(6, 4, 8, 8), torch.arange(6) % 2 == 0, Mask(torch.rand(6, 16).argsort(1)[:, :4], 16)
     )
     parts = [slice(0, 2), slice(2, 4), slice(4, 6)]
-    losses = [edm_loss(net, latents[rows], captions[rows], d[rows], SIGMA_DATA) for rows in parts]
-    assert sum(losses) / 3 == pytest.approx(edm_loss(net, latents, captions, d, SIGMA_DATA).item(), rel=1e-5)
+    losses = [edm_loss(net, latents[rows], captions[rows], d[rows], EDM) for rows in parts]
+    assert sum(losses) / 3 == pytest.approx(edm_loss(net, latents, captions, d, EDM).item(), rel=1e-5)
 
 
 def same(a: StepNoise, b: StepNoise) -> bool:
@@ -194,8 +195,8 @@ def test_guidance_one_is_the_plain_denoiser():
         calls.append(len(args[0]))
         return net(*args, **kwargs)
 
-    plain = denoise(net, x, sigma, captions, SIGMA_DATA)
-    assert torch.equal(denoiser(counting, captions, SIGMA_DATA, 1.0)(x, sigma), plain)
+    plain = denoise(net, x, sigma, captions, EDM)
+    assert torch.equal(denoiser(counting, captions, EDM, 1.0)(x, sigma), plain)
     assert calls == [3]
 
 
@@ -207,5 +208,5 @@ def test_guidance_extrapolates_from_no_caption_to_the_caption(guidance):
         with_caption = hand_denoised(x[i], sigma[i].item(), captions[i])
         without = hand_denoised(x[i], sigma[i].item(), torch.zeros_like(captions[i]))
         expected.append(without + guidance * (with_caption - without))
-    guided = denoiser(net, captions, SIGMA_DATA, guidance)(x, sigma)
+    guided = denoiser(net, captions, EDM, guidance)(x, sigma)
     torch.testing.assert_close(guided.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)

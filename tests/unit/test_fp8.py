@@ -226,7 +226,7 @@ def losses(*, fp8_on: bool) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         kind_N = torch.randint(-1, 2, (8, 1, 1), generator=generator).float()
         latents = kind_N.unsqueeze(-1) + 0.3 * torch.randn(8, 4, 8, 8, generator=generator)
-        loss = edm_loss(model, latents, kind_N.expand(-1, 5, 12), sample_noise(config, step, slice(0, 8)), 0.9)
+        loss = edm_loss(model, latents, kind_N.expand(-1, 5, 12), sample_noise(config, step, slice(0, 8)), config.noise)
         adamw.zero_grad()
         loss.backward()
         adamw.step()

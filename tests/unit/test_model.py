@@ -11,7 +11,7 @@ from mdit.models import MicroDiT, dit, layers
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.fuse import PendingResidual, fuse
 from tests import formulas
-from tests.recipes import tiny_model
+from tests.recipes import tiny_config, tiny_model
 
 
 def randomised(module, std=0.3):
@@ -176,7 +176,9 @@ def test_masked_loss_has_no_gradient_with_respect_to_outputs_at_dropped_patches(
     mask = Mask(torch.tensor([[3, 9, 12], [0, 1, 15]]), 16)
     output = torch.randn(2, 4, 8, 8, requires_grad=True)
     noise = StepNoise(torch.tensor([0.4, 2.0]), torch.randn(2, 4, 8, 8), torch.tensor([True, True]), mask)
-    loss = edm_loss(lambda *args, mask: output, torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), noise, 0.9)
+    loss = edm_loss(
+        lambda *args, mask: output, torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), noise, tiny_config().noise
+    )
     (gradient,) = torch.autograd.grad(loss, output)
     dropped = mask.image(8, 8).expand_as(output) == 0
     assert not gradient[dropped].any() and gradient[~dropped].all()
@@ -210,7 +212,7 @@ def test_a_few_steps_lower_the_masked_loss_and_move_every_weight(use_patch_mixer
     noise = StepNoise(torch.linspace(0.3, 2.0, 8), torch.randn(8, 4, 8, 8), torch.ones(8, dtype=torch.bool), mask)
     losses = []
     for _ in range(5):
-        loss = edm_loss(model, latents, caption, noise, 0.9)
+        loss = edm_loss(model, latents, caption, noise, tiny_config().noise)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

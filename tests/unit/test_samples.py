@@ -44,17 +44,17 @@ def test_seed_and_index_choose_the_noise():
 
 def test_guidance_extrapolates_from_the_empty_caption():
     noise = torch.randn(2, 8, 8, generator=generator_for(0, "sample", 9)).unsqueeze(0)
-    sigma_data, caption = CONFIG.noise.sigma_data, CAPTIONS[:1]
+    target, caption = CONFIG.noise, CAPTIONS[:1]
 
     def guided(x, sigma):
-        with_caption = denoise(net, x, sigma, caption, sigma_data)
-        without = denoise(net, x, sigma, torch.zeros_like(caption), sigma_data)
+        with_caption = denoise(net, x, sigma, caption, target)
+        without = denoise(net, x, sigma, torch.zeros_like(caption), target)
         return without + 3.0 * (with_caption - without)
 
     torch.testing.assert_close(sample(caption, [9]), heun_sample(guided, noise, 4))
 
     def plain(x, sigma):
-        return denoise(net, x, sigma, caption, sigma_data)
+        return denoise(net, x, sigma, caption, target)
 
     torch.testing.assert_close(sample(caption, [9], guidance=1.0), heun_sample(plain, noise, 4))
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from mdit.checkpoint.snapshot import Snapshot
-from mdit.config import DEFAULT_RECIPE, TrainConfig, load_config
+from mdit.config import DEFAULT_RECIPE, FlowNoise, TrainConfig, load_config
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import ShardWriter
-from mdit.diffusion.edm import generator_for
+from mdit.diffusion.edm import denoise, generator_for
 from mdit.eval.evaluate import evaluate
 from mdit.eval.validation import NUM_SIGMAS, ExpertCoverage, validation_loss, validation_sigmas
 from mdit.models import MicroDiT
@@ -56,6 +56,23 @@ def test_it_is_the_textbook_formula(measured_as):
     found = loss(latents, captions, range(100, 100 + COUNT), measured_as=measured_as)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_one_denoiser_has_one_loss_whatever_it_was_trained_to_predict():
+    """A flow network that leads to the denoiser of an EDM network, at the same sigmas."""
+    flow = CONFIG.model_copy(update={"noise": FlowNoise(target="flow", sigma_data=0.4)})
+
+    def velocity(c_in_x, time_N, captions, mask=None):
+        t = time_N.view(-1, 1, 1, 1) / 1000
+        sigma = t / (1 - t)
+        x = c_in_x * (sigma**2 + 0.4**2).sqrt()
+        return ((1 - t) * x - denoise(net, x, sigma.flatten(), captions, CONFIG.noise)) / t
+
+    latents, captions = data()
+    found = validation_loss(
+        velocity, latents, captions, config=flow, indices=range(COUNT), batch_size=4, measured_as=CONFIG
+    )
+    torch.testing.assert_close(found, loss(latents, captions, range(COUNT)), rtol=1e-3, atol=0)
 
 
 def test_sigmas_are_the_middles_of_equally_probable_bins():
