@@ -33,8 +33,21 @@ def part(w, prefix):
     return {key.removeprefix(prefix + "."): value for key, value in w.items() if key.startswith(prefix + ".")}
 
 
-def softmax_attention(q, k, v, head_dim):
+def rotary(x, head_dim, places):
+    """Each head's pairs (i, i + head_dim / 2) as complex numbers, turned by row, then by column; places (N, T, 2)."""
+    pairs, heads = head_dim // 2, []
+    for start in range(0, x.shape[-1], head_dim):
+        points = torch.complex(x[..., start : start + pairs], x[..., start + pairs : start + head_dim])
+        angles = [places[..., 2 * i // pairs] * 100 ** -(i % (pairs // 2) / (pairs // 2)) for i in range(pairs)]
+        points = points * torch.exp(1j * torch.stack(angles, -1))
+        heads += [points.real, points.imag]
+    return torch.cat(heads, dim=-1)
+
+
+def softmax_attention(q, k, v, head_dim, places=None):
     q, k = norm(q), norm(k)
+    if places is not None:
+        q, k = rotary(q, head_dim, places), rotary(k, head_dim, places)
     out = []
     for start in range(0, q.shape[-1], head_dim):
         head = slice(start, start + head_dim)
@@ -43,10 +56,10 @@ def softmax_attention(q, k, v, head_dim):
     return torch.cat(out, dim=-1)
 
 
-def self_attention(w, x, head_dim):
+def self_attention(w, x, head_dim, places=None):
     qkv = affine(w, "qkv", x)
     width = qkv.shape[-1] // 3
-    out = softmax_attention(qkv[..., :width], qkv[..., width : 2 * width], qkv[..., 2 * width :], head_dim)
+    out = softmax_attention(qkv[..., :width], qkv[..., width : 2 * width], qkv[..., 2 * width :], head_dim, places)
     return affine(w, "proj", out)
 
 
@@ -61,10 +74,10 @@ def swiglu(w, x):
     return affine(w, "w3", a / (1 + torch.exp(-a)) * affine(w, "w2", x))
 
 
-def experts(w, x, capacity_factor):
+def experts(w, x, capacity_factor, routed_by=None):
     num_experts = len(w["w1"])
     taken = int(capacity_factor * x.shape[1] / num_experts)
-    scores = torch.exp(x @ w["gate.weight"].T)
+    scores = torch.exp((x if routed_by is None else routed_by) @ w["gate.weight"].T)
     scores = scores / scores.sum(-1, keepdim=True)
     images = []
     for n in range(len(x)):
@@ -73,19 +86,21 @@ def experts(w, x, capacity_factor):
             for t in scores[n, :, e].argsort(descending=True)[:taken].tolist():
                 tokens[t] = tokens[t] + scores[n, t, e] * (gelu(x[n, t] @ w["w1"][e]) @ w["w2"][e])
         images.append(torch.stack(tokens))
-    return torch.stack(images)
+    shared = part(w, "shared")
+    return torch.stack(images) + (swiglu(shared, x) if shared else 0)
 
 
-def block(w, x, caption, condition, config):
+def block(w, x, caption, condition, config, places=None):
     modulation = affine(w, "adaLN_modulation.1", gelu_tanh(condition))[:, None]
     shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.split(x.shape[-1], dim=-1)
     tokens = norm(x, w["norm1.weight"]) * (1 + scale_a) + shift_a
-    x = x + gate_a * self_attention(part(w, "attn"), tokens, config.head_dim)
+    x = x + gate_a * self_attention(part(w, "attn"), tokens, config.head_dim, places)
     x = x + cross_attention(part(w, "cross_attn"), norm(x, w["norm2.weight"]), caption, config.head_dim)
-    tokens = norm(x, w["norm3.weight"]) * (1 + scale_f) + shift_f
-    feed_forward = part(w, "mlp")
+    normed = norm(x, w["norm3.weight"])
+    tokens, feed_forward = normed * (1 + scale_f) + shift_f, part(w, "mlp")
     if "gate.weight" in feed_forward:
-        return x + gate_f * experts(feed_forward, tokens, config.capacity_factor)
+        routed_by = normed if config.router_input == "normed" else tokens
+        return x + gate_f * experts(feed_forward, tokens, config.capacity_factor, routed_by)
     return x + gate_f * swiglu(feed_forward, tokens)
 
 
@@ -137,19 +152,24 @@ def network(w, config, latents, c_noise, caption, keep=None):
         patches = [image[(slice(None), *pixels_of(i, config))].reshape(-1) for i in range(config.num_patches)]
         images.append(torch.stack(patches))
     x = torch.stack(images) @ w["x_embedder.proj.weight"].flatten(1).T + w["x_embedder.proj.bias"] + w["pos_embed"]
+    grid, places = config.latent_size // p, None
+    if config.rotary:
+        places = torch.tensor([[(i // grid, i % grid) for i in range(config.num_patches)]]) / config.pos_interp_scale
+        places = places.double().expand(len(images), -1, -1)
     y = caption_block(part(w, "y_emb_preprocess"), mlp(part(w, "y_embedder.y_proj"), caption), config.head_dim)
     condition = timestep(part(w, "t_embedder"), c_noise) + mlp(part(w, "pooled_y_emb_process"), y.mean(1))
-    if config.use_patch_mixer:
+    if config.use_patch_mixer and config.mixer_depth:
         narrow = {name: part(w, f"patch_mixer_map_{name}") for name in ("xin", "xout", "y")}
         x, y_mixer = project(narrow["xin"], x), project(narrow["y"], y)
         for i in range(config.mixer_depth):
-            x = block(part(w, f"patch_mixer.{i}"), x, y_mixer, condition, config)
+            x = block(part(w, f"patch_mixer.{i}"), x, y_mixer, condition, config, places)
     if keep is not None:
         x = torch.stack([tokens[rows] for tokens, rows in zip(x, keep)])
-    if config.use_patch_mixer:
+        places = places if places is None else torch.stack([of[rows] for of, rows in zip(places, keep)])
+    if config.use_patch_mixer and config.mixer_depth:
         x = project(narrow["xout"], x)
     for i in range(config.depth):
-        x = block(part(w, f"blocks.{i}"), x, y, condition, config)
+        x = block(part(w, f"blocks.{i}"), x, y, condition, config, places)
     x = final(part(w, "final_layer"), x, condition)
     out = torch.zeros_like(latents)
     for n in range(len(latents)):

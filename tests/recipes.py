@@ -60,6 +60,14 @@ TINY = {
 }
 
 
+LEVERS = {  # of a model, beyond the paper
+    "expert_ratio": 0.5,
+    "shared_expert_ratio": 0.5,
+    "router_input": "normed",
+    "rotary": True,
+}
+
+
 def tiny_model(**changes) -> ModelConfig:
     return ModelConfig(**{**TINY["model"], **changes})
 

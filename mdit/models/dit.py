@@ -25,6 +25,7 @@ from mdit.models.layers import (
     layer_norm,
     modulate,
     position_embedding,
+    rotary_table,
     round_up,
 )
 from mdit.models.moe import ExpertChoiceMoE
@@ -53,19 +54,20 @@ class Block(nn.Module):
         self.norm2 = layer_norm(dim, eps)
         self.cross_attn = CrossAttention(dim, head_dim, eps, use_bias)
         self.norm3 = layer_norm(dim, eps)
-        self.mlp = (
-            ExpertChoiceMoE(dim, hidden, config.multiple_of, config.num_experts, config.capacity_factor)
-            if has_experts
-            else SwiGLU(dim, hidden, config.multiple_of, use_bias)
-        )
+        self.mlp = experts(config, dim, hidden) if has_experts else SwiGLU(dim, hidden, config.multiple_of, use_bias)
+        self.routes_normed = has_experts and config.router_input == "normed"
         self.adaLN_modulation = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(config.dim, 6 * dim))
 
-    def forward(self, x_NTD: Tensor, caption_NLD: Tensor, condition_ND: Tensor) -> Tensor:
+    def forward(
+        self, x_NTD: Tensor, caption_NLD: Tensor, condition_ND: Tensor, rotary_NTC: Tensor | None = None
+    ) -> Tensor:
         modulation = self.adaLN_modulation(condition_ND).unsqueeze(1)
         shift1, scale1, gate1, shift3, scale3, gate3 = modulation.chunk(6, dim=-1)
-        x = x_NTD + gate1 * self.attn(modulate(self.norm1(x_NTD), shift1, scale1))
+        x = x_NTD + gate1 * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rotary_NTC=rotary_NTC)
         x = x + self.cross_attn(self.norm2(x), caption_NLD)
-        return x + gate3 * self.mlp(modulate(self.norm3(x), shift3, scale3))
+        h = self.norm3(x)
+        router_input = {"router_input_NTD": h} if self.routes_normed else {}
+        return x + gate3 * self.mlp(modulate(h, shift3, scale3), **router_input)
 
     def init_weights(self) -> None:
         for layer in (self.attn, self.cross_attn, self.mlp):
@@ -161,15 +163,26 @@ class MicroDiT(nn.Module):
         x = x_NTD
         if self.patch_mixer:
             x, caption_mixer = self.patch_mixer_map_xin(x), self.patch_mixer_map_y(caption_NLD)
+            rotary = self.rotary(None)
             for block in self.patch_mixer:
-                x = block(x, caption_mixer, condition_ND)
+                x = block(x, caption_mixer, condition_ND, rotary)
         if mask is not None:
             x = drop_tokens(x, mask)
         if self.patch_mixer:
             x = self.patch_mixer_map_xout(x)
+        rotary = self.rotary(mask)
         for block in self.blocks:
-            x = block(x, caption_NLD, condition_ND)
+            x = block(x, caption_NLD, condition_ND, rotary)
         return self.final_layer(x, condition_ND)
+
+    def rotary(self, mask: Mask | None) -> Tensor | None:
+        """The rows of `rotary_table` of all patches, (1, T, C), or of those that each image keeps, (N, K, C)."""
+        config, device = self.config, self.final_layer.linear.weight.device
+        if not config.rotary:
+            return None
+        grid = config.latent_size // config.patch_size
+        rotary_TC = rotary_table(grid, config.head_dim, config.pos_interp_scale, device)
+        return rotary_TC.unsqueeze(0) if mask is None else rotary_TC[mask.keep_NK]
 
     def unpatchify(self, x_NTP: Tensor) -> Tensor:
         """(N, T, p * p * C) -> (N, C, H, W)"""
@@ -231,6 +244,13 @@ def mixer_blocks(config: ModelConfig) -> list[Block]:
         )
         for i in range(config.mixer_depth)
     ]
+
+
+def experts(config: ModelConfig, dim: int, hidden: int) -> ExpertChoiceMoE:
+    """Routed experts, and a shared one, where a dense network would have the width `hidden`."""
+    routed, shared = (int(hidden * ratio) for ratio in (config.expert_ratio, config.shared_expert_ratio))
+    beside = SwiGLU(dim, shared, config.multiple_of, config.use_bias) if shared else None
+    return ExpertChoiceMoE(dim, routed, config.multiple_of, config.num_experts, config.capacity_factor, beside)
 
 
 def is_expert_block(index: int, every_n: int) -> bool:

@@ -20,9 +20,13 @@ def unscaled_norm(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-def softmax_attention(q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int) -> Tensor:
-    """-> (N, T, A), by head."""
+def softmax_attention(
+    q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int, rotary_NTC: Tensor | None = None
+) -> Tensor:
+    """-> (N, T, A), by head. `rotary_NTC`: q and k are of the same tokens, and turned by their places."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_NTA, k_NLA, v_NLA))
+    if rotary_NTC is not None:
+        q, k = apply_rotary(q, rotary_NTC), apply_rotary(k, rotary_NTC)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
@@ -37,10 +41,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * width, bias=use_bias)
         self.proj = nn.Linear(width, dim, bias=use_bias)
 
-    def forward(self, x_NTD: Tensor) -> Tensor:
+    def forward(self, x_NTD: Tensor, rotary_NTC: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_NTD).chunk(3, dim=-1)
         q, k = unscaled_norm(q, self.eps), unscaled_norm(k, self.eps)
-        return self.proj(softmax_attention(q, k, v, self.num_heads))
+        return self.proj(softmax_attention(q, k, v, self.num_heads, rotary_NTC))
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
@@ -165,6 +169,28 @@ def position_embedding(grid_size: int, dim: int, interp_scale: float) -> Tensor:
     columns = axis.expand(grid_size, grid_size, -1)  # the released code puts the column's half first
     rows = axis.unsqueeze(1).expand(grid_size, grid_size, -1)
     return torch.cat([columns, rows], dim=-1).reshape(1, grid_size**2, dim).float()
+
+
+def rotary_table(grid_size: int, head_dim: int, interp_scale: float, device: torch.device) -> Tensor:
+    """Cosines, then sines, of the angles by which the pairs of a head are turned at every patch: (T, C) float32, C the
+    width of a head.
+
+    One half of the pairs turns with the row, the other with the column, at frequencies from 1 to 1 / 100 radian a patch
+    (axial RoPE; Heo et al. 2024). `interp_scale` as in `position_embedding`.
+    """
+    pairs = head_dim // 4
+    frequencies = 100.0 ** -(torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
+    angles = torch.outer(torch.arange(grid_size, dtype=torch.float32, device=device) / interp_scale, frequencies)
+    rows, columns = angles.unsqueeze(1), angles.unsqueeze(0)
+    both = torch.cat([rows.expand(-1, grid_size, -1), columns.expand(grid_size, -1, -1)], dim=-1).flatten(0, 1)
+    return torch.cat([both.cos(), both.sin()], dim=-1)
+
+
+def apply_rotary(x_NHTC: Tensor, rotary_NTC: Tensor) -> Tensor:
+    """Elements i and i + C / 2 of every head turned as the coordinates of a point; in float32, rounded once."""
+    cos, sin = rotary_NTC.unsqueeze(1).chunk(2, dim=-1)
+    a, b = x_NHTC.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_NHTC.dtype)
 
 
 def round_up(value: int, multiple: int) -> int:

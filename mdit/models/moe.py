@@ -4,37 +4,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdit.models.layers import round_up
+from mdit.models.layers import SwiGLU, round_up
 
 
 class ExpertChoiceMoE(nn.Module):
     """E two-layer GELU networks of width F; each sees its K = int(capacity_factor * T / E) best tokens of an image.
 
-    A token may be chosen by several experts (their outputs add up) or by none (its output is zero).
+    A token may be chosen by several experts (their outputs add up) or by none (its output is zero). Beside them all
+    tokens pass the `shared` expert, a SwiGLU network, if there is one.
     """
 
-    def __init__(self, dim: int, hidden: int, multiple_of: int, num_experts: int, capacity_factor: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        multiple_of: int,
+        num_experts: int,
+        capacity_factor: float,
+        shared: SwiGLU | None = None,
+    ) -> None:
         super().__init__()
         self.num_experts, self.capacity_factor = num_experts, capacity_factor
         width = round_up(hidden, multiple_of)
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, width))
         self.w2 = nn.Parameter(torch.empty(num_experts, width, dim))
         self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.shared = shared
 
     def tokens_per_expert(self, num_tokens: int) -> int:
         return int(self.capacity_factor * num_tokens / self.num_experts)
 
-    def forward(self, x_NTD: Tensor) -> Tensor:
-        """Tokens reach their experts, and come back, by one-hot products, as the released code moves them."""
-        p_NTE = self.gate(x_NTD).softmax(dim=-1, dtype=torch.promote_types(x_NTD.dtype, torch.float32))
+    def forward(self, x_NTD: Tensor, router_input_NTD: Tensor | None = None) -> Tensor:
+        """Tokens reach their experts, and come back, by one-hot products, as the released code moves them. The router
+        sees `router_input_NTD`, where it is given, instead of x."""
+        logits_NTE = self.gate(x_NTD if router_input_NTD is None else router_input_NTD)
+        p_NTE = logits_NTE.softmax(dim=-1, dtype=torch.promote_types(x_NTD.dtype, torch.float32))
         weights_NEK, tokens_NEK = p_NTE.transpose(1, 2).topk(self.tokens_per_expert(x_NTD.shape[1]), dim=-1)
         one_hot_NEKT = F.one_hot(tokens_NEK, x_NTD.shape[1]).to(x_NTD.dtype)
         chosen_NEKD = torch.einsum("nekt,ntd->nekd", one_hot_NEKT, x_NTD)
         hidden_NEKF = F.gelu(torch.einsum("nekd,edf->nekf", chosen_NEKD, self.w1))
         out_NEKD = torch.einsum("nekf,efd->nekd", hidden_NEKF, self.w2) * weights_NEK.unsqueeze(-1).to(x_NTD.dtype)
-        return torch.einsum("nekt,nekd->ntd", one_hot_NEKT, out_NEKD)
+        routed = torch.einsum("nekt,nekd->ntd", one_hot_NEKT, out_NEKD)
+        return routed if self.shared is None else routed + self.shared(x_NTD)
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
         nn.init.trunc_normal_(self.w1, std=0.02)
         nn.init.trunc_normal_(self.w2, std=out_std)
+        if self.shared is not None:
+            self.shared.init_weights(out_std)

@@ -80,12 +80,20 @@ class AddNormModulate(nn.LayerNorm):
 
 
 class FusedBlock(Block):
-    def forward(self, pending: PendingResidual, caption_NLD: Tensor, condition_ND: Tensor) -> PendingResidual:
+    def forward(
+        self,
+        pending: PendingResidual,
+        caption_NLD: Tensor,
+        condition_ND: Tensor,
+        rotary_NTC: Tensor | None = None,
+    ) -> PendingResidual:
         shift1, scale1, gate1, shift3, scale3, gate3 = self.adaLN_modulation(condition_ND).chunk(6, dim=1)
         x, h = self.norm1(pending, shift1, scale1)
-        x, h = self.norm2(PendingResidual(x, self.attn(h), gate1))
+        x, h = self.norm2(PendingResidual(x, self.attn(h, rotary_NTC=rotary_NTC), gate1))
         x, h = self.norm3(PendingResidual(x, self.cross_attn(h, caption_NLD)), shift3, scale3)
-        return PendingResidual(x, self.mlp(h), gate3)
+        # In a pass of its own: what is modulated cannot be told apart from it.
+        router_input = {"router_input_NTD": self.norm3(PendingResidual(x))[1]} if self.routes_normed else {}
+        return PendingResidual(x, self.mlp(h, **router_input), gate3)
 
 
 class FusedCaptionBlock(CaptionBlock):
@@ -118,15 +126,15 @@ class FusedMicroDiT(MicroDiT):
     def transform(self, x_NTD: Tensor, caption_NLD: Tensor, condition_ND: Tensor, mask: Mask | None) -> Tensor:
         if self.patch_mixer:
             caption_mixer = self.caption_for(self.patch_mixer, self.patch_mixer_map_y(caption_NLD))
-            pending = PendingResidual(self.patch_mixer_map_xin(x_NTD))
+            pending, rotary = PendingResidual(self.patch_mixer_map_xin(x_NTD)), self.rotary(None)
             for block in self.patch_mixer:
-                pending = block(pending, caption_mixer, condition_ND)
+                pending = block(pending, caption_mixer, condition_ND, rotary)
             pending = self.patch_mixer_map_xout(pending, mask)
         else:
             pending = PendingResidual(x_NTD).kept(mask)
-        caption = self.caption_for(self.blocks, caption_NLD)
+        caption, rotary = self.caption_for(self.blocks, caption_NLD), self.rotary(mask)
         for block in self.blocks:
-            pending = block(pending, caption, condition_ND)
+            pending = block(pending, caption, condition_ND, rotary)
         return self.final_layer(pending, condition_ND)
 
     def caption_for(self, blocks: list[Block], caption_NLD: Tensor) -> Tensor:
@@ -135,7 +143,9 @@ class FusedMicroDiT(MicroDiT):
 
 
 class FusedSelfAttention(SelfAttention):
-    def forward(self, x_NTD: Tensor) -> Tensor:
+    def forward(self, x_NTD: Tensor, rotary_NTC: Tensor | None = None) -> Tensor:
+        if rotary_NTC is not None:
+            return super().forward(x_NTD, rotary_NTC)
         return self.proj(masked_attention.self_attention(self.qkv(x_NTD), self.num_heads, self.eps))
 
 
@@ -162,8 +172,10 @@ def side_by_side(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
 class FusedExpertChoiceMoE(ExpertChoiceMoE):
     """By index. Two seams: where the tokens' experts are (`dispatch`, `combine`), and how they compute (`experts`)."""
 
-    def forward(self, x_NTD: Tensor) -> Tensor:
-        return self.experts(x_NTD, expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1])))
+    def forward(self, x_NTD: Tensor, router_input_NTD: Tensor | None = None) -> Tensor:
+        logits_NTE = self.gate(x_NTD if router_input_NTD is None else router_input_NTD)
+        routed = self.experts(x_NTD, expert_choice.route(logits_NTE, self.tokens_per_expert(x_NTD.shape[1])))
+        return routed if self.shared is None else routed + self.shared(x_NTD)
 
     def experts(self, x_NTD: Tensor, routing: Routing) -> Tensor:
         tokens_EMD, weights_NEK = self.dispatch(x_NTD, routing)

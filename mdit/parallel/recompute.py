@@ -45,8 +45,7 @@ def recompute(block: nn.Module, mode: str) -> None:
 
 
 class SelectiveRecompute(FusedBlock):
-    def forward(self, pending: PendingResidual, caption_NLD: Tensor, condition_ND: Tensor) -> PendingResidual:
-        arguments = pending, caption_NLD, condition_ND
+    def forward(self, *arguments) -> PendingResidual:
         return checkpoint(super().forward, *arguments, **OPTIONS, context_fn=keeping_the_dear)
 
 
@@ -56,14 +55,13 @@ class BlockRecompute(FusedBlock):
     (Selectively that would save nothing: what is added is a matmul's result, or with experts as large as one.)
     """
 
-    def forward(self, pending: PendingResidual, caption_NLD: Tensor, condition_ND: Tensor) -> PendingResidual:
+    def forward(self, *arguments) -> PendingResidual:
         # Compiled, the second run is fused and so rounded in its own way; else it gives the same bits.
         context_fn = keeping_the_routing if torch.compiler.is_compiling() else noop_context_fn
-        arguments = pending, caption_NLD, condition_ND
         return PendingResidual(checkpoint(self.added, *arguments, **OPTIONS, context_fn=context_fn))
 
-    def added(self, pending: PendingResidual, caption_NLD: Tensor, condition_ND: Tensor) -> Tensor:
-        return super().forward(pending, caption_NLD, condition_ND).added()
+    def added(self, *arguments) -> Tensor:
+        return super().forward(*arguments).added()
 
 
 def keep(kept: tuple[str, ...], _, op, *args, **kwargs) -> CheckpointPolicy:

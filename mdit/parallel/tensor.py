@@ -118,10 +118,10 @@ class TensorParallelSelfAttention(FusedSelfAttention):
 
     group: ProcessGroup
 
-    def forward(self, x_NTD: Tensor) -> Tensor:
+    def forward(self, x_NTD: Tensor, rotary_NTC: Tensor | None = None) -> Tensor:
         qkv_NT3P = self.qkv(x_NTD).unflatten(-1, (3, -1))
         q_NTP, k_NTP = FullWidthNorm.apply(qkv_NT3P[:, :, :2], self.eps, self.group).unbind(2)
-        return self.proj(softmax_attention(q_NTP, k_NTP, qkv_NT3P[:, :, 2], self.num_heads))
+        return self.proj(softmax_attention(q_NTP, k_NTP, qkv_NT3P[:, :, 2], self.num_heads, rotary_NTC))
 
 
 class TensorParallelCrossAttention(FusedCrossAttention):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from mdit.parallel import apply
 from mdit.parallel.settings import load_ds_json
+from tests.recipes import LEVERS
 from tests.training import REPOSITORY, launch, read_metrics, train, write_ds_json, write_recipe
 
 STEPS = 10
@@ -89,6 +90,19 @@ def assert_same_run(run, expected, keys=("loss", "gradient_norm", "validation_lo
         ours, theirs = (load_file(r / "snapshots/latest" / f"{kind}.safetensors") for r in (run, expected))
         for parameter, value in theirs.items():
             torch.testing.assert_close(ours[parameter], value, rtol=0, atol=1e-6, msg=f"{kind} {parameter}")
+
+
+def test_levers_beyond_the_paper_keep_the_curve_too(tmp_path):
+    recipe = write_recipe(tmp_path, **{**RECIPE, "model": RECIPE["model"] | LEVERS})
+    layouts = {
+        "alone": dict(stage=1),
+        "experts": dict(processes=2, stage=2, micro_batch=2, mdit={"expert_parallel": 2}),
+        "ZeRO-3": dict(processes=2, stage=3, mdit={"activation_checkpointing": "block"}),
+    }
+    for name, layout in layouts.items():
+        processes = layout.pop("processes", 1)
+        train(recipe, write_ds_json(tmp_path / f"{name}.json", **layout), tmp_path / name, processes=processes)
+        assert_same_run(tmp_path / name, tmp_path / "alone")
 
 
 def test_weights_moved_and_ema_lags_behind(baseline):

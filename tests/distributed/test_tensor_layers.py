@@ -15,7 +15,7 @@ from mdit.masking import sample_mask
 from mdit.models import MicroDiT
 from mdit.parallel.fuse import fuse
 from mdit.parallel.shard import gather_whole, shard_of
-from tests.recipes import tiny_config, tiny_model
+from tests.recipes import LEVERS, tiny_config, tiny_model
 from tests.training import run_in_processes
 
 if find_spec("megatron") is None:
@@ -54,11 +54,11 @@ def cut_and_compare(world) -> list[dict]:
     from mdit.parallel import tensor
 
     group, _ = tensor.start(world.size)
-    return [compare(tensor, group, use_bias) for use_bias in (False, True)]
+    return [compare(tensor, group, **changes) for changes in ({}, {"use_bias": True, **LEVERS})]
 
 
-def compare(tensor, group, use_bias: bool) -> dict:
-    whole = open_model(tiny_model(**EVEN, use_bias=use_bias)).double()
+def compare(tensor, group, **changes) -> dict:
+    whole = open_model(tiny_model(**EVEN, **changes)).double()
     cut = copy.deepcopy(whole)
     tensor.shard_blocks(cut, group)
     shapes = (3, 4, 8, 8), (3,), (3, 5, 12), (3, 4, 8, 8)

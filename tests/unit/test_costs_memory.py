@@ -22,7 +22,7 @@ from mdit.models.presets import tiny_2
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Execution, RunSettings, ZeroOptions
-from tests.recipes import tiny_config
+from tests.recipes import LEVERS, tiny_config
 from tests.training import run_in_processes
 
 with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="counts the launches of Triton kernels")
@@ -96,7 +96,7 @@ def model_of(config, mode="none"):
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_patch_mixer": False}, {"mixer_dim": 32}, {"experts_every_n": 0}, {"capacity_factor": 1.5}],
+    [{}, {"use_patch_mixer": False}, {"mixer_dim": 32}, {"experts_every_n": 0}, {"capacity_factor": 1.5}, LEVERS],
     ids=str,
 )
 def test_what_autograd_keeps(changes, mask_ratio):

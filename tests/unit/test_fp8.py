@@ -17,6 +17,7 @@ from mdit.kernels import dispatch, fp8_linear
 from mdit.kernels.fp8_linear import reference
 from mdit.masking import sample_mask
 from mdit.models import MicroDiT
+from mdit.models.layers import SwiGLU
 from mdit.models.presets import xl_2
 from mdit.parallel import fp8
 from mdit.parallel.apply import parallelize
@@ -25,7 +26,7 @@ from mdit.parallel.fuse import FusedMicroDiT, fuse
 from mdit.parallel.plan import ParallelPlan, check_plan
 from mdit.parallel.settings import Execution, RunSettings
 from tests.operations import Operations
-from tests.recipes import tiny_config, tiny_model
+from tests.recipes import LEVERS, tiny_config, tiny_model
 from tests.training import read_metrics, train, write_ds_json, write_recipe
 
 STEPS = 40
@@ -97,7 +98,7 @@ def test_in_xl_2_it_is_94_percent_of_the_flops():
     assert flops / (images * training_flops(config, 0.75)) == pytest.approx(0.937, abs=0.001)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_bias": True}, {"use_bias": True, "experts_every_n": 0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"use_bias": True}, {"use_bias": True, "experts_every_n": 0}, LEVERS], ids=str)
 def test_nothing_else_changes(changes):
     model = new_model(**changes)
     before, names = with_gradients(model), [(name, id(p)) for name, p in model.named_parameters()]
@@ -107,6 +108,8 @@ def test_nothing_else_changes(changes):
     use_fp8(model)  # twice is once
     assert [(name, id(p)) for name, p in model.named_parameters()] == names
     assert 0.001 < distance(forward(model), before[0]) < 0.3 and hooked
+    dense = [module for module in model.modules() if isinstance(module, SwiGLU)]
+    assert {type(module) for module in dense[1:]} == {fp8.Fp8SwiGLU}  # all but the caption's, shared experts too
 
 
 @pytest.mark.parametrize("kernels", ["reference", "triton"])

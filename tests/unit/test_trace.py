@@ -19,7 +19,7 @@ from mdit.models.presets import xl_2
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import RunSettings
-from tests.recipes import tiny_config, tiny_model
+from tests.recipes import LEVERS, tiny_config, tiny_model
 
 with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="counts the launches of Triton kernels")
 OPS = ("patch_mixing", "swiglu", "expert_choice", "masked_attention")
@@ -35,7 +35,7 @@ def test_flops_of_the_four_stages(latent_size, mask_ratio, gflops):
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
 @pytest.mark.parametrize(
-    "changes", [{}, {"use_patch_mixer": False}, {"mixer_dim": 32}, {"capacity_factor": 1.5}], ids=str
+    "changes", [{}, {"use_patch_mixer": False}, {"mixer_dim": 32}, {"capacity_factor": 1.5}, LEVERS], ids=str
 )
 def test_flops_are_what_torch_counts_of_a_run(changes, mask_ratio):
     """With the plain attention, whose two matmuls torch sees on a CPU too; less the gradient that nobody asks for."""
@@ -54,7 +54,9 @@ def test_flops_are_what_torch_counts_of_a_run(changes, mask_ratio):
 
 @with_triton
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
-@pytest.mark.parametrize("changes, fp8", [({}, False), ({"use_patch_mixer": False}, False), (FP8, True)], ids=str)
+@pytest.mark.parametrize(
+    "changes, fp8", [({}, False), ({"use_patch_mixer": False}, False), (FP8, True), (FP8 | LEVERS, False)], ids=str
+)
 def test_one_trace_has_the_kernels_of_every_micro_batch(changes, fp8, mask_ratio):
     config, form = tiny_config(model=changes).model, Form(fp8=fp8)
     products, moved, flops = Counter(), Counter(), Counter()
