@@ -114,11 +114,21 @@ def keep(figures: Figures, source: Path, directory: Path) -> None:
 def fill(text: str, figures: Figures, beside: Path) -> str:
     """A document with the text of its regions; `beside` holds the pictures. Raises UserError for an unknown region."""
 
-    def region(found: re.Match) -> str:
-        begin, name, before, end = found.groups()
+    def content(name: str) -> str:
         if name not in REGIONS:
             raise UserError(f"the document has a region {name!r}: expected one of {', '.join(REGIONS)}")
-        content = REGIONS[name](figures, beside)
+        return REGIONS[name](figures, beside)
+
+    return fill_regions(text, content)
+
+
+def fill_regions(text: str, content_of: Callable[[str], str | None]) -> str:
+    """A document with the content of its regions by name; None leaves one as it is."""
+
+    def region(found: re.Match) -> str:
+        begin, name, before, end = found.groups()
+        if (content := content_of(name)) is None:
+            return found[0]
         return begin + (f"\n{content}\n" if before.startswith("\n") else content) + end
 
     return REGION.sub(region, text)

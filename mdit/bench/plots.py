@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,32 @@ def draw_losses(metrics: Sequence[dict[str, Any]], directory: Path, where: str) 
     axes.legend(fontsize=8, frameon=False)
     _save(figure, directory / "losses.png", f"Losses: {where}", [])
     return directory / "losses.png"
+
+
+def draw_curves(curves: Mapping[str, Sequence[tuple[int, int, float]]], baseline: str, path: Path, title: str) -> None:
+    """Losses over steps and over FLOPs of an ablation's variants, (steps, FLOPs, loss) each; the dotted line is the
+    baseline's last loss. Raises UserError where matplotlib is not installed."""
+    figure, panels = _figure(2, 0.8 * PANEL + 0.1 * len(curves))
+    for number, (name, points) in enumerate(curves.items()):
+        steps, flops, losses = zip(*points)
+        colour = "black" if name == baseline else (BLUE, ORANGE, GREEN, PINK, GOLD, SKY)[number % 6]
+        line = ("-", "--", "-.", ":")[number // 6 % 4]
+        for axes, x in zip(panels, (steps, [each / 1e12 for each in flops])):
+            axes.plot(x, losses, line, color=colour, marker=".", markersize=3, linewidth=1, label=name)
+    for axes, name in zip(panels, ("steps", "training TFLOP")):
+        if baseline in curves:
+            axes.axhline(curves[baseline][-1][2], color="gray", linestyle=":", linewidth=0.8)
+        axes.set(xlabel=name, yscale="log")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
+    panels[0].set_ylabel("validation loss")
+    panels[1].legend(fontsize=7, frameon=False)
+    _save(figure, path, title, [])
+
+
+def require_matplotlib() -> None:
+    """Raise UserError where matplotlib is not installed, before the work whose pictures it draws."""
+    _figure(0, 1.0)
 
 
 def _where(environment: Environment) -> str:

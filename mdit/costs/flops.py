@@ -1,0 +1,27 @@
+"""FLOPs of a training run, counted while the model itself runs forward and backward on the meta device: mixer, masking,
+experts at capacity, attention and its backward included. 2 for a multiply-add; norms and elementwise work count as 0.
+"""
+
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdit.config import ModelConfig, TrainConfig
+from mdit.costs.trace import Form, fused_attention, on_meta
+from mdit.kernels import dispatch
+
+
+@cache
+def image_flops(config: ModelConfig, mask_ratio: float) -> int:
+    """FLOPs of one image, forward and backward."""
+    model, loss_of_batch, _ = on_meta(config, 1, mask_ratio, Form(triton=False))
+    with dispatch.using(), fused_attention(), FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(loss_of_batch(), list(model.parameters()))
+    return counter.get_total_flops()
+
+
+def run_flops(config: TrainConfig, steps: int | None = None) -> int:
+    """FLOPs of a run's first `steps` steps; of all of them by default."""
+    steps = config.training.num_steps if steps is None else steps
+    return steps * config.training.global_batch_size * image_flops(config.model, config.training.mask_ratio)

@@ -1,0 +1,149 @@
+"""The file of an ablation: what its variants become, how long each trains, and what is refused in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from mdit.bench.ablation import Ablation, toml
+from mdit.bench.ablation_report import crossing
+from mdit.config import UserError
+from mdit.costs.flops import image_flops, run_flops
+from mdit.costs.trace import training_flops
+from mdit.documents import parse_toml
+from tests.recipes import tiny_config, tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "configs" / "ablations").glob("*.toml"))
+RECIPE = tiny_config(training={"num_steps": 40, "mask_ratio": 0.5}, report={"validate_every": 10})
+HEAD = """name = "tiny"
+recipe = "recipe.toml"
+budget = "flops"
+seeds = [0, 1]
+baseline = "base"
+pictures = 4
+"""
+
+
+def write(folder, text):
+    values = RECIPE.model_dump(mode="json", exclude_none=True)
+    (folder / "recipe.toml").write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
+    (folder / "ablation.toml").write_text(text)
+    return folder / "ablation.toml"
+
+
+def lengths(ablation, step_seconds=None):
+    runs = ablation.runs(step_seconds)
+    assert all(stage.config.seed == run.seed for run in runs for stage in run.stages)
+    return {(run.variant, run.seed): [stage.config.training.num_steps for stage in run.stages] for run in runs}
+
+
+VARIANTS = """
+[variants.base]
+[variants.wide]
+seeds = [5]
+training.mask_ratio = 0.0
+[variants.tail.finetune]
+share = 0.25
+training.mask_ratio = 0.0
+[variants.small]
+training.global_batch_size = 4
+"""
+
+
+def test_all_get_the_flops_of_the_baseline(tmp_path):
+    ablation = Ablation(write(tmp_path, HEAD + VARIANTS))
+    found = lengths(ablation)
+    assert found["base", 0] == found["base", 1] == [40] and found["small", 1] == [80]
+    assert [seed for variant, seed in found if variant == "wide"] == [5]
+    for run in ablation.runs(None):
+        one_step = run_flops(run.stages[0].config, 1)
+        assert abs(run.flops - run_flops(ablation.base)) <= one_step, run.name
+        every = [stage.config.report.snapshot_every for stage in run.stages]
+        assert every == [max(1, round(run.steps / 4))] * len(every)
+    tail = next(run for run in ablation.runs(None) if run.variant == "tail")
+    assert [stage.config.training.mask_ratio for stage in tail.stages] == [0.5, 0.0]
+    assert [stage.name for stage in tail.stages] == ["train", "finetune"]
+
+
+def test_steps_and_seconds(tmp_path):
+    file = write(tmp_path, HEAD.replace("flops", "steps") + VARIANTS + "training.num_steps = 60\n")
+    found = lengths(Ablation(file))
+    assert (found["base", 0], found["wide", 5], found["tail", 1], found["small", 0]) == ([40], [40], [30, 10], [60])
+    times = {("base", "train"): 1.0, ("wide", "train"): 2.0, ("tail", "train"): 1.0, ("tail", "finetune"): 2.0}
+    ablation = Ablation(write(tmp_path, HEAD.replace("flops", "seconds") + VARIANTS))
+    found = lengths(ablation, lambda variant, stage: times.get((variant, stage), 0.5))
+    assert (found["base", 0], found["wide", 5], found["tail", 1], found["small", 0]) == ([40], [20], [30, 5], [80])
+
+
+def test_flops_are_counted_forward_and_backward():
+    """Against three times the forward pass: attention's backward has 5 products for 2, and what an input needs no
+    gradient for has one less."""
+    for changes in ({}, {"use_patch_mixer": False}, {"experts_every_n": 0}):
+        model = tiny_model(**changes)
+        assert image_flops(model, 0.75) == pytest.approx(training_flops(model, 0.75), rel=0.1)
+    assert image_flops(tiny_model(), 0.0) > image_flops(tiny_model(), 0.5) > image_flops(tiny_model(mixer_depth=1), 0.5)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_variant_of_every_file_is_a_recipe(path):
+    """Its FLOPs are counted with a model of one block, so that the test takes no minute."""
+    ablation = Ablation(path)
+    assert f'name = "{path.stem}"' in path.read_text() and ablation.recipe.exists()
+    models = set()
+    for variant, stages in ablation.stages.items():
+        for stage in stages:
+            config = ablation.resolve(variant, stage, 2, 0, 1).config
+            models.add((config.model.model_copy(update={"depth": 2}), config.training.mask_ratio))
+    assert models and all(image_flops(*model) > 0 for model in models)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (HEAD.replace("pictures", "picture") + VARIANTS, "unknown key picture = 4 (did you mean pictures?)"),
+        (HEAD + VARIANTS + "training.mask_ration = 0.5", "variants.small: {recipe}: unknown key training.mask_ration"),
+        (
+            HEAD + VARIANTS + "model.head_dim = 5",
+            "variants.small: {recipe}: model: dim 32 is not a multiple of head_dim",
+        ),
+        (HEAD + "[variants.x]", "baseline = 'base' is none of the variants: x"),
+        (HEAD + "[variants.base]\noptim.lr = 1.0", "variants.base is the baseline: what it changes belongs in base"),
+        (HEAD.replace("[0, 1]", "[1, 1]") + VARIANTS, "seeds has 1 twice"),
+        (HEAD + VARIANTS.replace("[5]", "[5, 6, 5]"), "variants.wide.seeds has 5 twice"),
+        (HEAD + VARIANTS.replace("0.25", "1.0"), "variants.tail.finetune: share = 1.0"),
+        (HEAD + VARIANTS + "training.num_steps = 9", "variants.small: training.num_steps is the same for all variants"),
+        (HEAD + VARIANTS + "seed = 9", "variants.small: seed is the same for all variants"),
+        (HEAD + "[base]\nreport.validate_every = 0\n" + VARIANTS, "base: report.validate_every is 0"),
+        (HEAD.replace("recipe.toml", "none.toml") + VARIANTS, "none.toml: cannot read the recipe"),
+        (HEAD + '[variants."a/b"]', "variants.a/b"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as refused:
+        Ablation(path)
+    assert message.replace("{recipe}", str(tmp_path / "recipe.toml")) in str(refused.value)
+    assert str(refused.value).startswith(str(tmp_path)) and "\n" not in str(refused.value)
+
+
+def test_tables_are_merged_or_replaced(tmp_path):
+    text = (
+        HEAD
+        + "[variants.base]\n[variants.x]\nreplace = ['noise']\nnoise = {P_mean = 0.0, P_std = 1.0, sigma_data = 1.0}"
+    )
+    stage = Ablation(write(tmp_path, text)).stages["x"][0]
+    assert stage.values == {"noise": {"P_mean": 0.0, "P_std": 1.0, "sigma_data": 1.0}}
+    merged = Ablation(write(tmp_path, text.replace("['noise']", "[]"))).stages["x"][0]
+    assert merged.values == {"noise.P_mean": 0.0, "noise.P_std": 1.0, "noise.sigma_data": 1.0}
+
+
+@pytest.mark.parametrize("value", [1, 1.5, 1e-9, True, 'a "b" \\ ü', [1, [2.5, "x"]], {"a": {"b c": [False]}}])
+def test_values_as_toml(value):
+    assert parse_toml(f"value = {toml(value)}", "")["value"] == value
+
+
+def test_where_a_curve_comes_down_to_a_loss():
+    curve = [(10, 100, 0.5), (20, 200, 0.3), (30, 300, 0.35), (40, 400, 0.1)]
+    assert crossing(curve, 0.4) == (15, 150)
+    assert crossing(curve, 0.2) == pytest.approx((36, 360))
+    assert crossing(curve, 0.6) == (10, 100) and crossing(curve, 0.05) is None and crossing([], 1.0) is None
