@@ -18,6 +18,7 @@ from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 
 # The sections and their types are imported from here all over mdit.
 from mdit.recipe import (  # noqa: F401
+    MAX_MASK_RATIOS,
     AnySection,
     EDMNoise,
     EMAConfig,
@@ -25,6 +26,8 @@ from mdit.recipe import (  # noqa: F401
     EmojiSource,
     FlowNoise,
     FolderSource,
+    LinearMask,
+    MixedMask,
     ModelConfig,
     NoiseConfig,
     NonNegativeInt,
@@ -34,6 +37,7 @@ from mdit.recipe import (  # noqa: F401
     ReportConfig,
     Section,
     TrainConfig,
+    TrainingConfig,
     kept_tokens,
 )
 
@@ -174,11 +178,17 @@ def _known_keys(location: tuple, section: type[Section]) -> list[str]:
     sections = [section]
     for part in location[:-1]:
         inside = [s for parent in sections if part in parent.model_fields for s in _sections(parent, part)]
-        sections = inside or sections  # no field: pydantic's name for a branch of a union
+        # No field: pydantic's name for a branch of a union, the value of the key that tells them apart.
+        named = [s for s in sections if any(part in get_args(field.annotation) for field in s.model_fields.values())]
+        sections = inside or named or sections
     return [key for section in sections for key in section.model_fields]
 
 
 def _sections(parent: type[Section], key: str) -> list[type[Section]]:
     """The sections that a key takes: one, none, or those of a union."""
-    annotation = parent.model_fields[key].annotation
-    return [s for s in (annotation, *get_args(annotation)) if isinstance(s, type) and issubclass(s, Section)]
+    found, kinds = [parent.model_fields[key].annotation], []
+    while found:
+        kind = found.pop()
+        found += get_args(kind)
+        kinds += [kind] if isinstance(kind, type) and issubclass(kind, Section) else []
+    return kinds

@@ -1,12 +1,14 @@
 """Deferred masking (paper section 2): which patches the backbone sees, shared by model and loss."""
 
+import bisect
 import math
+import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mdit.config import kept_tokens
+from mdit.config import LinearMask, MixedMask, TrainConfig, kept_tokens
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,29 @@ def restore_tokens(x_NKD: Tensor, mask: Mask) -> Tensor:
     n, _, width = x_NKD.shape
     everywhere = x_NKD.new_zeros(n * mask.num_patches, width)
     return everywhere.index_copy(0, mask.rows(), x_NKD.flatten(0, 1)).unflatten(0, (n, mask.num_patches))
+
+
+def mask_ratio(config: TrainConfig, step: int) -> float:
+    """Mask ratio of the step to `step + 1`: a function of (seed, step), the same on every rank and device."""
+    ratio, num_steps = config.training.mask_ratio, config.training.num_steps
+    if isinstance(ratio, LinearMask):
+        return ratio.ratios[min(bisect.bisect_right(ratio.ends(num_steps), step), ratio.levels)]
+    if isinstance(ratio, MixedMask):
+        return random.Random(f"{config.seed}, mask ratio, {step}").choices(ratio.ratios, ratio.weights)[0]
+    return ratio
+
+
+def constant_parts(config: TrainConfig) -> list[tuple[float, TrainConfig]]:
+    """(share of the run's steps, the recipe at that mask ratio alone) of each mask ratio; expected shares of a mixture,
+    whose steps are drawn. What a run costs is the mean over them, and the most that it takes is that of one of them."""
+    ratio, num_steps = config.training.mask_ratio, config.training.num_steps
+    if isinstance(ratio, LinearMask):
+        ends = (0, *ratio.ends(num_steps))
+        shares = [(end - start) / num_steps for start, end in zip(ends, ends[1:])]
+    else:
+        shares = [weight / sum(ratio.weights) for weight in ratio.weights] if isinstance(ratio, MixedMask) else [1.0]
+    return [
+        (share, config.model_copy(update={"training": config.training.model_copy(update={"mask_ratio": each})}))
+        for share, each in zip(shares, config.training.mask_ratios)
+        if share > 0
+    ]

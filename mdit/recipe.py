@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from mdit.documents import UserError
+
 
 class Section(BaseModel):
     """Base of every part of a recipe: unknown keys are errors, values cannot change."""
@@ -29,8 +31,19 @@ Size = Annotated[int, Field(gt=0, le=2**16)]  # pixels, channels, tokens
 Count = Annotated[int, Field(ge=0, le=2**10)]  # layers, experts
 Ratio = Annotated[float, Field(gt=0, le=2**6)]
 RatioOrNone = Annotated[float, Field(ge=0, le=2**6)]
+MaskRatio = Annotated[float, Field(ge=0, lt=1)]
+MAX_MASK_RATIOS = 16  # of a run: each has graphs (torch.compile) and memory of its own
 Embeddings = Literal["f16", "i8b64"]  # formats of caption embeddings
 Location = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # of a file or directory
+
+
+def _tagged(key: str, default: str, expected: str) -> Discriminator:
+    """The branch of a union whose name a table has at `key`; `default` where it has none, or is no table."""
+
+    def branch(values: Any) -> Any:
+        return values.get(key, default) if isinstance(values, dict) else getattr(values, key, default)
+
+    return Discriminator(branch, "wrong_branch", f"{key}: expected {expected}")
 
 
 class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]  (so is Section, by model_config)
@@ -144,15 +157,6 @@ class FlowNoise(Section):
         return self
 
 
-def _tagged(key: str, default: str, expected: str) -> Discriminator:
-    """The branch of a union whose name a table has at `key`; `default` where it has none, or is no table."""
-
-    def branch(values: Any) -> Any:
-        return values.get(key, default) if isinstance(values, dict) else getattr(values, key, default)
-
-    return Discriminator(branch, "wrong_branch", f"{key}: expected {expected}")
-
-
 NoiseConfig = Annotated[
     Annotated[EDMNoise, Tag("edm")] | Annotated[FlowNoise, Tag("flow")], _tagged("target", "edm", '"edm" or "flow"')
 ]
@@ -207,13 +211,77 @@ class DataConfig(Section):
         return self
 
 
+class LinearMask(Section):
+    """Mask ratio `start`, and in the last `share` of the run's steps down (or up) to `final`, in `levels` equal stages
+    of which the last is at `final`: levels + 1 numbers of kept tokens in all."""
+
+    schedule: Literal["linear"]
+    start: MaskRatio
+    final: MaskRatio
+    share: Share
+    levels: Annotated[int, Field(gt=0, lt=MAX_MASK_RATIOS)] = 4
+
+    @model_validator(mode="after")
+    def _falls_or_rises(self):
+        if self.start == self.final:
+            raise ValueError(f"start and final are both {self.start}; a ratio that stays is a number")
+        return self
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The ratio of each stage, in order."""
+        between = (self.start + (self.final - self.start) * k / self.levels for k in range(1, self.levels))
+        return self.start, *between, self.final
+
+    def ends(self, num_steps: int) -> tuple[int, ...]:
+        """Step before which each stage ends."""
+        left = (self.share * num_steps * (self.levels - k) / self.levels for k in range(self.levels + 1))
+        return tuple(num_steps - round(steps) for steps in left)
+
+
+class MixedMask(Section):
+    """Mask ratio of each step drawn from `ratios` with `weights`, by (seed, step)."""
+
+    schedule: Literal["mixture"]
+    ratios: Annotated[tuple[MaskRatio, ...], Field(min_length=2, max_length=MAX_MASK_RATIOS)]
+    weights: tuple[PositiveFloat, ...]
+
+    @model_validator(mode="after")
+    def _weights_fit(self):
+        if len(self.weights) != len(self.ratios):
+            raise ValueError(f"weights has {len(self.weights)} values, but ratios has {len(self.ratios)}")
+        if len({*self.ratios}) < len(self.ratios):
+            raise ValueError(f"ratios has a value twice: {list(self.ratios)}")
+        return self
+
+
 class TrainingConfig(Section):
     """A step whose gradient is not finite is skipped; the run ends when that happens `max_skipped_in_a_row` times."""
 
     num_steps: PositiveInt
     global_batch_size: PositiveInt
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)]
+    mask_ratio: Annotated[
+        Annotated[MaskRatio, Tag("")] | Annotated[LinearMask, Tag("linear")] | Annotated[MixedMask, Tag("mixture")],
+        _tagged("schedule", "", '"linear" or "mixture"'),
+    ]
     max_skipped_in_a_row: PositiveInt = 10
+
+    @property
+    def mask_ratios(self) -> tuple[float, ...]:
+        """Every mask ratio that a step may have."""
+        ratio = self.mask_ratio
+        return ratio.ratios if isinstance(ratio, LinearMask | MixedMask) else (ratio,)
+
+    @property
+    def fixed_mask_ratio(self) -> float:
+        """The mask ratio of all steps. Raises UserError where it is not one."""
+        if isinstance(self.mask_ratio, LinearMask | MixedMask):
+            several = ", ".join(f"{ratio:g}" for ratio in self.mask_ratios)
+            raise UserError(
+                f"training.mask_ratio is a schedule of {several}; expected a number here, as in "
+                f"--set training.mask_ratio={self.mask_ratios[0]:g}"
+            )
+        return self.mask_ratio
 
 
 class OptimConfig(Section):
@@ -289,7 +357,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _every_expert_gets_tokens(self):
-        model, ratio = self.model, self.training.mask_ratio
+        model, ratio = self.model, max(self.training.mask_ratios)
         if (kept := kept_tokens(model.num_patches, ratio)) == 0:
             raise ValueError(f"training.mask_ratio {ratio} keeps none of {model.num_patches} patches")
         if model.experts_every_n and int(model.capacity_factor * kept / model.num_experts) == 0:

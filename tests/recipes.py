@@ -77,4 +77,5 @@ def tiny_config(**changes) -> TrainConfig:
     recipe = dict(TINY)
     for key, value in changes.items():
         recipe[key] = {**recipe[key], **value} if isinstance(value, dict) and recipe.get(key) else value
-    return TrainConfig.model_validate_json(json.dumps(recipe))  # where a list may stand for a tuple
+    as_json = json.dumps(recipe, default=lambda section: section.model_dump(mode="json"))
+    return TrainConfig.model_validate_json(as_json)  # where a list may stand for a tuple

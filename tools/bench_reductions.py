@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.tiny or not gpu:
         config, args.micro_batch, args.tiny = tiny_form(config), 2, True
     device = torch.device("cuda" if gpu else "cpu")
-    ratio, here = config.training.mask_ratio, environment(device)
+    ratio, here = config.training.fixed_mask_ratio, environment(device)
     settings = {"recipe": config.name, "micro_batch": args.micro_batch, "mask_ratio": ratio, "tiny": args.tiny}
     report: dict[str, Any] = {"schema": SCHEMA, "environment": here.model_dump(), "settings": settings, "rows": []}
     path = args.out and args.out / "reductions.json"

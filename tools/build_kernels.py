@@ -172,8 +172,9 @@ def fill_cache(args: argparse.Namespace) -> int:
     dtype, workloads = DTYPES[args.dtype], stages_of(args)
     workloads += [(*place, size, mask) for *place, _, mask in workloads for size in args.micro_batch]
     for recipe in map(load_config, args.recipe):
-        kept = kept_tokens(recipe.model.num_patches, recipe.training.mask_ratio)
-        taken = [(size, recipe.training.mask_ratio) for size in (AUTO_TOKENS // kept, *args.micro_batch)]
+        ratios = recipe.training.mask_ratios
+        kept = kept_tokens(recipe.model.num_patches, min(ratios))
+        taken = [(size, ratio) for size in (AUTO_TOKENS // kept, *args.micro_batch) for ratio in ratios]
         workloads += [(recipe.name, recipe.model, *size_and_mask) for size_and_mask in (*taken, EVALUATED)]
     found = [launch for _, launch in traced_launches(workloads, dtype, args.capability)]
     for head_dim in sorted({config.head_dim for _, config, *_ in workloads}):

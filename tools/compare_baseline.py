@@ -122,7 +122,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
         config = config.model_copy(update={"model": getattr(presets, args.preset)(config.model.latent_size)})
     on_gpu = torch.cuda.is_available()
     if args.expert_layer is None:
-        kept = kept_tokens(config.model.num_patches, config.training.mask_ratio)
+        kept = kept_tokens(config.model.num_patches, config.training.fixed_mask_ratio)
         args.micro_batch = args.micro_batch or (max(1, AUTO_TOKENS // kept) if on_gpu else CPU_MICRO_BATCH)
         args.max_micro_batch = args.max_micro_batch or (2048 if on_gpu else args.micro_batch)
     return config

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         "dollars_per_gpu_hour": prices,
         "stages": [
             {
-                "recipe": stage.config.name,
+                "recipe": stage.name,
                 "images": stage.images,
                 "images_per_second_and_gpu": stage.measured and stage.measured.rate,
                 "gpu_hours": stage.gpu_hours,
@@ -116,8 +116,8 @@ def stage_table(stages: Sequence[Stage], prices: Sequence[float]) -> str:
         rate, source = NOT_MEASURED, NOT_MEASURED
         if stage.measured:
             rate, source = f"{stage.measured.rate:,.0f}", stage.measured.source
-        cells.append([stage.config.name, f"{stage.images / 1e6:,.1f} M", rate, *costs(stage.gpu_hours, prices)])
-        sources.append(f"{stage.config.name}: {source}")
+        cells.append([stage.name, f"{stage.images / 1e6:,.1f} M", rate, *costs(stage.gpu_hours, prices)])
+        sources.append(f"{stage.name}: {source}")
     images = f"{sum(stage.images for stage in stages) / 1e6:,.1f} M"
     hours = [stage.gpu_hours for stage in stages if stage.gpu_hours is not None]
     total, missing = sum(hours), len(stages) - len(hours)

@@ -25,8 +25,9 @@ from mdit.costs.layouts import Layout, candidates, layout_of
 from mdit.costs.machines import MACHINES, Machine
 from mdit.costs.prediction import Prediction, fitted, predict
 from mdit.costs.time import PARTS, host_seconds
-from mdit.costs.trace import training_flops
+from mdit.costs.trace import mean_training_flops
 from mdit.files import try_to_write, write_json
+from mdit.masking import constant_parts
 from mdit.parallel.settings import Checkpointing, Execution, load_ds_json
 
 RECIPE = CONFIGS / "res_256_pretrain.toml"
@@ -148,9 +149,12 @@ def on_one_gpu(config: TrainConfig, machine: Machine, layouts_on: Callable[[int]
 
 def parts_table(config: TrainConfig, machine: Machine, found: list[Prediction]) -> str:
     """Milliseconds of a micro-batch by part, of each prediction a column."""
-    layout, flops = found[0].layout, training_flops(config.model, config.training.mask_ratio)
+    layout, flops = found[0].layout, mean_training_flops(config)
     micro_batches = f"{layout.micro_batch} images, of which {layout.accumulation} make a step"
     head = f"where a micro-batch goes on one {machine.name}, {layout.label}: {micro_batches}; {NOTE}\n\n"
+
+    def launching(layout: Layout) -> float:
+        return sum(share * host_seconds(each, layout) for share, each in constant_parts(config))
 
     def ms(title: str, seconds: Iterable[float]) -> list[str]:
         return [title, *(f"{1e3 * each / layout.accumulation:.1f}" for each in seconds)]
@@ -166,7 +170,7 @@ def parts_table(config: TrainConfig, machine: Machine, found: list[Prediction]) 
         ms("sum", (p.compute_seconds for p in found)),
         ["images/s", *(f"{p.images_per_second:,.0f}" for p in found)],
         ["MFU", *("" if p.layout.fp8 else f"{rate:.1%}" for p, rate in zip(found, rates))],
-        ["the host meanwhile needs", *(f"{1e3 * host_seconds(config, p.layout):.1f}" for p in found)],
+        ["the host meanwhile needs", *(f"{1e3 * launching(p.layout):.1f}" for p in found)],
     ]
     return head + table(lines, markdown=False)
 

@@ -149,7 +149,7 @@ class Baseline(Contender):
         self, name: str, model: nn.Module, config: TrainConfig, device: torch.device, precision: Precision
     ) -> None:
         super().__init__(name, model, config, device, precision)
-        self.mask_ratio = config.training.mask_ratio
+        self.mask_ratio = config.training.fixed_mask_ratio
         # It draws its own mask: none is sampled for it.
         self.config = config.model_copy(update={"training": config.training.model_copy(update={"mask_ratio": 0.0})})
 

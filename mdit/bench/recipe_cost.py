@@ -16,6 +16,7 @@ from mdit.costs.machines import Machine
 from mdit.costs.prediction import predict
 from mdit.data.manifest import read_manifest
 from mdit.data.report import SetReport, read_report
+from mdit.masking import constant_parts
 from mdit.parallel.settings import count_parameters
 
 HOUR = 3600
@@ -46,14 +47,20 @@ class MeasuredRow:
 
 @dataclass(frozen=True)
 class Stage:
-    """A recipe and the row that says how fast it trains, or None."""
+    """A recipe, or the share of its steps with one mask ratio, and the row that says how fast it trains, or None."""
 
     config: TrainConfig
     measured: MeasuredRow | None
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The recipe's, with the mask ratio where that is not the only one."""
+        return self.config.name if self.share == 1 else f"{self.config.name}, mask {self.config.training.mask_ratio:g}"
 
     @property
     def images(self) -> int:
-        return self.config.training.num_steps * self.config.training.global_batch_size
+        return round(self.share * self.config.training.num_steps * self.config.training.global_batch_size)
 
     @property
     def gpu_hours(self) -> float | None:
@@ -63,12 +70,13 @@ class Stage:
 def choose_rows(
     reports: Iterable[tuple[str, Report]], configs: Sequence[TrainConfig], gpu: str | None = None
 ) -> tuple[list[Stage], list[str]]:
-    """-> the stages with the rows that count, and a line for each stage row that does not.
+    """-> the stages with the rows that count, one for each mask ratio, and a line for each stage row that does not.
 
     `reports` are (file, report); `gpu` is a part of the name of the device whose rows count. Raises UserError where
     rows of several devices would count.
     """
-    shapes = [(count_parameters(c.model), c.model.latent_size, c.training.mask_ratio) for c in configs]
+    parts = [part for config in configs for part in constant_parts(config)]
+    shapes = [(count_parameters(c.model), c.model.latent_size, c.training.fixed_mask_ratio) for _, c in parts]
     fastest: dict[tuple, MeasuredRow] = {}
     devices, left_out = set(), []
     for path, report in reports:
@@ -81,7 +89,8 @@ def choose_rows(
             fastest[row.shape] = max(fastest.get(row.shape, found), found, key=lambda each: each.rate)
     if len(devices) > 1:
         raise UserError(f"the reports have rows of {' and '.join(sorted(devices))}: choose one of them with --gpu")
-    return [Stage(config, fastest.get(shape)) for config, shape in zip(configs, shapes)], left_out
+    stages = [Stage(config, fastest.get(shape), share) for (share, config), shape in zip(parts, shapes)]
+    return stages, left_out
 
 
 def _does_not_count(row: BenchmarkRow, device: str, shapes: Sequence[tuple], gpu: str | None) -> str | None:

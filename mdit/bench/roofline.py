@@ -31,7 +31,7 @@ def category_work(config: TrainConfig, setting: Setting) -> dict[str, Work]:
     Only of categories that hold a known set of operations: without its kernel an operation's work falls among
     "compiled elementwise", or with torch.compile off, among many.
     """
-    model, ratio, micro_batch = config.model, config.training.mask_ratio, setting.micro_batch
+    model, ratio, micro_batch = config.model, config.training.fixed_mask_ratio, setting.micro_batch
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     images = setting.global_batch / setting.gpus
     batches = images / micro_batch

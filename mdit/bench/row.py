@@ -226,7 +226,7 @@ def machine_of(device: torch.device | str) -> Machine | None:
 
 
 def stage_name(config: TrainConfig) -> str:
-    return f"{PIXELS_OF_A_LATENT * config.model.latent_size} px, mask {config.training.mask_ratio:g}"
+    return f"{PIXELS_OF_A_LATENT * config.model.latent_size} px, mask {config.training.fixed_mask_ratio:g}"
 
 
 def one_line(row: BenchmarkRow) -> str:

@@ -65,10 +65,10 @@ class Job:
             images=self.images or config.training.num_steps * config.training.global_batch_size,
             parameters=count_parameters(config.model),
             latent_size=config.model.latent_size,
-            mask_ratio=config.training.mask_ratio,
+            mask_ratio=config.training.fixed_mask_ratio,
             setting=setting,
             data=MADE_UP if self.data == MADE_UP else ", ".join(config.data.train),
-            flops_per_image=training_flops(config.model, config.training.mask_ratio),
+            flops_per_image=training_flops(config.model, config.training.fixed_mask_ratio),
             peak_tflops=machine.peak / 1e12 if machine and bf16 and not settings.fp8 else None,
         )
 

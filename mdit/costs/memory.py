@@ -10,6 +10,7 @@ from mdit.costs.layouts import ITEMSIZE, Layout, count_weights, gathered_numbers
 from mdit.costs.machines import RESERVED_GIB, Machine
 from mdit.costs.trace import trace
 from mdit.costs.traffic import exchanged_bytes
+from mdit.masking import constant_parts
 
 ADAM_BYTES, EMA_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4, 4  # float32: two moments, and one each
 NORM_BYTES = 8  # DeepSpeed takes the norm of an offloaded gradient in float64, parameter by parameter
@@ -33,7 +34,8 @@ class Memory:
 
 
 def predict_memory(config: TrainConfig, layout: Layout) -> Memory:
-    moments = memory_moments(config, layout).values()
+    parts = [part for _, part in constant_parts(config)]
+    moments = [moment for part in parts for moment in memory_moments(part, layout).values()]
     return Memory(*map(max, zip(*moments)), peak=max(map(sum, moments)))
 
 
@@ -69,7 +71,7 @@ def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, tuple[int, 
 def activation_bytes(config: TrainConfig, layout: Layout) -> int:
     """The most that activations and their gradients take; with what is kept of an exchange among experts."""
     received = exchanged_bytes(config, layout)[0] if layout.ep > 1 and layout.checkpointing == "selective" else 0
-    return trace(config.model, config.training.mask_ratio, layout.form).peak.of(layout.micro_batch) + received
+    return trace(config.model, config.training.fixed_mask_ratio, layout.form).peak.of(layout.micro_batch) + received
 
 
 def host_bytes(config: TrainConfig, layout: Layout) -> int:

@@ -1,13 +1,15 @@
 """The paper plan of one layout: memory, traffic and time of an optimizer step on one machine."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mdit.config import TrainConfig
 from mdit.costs.layouts import Layout
 from mdit.costs.machines import OVERLAP_SHARE, Machine
 from mdit.costs.memory import Memory, host_bytes, predict_memory
-from mdit.costs.time import step_parts
+from mdit.costs.time import PARTS, step_parts
 from mdit.costs.traffic import predict_traffic
+from mdit.masking import constant_parts
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,25 @@ def fitted(config: TrainConfig, layout: Layout, machine: Machine) -> Layout:
 
 
 def predict(config: TrainConfig, layout: Layout, machine: Machine) -> Prediction:
-    """ZeRO's own traffic hides behind the computation where DeepSpeed overlaps it; all other is waited for."""
-    memory, traffic = predict_memory(config, layout), predict_traffic(config, layout)
-    parts = step_parts(config, layout, machine)
+    """The most memory of any step, and the mean step, where the mask ratio is a schedule."""
+    shares, configs = zip(*constant_parts(config))
+    found = [_predict_step(each, layout, machine) for each in configs]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(share * value for share, value in zip(shares, values))
+
+    memory, images, host = predict_memory(config, layout), config.training.global_batch_size, host_bytes(config, layout)
+    link, network, exposed = (mean(values) for values in zip(*((link, net, wait) for link, net, wait, _ in found)))
+    parts = {name: mean(parts[name] for *_, parts in found) for name in PARTS}
+    return Prediction(layout, memory, memory.fits(machine), link, network, parts, exposed, images, host)
+
+
+def _predict_step(
+    config: TrainConfig, layout: Layout, machine: Machine
+) -> tuple[float, float, float, dict[str, float]]:
+    """Bytes over NVLink and over the network, seconds that are waited for them, seconds of each part. ZeRO's own
+    traffic hides behind the computation where DeepSpeed overlaps it; all other is waited for."""
+    traffic, parts = predict_traffic(config, layout), step_parts(config, layout, machine)
     hidden = waited = link = network = 0.0
     for one in traffic:
         inside, outside = one.split(machine)
@@ -74,5 +92,4 @@ def predict(config: TrainConfig, layout: Layout, machine: Machine) -> Prediction
         else:
             waited += seconds
     exposed = waited + max(0.0, hidden - OVERLAP_SHARE * sum(parts.values()))
-    images, host = config.training.global_batch_size, host_bytes(config, layout)
-    return Prediction(layout, memory, memory.fits(machine), link, network, parts, exposed, images, host)
+    return link, network, exposed, parts

@@ -74,7 +74,7 @@ def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[st
     optimizer = (CLEARED + (SENT if layout.data_size > 1 else 0)) * numbers if layout.stage == 1 else 0
     optimizer += (NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)) * part
     after = host_optimizer_seconds(config, part) if layout.offload else 0.0
-    kernels = device_parts(config.model, config.training.mask_ratio, layout.form, layout.micro_batch, machine)
+    kernels = device_parts(config.model, config.training.fixed_mask_ratio, layout.form, layout.micro_batch, machine)
     parts = {name: m * seconds for name, seconds in kernels.items()}
     parts |= {"gradients": gradients, "optimizer": optimizer / bytes_per_second + after}
     launching = m * host_seconds(config, layout)
@@ -137,7 +137,7 @@ def product_seconds(product: Product, machine: Machine) -> float:
 
 def host_seconds(config: TrainConfig, layout: Layout) -> float:
     """The least time in which Python can launch a micro-batch."""
-    found = trace(config.model, config.training.mask_ratio, layout.form)
+    found = trace(config.model, config.training.fixed_mask_ratio, layout.form)
     arguments = [(seen.kernel.arguments, count) for seen, count in found.kernels.items() if seen.kernel.arguments]
     launching = sum(count * (LAUNCH + ARGUMENT * number) for number, count in arguments)
     hooks = len(count_weights(config.model).tensors)

@@ -30,13 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mdit.config import EDMNoise, ModelConfig, UserError
+from mdit.config import EDMNoise, ModelConfig, TrainConfig, UserError
 from mdit.diffusion.edm import StepNoise, edm_loss
 from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.kernels.custom_op import FUNCTIONS
 from mdit.kernels.launch import Launch, recorded
-from mdit.masking import sample_mask
+from mdit.masking import constant_parts, sample_mask
 from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.apply import parallelize
@@ -210,6 +210,11 @@ def forward_flops(config: ModelConfig, mask_ratio: float) -> dict[str, int]:
 def training_flops(config: ModelConfig, mask_ratio: float) -> int:
     """Forward and backward FLOPs of one image, backward twice the forward: the model FLOPs behind every MFU here."""
     return 3 * sum(forward_flops(config, mask_ratio).values())
+
+
+def mean_training_flops(config: TrainConfig) -> float:
+    """FLOPs of one image, a mean over the run's steps."""
+    return sum(share * training_flops(c.model, c.training.fixed_mask_ratio) for share, c in constant_parts(config))
 
 
 class Layer(NamedTuple):

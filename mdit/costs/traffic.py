@@ -62,7 +62,7 @@ def exchanged_bytes(config: TrainConfig, layout: Layout) -> tuple[int, int]:
     """(bytes of a micro-batch's forward pass that go to experts and come back, layers of experts): tokens there and
     back, and their weights there in float32."""
     total = count = 0
-    for module, (shape, *_), _ in layers(config.model, config.training.mask_ratio):
+    for module, (shape, *_), _ in layers(config.model, config.training.fixed_mask_ratio):
         if isinstance(module, ExpertChoiceMoE):
             chosen = module.num_experts * module.tokens_per_expert(shape[1])
             total, count = total + chosen * (2 * ITEMSIZE * shape[2] + 4), count + 1
@@ -81,7 +81,7 @@ def _tensor_traffic(config: TrainConfig, layout: Layout) -> Traffic:
     q and k two float32 each, gathered forward and summed backward."""
     n, again = layout.tp, 2 if layout.checkpointing == "block" else 1
     numbers = rows = count = 0
-    for module, inputs, output in layers(config.model, config.training.mask_ratio):
+    for module, inputs, output in layers(config.model, config.training.fixed_mask_ratio):
         if isinstance(module, ExpertChoiceMoE):
             continue
         numbers += again * output.numel() + sum(shape.numel() for shape in inputs)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mdit.config import NoiseConfig, TrainConfig
 from mdit.diffusion.targets import loss_weight, preconditioning, sample_sigmas
-from mdit.masking import Mask, sample_mask
+from mdit.masking import Mask, mask_ratio, sample_mask
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_NCHW, sigma_N) -> (N, C, H, W)
 
@@ -45,7 +45,7 @@ def sample_noise(config: TrainConfig, step: int, samples: slice, device: torch.d
     keep_caption = torch.rand(n, generator=generator, device=device) >= config.data.caption_drop
     patch_noise = torch.rand(n, model.num_patches, generator=generator, device=device)
     noise = torch.randn(shape, generator=generator, device=device)
-    mask = sample_mask(patch_noise[samples], config.training.mask_ratio)
+    mask = sample_mask(patch_noise[samples], mask_ratio(config, step))
     return StepNoise(sigma[samples], noise[samples].clone(), keep_caption[samples], mask)
 
 

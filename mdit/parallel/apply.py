@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mdit.config import MAX_MASK_RATIOS
 from mdit.models import MicroDiT
 from mdit.parallel.fp8 import use_fp8
 from mdit.parallel.fuse import fuse
@@ -13,7 +14,8 @@ from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.recompute import recompute
 from mdit.parallel.settings import RunSettings
 
-FORMS = 4  # of a block: with and without gradients, behind another block or first
+# Of a block: with and without gradients, behind another block or first; for each number of tokens that a run keeps.
+FORMS = 4 * MAX_MASK_RATIOS
 
 
 def parallelize(model: MicroDiT, settings: RunSettings, plan: ParallelPlan) -> None:

@@ -338,8 +338,8 @@ def _sizes(batch: int, micro_batch: int, accumulation_steps: int) -> dict[str, i
 
 
 def _auto_micro_batch(config: TrainConfig, share: int) -> int:
-    """The largest divisor of a process's share that keeps to AUTO_TOKENS."""
-    most = AUTO_TOKENS // kept_tokens(config.model.num_patches, config.training.mask_ratio)
+    """The largest divisor of a process's share that keeps to AUTO_TOKENS, in the steps that keep the most."""
+    most = AUTO_TOKENS // kept_tokens(config.model.num_patches, min(config.training.mask_ratios))
     return next((size for size in range(min(most, share), 0, -1) if share % size == 0), 1)
 
 

@@ -153,11 +153,11 @@ def describe(run: Run, start: int) -> str:
     """Model, layout and batch of a run that begins at step `start`, in a few lines."""
     config, execution = run.config, run.execution
     settings, training = execution.settings, config.training
-    kept = kept_tokens(config.model.num_patches, training.mask_ratio)
+    fewest, most = (kept_tokens(config.model.num_patches, f(training.mask_ratios)) for f in (max, min))
     return "\n".join(
         [
             f"model: {count_parameters(config.model) / 1e6:,.1f} M parameters, {config.model.num_patches} patches, "
-            f"{kept} kept",
+            f"{fewest if fewest == most else f'{fewest} to {most}'} kept",
             f"processes: {run.world.size}, experts over {settings.expert_parallel}, tensors over "
             f"{settings.tensor_parallel}, ZeRO-{execution.zero.stage}, {str(execution.dtype).removeprefix('torch.')}",
             f"batch: {training.global_batch_size} = {run.world.size // settings.tensor_parallel} shares x "
@@ -169,10 +169,10 @@ def describe(run: Run, start: int) -> str:
 
 def dry_run(run: Run) -> str:
     """The text of --dry_run: all that is resolved, and what is there already."""
-    from mdit.costs.trace import training_flops  # a planner, which no training run needs
+    from mdit.costs.trace import mean_training_flops  # a planner, which no training run needs
 
     data, training = run.config.data, run.config.training
-    gigaflops = training_flops(run.config.model, training.mask_ratio) / 1e9
+    gigaflops = mean_training_flops(run.config) / 1e9
     if there := is_precomputed(run.config):
         check_data(run)  # makes nothing then, and refuses sets that do not fit
     lines = [

@@ -35,6 +35,7 @@ from mdit.data.manifest import MANIFEST
 from mdit.dist import World, forget_stop, gather, logger, on_all_ranks, on_rank_zero, shared
 from mdit.documents import differences, explain, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
+from mdit.masking import mask_ratio
 from mdit.meeting import Patience
 from mdit.models import MicroDiT
 from mdit.train.lock import Lock, now
@@ -255,9 +256,16 @@ def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None
 
 
 def tell_moved_schedule(found: Checkpoint, config: TrainConfig) -> None:
-    """Say so where another num_steps moves the learning rate of the steps that follow."""
+    """Say so where another num_steps moves the learning rate or the mask ratio of the steps that follow."""
     then = found.state["run"]["recipe"]["training"]["num_steps"]
     now = config.training.num_steps
+    training = config.training.model_copy(update={"num_steps": then})
+    masks = [mask_ratio(c, found.step) for c in (config.model_copy(update={"training": training}), config)]
+    if masks[0] != masks[1] and found.step < now:
+        logger.warning(
+            f"training.num_steps was {then}, now it is {now}: another schedule of masks, so that the mask ratio at "
+            f"step {found.step} goes from {masks[0]:g} to {masks[1]:g}"
+        )
     before, after = (learning_rate(found.step, steps, config.optim) for steps in (then, now))
     if before != after and found.step < now:
         logger.warning(

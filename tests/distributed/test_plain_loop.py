@@ -1,10 +1,12 @@
 """Training through DeepSpeed against a loop of plain PyTorch that says the same in twenty lines."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdit.config import load_config
+from mdit.config import FlowNoise, load_config
 from mdit.data.order import GlobalOrder
 from mdit.data.shards import open_dataset, read_samples
 from mdit.diffusion.edm import edm_loss, sample_noise
@@ -39,9 +41,24 @@ def plain_run(config):
     return losses, norms, dict(model.named_parameters()), ema
 
 
-def test_deepspeed_run_equals_the_plain_loop(tmp_path):
-    recipe = write_recipe(tmp_path, training={"num_steps": 8}, ema={"decay": 0.8, "start_step": 3})
-    train(recipe, write_ds_json(tmp_path / "ds.json", stage=2, micro_batch=2), tmp_path / "run")
+BEYOND_THE_PAPER = dict(  # docs/training.md
+    noise=FlowNoise(target="flow", shift=2.0, sigma_data=0.9),
+    training={"mask_ratio": {"schedule": "mixture", "ratios": [0.75, 0.5, 0.0], "weights": [1.0, 1.0, 1.0]}},
+    report={"checkpoint_every": 3},
+    optim={"schedule": "wsd", "decay_share": 0.5, "decay_shape": "1-sqrt"},
+)
+
+
+@pytest.mark.parametrize("options", [{}, BEYOND_THE_PAPER], ids=["paper", "flow, mixed masks, wsd"])
+def test_deepspeed_run_equals_the_plain_loop(tmp_path, options):
+    """With options beyond the paper's on two processes, then its last steps again on one."""
+    training = {"num_steps": 8, **options.get("training", {})}
+    recipe = write_recipe(tmp_path, **{**options, "training": training, "ema": {"decay": 0.8, "start_step": 3}})
+    ds_json = write_ds_json(tmp_path / "ds.json", stage=2, micro_batch=2)
+    train(recipe, ds_json, tmp_path / "run", processes=2 if options else 1)
+    if options:
+        shutil.rmtree(tmp_path / "run/checkpoints/step_00000008")
+        assert "resuming at step 6 " in train(recipe, ds_json, tmp_path / "run")
     losses, norms, weights, ema = plain_run(load_config(recipe))
     clip = load_config(recipe).optim.max_grad_norm
     assert min(norms.values()) > clip, "clipping must be at work"

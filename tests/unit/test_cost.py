@@ -201,3 +201,14 @@ def test_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
 def test_a_set_of_another_size_is_named(capsys, tmp_path):
     sets = finished_set(tmp_path / "64", 64, 10, {H100: 1.0})
     assert "64: is of 64 px; the recipe has 256 and 512" in error(capsys, write(tmp_path / "r.json", *FOUR), *sets)
+
+
+def test_a_schedule_of_masks_is_a_stage_for_each_ratio():
+    mask = {"schedule": "linear", "start": 0.75, "final": 0.0, "share": 0.25, "levels": 1}
+    config = RECIPES[0].model_copy(
+        update={"training": RECIPES[0].training.model_validate(RECIPES[0].training.model_dump() | {"mask_ratio": mask})}
+    )
+    stages, _ = choose_rows([("a.json", report(*FOUR))], [config])
+    assert [stage.name for stage in stages] == ["res_256_pretrain, mask 0.75", "res_256_pretrain, mask 0"]
+    hours = [0.75 * 512e6 / 1250 / 3600, 0.25 * 512e6 / 500 / 3600]
+    assert [stage.gpu_hours for stage in stages] == pytest.approx(hours)

@@ -10,7 +10,7 @@ from mdit.costs.machines import MACHINES, MEMORY_SHARE
 from mdit.costs.memory import predict_memory
 from mdit.costs.prediction import fitted, predict
 from mdit.costs.time import PARTS, device_parts, host_seconds, product_seconds, step_parts
-from mdit.costs.trace import Product, forward_flops
+from mdit.costs.trace import Product, forward_flops, mean_training_flops
 from mdit.costs.traffic import predict_traffic
 from mdit.models.presets import xl_2
 from mdit.parallel.settings import Execution, ZeroOptions, load_ds_json
@@ -222,3 +222,14 @@ def test_a_json_decides_what_memory_depends_on():
     layout = layout_in(ds_json | {"mdit": {"expert_parallel": 4, "activation_checkpointing": "block"}}, XL, 16)
     expected = Layout(16, 2, 64, 2, ep=4, checkpointing="block", triton=True)
     assert layout == replace(expected, options=ZeroOptions(overlap_comm=True, reduce_bucket_size=50_000_000))
+
+
+def test_a_schedule_of_masks_costs_the_mean_of_its_steps_and_the_memory_of_the_largest():
+    mask = {"schedule": "mixture", "ratios": [0.75, 0.0], "weights": [3.0, 1.0]}
+    masked, whole, mixed = (tiny_config(training={"mask_ratio": ratio}) for ratio in (0.75, 0.0, mask))
+    layout = Layout(2, 1, 4, 1)
+    found, *each = (predict(config, layout, H100) for config in (mixed, masked, whole))
+    assert found.step_seconds == pytest.approx(0.75 * each[0].step_seconds + 0.25 * each[1].step_seconds)
+    assert found.memory == each[1].memory and found.memory.activations > each[0].memory.activations
+    flops = [mean_training_flops(config) for config in (mixed, masked, whole)]
+    assert flops[0] == pytest.approx(0.75 * flops[1] + 0.25 * flops[2])

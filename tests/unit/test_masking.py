@@ -3,7 +3,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdit.masking import Mask, drop_tokens, restore_tokens, sample_mask
+from mdit.config import UserError
+from mdit.diffusion.edm import sample_noise
+from mdit.masking import Mask, constant_parts, drop_tokens, mask_ratio, restore_tokens, sample_mask
+from tests.recipes import tiny_config
 
 
 @st.composite
@@ -81,3 +84,49 @@ def test_rows_of_a_mask_are_a_mask():
     part = mask[2:5]
     assert part.num_patches == 16 and torch.equal(part.keep_NK, mask.keep_NK[2:5])
     assert torch.equal(part.image(8, 8), mask.image(8, 8)[2:5])
+
+
+def scheduled(num_steps=20, **mask):
+    return tiny_config(training={"num_steps": num_steps, "mask_ratio": mask})
+
+
+LINEAR = dict(schedule="linear", start=0.75, final=0.0, share=0.5, levels=2)
+MIXTURE = dict(schedule="mixture", ratios=[0.75, 0.5, 0.0], weights=[2.0, 1.0, 1.0])
+
+
+def test_a_linear_schedule_takes_its_levels_in_the_last_share_of_the_run():
+    ratios = [mask_ratio(scheduled(**LINEAR), step) for step in range(22)]
+    assert ratios == [0.75] * 10 + [0.375] * 5 + [0.0] * 7  # 20 steps, and two beyond
+    at_once = scheduled(**{**LINEAR, "share": 0.25, "levels": 1, "final": 0.25})
+    assert [mask_ratio(at_once, step) for step in range(20)] == [0.75] * 15 + [0.25] * 5
+
+
+def test_a_mixture_is_drawn_by_seed_and_step_with_its_weights():
+    config = scheduled(**MIXTURE)
+    drawn = [mask_ratio(config, step) for step in range(4000)]
+    assert drawn == [mask_ratio(config, step) for step in range(4000)]
+    assert drawn != [mask_ratio(config.model_copy(update={"seed": 1}), step) for step in range(4000)]
+    shares = [drawn.count(ratio) / 4000 for ratio in (0.75, 0.5, 0.0)]
+    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.03)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 1000])
+@pytest.mark.parametrize("levels, share", [(1, 0.3), (4, 0.5), (15, 1.0)])
+def test_the_parts_of_a_linear_schedule_are_its_steps(levels, share, num_steps):
+    config = scheduled(num_steps, **{**LINEAR, "levels": levels, "share": share})
+    ratios = [mask_ratio(config, step) for step in range(num_steps)]
+    parts = {part.training.fixed_mask_ratio: share for share, part in constant_parts(config)}
+    assert parts == pytest.approx({ratio: ratios.count(ratio) / num_steps for ratio in ratios})
+
+
+def test_a_step_masks_by_its_own_ratio_and_draws_the_same_noise_as_at_any_other():
+    config, constant = scheduled(**LINEAR), tiny_config()
+    kept = [sample_noise(config, step, slice(0, 8)).mask for step in (9, 10, 15)]
+    assert [mask and mask.keep_NK.shape for mask in kept] == [(8, 4), (8, 10), None]
+    found, expected = (sample_noise(c, 10, slice(0, 8)) for c in (config, constant))
+    assert torch.equal(found.noise_NCHW, expected.noise_NCHW) and torch.equal(found.sigma_N, expected.sigma_N)
+
+
+def test_a_schedule_is_refused_where_one_number_is_wanted():
+    with pytest.raises(UserError, match="training.mask_ratio is a schedule of 0.75, 0.375, 0; expected a number"):
+        scheduled(**LINEAR).training.fixed_mask_ratio  # noqa: B018
