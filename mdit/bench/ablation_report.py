@@ -28,6 +28,7 @@ COLUMNS: dict[str, tuple[Callable[[VariantResult], float | None], str]] = {  # f
     "background": (lambda result: result.background, ".1%"),
     "object": (lambda result: result.object, ".1%"),
 }
+COUNTED = ("steps", "TFLOP")  # the same from every seed
 COMPARED = ("loss", FRECHET, "background", "object")
 WITHIN, UNKNOWN = "≈", "?"
 
@@ -169,7 +170,7 @@ class AblationReport:
         if not values:
             return ""
         mean, spread = statistics.fmean(values), summary.spread(column)
-        text = f"{mean:{form}}" + (f" ± {spread:{form}}" if spread and column not in ("steps", "TFLOP") else "")
+        text = f"{mean:{form}}" + (f" ± {spread:{form}}" if spread is not None and column not in COUNTED else "")
         theirs = self.baseline.values(column)
         if column not in COMPARED or summary.name == self.baseline.name or not theirs:
             return text
