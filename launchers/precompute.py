@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mdit import cli
+from mdit.captions import parse_weights
 from mdit.config import DEFAULT_RECIPE, UserError, load_config
 from mdit.data.manifest import MANIFEST, read_manifest
 from mdit.data.report import read_report
@@ -34,7 +35,7 @@ from mdit.sources.mds import holds_latents, open_latents
 
 OWNER = "this command's"
 FOR_BOTH = ("recipe", "set", "max_rejected", "verify", "local_rank")  # flags that go without --source
-FOR_PICTURES = ("split", "caption_key", "caption_length", "min_side", "precision", "batch_size", "decoder")
+FOR_PICTURES = ("split", "caption_key", "captions", "caption_length", "min_side", "precision", "batch_size", "decoder")
 Jobs = list[tuple[BuildJob, SampleProducer]]
 
 
@@ -52,6 +53,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--caption_length", type=cli.whole(1), help="tokens; default: the text encoder's")
     add("--split", help="default: train")
     add("--caption_key", help="the field with the captions, where there may be several")
+    add("--captions", type=weights, metavar="KIND=WEIGHT,...", help="several captions a picture: alt=1,recaption=3")
     add("--limit", type=cli.whole(1), help="take the first so many pictures only")
     add("--min_side", type=cli.whole(1), help="leave out pictures with a shorter side; default: the least image size")
     add("--embeddings", choices=("f16", "i8b64"), help="how caption embeddings are stored; default: f16")
@@ -72,6 +74,14 @@ def share(text: str) -> float:
     if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
+
+
+def weights(text: str) -> dict[str, float]:
+    """A type for argparse: weights by kinds of captions."""
+    try:
+        return parse_weights(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,7 +124,7 @@ def describe(directory: Path, verify: bool) -> str:
         f"{size / 1e6:,.1f} MB, latents {dataset.latent_shape}, caption embeddings {dataset.embedding_shape}"
     ) + (", checksums right" if verify else "")
     report = read_report(directory)
-    return text + (f"\n{directory}: {report.summary()}" if report and report.rejected else "")
+    return text + (f"\n{directory}: {report.summary()}" if report and (report.rejected or report.captions) else "")
 
 
 def _plan_source(args: argparse.Namespace, world: World) -> Callable[[], list[Path]]:
@@ -196,6 +206,7 @@ def _build_settings(args: argparse.Namespace, imports: bool) -> dict[str, Any]:
         "text_encoder": _text_description(args).get("id", args.text_encoder),
         "caption_length": _text_description(args).get("max_tokens", args.caption_length),
         "precision": args.precision or "float32",
+        **({"captions": args.captions} if args.captions else {}),
     }
 
 
@@ -214,7 +225,9 @@ def _text_description(args: argparse.Namespace) -> dict[str, Any]:
 
 def _pictures(args: argparse.Namespace, sets: Iterable[int]) -> dict[int, Source]:
     """Image size -> source: one for all."""
-    source = open_named_source(args.source, args.root, split=args.split or "train", caption_key=args.caption_key)
+    kinds = args.captions and [*args.captions]
+    options = {"split": args.split or "train", "caption_key": args.caption_key, "kinds": kinds}
+    source = open_named_source(args.source, args.root, **options)
     return dict.fromkeys(sets, source)
 
 
@@ -259,6 +272,7 @@ def _job(args, world: World, source: Source, sets: dict[int, Path], settings: di
         build_settings=settings,
         owner=OWNER,
         embeddings=settings["embeddings"],
+        weights=args.captions,
         shard_bytes=args.shard_bytes or SHARD_BYTES,
         limit=args.limit,
         progress=world.is_rank_zero,

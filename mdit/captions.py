@@ -17,13 +17,25 @@ class Caption(NamedTuple):
 
 
 def check_weights(weights: dict[str, float]) -> dict[str, float]:
-    """The weights of the kinds above 0. Raises ValueError for weights that are negative, not finite or sum to 0."""
+    """The weights above 0, in the order of the kinds' names. Raises ValueError for weights that are negative, not
+    finite or sum to 0."""
     for kind, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"the weight of {kind} is {weight}; expected a number of at least 0")
     if not sum(weights.values()):
         raise ValueError(f"the weights of {', '.join(weights) or 'no kind of captions'} sum to 0")
-    return {kind: weight for kind, weight in weights.items() if weight}
+    return {kind: weights[kind] for kind in sorted(weights) if weights[kind]}
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """ "alt=1,recaption=3" -> {"alt": 1.0, "recaption": 3.0}. Raises ValueError."""
+    weights: dict[str, float] = {}
+    for clause in text.split(","):
+        kind, separator, weight = clause.strip().rpartition("=")
+        if not separator or not kind or kind in weights:
+            raise ValueError(f"{clause!r} in {text!r}: expected KIND=WEIGHT, each kind once")
+        weights[kind] = float(weight)
+    return check_weights(weights)
 
 
 CaptionWeights = Annotated[dict[str, float], AfterValidator(check_weights)]

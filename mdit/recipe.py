@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from mdit.captions import CaptionWeights
 from mdit.documents import UserError
 
 
@@ -190,6 +191,7 @@ class PrecomputeConfig(Section):
     image_encoder: str
     text_encoder: str
     embeddings: Embeddings = Field("f16", description="how caption embeddings are stored: docs/data.md")
+    captions: CaptionWeights | None = Field(None, description="weights of the kinds of captions: docs/data.md")
 
 
 class DataConfig(Section):

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mdit.config import Embeddings, UserError, parse_section
+from mdit.data.manifest import SampleLayout
 from mdit.data.report import SetReport
 from mdit.data.writer import SHARD_BYTES, NotFinite, PartWriter
 from mdit.descriptions import Encoders
@@ -46,8 +47,9 @@ NOT_FINITE = "not finite"
 class BuildJob:
     """Sets to make: `sets` maps image sizes to directories. `build_settings` decide what is in them (each manifest's
     fingerprint is that and the image size), `owner` says where these come from, for errors.
-    `captions` are those to measure text statistics on; by default the first ones of the source. `limit` is a number of
-    pictures. `max_rejected` is the share of what is read that may be left out.
+    `captions` are those to measure text statistics on; by default the first ones of the source. `weights` are those of
+    the kinds of captions, where the source gives several of a picture. `limit` is a number of pictures. `max_rejected`
+    is the share of what is read that may be left out.
 
     Of a set that is there, `extend` makes the parts that are new or changed in the source, `remake` those of these
     names; all others stay as they are."""
@@ -57,6 +59,7 @@ class BuildJob:
     build_settings: dict[str, Any]
     owner: str = "this command's"
     embeddings: Embeddings = "f16"
+    weights: Mapping[str, float] | None = None
     shard_bytes: int = SHARD_BYTES
     limit: int | None = None
     captions: Callable[[], Sequence[str]] | None = None
@@ -64,6 +67,10 @@ class BuildJob:
     max_rejected: float = MAX_REJECTED
     extend: bool = False
     remake: Sequence[str] = ()
+
+    def layout(self, producer: SampleProducer, image_size: int) -> SampleLayout:
+        layout = producer.layout(image_size, self.embeddings)
+        return layout if self.weights is None else layout.model_copy(update={"captions": dict(self.weights)})
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def build_sets(job: BuildJob, producer: SampleProducer) -> Outcome:
     try:
         with ExitStack() as stack:
             for size in job.sets:
-                producer.layout(size, job.embeddings).check()
+                job.layout(producer, size).check()
             fingerprints, sets = Fingerprints(job.source, job.limit), {}
             for size, directory in job.sets.items():
                 make_plan = partial(_plan, job, producer, fingerprints, size, sets)
@@ -112,7 +119,7 @@ def build_sets(job: BuildJob, producer: SampleProducer) -> Outcome:
 def first_captions(source: Source, limit: int | None = None) -> list[str]:
     """Captions of the first pictures, at most FIT_CAPTIONS."""
     pictures = islice(_pictures(source.parts), min(limit or FIT_CAPTIONS, FIT_CAPTIONS))
-    return [picture.caption for picture in pictures]
+    return [text for picture in pictures for text in picture.texts]
 
 
 class Fingerprints(dict[str, str]):
@@ -196,7 +203,7 @@ def _plan(
     plan = Plan(
         build_settings={**job.build_settings, "image_size": size},
         encoders=parse_section(Encoders, producer.encoders(), directory),
-        layout=producer.layout(size, job.embeddings),
+        layout=job.layout(producer, size),
         shard_bytes=job.shard_bytes,
         settings=producer.settings(),
         parts=parts,
@@ -297,8 +304,8 @@ def _write(samples: Samples, image_size: int, writer: PartWriter) -> None:
         report.reject(reason, [origin])
     for sample in samples.samples:
         try:
-            writer.write(sample.key, sample.latents[image_size], sample.embedding, sample.read.caption)
-            report.written += 1
+            writer.write(sample.key, sample.latents[image_size], sample.embedding, captions := sample.captions)
+            report.add(() if isinstance(captions, str) else captions)
         except NotFinite:
             report.reject(NOT_FINITE, [sample.read.origin])
 

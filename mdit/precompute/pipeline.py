@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdit.captions import Caption
 from mdit.config import Embeddings, UserError
 from mdit.data.manifest import SampleLayout
 from mdit.dist import work_on
@@ -37,13 +38,18 @@ class WorkItem:
 
 @dataclass(slots=True)
 class Sample:
-    """Item read of a source, and its encodings in fp16: `latents` maps each image size to (C, h, w),
-    `embedding` is (L, C)."""
+    """Item read of a source, and its encodings in fp16: `latents` maps each image size to (C, h, w), `embedding` is
+    (L, C), of several captions (k, L, C)."""
 
     key: str
     read: Any  # a Picture, or Latents
     latents: dict[int, np.ndarray] = field(default_factory=dict)
     embedding: np.ndarray = field(default_factory=lambda: np.empty(0, np.float16))
+
+    @property
+    def captions(self) -> str | Sequence[Caption]:
+        """The only caption, or all of several."""
+        return getattr(self.read, "captions", ()) or self.read.caption
 
 
 @dataclass
@@ -164,18 +170,21 @@ class EncodingPipeline(SampleProducer):
         together = max(1, min(BATCHES_TOGETHER * self.batch_size, TOGETHER_BYTES // bytes_each))
         embed = CaptionCache(self.text_encoder, max(CACHED_BYTES // bytes_each, together + self.batch_size))
         waiting: Samples | None = None
+        captions = 0
         for batch in batches:
+            captions += sum(len(sample.read.texts) for sample in batch.samples)
             if waiting is None:
                 waiting = batch
             else:
                 waiting.extend(batch)
             # A few large calls of the text tower instead of many small ones: captions repeat.
-            if waiting.last or len(waiting.samples) >= together:
-                embeddings = embed([sample.read.caption for sample in waiting.samples])
-                for sample, embedding in zip(waiting.samples, embeddings, strict=True):
-                    sample.embedding = embedding
+            if waiting.last or captions >= together:
+                embeddings = iter(embed([text for sample in waiting.samples for text in sample.read.texts]))
+                for sample in waiting.samples:
+                    found = [next(embeddings) for _ in sample.read.texts]
+                    sample.embedding = np.stack(found) if sample.read.captions else found[0]
                 yield waiting
-                waiting = None
+                waiting, captions = None, 0
             if batch.last:
                 embed.clear()
 

@@ -85,7 +85,8 @@ def _build_settings(config: TrainConfig, directory: Path, split: str) -> dict[st
     only train."""
     recipe = config.data.precompute
     assert recipe is not None
-    build_settings = {"split": split, "caption_length": config.model.caption_length, **recipe.model_dump(mode="json")}
+    values = recipe.model_dump(mode="json", exclude=None if recipe.captions else {"captions"})
+    build_settings = {"split": split, "caption_length": config.model.caption_length, **values}
     if not isinstance(recipe.source, FolderSource):
         return build_settings
     captions, found = Path(recipe.source.path) / CAPTIONS, None
@@ -109,7 +110,7 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
     _require("data.precompute.text_encoder", "caption embeddings", shape, config.model.caption_shape)
     decoder = build_decoder([recipe.image_size], min_side=1, device=torch.device(device))
     pipeline = EncodingPipeline(image_encoder, text_encoder, decoder)
-    source = open_source(recipe.source, recipe.image_size)
+    source = open_source(recipe.source, recipe.image_size, recipe.captions and [*recipe.captions])
     for directory, split in _makeable(config).items():
         if is_finished(directory):
             continue
@@ -120,6 +121,7 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
             build_settings=_build_settings(config, directory, split),
             owner=OWNER,
             embeddings=recipe.embeddings,
+            weights=recipe.captions,
             captions=lambda: source.training.captions,
             progress=progress,
             max_rejected=max_rejected,

@@ -14,10 +14,14 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from mdit.captions import Caption
 from mdit.config import EmojiSource, FolderSource, UserError, near_key
 from mdit.documents import explain
+from mdit.sources.fields import Found, check_kinds
 
 SOURCES = (
+    "monet",
+    "fine_t2i",
     "sa1b",
     "cc12m",
     "textcaps",
@@ -49,11 +53,17 @@ Reason = Literal[
 @dataclass(frozen=True)
 class Picture:
     """`image` holds an encoded file's bytes (JPEG, PNG, WebP, ...) or is a decoded RGB picture. `caption` is stripped
-    and never empty. `origin` says in reports where the picture comes from: "00012.tar/000120003"."""
+    and never empty. `origin` says in reports where the picture comes from: "00012.tar/000120003". `captions`, where
+    kinds of them were asked for, are all that there are of those, of which `caption` is the first."""
 
     origin: str
     image: bytes | Image.Image
     caption: str
+    captions: tuple[Caption, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        return [caption.text for caption in self.captions] or [self.caption]
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class RandomAccess(Protocol):
 
 
 class Split(RandomAccess, Protocol):
-    """Pictures for sets that a recipe makes, none rejected; `captions` needs no picture to be made."""
+    """Pictures for sets that a recipe makes, none rejected; `captions`, all of them, needs no picture to be made."""
 
     @property
     def captions(self) -> Sequence[str]: ...
@@ -121,26 +131,38 @@ class RecipeSource(Protocol):
     def validation(self) -> Split: ...
 
 
-def open_source(config: EmojiSource | FolderSource, image_size: int) -> RecipeSource:
-    """Raises UserError for everything that is wrong with the source, before the first picture is made."""
+def open_source(
+    config: EmojiSource | FolderSource, image_size: int, kinds: Sequence[str] | None = None
+) -> RecipeSource:
+    """Of `kinds` all captions are handed on; without kinds one caption a picture. Raises UserError for everything that
+    is wrong with the source, before the first picture is made."""
     if isinstance(config, EmojiSource):
-        from mdit.sources.emoji import EmojiScenes
+        from mdit.sources.emoji import KINDS, EmojiScenes
 
-        return EmojiScenes(config, image_size)
+        check_kinds(kinds or (), KINDS, "emoji")
+        return EmojiScenes(config, image_size, several=kinds is not None)
     from mdit.sources.folder import PictureFolder
 
     try:
-        return PictureFolder(config)
+        return PictureFolder(config, kinds)
     except OSError as error:
         raise UserError(f"{config.path}: cannot read it: {explain(error)}") from None
 
 
-def open_named_source(name: str, root: Path | None, *, split: str = "train", caption_key: str | None = None) -> Source:
+def open_named_source(
+    name: str,
+    root: Path | None,
+    *,
+    split: str = "train",
+    caption_key: str | None = None,
+    kinds: Sequence[str] | None = None,
+) -> Source:
     """Open one of SOURCES as it was downloaded to `root` (for "huggingface" also a hub id, for "emoji" None).
 
     `split` is "train" or "validation". `caption_key` names the field or column with the caption where there may be
-    several. Raises UserError for what the source does not take, and when files are missing, naming where they were
-    looked for and how to get them.
+    several. Of `kinds` all captions are handed on; they are the source's own (KINDS of its module) or, where
+    `caption_key` is taken too, names of fields or columns. Raises UserError for what the source does not take, and when
+    files are missing, naming where they were looked for and how to get them.
     """
     check_name(name)
     module = importlib.import_module(f"mdit.sources.{name}")
@@ -149,9 +171,15 @@ def open_named_source(name: str, root: Path | None, *, split: str = "train", cap
     check_split(split, splits, name)
     if caption_key is not None and "caption_key" not in takes:
         raise UserError(f"--caption_key {caption_key}: {name} has one caption a picture and takes no key")
+    if kinds is not None and "kinds" not in takes:
+        raise UserError(f"--captions: {name} has one caption a picture and takes no kinds ({', '.join(kinds)})")
+    if kinds is not None and caption_key is not None:
+        raise UserError(f"--caption_key {caption_key}: goes without --captions, which name the fields")
+    if (known := getattr(module, "KINDS", None)) is not None:
+        check_kinds(kinds or (), known, name)
     if (root is not None) != ("root" in takes):
         raise UserError(f"--source {name} {'needs --root' if root is None else 'is drawn and takes no --root'}")
-    given = {"root": root, "split": split, "caption_key": caption_key}
+    given = {"root": root, "split": split, "caption_key": caption_key, "kinds": kinds}
     try:
         return module.open_pictures(**{key: value for key, value in given.items() if key in takes})
     except OSError as error:
@@ -171,16 +199,22 @@ def check_split(split: str, splits: Collection[str], of: object) -> None:
         raise UserError(f"--split {split}: {of} has no such split; it has {' and '.join(splits)}")
 
 
-def captioned(origin: str, image: bytes | Image.Image, caption: str | None) -> Picture | Rejected:
-    """A picture, unless its caption is missing or blank, or half of a surrogate pair is in it, which JSON can bring."""
-    caption = (caption or "").strip()
-    if not caption:
+def captioned(origin: str, image: bytes | Image.Image, found: Found) -> Picture | Rejected:
+    """A picture, unless all its captions are missing or blank, or half of a surrogate pair is in one, which JSON can
+    bring."""
+    if isinstance(found, list):
+        captions = tuple(Caption(kind, each.strip()) for kind, each in found if each.strip())
+        texts = [caption.text for caption in captions]
+    else:
+        captions, texts = (), [(found or "").strip()]
+    if not any(texts):
         return Rejected(origin, "no caption", "caption is missing or blank")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        return Rejected(origin, "unreadable caption", f"caption is not Unicode text: {caption[:60]!r}")
-    return Picture(origin, image, caption)
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return Rejected(origin, "unreadable caption", f"caption is not Unicode text: {text[:60]!r}")
+    return Picture(origin, image, texts[0], captions)
 
 
 def part_name(path: Path, root: Path) -> str:

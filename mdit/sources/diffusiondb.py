@@ -26,7 +26,8 @@ from mdit.config import UserError
 from mdit.dist import logger
 from mdit.sources import Picture, Rejected, Source, captioned, not_found
 from mdit.sources.archives import ArchiveMember, is_picture, read_member, read_members, without_unpacked
-from mdit.sources.files import read_object, text
+from mdit.sources.fields import text
+from mdit.sources.files import read_object
 
 LARGE = ("diffusiondb-large-part-1", "diffusiondb-large-part-2")
 SMALL_TABLE, LARGE_TABLE = "metadata.parquet", "metadata-large.parquet"

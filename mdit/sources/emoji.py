@@ -8,6 +8,7 @@ each of their objects and backgrounds, but never the two together, in no style. 
 import functools
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import xxhash
 from PIL import Image
 
+from mdit.captions import Caption
 from mdit.config import EmojiSource, UserError, near_key
 from mdit.provenance import package_folder
 from mdit.sources import Picture, Source, slices
@@ -38,6 +40,7 @@ FAMILIAR = tuple(
     "crescent moon|house|guitar|birthday cake|robot|rainbow|tiger face|umbrella|green apple|crown|snowman|honeybee|"
     "blue book|pineapple|hot beverage|lollipop|four leaf clover".split("|")
 )
+KINDS = ("phrasing",)  # of captions: a scene in all of these
 PHRASINGS = (
     "{an_object} on {a_background} background",
     "{object}, {background} background",
@@ -56,9 +59,10 @@ NAMED = {"styles": ("twemoji",), "scenes": 100_000, "validation_scenes": 2_000, 
 NAMED_SIZE, NAMED_PER_PART = 512, 2_000
 
 
-def open_pictures(split: str) -> Source:
+def open_pictures(split: str, kinds: Sequence[str] | None) -> Source:
     objects = len(drawings(NAMED["styles"]))
-    source = EmojiScenes(EmojiSource(name="emoji", objects=objects, **NAMED), NAMED_SIZE)
+    config = EmojiSource(name="emoji", objects=objects, **NAMED)
+    source = EmojiScenes(config, NAMED_SIZE, several=kinds is not None)
     scenes = source.training if split == "train" else source.validation
     return Source(slices(scenes, NAMED_PER_PART, seed=0), len(scenes))
 
@@ -83,14 +87,15 @@ class Scene:
 
 
 class EmojiScenes:
-    """`training` and `validation` scenes, `objects` by name, `training_pairs` and `held_out_pairs`.
+    """`training` and `validation` scenes, `objects` by name, `training_pairs` and `held_out_pairs`. A scene has one
+    caption, or `several`: all PHRASINGS of it, its own first.
 
     Raises UserError for a missing package, an unknown object, too many objects, or a share of held-out pairs that
     leaves training without some object or background, or validation without a pair.
     """
 
-    def __init__(self, config: EmojiSource, image_size: int) -> None:
-        self.config, self.image_size = config, image_size
+    def __init__(self, config: EmojiSource, image_size: int, several: bool = False) -> None:
+        self.config, self.image_size, self.several = config, image_size, several
         self.art = drawings(config.styles)
         self.objects = choose_objects(config.objects, list(self.art))
         self.training_pairs, self.held_out_pairs = split_pairs(self.objects, config.held_out, config.seed)
@@ -146,11 +151,17 @@ class Scenes:
         if not 0 <= index < self.count:
             raise IndexError(index)
         scene = self.scene(index)
-        return Picture(f"{self.split} scene {index}", self.source.render(scene), scene.caption)
+        captions = tuple(Caption(*KINDS, text) for text in self._texts(scene)) if self.source.several else ()
+        return Picture(f"{self.split} scene {index}", self.source.render(scene), scene.caption, captions)
 
     @property
     def captions(self) -> list[str]:
-        return [self.scene(index).caption for index in range(self.count)]
+        return [text for index in range(self.count) for text in self._texts(self.scene(index))]
+
+    def _texts(self, scene: Scene) -> list[str]:
+        style = scene.style if len(self.source.config.styles) > 1 else None
+        others = [caption(scene.pair, phrasing, style) for phrasing in range(len(PHRASINGS))]
+        return [*dict.fromkeys([scene.caption, *others])] if self.source.several else [scene.caption]
 
     def scene(self, index: int) -> Scene:
         config = self.source.config

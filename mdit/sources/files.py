@@ -9,6 +9,7 @@ from mdit.config import UserError
 from mdit.documents import parse_foreign_json
 from mdit.sources import Picture, Rejected, Source, captioned, slices
 from mdit.sources.archives import rejected_file
+from mdit.sources.fields import Found
 from mdit.sources.storage import opened, read_file
 
 PICTURES_PER_PART = 4000
@@ -17,11 +18,11 @@ PEEKED = 100  # objects in which a caption's key must be found
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture's file and caption, as they stand in `origin`."""
+    """A picture's file and caption, or captions, as they stand in `origin`."""
 
     origin: str
     file: str
-    caption: str | None
+    caption: Found
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class CaptionedFiles:
 
 
 def captioned_files(
-    captions: Path, directory: Path, pairs: Callable[[Any], Iterable[tuple[str, str | None]]], expected: str
+    captions: Path, directory: Path, pairs: Callable[[Any], Iterable[tuple[str, Found]]], expected: str
 ) -> Source:
     """The pictures of a directory whose files and captions are `pairs` of the JSON in `captions`. Raises UserError for
     JSON that is not as `expected`."""
@@ -56,7 +57,7 @@ def captioned_files(
     return Source(slices(pictures, PICTURES_PER_PART), len(pictures))
 
 
-def read_picture(path: Path, origin: str, caption: str | None, there: Path) -> Picture | Rejected:
+def read_picture(path: Path, origin: str, caption: Found, there: Path) -> Picture | Rejected:
     """A picture in a file of its own. `there` is a file or directory that is there as long as the storage is. Raises
     OSError when the machine fails."""
     try:
@@ -89,26 +90,3 @@ def read_object(content: bytes) -> dict | None:
         return parse_object(content)
     except ValueError:
         return None
-
-
-def require_key(objects: Iterable[dict], key: str, where: object) -> None:
-    """Raise UserError naming the keys that are there when none of the objects has `key` (and there are some)."""
-    there: dict[str, None] = {}
-    count = 0
-    for values in objects:
-        if key in values:
-            return
-        count += 1
-        there |= dict.fromkeys(values)
-    if count:
-        raise UserError(
-            f"{where}: no caption: none of the first {count} objects has the key {key}; the keys there are "
-            f"{', '.join(map(str, there)) or 'none'}; name one by --caption_key"
-        )
-
-
-def text(value: Any) -> str | None:
-    """A caption, or the first of several; None when it is neither."""
-    if isinstance(value, list | tuple) and value:
-        value = value[0]
-    return value if isinstance(value, str) else None

@@ -32,6 +32,8 @@ def fingerprint(part: Part, items: Iterable[Any]) -> str:
             _add(digest, item.reason.encode())
             continue
         _add(digest, item.caption.encode(errors="surrogatepass"))
+        for kind, text in getattr(item, "captions", ()):
+            _add(digest, f"{kind}: {text}".encode(errors="surrogatepass"))
         for name in ("image", "latent", "embedding"):
             if (data := getattr(item, name, None)) is not None:
                 _add(digest, data if isinstance(data, bytes) else data.tobytes())

@@ -6,7 +6,7 @@ A recipe wants every one of them: what is wrong is an error that names the line,
 as img2dataset writes them with output_format files (`mdit.sources.samples`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,22 +20,23 @@ from mdit.dist import logger
 from mdit.documents import parse_foreign_json
 from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
 from mdit.sources.archives import is_picture, rejected_file, walk
-from mdit.sources.files import PEEKED, CaptionedFiles, Entry, read_object, read_picture, require_key, text
+from mdit.sources.fields import CaptionFields, all_texts, caption_fields, check_kinds, require_fields
+from mdit.sources.files import PEEKED, CaptionedFiles, Entry, read_object, read_picture
 from mdit.sources.pictures import open_header, upright_rgb
 from mdit.sources.samples import SampleFiles, require_caption
 from mdit.sources.storage import opened
 
-CAPTIONS, CAPTION = "captions.jsonl", "caption"
+CAPTIONS, CAPTION = "captions.jsonl", caption_fields(None, "caption")
 LINES_PER_PART = 5000
 
 T = TypeVar("T")
 
 
-def open_pictures(root: Path, caption_key: str | None) -> Source:
+def open_pictures(root: Path, caption_key: str | None, kinds: Sequence[str] | None) -> Source:
     """Counts the lines and reads only the first: a part reads its own, and rejects what cannot be used."""
-    path = root / CAPTIONS
+    path, fields = root / CAPTIONS, caption_fields(kinds, caption_key or "caption")
     if not path.is_file():
-        return _open_pairs(root, caption_key)
+        return _open_pairs(root, fields, text_first=caption_key is None)
     starts, objects, offset, count = [], [], 0, 0
     with opened(path) as lines:
         for count, line in enumerate(lines, start=1):
@@ -46,13 +47,13 @@ def open_pictures(root: Path, caption_key: str | None) -> Source:
             offset += len(line)
     if not starts:
         raise UserError(f"{path}: is empty; expected one caption a line")
-    require_key(objects, caption_key or CAPTION, path)
-    return Source([Lines(f"{n:05d}", path, n, start, caption_key or CAPTION) for n, start in enumerate(starts)], count)
+    require_fields(objects, fields, path)
+    return Source([Lines(f"{n:05d}", path, n, start, fields) for n, start in enumerate(starts)], count)
 
 
-def _open_pairs(root: Path, caption_key: str | None) -> Source:
+def _open_pairs(root: Path, fields: CaptionFields, text_first: bool) -> Source:
     parts = [
-        SampleFiles(part_name(folder, root), folder, caption_key)
+        SampleFiles(part_name(folder, root), folder, fields, text_first)
         for folder, names in walk(root)
         if any(map(is_picture, names))
     ]
@@ -60,7 +61,7 @@ def _open_pairs(root: Path, caption_key: str | None) -> Source:
         how = 'write it, a line {"file": ..., "caption": ...} for each picture, or put KEY.txt beside each KEY.jpg'
         raise not_found(root, CAPTIONS, how)
     parts.sort(key=lambda part: part.name)
-    require_caption(parts, caption_key)
+    require_caption(parts)
     return Source(parts, pictures=None)
 
 
@@ -72,14 +73,14 @@ class Lines:
     captions: Path
     number: int
     start: int
-    caption_key: str
+    fields: CaptionFields
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
         with opened(self.captions) as lines:
             lines.seek(self.start)
             first = LINES_PER_PART * self.number + 1
             for number, line in enumerate(islice(lines, LINES_PER_PART), start=first):
-                entry = parse_line(number, line, self.caption_key)
+                entry = parse_line(number, line, self.fields)
                 if isinstance(entry, Entry):
                     entry = read_picture(self.captions.parent / entry.file, entry.origin, entry.caption, self.captions)
                 yield entry
@@ -90,23 +91,24 @@ class Lines:
             return [b"".join(islice(lines, LINES_PER_PART))]
 
 
-def parse_line(number: int, line: bytes, caption_key: str = CAPTION) -> Entry | Rejected:
-    """A line of captions.jsonl, counted from 1. Keys other than "file" and the caption's are left alone."""
-    origin = f"{CAPTIONS}:{number}"
+def parse_line(number: int, line: bytes, fields: CaptionFields = CAPTION) -> Entry | Rejected:
+    """A line of captions.jsonl, counted from 1. Keys other than "file" and those of captions are left alone."""
+    origin, keys = f"{CAPTIONS}:{number}", fields.names
     try:
         values = parse_foreign_json(line)
     except ValueError as error:
         return Rejected(origin, "unreadable caption", f"not valid JSON: {error}")
     if not isinstance(values, dict):
-        expected = f'{{"file": ..., "{caption_key}": ...}}'
+        expected = f'{{"file": ..., "{keys[0]}": ...}}'
         return Rejected(origin, "unreadable caption", f"expected {expected}, found {values!r}")
-    file, value = values.get("file"), values.get(caption_key)
+    file = values.get("file")
     if not isinstance(file, str) or not file.strip():
         return Rejected(origin, "missing picture", f"file is {file!r}; expected a text")
-    judged = captioned(origin, b"", text(value))
+    judged = captioned(origin, b"", fields.read(values))
     if isinstance(judged, Picture):
-        return Entry(origin, file, judged.caption)
-    detail = f"{caption_key} is {value!r}; expected a text" if judged.reason == "no caption" else judged.detail
+        return Entry(origin, file, [*judged.captions] or judged.caption)
+    there = " and ".join(f"{key} is {values.get(key)!r}" for key in keys)
+    detail = f"{there}; expected a text" if judged.reason == "no caption" else judged.detail
     return Rejected(origin, judged.reason, detail)
 
 
@@ -117,9 +119,9 @@ class PictureFolder:
     decoded once here, so that a set is never half written when a broken one is met.
     """
 
-    def __init__(self, config: FolderSource) -> None:
+    def __init__(self, config: FolderSource, kinds: Sequence[str] | None = None) -> None:
         folder = Path(config.path)
-        entries = read_captions(folder)
+        entries = read_captions(folder, caption_fields(kinds, "caption"))
         logger.info(f"{folder}: checking {len(entries)} pictures")
         with ThreadPoolExecutor() as pool:
             for _ in pool.map(Pictures(folder, entries).check, range(len(entries))):
@@ -147,7 +149,7 @@ class Pictures(CaptionedFiles):
 
     @property
     def captions(self) -> list[str]:
-        return [str(entry.caption) for entry in self.entries]
+        return [text for entry in self.entries for text in all_texts(entry.caption)]
 
     def check(self, index: int) -> None:
         """Decode a picture and forget it."""
@@ -159,15 +161,19 @@ class Pictures(CaptionedFiles):
             _required(self.directory, rejected_file(error, entry.origin, file, directory=None))
 
 
-def read_captions(folder: Path) -> list[Entry]:
-    """Every line of captions.jsonl. Raises UserError for the first one that is wrong."""
+def read_captions(folder: Path, fields: CaptionFields) -> list[Entry]:
+    """Every line of captions.jsonl. Raises UserError for the first one that is wrong, and for a kind of captions that
+    none has."""
     path = folder / CAPTIONS
     if not path.is_file():
         raise UserError(f"{path}: cannot read the captions: there is no such file; see docs/data.md")
     with opened(path) as lines:
-        entries = [_required(folder, parse_line(number, line)) for number, line in enumerate(lines, start=1)]
+        entries = [_required(folder, parse_line(number, line, fields)) for number, line in enumerate(lines, start=1)]
     if not entries:
         raise UserError(f"{path}: is empty; expected one caption a line")
+    if fields.several:
+        there = {caption.kind for entry in entries if isinstance(entry.caption, list) for caption in entry.caption}
+        check_kinds(fields.fields, sorted(there), str(path))
     return entries
 
 

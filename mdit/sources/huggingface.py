@@ -6,14 +6,15 @@
 
 The pictures are the first column of the type Image, or one of bytes that is called jpg (or another of PICTURES); their
 files are taken as they are, not decoded. The captions are
-the column that the caption key names, or the first of CAPTIONS; of a list the first. The licence is the set's own.
-Parquet files are read in place, each is one part; other sets are cut in ranges of rows. Needs the package `datasets`.
+the column that the caption key names, or the first of CAPTIONS; of a list the first. With --captions the kinds are
+columns, and all of a list count. The licence is the set's own. Parquet files are read in place, each is one part; other
+sets are cut in ranges of rows. Needs the package `datasets`.
 """
 
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from typing import Any
 from mdit.config import UserError
 from mdit.sources import FilePart, Picture, Rejected, Source, captioned, check_split, part_name
 from mdit.sources.archives import damaged
-from mdit.sources.files import read_picture, text
+from mdit.sources.fields import CaptionFields, caption_fields
+from mdit.sources.files import read_picture
 from mdit.sources.storage import is_damage
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "image")  # img2dataset names the column by its encode_format
@@ -31,23 +33,24 @@ ROWS_AT_ONCE = 64  # of a parquet file, in memory
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def open_pictures(root: Path, split: str, caption_key: str | None) -> Source:
+def open_pictures(root: Path, split: str, caption_key: str | None, kinds: Sequence[str] | None) -> Source:
     library = _library()
+    asked = None if caption_key is None and kinds is None else caption_fields(kinds, caption_key or "")
     if not root.is_dir() and not HUB_ID.fullmatch(str(root)):
         raise UserError(f"{root}: there is no such directory, and no set of the Hugging Face hub has such a name")
     try:
         if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
             saved = library.load_from_disk(str(root))
             splits = saved if isinstance(saved, library.DatasetDict) else {"train": saved}
-            return _table_source(root, _of_split(root, splits, split), caption_key)
+            return _table_source(root, _of_split(root, splits, split), asked)
         if written := _of_img2dataset(root):
-            return _parquet_files(root, _of_split(root, {"train": written}, split), caption_key)
+            return _parquet_files(root, _of_split(root, {"train": written}, split), asked)
         builder = library.load_dataset_builder(str(root), **_no_code_of_others(library.load_dataset_builder))
         if root.is_dir() and builder.name == "parquet":
             files = _of_split(root, {str(name): files for name, files in builder.config.data_files.items()}, split)
-            return _parquet_files(root, [Path(file) for file in files], caption_key)
+            return _parquet_files(root, [Path(file) for file in files], asked)
         loaded = library.load_dataset(str(root), split=split, **_no_code_of_others(library.load_dataset))
-        return _table_source(root, loaded, caption_key)
+        return _table_source(root, loaded, asked)
     except UserError:
         raise
     except Exception as error:  # the library's own, those of the network, and any that damaged files bring about
@@ -57,11 +60,15 @@ def open_pictures(root: Path, split: str, caption_key: str | None) -> Source:
 @dataclass(frozen=True)
 class Columns:
     picture: str
-    caption: str
+    captions: CaptionFields
+
+    @property
+    def names(self) -> list[str]:
+        return [self.picture, *self.captions.names]
 
     def read(self, origin: str, row: Mapping[str, Any]) -> Picture | Rejected:
         """A row whose picture is not decoded: {"bytes": ..., "path": ...}, where one may be None."""
-        picture, caption = row.get(self.picture), text(row.get(self.caption))
+        picture, caption = row.get(self.picture), self.captions.read(row)
         if isinstance(picture, Mapping) and picture.get("bytes") is None:
             if path := picture.get("path"):
                 return read_picture(Path(path), origin, caption, Path())
@@ -90,8 +97,9 @@ class Rows:
             yield damaged(error, f"rows {self.name}", self.name)
 
     def inputs(self) -> list[bytes]:
-        captions = self.dataset.select_columns([self.columns.caption]).select(self.indices)
-        return [repr([row[self.columns.caption] for row in captions]).encode(errors="surrogatepass")]
+        names = self.columns.captions.names
+        captions = self.dataset.select_columns(names).select(self.indices)
+        return [repr([row[name] for row in captions]).encode(errors="surrogatepass") for name in names]
 
 
 @dataclass(frozen=True)
@@ -101,10 +109,10 @@ class ParquetFile(FilePart):
     def __iter__(self) -> Iterator[Picture | Rejected]:
         import pyarrow.parquet
 
-        names, index = [self.columns.picture, self.columns.caption], 0
+        index = 0
         try:
             with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
-                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names):
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=self.columns.names):
                     for row in range(batch.num_rows):
                         yield self._read(f"{self.name}:row {index}", batch, row)
                         index += 1
@@ -119,9 +127,9 @@ class ParquetFile(FilePart):
         return self.columns.read(origin, values)
 
 
-def _table_source(root: Path, dataset: Any, caption_key: str | None) -> Source:
-    columns = _columns(root, dataset.features, caption_key)
-    undecoded = dataset.select_columns([columns.picture, columns.caption])
+def _table_source(root: Path, dataset: Any, asked: CaptionFields | None) -> Source:
+    columns = _columns(root, dataset.features, asked)
+    undecoded = dataset.select_columns(columns.names)
     undecoded = undecoded.cast_column(columns.picture, _library().Image(decode=False))
     starts = range(0, len(dataset), ROWS_PER_PART)
     parts = [
@@ -131,7 +139,7 @@ def _table_source(root: Path, dataset: Any, caption_key: str | None) -> Source:
     return Source(parts, len(dataset))
 
 
-def _parquet_files(root: Path, files: list[Path], caption_key: str | None) -> Source:
+def _parquet_files(root: Path, files: list[Path], asked: CaptionFields | None) -> Source:
     import pyarrow.parquet
 
     schema, pictures = None, 0
@@ -145,7 +153,7 @@ def _parquet_files(root: Path, files: list[Path], caption_key: str | None) -> So
             continue  # its part says so
     if schema is None:
         raise UserError(f"{root}: none of its {len(files)} parquet files can be read")
-    columns = _columns(root, _library().Features.from_arrow_schema(schema), caption_key)
+    columns = _columns(root, _library().Features.from_arrow_schema(schema), asked)
     names = [os.path.relpath(path, root) for path in sorted(files)]
     return Source([ParquetFile(part_name(Path(name), Path()), root / name, columns) for name in names], pictures)
 
@@ -157,23 +165,21 @@ def _of_img2dataset(root: Path) -> list[Path]:
     return [path for path in tables if path.is_file()]
 
 
-def _columns(root: Path, features: Mapping[str, Any], caption_key: str | None) -> Columns:
+def _columns(root: Path, features: Mapping[str, Any], asked: CaptionFields | None) -> Columns:
     """Raises UserError naming the columns that are there."""
     image = _library().Image
     # Files that were not written by `datasets` say only that a column holds bytes and paths.
     pictures = [name for name, kind in features.items() if isinstance(kind, image) or _holds_files(name, kind)]
-    wanted = CAPTIONS if caption_key is None else (caption_key,)
-    captions = [name for name in wanted if name in features]
+    found = asked or next((caption_fields(None, name) for name in CAPTIONS if name in features), None)
+    missing = [name for name in found.names if name not in features] if found else [" or ".join(CAPTIONS)]
     there = f"its columns are {', '.join(features)}"
     if not pictures:
         hint = "; are its pictures in tars or folders (--source webdataset or folder)?" if _of_img2dataset(root) else ""
         raise UserError(f"{root}: has no column of pictures; {there}{hint}")
-    if not captions:
-        asked = f"has no column {caption_key}" if caption_key else f"has no column {' or '.join(CAPTIONS)}"
-        raise UserError(
-            f"{root}: {asked} for captions; {there}" + ("" if caption_key else "; name one by --caption_key")
-        )
-    return Columns(pictures[0], captions[0])
+    if found is None or missing:
+        hint = "" if asked else "; name one by --caption_key"
+        raise UserError(f"{root}: has no column {missing[0]} for captions; {there}{hint}")
+    return Columns(pictures[0], found)
 
 
 def _holds_files(name: str, kind: Any) -> bool:

@@ -10,30 +10,33 @@ research.
     data/valid/valid_anno_repath.jsonl, data/valid/imgs/000.tgz
 
 `data/` may be left out, as in the layout of the paper's code. Lines of archives that are not there are skipped. The
-prompts come as they are, Midjourney's options ("--v 4") included.
+prompts come as they are, Midjourney's options ("--v 4") included. With --captions there are two kinds: "prompt", and
+"caption" for what GPT-3.5 made of it, in "Task2": {"Caption": ...} of a labelled line.
 """
 
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mdit.dist import logger
 from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_name
 from mdit.sources.archives import ArchiveMember, is_picture, read_members, without_unpacked
-from mdit.sources.files import read_object, text
+from mdit.sources.fields import CaptionFields, Found, caption_fields
+from mdit.sources.files import read_object
 from mdit.sources.storage import opened
 
 SPLITS = {
     "train": ("train", "train_anno_realease_repath.jsonl"),
     "validation": ("valid", "valid_anno_repath.jsonl"),
 }
+KINDS = ("prompt", "caption")
 HOW = "get it from https://huggingface.co/datasets/JourneyDB/JourneyDB"
 DIRECTORY = re.compile(rb'"img_path"\s*:\s*"(?:\./)?([^/"]+)/')
 
 
-def open_pictures(root: Path, split: str) -> Source:
+def open_pictures(root: Path, split: str, kinds: Sequence[str] | None) -> Source:
     """Reads all captions once, to learn where those of each archive are: a minute for the whole set."""
     folder_name, captions_name = SPLITS[split]
     folder = root / "data" / folder_name
@@ -50,8 +53,10 @@ def open_pictures(root: Path, split: str) -> Source:
         packed = captions.with_name(captions_name + ".tgz")
         raise not_found(root, f"{below}/{captions_name}", f"unpack {packed}" if packed.is_file() else HOW)
     names = [path.name.split(".")[0] for path in images]
-    lines = find_lines(captions, names)
-    parts = [Archive(part_name(Path(name), Path()), path, captions, lines[name]) for name, path in zip(names, images)]
+    lines, fields = find_lines(captions, names), caption_fields(kinds, "prompt")
+    parts = [
+        Archive(part_name(Path(name), Path()), path, captions, lines[name], fields) for name, path in zip(names, images)
+    ]
     return Source(parts, sum(map(len, lines.values())))
 
 
@@ -78,9 +83,10 @@ class Archive:
     path: Path
     captions: Path
     lines: array
+    fields: CaptionFields
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
-        prompts: dict[str, str | None] = {}
+        prompts: dict[str, Found] = {}
         with opened(self.captions) as file:
             for offset in self.lines:
                 file.seek(offset)
@@ -89,7 +95,9 @@ class Archive:
                 elif (name := PurePosixPath(values["img_path"]).name) in prompts:
                     yield Rejected(f"{self.captions.name}:byte {offset}", "name twice", f"{name} has another line")
                 else:
-                    prompts[name] = text(values.get("prompt"))
+                    answer = values.get("Task2")
+                    values["caption"] = answer.get("Caption") if isinstance(answer, dict) else None
+                    prompts[name] = self.fields.read(values)
         for item in read_members(self.path, self.path.name, is_picture):
             name = PurePosixPath(item.name if isinstance(item, ArchiveMember) else item.origin).name
             prompt = prompts.pop(name, None)

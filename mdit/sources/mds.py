@@ -8,7 +8,8 @@ to offsets[i + 1]. A sample: the uint32 sizes of the columns whose size is not f
 (https://github.com/mosaicml/streaming, streaming/base/format/mds.)
 
 Each shard is one part. Of pictures, the columns are jpg (or another of PICTURES) and caption (or another of CAPTIONS,
-or what the caption key names). Of latents they are, all raw little-endian fp16 but the caption:
+or what the caption key names; with --captions the kinds are columns). Of latents they are, all raw little-endian fp16
+but the caption:
 
     caption            text                   caption_latents    77 x 1,024, of the CLIP text tower of
     latents_256        4 x 32 x 32                               apple/DFN5B-CLIP-ViT-H-14-378
@@ -33,7 +34,8 @@ from mdit.dist import logger
 from mdit.documents import parse_foreign_json
 from mdit.sources import FilePart, Picture, Rejected, Source, captioned, not_found, part_name
 from mdit.sources.archives import damaged
-from mdit.sources.files import read_json, text
+from mdit.sources.fields import CaptionFields, caption_fields, text
+from mdit.sources.files import read_json
 from mdit.sources.storage import LARGEST, opened
 
 INDEX = "index.json"
@@ -82,9 +84,9 @@ class MdsShard(FilePart):
         except Exception as error:
             yield damaged(error, self.path, self.name)
 
-    def text(self, column: str, data: bytes) -> str | None:
-        """Text of a column of the encoding "str" or "json". Raises ValueError."""
-        return text(parse_foreign_json(data)) if self.encodings[column] == "json" else data.decode()
+    def value(self, column: str, data: bytes) -> Any:
+        """Value of a column of the encoding "str" or "json". Raises ValueError."""
+        return parse_foreign_json(data) if self.encodings[column] == "json" else data.decode()
 
     def _samples(self, file: BinaryIO) -> Iterator[bytes]:
         (count,) = np.frombuffer(_exactly(file, 4), "<u4")
@@ -110,18 +112,19 @@ class MdsShard(FilePart):
 
 @dataclass(frozen=True)
 class ShardOfPictures(MdsShard):
-    """`picture` and `caption` are columns."""
+    """`picture` is a column, and so are the fields of `captions`."""
 
     picture: str
-    caption: str
+    captions: CaptionFields
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
-        for item in self.read((self.picture, self.caption)):
+        for item in self.read((self.picture, *self.captions.names)):
             yield item if isinstance(item, Rejected) else self._sample(*item)
 
     def _sample(self, origin: str, columns: dict[str, bytes]) -> Picture | Rejected:
         try:
-            return captioned(origin, columns[self.picture], self.text(self.caption, columns[self.caption]))
+            values = {name: self.value(name, columns[name]) for name in self.captions.names}
+            return captioned(origin, columns[self.picture], self.captions.read(values))
         except ValueError:
             return Rejected(origin, "unreadable caption")
 
@@ -141,19 +144,21 @@ class ShardOfLatents(MdsShard):
         try:
             latent = np.frombuffer(columns[self.column], "<f2").reshape(self.latent_shape)
             embedding = np.frombuffer(columns[EMBEDDING], "<f2").reshape(EMBEDDING_SHAPE)
-            judged = captioned(origin, b"", self.text(CAPTION, columns[CAPTION]))
+            judged = captioned(origin, b"", text(self.value(CAPTION, columns[CAPTION])))
         except ValueError:
             return Rejected(origin, "unreadable latents")
         return judged if isinstance(judged, Rejected) else Latents(origin, latent, embedding, judged.caption)
 
 
-def open_pictures(root: Path, caption_key: str | None) -> Source:
-    shards = open_shards(root)
-    captions = CAPTIONS if caption_key is None else (caption_key,)
-    parts = [
-        ShardOfPictures(**vars(shard), picture=_column(shard, PICTURES, FILES), caption=_column(shard, captions, TEXTS))
-        for shard in shards
-    ]
+def open_pictures(root: Path, caption_key: str | None, kinds: Sequence[str] | None) -> Source:
+    shards, parts = open_shards(root), []
+    for shard in shards:
+        if kinds is None:
+            captions = caption_fields(None, _column(shard, CAPTIONS if caption_key is None else (caption_key,), TEXTS))
+        else:
+            captions = caption_fields([_column(shard, (kind,), TEXTS) for kind in kinds], "")
+        picture = _column(shard, PICTURES, FILES)
+        parts.append(ShardOfPictures(**vars(shard), picture=picture, captions=captions))
     return Source(parts, sum(shard.samples for shard in shards))
 
 

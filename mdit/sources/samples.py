@@ -7,7 +7,7 @@ error.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,19 +16,22 @@ from mdit.config import UserError
 from mdit.dist import logger
 from mdit.sources import FilePart, Picture, Rejected, captioned
 from mdit.sources.archives import PICTURES, ArchiveMember, is_hidden, is_picture, read_members
-from mdit.sources.files import PEEKED, parse_object, read_object, require_key, text
+from mdit.sources.fields import CaptionFields, Found, require_fields
+from mdit.sources.files import PEEKED, parse_object, read_object
 
 TEXT, OBJECT = ".txt", ".json"
+CAPTION, FIELD_OF_TEXT = "caption", "txt"  # the key of KEY.json that is read by default, and the field that is KEY.txt
 NAMED = 4  # files, in a line about many
 _told: set[tuple[Path, str]] = set()  # folders, and the kinds of lines that were logged about them
 
 
 @dataclass(frozen=True)
 class SampleFiles(FilePart):
-    """The samples of a tar or of a directory. The caption is KEY.txt, or what KEY.json holds under "caption"; with a
-    caption key it is what KEY.json holds there."""
+    """The samples of a tar or of a directory. The only caption is what KEY.json holds in the field, or KEY.txt where
+    there is one and it goes `text_first`. Of several, the field "txt" is KEY.txt."""
 
-    caption_key: str | None
+    fields: CaptionFields
+    text_first: bool = True
 
     def __iter__(self) -> Iterator[Picture | Rejected]:
         halves: dict[str, bool] = {}  # key -> was it the picture that was there
@@ -53,20 +56,33 @@ class SampleFiles(FilePart):
         picture = next((group.files[suffix] for suffix in PICTURES if suffix in group.files), None)
         if picture is None:
             return Rejected(origin, "missing picture", files)
-        is_text = self.caption_key is None and TEXT in group.files
-        words = group.files.get(TEXT if is_text else OBJECT)
-        if isinstance(lost := picture, Rejected) or isinstance(lost := words, Rejected):
-            return Rejected(origin, lost.reason, lost.detail)
-        caption = None
+        words = [group.files[suffix] for suffix in self._suffixes(group) if suffix in group.files]
+        for item in (picture, *words):
+            if isinstance(item, Rejected):
+                return Rejected(origin, item.reason, item.detail)
         try:
-            if is_text and words is not None:
-                caption = words.data.decode("utf-8-sig")
-            elif words is not None:
-                caption = text(parse_object(words.data).get(self.caption_key or "caption"))
+            found = self.captions([item for item in words if isinstance(item, ArchiveMember)])
         except ValueError as error:
             return Rejected(origin, "unreadable caption", f"{files}: {error}")
-        sample = captioned(origin, picture.data, caption)
+        assert isinstance(picture, ArchiveMember)
+        sample = captioned(origin, picture.data, found)
         return Rejected(origin, sample.reason, f"{files}: {sample.detail}") if isinstance(sample, Rejected) else sample
+
+    def captions(self, words: list[ArchiveMember]) -> Found:
+        """The captions in a sample's texts and objects. Raises ValueError for what cannot be read."""
+        values, only = {}, None
+        for item in words:
+            if _split(item.name)[1] == OBJECT:
+                values = parse_object(item.data) | values
+            else:
+                values[FIELD_OF_TEXT] = only = item.data.decode("utf-8-sig")
+        return self.fields.read(values) if self.fields.several or only is None else only
+
+    def _suffixes(self, group: "Group") -> list[str]:
+        """Suffixes of the files that captions are read from."""
+        if not self.fields.several:
+            return [TEXT if self.text_first and TEXT in group.files else OBJECT]
+        return sorted({TEXT if name == FIELD_OF_TEXT else OBJECT for name in self.fields.names})
 
     def _tell(self, group: "Group") -> None:
         others = [name for name in group.names if _split(name)[0] != group.key]
@@ -79,21 +95,28 @@ class SampleFiles(FilePart):
             _tell_once(self.path.parent, "key", f"{line} ({by_webdataset})")
 
 
-def require_caption(parts: Iterable[SampleFiles], caption_key: str | None) -> None:
-    """Look at the first captions. Raises UserError naming the keys of KEY.json when none has the wanted one."""
-    for part in islice(parts, 3):
-        objects, texts = [], 0
+def require_caption(parts: Sequence[SampleFiles], known: Collection[str] = ()) -> None:
+    """Look at the first captions. Raises UserError naming the keys of KEY.json when none has a wanted one, unless that
+    is known to be somewhere in the set."""
+    peeked: list[dict] = []
+    for part in parts[:3]:
+        fields, objects, texts = part.fields, [], 0
         members = read_members(part.path, part.name, lambda name: _is_wanted(name) and not is_picture(name))
         for item in islice(members, PEEKED):
             if isinstance(item, ArchiveMember) and _split(item.name)[1] == TEXT:
                 texts += 1
+                peeked.append({FIELD_OF_TEXT: item.data})
             elif isinstance(item, ArchiveMember) and (values := read_object(item.data)) is not None:
                 objects.append(values)
-            if (texts and caption_key is None) or any((caption_key or "caption") in values for values in objects[-1:]):
+            if not fields.several and ((texts and part.text_first) or any(fields.names[0] in o for o in objects[-1:])):
                 return
-        require_key(objects, caption_key or "caption", f"{part.path}: KEY.json")
-        if texts:
-            raise UserError(f"--caption_key {caption_key}: {part.path} has captions in KEY.txt and no KEY.json")
+        peeked += objects
+        if not fields.several:
+            require_fields(objects, fields, f"{part.path}: KEY.json")
+            if texts:
+                raise UserError(f"--caption_key {fields.names[0]}: {part.path} has captions in KEY.txt and no KEY.json")
+    if peeked and (unknown := {kind: name for kind, name in parts[0].fields.fields.items() if name not in known}):
+        require_fields(peeked, CaptionFields(unknown, several=True), f"{parts[0].path.parent}: KEY.json or KEY.txt")
 
 
 @dataclass
