@@ -1,11 +1,11 @@
 """Several captions a picture: their kinds, the weights of the kinds, and the one that a training step takes."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, NamedTuple
 
-import xxhash
 from pydantic import AfterValidator
 
 
@@ -43,7 +43,8 @@ CaptionWeights = Annotated[dict[str, float], AfterValidator(check_weights)]
 
 def caption_draw(seed: int, step: int, sample: int) -> float:
     """A number in [0, 1) for each sample of each step: a function of its arguments, on any machine."""
-    return (xxhash.xxh3_64_intdigest(f"caption {seed} {step} {sample}".encode()) >> 11) / 2**53
+    digest = hashlib.blake2b(f"caption {seed} {step} {sample}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def choose(kinds: Sequence[str], weights: Mapping[str, float], draw: float) -> int:

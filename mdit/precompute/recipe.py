@@ -110,7 +110,8 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
     _require("data.precompute.text_encoder", "caption embeddings", shape, config.model.caption_shape)
     decoder = build_decoder([recipe.image_size], min_side=1, device=torch.device(device))
     pipeline = EncodingPipeline(image_encoder, text_encoder, decoder)
-    source = open_source(recipe.source, recipe.image_size, recipe.captions and [*recipe.captions])
+    kinds = None if recipe.captions is None else [*recipe.captions]
+    source = open_source(recipe.source, recipe.image_size, kinds)
     for directory, split in _makeable(config).items():
         if is_finished(directory):
             continue

@@ -20,13 +20,13 @@ from mdit.documents import explain
 from mdit.sources.fields import Found, check_kinds
 
 SOURCES = (
-    "monet",
-    "fine_t2i",
     "sa1b",
     "cc12m",
     "textcaps",
     "journeydb",
     "diffusiondb",
+    "monet",
+    "fine_t2i",
     "coco",
     "huggingface",
     "webdataset",
@@ -134,8 +134,8 @@ class RecipeSource(Protocol):
 def open_source(
     config: EmojiSource | FolderSource, image_size: int, kinds: Sequence[str] | None = None
 ) -> RecipeSource:
-    """Of `kinds` all captions are handed on; without kinds one caption a picture. Raises UserError for everything that
-    is wrong with the source, before the first picture is made."""
+    """All captions of `kinds` are handed on; without kinds one a picture. Raises UserError for everything that is wrong
+    with the source, before the first picture is made."""
     if isinstance(config, EmojiSource):
         from mdit.sources.emoji import KINDS, EmojiScenes
 

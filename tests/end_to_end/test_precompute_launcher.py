@@ -274,6 +274,7 @@ def refused(arguments, capsys) -> str:
         (["--limit", "5"], "16/manifest.json: was made with limit = None, but this command's is 5; remove"),
         (["--caption_length", "9"], "made with caption_length = 12, but this command's is 9"),
         (["--embeddings", "i8b64"], "made with embeddings = 'f16', but this command's is 'i8b64'"),
+        (["--captions", "txt=1"], "made with captions.txt = None, but this command's is 1.0"),
     ],
 )
 def test_a_set_is_not_made_again_in_another_way(downloads, undisturbed, capsys, change, message):
@@ -298,6 +299,10 @@ def test_a_set_is_not_made_again_in_another_way(downloads, undisturbed, capsys, 
         ({"--caption_length": "1000"}, "takes at most 512 tokens, not 1000"),
         ({"--split": "test"}, "--split test: webdataset has no such split"),
         ({"--min_side": "100"}, "no picture can be used: 0 of 240 pictures; rejected: "),
+        ({"--captions": "txt=0,json=0"}, "argument --captions: the weights of txt, json sum to 0"),
+        ({"--captions": "txt=-1"}, "argument --captions: the weight of txt is -1.0; expected a number of at least 0"),
+        ({"--captions": "text=1"}, "has the key text; the keys there are txt; name those by --captions"),
+        ({"--captions": "txt=1", "--caption_key": "txt"}, "--caption_key txt: goes without --captions"),
         ({"--max_rejected": "1.5"}, "argument --max_rejected: 1.5 is not between 0 and 1"),
         ({"--remake": "00000.tar"}, "set/16 is not there yet"),
         ({"--remake": "00000.tar", "--limit": "5"}, "--remake: goes without --limit 5"),

@@ -181,6 +181,9 @@ REFUSED = [
     ('noise={target="flow", sigma_data=1.0, P_std=1.2}', ["unknown key noise.P_std = 1.2 (did you mean std?)"]),
     ('noise={target="flow", times="uniform", std=0.5, sigma_data=1.0}', ["noise: ", "std 0.5", "uniform"]),
     ("report.prompts=[]", ["prompts"]),
+    ("data.precompute.captions={phrasing=0}", ["data.precompute.captions: the weights of phrasing sum to 0"]),
+    ("data.precompute.captions={a=-1, b=2}", ["data.precompute.captions: the weight of a is -1.0"]),
+    ("data.precompute.captions={a=true}", ["data.precompute.captions.a = True"]),
     ("data.weights=[2.0, 1.0]", ["weights has 2 values, but train has 1 directories"]),
 ]
 

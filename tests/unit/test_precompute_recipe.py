@@ -168,6 +168,18 @@ def test_a_folder_of_pictures_becomes_sets(tmp_path):
     make(recipe(tmp_path / "data", source=source))  # as on a machine that only trains
 
 
+def test_several_captions_a_picture(tmp_path):
+    make(recipe(tmp_path, precompute={"captions": {"phrasing": 2}}))
+    dataset = open_dataset(tmp_path / "train")
+    assert (dataset.samples, dataset.captions(), dataset.weights) == (60, 300, {"phrasing": 2.0})
+    make(recipe(tmp_path, precompute={"captions": {"phrasing": 2}}))
+    with pytest.raises(UserError, match="made with captions.phrasing = 2.0, but the recipe's is 1.0"):
+        make(recipe(tmp_path, precompute={"captions": {"phrasing": 1}}))
+    with pytest.raises(UserError, match="captions.alt: emoji has no captions of this kind; there are phrasing"):
+        make(recipe(tmp_path / "new", precompute={"captions": {"alt": 1}}))
+    assert not (tmp_path / "new").exists()
+
+
 def test_embeddings_in_8_bits(folder, tmp_path):
     make(recipe(tmp_path, precompute={"embeddings": "i8b64"}))
     small, large = (open_dataset(path / "validation") for path in (tmp_path, folder))
