@@ -2,6 +2,7 @@
 experts at capacity, attention and its backward included. 2 for a multiply-add; norms and elementwise work count as 0.
 """
 
+from collections import Counter
 from functools import cache
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdit.config import ModelConfig, TrainConfig
 from mdit.costs.trace import Form, fused_attention, on_meta
 from mdit.kernels import dispatch
+from mdit.masking import mask_ratio
 
 
 @cache
@@ -23,5 +25,9 @@ def image_flops(config: ModelConfig, mask_ratio: float) -> int:
 
 def run_flops(config: TrainConfig, steps: int | None = None) -> int:
     """FLOPs of a run's first `steps` steps; of all of them by default."""
-    steps = config.training.num_steps if steps is None else steps
-    return steps * config.training.global_batch_size * image_flops(config.model, config.training.mask_ratio)
+    steps, training = config.training.num_steps if steps is None else steps, config.training
+    if len(training.mask_ratios) == 1:
+        counts = {training.fixed_mask_ratio: steps}
+    else:
+        counts = Counter(mask_ratio(config, step) for step in range(steps))
+    return training.global_batch_size * sum(n * image_flops(config.model, ratio) for ratio, n in counts.items())

@@ -1,10 +1,12 @@
 """The paper plan: traffic, time, layouts and whole predictions, against figures by hand."""
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 
 from mdit.config import CONFIGS, UserError, load_config
+from mdit.costs.flops import image_flops, run_flops
 from mdit.costs.layouts import Layout, candidates, count_weights, layout_of
 from mdit.costs.machines import MACHINES, MEMORY_SHARE
 from mdit.costs.memory import predict_memory
@@ -12,6 +14,7 @@ from mdit.costs.prediction import fitted, predict
 from mdit.costs.time import PARTS, device_parts, host_seconds, product_seconds, step_parts
 from mdit.costs.trace import Product, forward_flops, mean_training_flops
 from mdit.costs.traffic import predict_traffic
+from mdit.masking import mask_ratio
 from mdit.models.presets import xl_2
 from mdit.parallel.settings import Execution, ZeroOptions, load_ds_json
 from tests.recipes import tiny_config
@@ -231,5 +234,8 @@ def test_a_schedule_of_masks_costs_the_mean_of_its_steps_and_the_memory_of_the_l
     found, *each = (predict(config, layout, H100) for config in (mixed, masked, whole))
     assert found.step_seconds == pytest.approx(0.75 * each[0].step_seconds + 0.25 * each[1].step_seconds)
     assert found.memory == each[1].memory and found.memory.activations > each[0].memory.activations
+    counted = [mask_ratio(mixed, step) for step in range(mixed.training.num_steps)]
+    expected = [image_flops(mixed.model, ratio) * mixed.training.global_batch_size for ratio in counted]
+    assert [run_flops(mixed, steps) for steps in range(len(counted) + 1)] == [*accumulate(expected, initial=0)]
     flops = [mean_training_flops(config) for config in (mixed, masked, whole)]
     assert flops[0] == pytest.approx(0.75 * flops[1] + 0.25 * flops[2])

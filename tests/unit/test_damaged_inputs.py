@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic_core import to_jsonable_python
 
 from mdit.config import CONFIGS, TrainConfig
-from mdit.costs.trace import training_flops
+from mdit.costs.trace import mean_training_flops
 from mdit.diffusion.edm import edm_loss, sample_noise
 from mdit.dist import World
 from mdit.documents import UserError
@@ -239,7 +239,7 @@ def test_a_damaged_json_is_one_line_or_a_plan_that_learns_the_same(folder):
 
 
 def step_flops(config: TrainConfig) -> float:
-    return training_flops(config.model, config.training.mask_ratio) * config.training.global_batch_size
+    return mean_training_flops(config) * config.training.global_batch_size
 
 
 def step(world: World, runs) -> list[torch.Tensor]:
