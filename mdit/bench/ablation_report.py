@@ -46,10 +46,12 @@ class VariantSummary:
         return [value for value in found if value is not None]
 
     @cached_property
-    def curve(self) -> list[tuple[int, int, float]]:
-        """(steps, FLOPs, mean loss over the seeds)."""
-        curves = [result.curve for result in self.results.values()]
-        return [(points[0].step, points[0].flops, statistics.fmean(p.loss for p in points)) for points in zip(*curves)]
+    def curve(self) -> list[tuple[int, float, float]]:
+        """(steps, FLOPs, loss), means over the seeds; FLOPs differ where mask ratios are drawn."""
+        points = zip(*(result.curve for result in self.results.values()))
+        return [
+            (at[0].step, statistics.fmean(p.flops for p in at), statistics.fmean(p.loss for p in at)) for at in points
+        ]
 
     def spread(self, column: str) -> float | None:
         """Standard deviation over the seeds; None of one."""
@@ -188,10 +190,10 @@ class AblationReport:
         return [f"{steps:,.0f} ({steps / all_steps:.2f}x)", f"{flops / TERA:.3g} ({flops / all_flops:.2f}x)"]
 
 
-def crossing(curve: Sequence[tuple[int, int, float]], loss: float) -> tuple[float, float] | None:
+def crossing(curve: Sequence[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:
     """(steps, FLOPs) at which a curve first comes down to `loss`, linear between its points; its first point where it
     begins below, None where it never comes there."""
-    before: tuple[int, int, float] | None = None
+    before: tuple[int, float, float] | None = None
     for steps, flops, here in curve:
         if here <= loss:
             if before is None or before[2] == here:

@@ -71,7 +71,9 @@ def draw_losses(metrics: Sequence[dict[str, Any]], directory: Path, where: str) 
     return directory / "losses.png"
 
 
-def draw_curves(curves: Mapping[str, Sequence[tuple[int, int, float]]], baseline: str, path: Path, title: str) -> None:
+def draw_curves(
+    curves: Mapping[str, Sequence[tuple[int, float, float]]], baseline: str, path: Path, title: str
+) -> None:
     """Losses over steps and over FLOPs of an ablation's variants, (steps, FLOPs, loss) each; the dotted line is the
     baseline's last loss. Raises UserError where matplotlib is not installed."""
     figure, panels = _figure(2, 0.8 * PANEL + 0.1 * len(curves))

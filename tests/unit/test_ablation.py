@@ -10,6 +10,7 @@ from mdit.config import UserError
 from mdit.costs.flops import image_flops, run_flops
 from mdit.costs.trace import training_flops
 from mdit.documents import parse_toml
+from mdit.masking import mask_ratio
 from tests.recipes import tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,15 @@ def test_all_get_the_flops_of_the_baseline(tmp_path):
     assert [stage.name for stage in tail.stages] == ["train", "finetune"]
 
 
+def test_a_schedule_of_masks_is_counted_step_by_step():
+    masks = {"schedule": "linear", "start": 0.75, "final": 0.0, "share": 0.5, "levels": 1}
+    config = tiny_config(training={"num_steps": 8, "mask_ratio": masks, "global_batch_size": 3})
+    few, all_ = (3 * image_flops(config.model, ratio) for ratio in (0.75, 0.0))
+    ratios = [mask_ratio(config, step) for step in range(8)]
+    assert run_flops(config, 4) == 4 * few and run_flops(config) == ratios.count(0.75) * few + ratios.count(0.0) * all_
+    assert 0.0 in ratios
+
+
 def test_steps_and_seconds(tmp_path):
     file = write(tmp_path, HEAD.replace("flops", "steps") + VARIANTS + "training.num_steps = 60\n")
     found = lengths(Ablation(file))
@@ -93,7 +103,8 @@ def test_every_variant_of_every_file_is_a_recipe(path):
     for variant, stages in ablation.stages.items():
         for stage in stages:
             config = ablation.resolve(variant, stage, 2, 0, 1).config
-            models.add((config.model.model_copy(update={"depth": 2}), config.training.mask_ratio))
+            model = config.model.model_copy(update={"depth": 2})
+            models |= {(model, ratio) for ratio in config.training.mask_ratios}
     assert models and all(image_flops(*model) > 0 for model in models)
 
 
