@@ -24,6 +24,7 @@ All that is wrong with it is found when it is read. A table of differences is me
 name; the key `replace` names tables that take the place of the recipe's instead, as `replace = ["noise"]`.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,15 +69,17 @@ class AblationFile(Section):
     variants: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
 
 
-class VariantOptions(Section):
+class DifferenceOptions(Section):
+    replace: tuple[str, ...] = Field((), description="tables that take the place of the recipe's")
+
+
+class VariantOptions(DifferenceOptions):
     seeds: Seeds | None = None
-    replace: tuple[str, ...] = ()
     finetune: dict[str, Any] | None = None
 
 
-class FinetuneOptions(Section):
+class FinetuneOptions(DifferenceOptions):
     share: Annotated[float, Field(gt=0, lt=1)] = Field(description="of the budget; the first run has the rest")
-    replace: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,10 @@ class Ablation:
         self.recipe = path.parent / self.file.recipe
         self.ds_config = path.parent / self.file.ds_config if self.file.ds_config else DEFAULT_DS_CONFIG
         self.raw = read_toml(self.recipe, "the recipe")
-        self.base_values = flattened(self.file.base, self.raw)
+        options, changes = _split(DifferenceOptions, self.file.base, f"{path}: base")
+        self.base_values = flattened(changes, self.raw, options.replace)
+        # The baseline's recipe: its noise and seed are those of every validation loss, its length is the budget.
         self.base = self._parse("base", self.base_values)
-        """The baseline's: its noise and seed are those of every validation loss, its length is the budget."""
         if self.base.report.validate_every == 0:
             raise UserError(f"{path}: base: report.validate_every is 0, but losses are compared all along a run")
         if self.file.baseline not in self.file.variants:
@@ -167,7 +171,7 @@ class Ablation:
         """A stage of `steps` steps, saved every `every` of them; `more` are other keys of [report]."""
         decided = {"seed": seed, "training.num_steps": steps, **QUIET, **dict.fromkeys(SAVING, every)}
         decided |= {"report.keep_checkpoints": 1, **{f"report.{key}": value for key, value in more.items()}}
-        values = {**self.base_values, **stage.values, **decided}
+        values = _one_after_the_other(self.base_values, stage.values, decided)
         config = self._parse(_place(variant, stage.name), values)
         return TrainingStage(stage.name, tuple(f"{key}={toml(value)}" for key, value in values.items()), config)
 
@@ -202,7 +206,7 @@ class Ablation:
             finetune, changes = _split(FinetuneOptions, options.finetune, f"{self.path}: variants.{variant}.finetune")
             tail = flattened(changes, self.raw, finetune.replace)
             stages[:] = [Differences("train", 1 - finetune.share, own)]
-            stages += [Differences("finetune", finetune.share, {**own, **tail})]
+            stages += [Differences("finetune", finetune.share, _one_after_the_other(own, tail))]
         for stage in stages:
             lengthened = "training.num_steps" in stage.values and (self.file.budget != "steps" or len(stages) > 1)
             if refused := sorted(DECIDED & {*stage.values} | ({"training.num_steps"} if lengthened else set())):
@@ -260,6 +264,15 @@ def toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
+
+
+def _one_after_the_other(*tables: dict[str, Any]) -> dict[str, Any]:
+    """The keys of all tables in their order, so that a key comes behind a table that it is in."""
+    values: dict[str, Any] = {}
+    for key, value in itertools.chain(*(table.items() for table in tables)):
+        values.pop(key, None)
+        values[key] = value
+    return values
 
 
 def _place(variant: str, stage: str = "train") -> str:

@@ -146,6 +146,14 @@ def test_tables_are_merged_or_replaced(tmp_path):
     assert stage.values == {"noise": {"P_mean": 0.0, "P_std": 1.0, "sigma_data": 1.0}}
     merged = Ablation(write(tmp_path, text.replace("['noise']", "[]"))).stages["x"][0]
     assert merged.values == {"noise.P_mean": 0.0, "noise.P_std": 1.0, "noise.sigma_data": 1.0}
+    base = (
+        "[base]\nnoise.P_mean = 0.2\n"
+        + text.split(HEAD)[1]
+        + "\n[variants.x.finetune]\nshare = 0.5\nnoise.P_mean = 0.3"
+    )
+    ablation = Ablation(write(tmp_path, HEAD + base))
+    means = [ablation.resolve("x", stage, 2, 0, 1).config.noise.P_mean for stage in ablation.stages["x"]]
+    assert (ablation.base.noise.P_mean, *means) == (0.2, 0.0, 0.3)
 
 
 @pytest.mark.parametrize("value", [1, 1.5, 1e-9, True, 'a "b" \\ ü', [1, [2.5, "x"]], {"a": {"b c": [False]}}])
