@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdit.bench.ablation import Ablation, VariantRun
 from mdit.bench.ablation_result import RESULT, VariantResult, change
@@ -22,7 +22,7 @@ TERA = 1e12
 COLUMNS: dict[str, tuple[Callable[[VariantResult], float | None], str]] = {  # figure of a result, its format
     "steps": (lambda result: result.curve[-1].step, ",.0f"),
     "TFLOP": (lambda result: result.curve[-1].flops / TERA, ",.3g"),
-    "seconds": (lambda result: result.seconds, ",.0f"),
+    "seconds": (lambda result: result.curve[-1].seconds, ",.0f"),
     "loss": (lambda result: result.curve[-1].loss, ".4f"),
     FRECHET: (lambda result: result.frechet_distance, ".1f"),
     "background": (lambda result: result.background, ".1%"),
@@ -31,6 +31,15 @@ COLUMNS: dict[str, tuple[Callable[[VariantResult], float | None], str]] = {  # f
 COUNTED = ("steps", "TFLOP")  # the same from every seed
 COMPARED = ("loss", FRECHET, "background", "object")
 WITHIN, UNKNOWN = "≈", "?"
+
+
+class MeanPoint(NamedTuple):
+    """What a variant took up to a point of its curve, and its validation loss there."""
+
+    steps: float
+    flops: float
+    seconds: float
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,11 @@ class VariantSummary:
         return [value for value in found if value is not None]
 
     @cached_property
-    def curve(self) -> list[tuple[int, float, float]]:
-        """(steps, FLOPs, loss), means over the seeds; FLOPs differ where mask ratios are drawn."""
+    def curve(self) -> list[MeanPoint]:
+        """Means over the seeds. FLOPs differ where mask ratios are drawn."""
         points = zip(*(result.curve for result in self.results.values()))
-        return [
-            (at[0].step, statistics.fmean(p.flops for p in at), statistics.fmean(p.loss for p in at)) for at in points
-        ]
+        names = ("step", "flops", "seconds", "loss")
+        return [MeanPoint(*(statistics.fmean(getattr(each, name) for each in at) for name in names)) for at in points]
 
     def spread(self, column: str) -> float | None:
         """Standard deviation over the seeds; None of one."""
@@ -83,9 +91,9 @@ class AblationReport:
     def baseline(self) -> VariantSummary:
         return self.summaries[self.ablation.file.baseline]
 
-    def reached(self, summary: VariantSummary) -> tuple[float, float] | None:
-        """(steps, FLOPs) at which a variant's mean loss came down to the baseline's last one."""
-        return crossing(summary.curve, self.baseline.curve[-1][2]) if self.baseline.curve else None
+    def reached(self, summary: VariantSummary) -> MeanPoint | None:
+        """The point at which a variant's mean loss came down to the baseline's last one."""
+        return crossing(summary.curve, self.baseline.curve[-1].loss) if self.baseline.curve else None
 
     def write(self, out: Path, command: str) -> list[Path]:
         """table.md, ablation.json and curves.png in DIR."""
@@ -123,7 +131,7 @@ class AblationReport:
     def markdown(self, command: str) -> str:
         """The table, and below it how to read it."""
         heads = ["variant", "seeds", *("validation loss" if name == "loss" else name for name in COLUMNS)]
-        lines = [[*heads, "steps to the baseline's loss", "TFLOP to it"]]
+        lines = [[*heads, "steps to the baseline's loss", "TFLOP to it", "seconds to it"]]
         lines += [self._line(summary) for summary in self.summaries.values()]
         cells = "".join(cell for line in lines for cell in line)
         marks = {
@@ -146,15 +154,14 @@ class AblationReport:
                 if values := summary.values(column):
                     by_seed = dict(zip(map(str, summary.results), values))
                     figures[column] = {"mean": statistics.fmean(values), "deviation": summary.spread(column), **by_seed}
-            reached, own = self.reached(summary), self.baseline.curve[-1:]
-            ratios = [mine / all_ for mine, all_ in zip(reached, own[0])] if reached else None
-            curve = [dict(zip(("step", "flops", "loss"), point)) for point in summary.curve]
+            reached = self.reached(summary)
+            ratios = [mine / whole for mine, whole in zip(reached, self.baseline.curve[-1])][:-1] if reached else None
             variants[name] = {
                 "differences": file.variants[name],
                 "figures": figures,
-                "steps_and_flops_to_baseline_loss": reached,
-                "of_the_baselines": ratios,
-                "curve": curve,
+                "to_the_baselines_loss": reached and reached._asdict(),
+                "of_what_the_baseline_took": ratios and dict(zip(MeanPoint._fields, ratios)),
+                "curve": [point._asdict() for point in summary.curve],
             }
         facts = {"name": file.name, "recipe": file.recipe, "budget": file.budget, "baseline": file.baseline}
         return {"schema": SCHEMA, **facts, "command": command, "source": self.source, "variants": variants}
@@ -163,7 +170,7 @@ class AblationReport:
         seeds = self.ablation.seeds[summary.name]
         done = f"{len(summary.results)}" + f" of {len(seeds)}" * (len(summary.results) < len(seeds))
         if not summary.results:
-            return [summary.name, done, NOT_MEASURED, *[""] * (len(COLUMNS) + 1)]
+            return [summary.name, done, NOT_MEASURED, *[""] * (len(COLUMNS) + 2)]
         cells = [self._cell(summary, column) for column in COLUMNS]
         return [summary.name, done, *cells, *self._reach(summary)]
 
@@ -183,24 +190,28 @@ class AblationReport:
 
     def _reach(self, summary: VariantSummary) -> list[str]:
         if not self.baseline.curve:
-            return [NOT_MEASURED, ""]
+            return [NOT_MEASURED, "", ""]
         if (found := self.reached(summary)) is None:
-            return ["not reached", ""]
-        (steps, flops), (all_steps, all_flops, _) = found, self.baseline.curve[-1]
-        return [f"{steps:,.0f} ({steps / all_steps:.2f}x)", f"{flops / TERA:.3g} ({flops / all_flops:.2f}x)"]
+            return ["not reached", "", ""]
+        whole = self.baseline.curve[-1]
+        return [
+            f"{found.steps:,.0f} ({found.steps / whole.steps:.2f}x)",
+            f"{found.flops / TERA:.3g} ({found.flops / whole.flops:.2f}x)",
+            f"{found.seconds:,.0f} ({found.seconds / whole.seconds:.2f}x)",
+        ]
 
 
-def crossing(curve: Sequence[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:
-    """(steps, FLOPs) at which a curve first comes down to `loss`, linear between its points; its first point where it
-    begins below, None where it never comes there."""
-    before: tuple[int, float, float] | None = None
-    for steps, flops, here in curve:
-        if here <= loss:
-            if before is None or before[2] == here:
-                return float(steps), float(flops)
-            share = (before[2] - loss) / (before[2] - here)
-            return before[0] + share * (steps - before[0]), before[1] + share * (flops - before[1])
-        before = steps, flops, here
+def crossing(curve: Sequence[MeanPoint], loss: float) -> MeanPoint | None:
+    """The point at which a curve first comes down to `loss`, linear between its points; its first point where it begins
+    below, None where it never comes there."""
+    before = None
+    for here in curve:
+        if here.loss <= loss:
+            if before is None:
+                return here
+            share = (before.loss - loss) / (before.loss - here.loss)
+            return MeanPoint(*(a + share * (b - a) for a, b in zip(before, here)))
+        before = here
     return None
 
 

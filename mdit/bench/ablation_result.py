@@ -35,10 +35,12 @@ IN_A_GRID = 16
 
 
 class CurvePoint(Section):
-    """EMA weights after `step` steps of all stages, `flops` FLOPs: the validation loss at each noise level."""
+    """EMA weights after `step` steps of all stages, `flops` FLOPs and `seconds` of training steps alone: the validation
+    loss at each noise level."""
 
     step: int
     flops: int
+    seconds: float
     losses: tuple[float, ...]
 
     @property
@@ -47,13 +49,12 @@ class CurvePoint(Section):
 
 
 class VariantResult(Section):
-    """`recipes` are the baseline's, by whose noise the loss is measured, and those of the stages. `seconds` are of
-    training steps alone. Shares are None where no truth is known."""
+    """`recipes` are the baseline's, by whose noise the loss is measured, and those of the stages. Shares are None
+    where no truth is known."""
 
     recipes: dict[str, dict[str, Any]]
     pictures: int
     parameters: int
-    seconds: float
     curve: tuple[CurvePoint, ...]
     frechet_distance: float
     background: float | None = None
@@ -87,7 +88,6 @@ def measure(ablation: Ablation, variant: str, seed: int, out: Path, device: torc
         recipes={name: portable(config, path) for name, config in recipes.items()},
         pictures=ablation.file.pictures,
         parameters=count_parameters(snapshot.config.model),
-        seconds=sum(training_seconds(run.run_dir(out, stage) / METRICS) for stage in run.stages),
         curve=tuple(curve),
         frechet_distance=found.scores[FRECHET]["drawn"],
         environment=environment(device),
@@ -130,13 +130,14 @@ def recipe_change(file: Path, recipe: dict[str, Any], config: TrainConfig, what:
     return None
 
 
-def training_seconds(path: Path) -> float:
-    """Seconds of all steps that a metrics.jsonl tells of, evaluations and saving left out."""
+def training_seconds(path: Path, until: int) -> float:
+    """Seconds of a run's steps up to `until`, as its metrics.jsonl tells; evaluations and saving left out."""
     seconds, before = 0.0, 0
     for line in path.read_text(encoding="utf-8").splitlines():
         values = parse_json(line, path)
-        if "step_seconds" in values:
-            seconds, before = seconds + values["step_seconds"] * (values["step"] - before), values["step"]
+        if "step_seconds" in values and before < until:
+            steps = min(values["step"], until) - before
+            seconds, before = seconds + values["step_seconds"] * steps, before + steps
     return seconds
 
 
@@ -146,15 +147,19 @@ def _curve(run: VariantRun, base: TrainConfig, out: Path, device: torch.device) 
     path = run.folder(out) / CURVE
     if path.exists():
         return [parse_section(CurvePoint, point, path) for point in read_json(path)]
-    points, steps, flops = [], 0, 0
+    points, start = [], CurvePoint(step=0, flops=0, seconds=0.0, losses=())
     for stage in run.stages:
         snapshots = snapshots_in(run.run_dir(out, stage))
         if not snapshots:
             raise UserError(f"{run.run_dir(out, stage) / SNAPSHOTS}: has no snapshot of the finished run")
-        losses = validation_losses(snapshots, base, device)
-        for step, by_level in losses:
-            points.append(CurvePoint(step=steps + step, flops=flops + run_flops(stage.config, step), losses=by_level))
-        steps, flops = steps + stage.config.training.num_steps, flops + run_flops(stage.config)
+        metrics = run.run_dir(out, stage) / METRICS
+        for step, losses in validation_losses(snapshots, base, device):
+            flops, seconds = (
+                start.flops + run_flops(stage.config, step),
+                start.seconds + training_seconds(metrics, step),
+            )
+            points.append(CurvePoint(step=start.step + step, flops=flops, seconds=seconds, losses=losses))
+        start = points[-1]
     write_json(path, [point.model_dump(mode="json") for point in points])
     for stage in run.stages:
         for snapshot in snapshots_in(run.run_dir(out, stage))[:-1]:

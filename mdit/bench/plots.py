@@ -72,20 +72,20 @@ def draw_losses(metrics: Sequence[dict[str, Any]], directory: Path, where: str) 
 
 
 def draw_curves(
-    curves: Mapping[str, Sequence[tuple[int, float, float]]], baseline: str, path: Path, title: str
+    curves: Mapping[str, Sequence[tuple[float, float, float, float]]], baseline: str, path: Path, title: str
 ) -> None:
-    """Losses over steps and over FLOPs of an ablation's variants, (steps, FLOPs, loss) each; the dotted line is the
-    baseline's last loss. Raises UserError where matplotlib is not installed."""
+    """Losses over steps and over FLOPs of an ablation's variants, (steps, FLOPs, seconds, loss) each; the dotted line
+    is the baseline's last loss. Raises UserError where matplotlib is not installed."""
     figure, panels = _figure(2, 0.8 * PANEL + 0.1 * len(curves))
     for number, (name, points) in enumerate(curves.items()):
-        steps, flops, losses = zip(*points)
+        steps, flops, _, losses = zip(*points)
         colour = "black" if name == baseline else (BLUE, ORANGE, GREEN, PINK, GOLD, SKY)[number % 6]
         line = ("-", "--", "-.", ":")[number // 6 % 4]
         for axes, x in zip(panels, (steps, [each / 1e12 for each in flops])):
             axes.plot(x, losses, line, color=colour, marker=".", markersize=3, linewidth=1, label=name)
     for axes, name in zip(panels, ("steps", "training TFLOP")):
         if baseline in curves:
-            axes.axhline(curves[baseline][-1][2], color="gray", linestyle=":", linewidth=0.8)
+            axes.axhline(curves[baseline][-1][-1], color="gray", linestyle=":", linewidth=0.8)
         axes.set(xlabel=name, yscale="log")
         axes.yaxis.set_major_formatter("{x:.3g}")
         axes.yaxis.set_minor_formatter("{x:.3g}")

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from mdit.bench.ablation import Ablation, toml
-from mdit.bench.ablation_report import crossing
 from mdit.config import UserError
 from mdit.costs.flops import image_flops, run_flops
 from mdit.costs.trace import training_flops
@@ -159,10 +158,3 @@ def test_tables_are_merged_or_replaced(tmp_path):
 @pytest.mark.parametrize("value", [1, 1.5, 1e-9, True, 'a "b" \\ ü', [1, [2.5, "x"]], {"a": {"b c": [False]}}])
 def test_values_as_toml(value):
     assert parse_toml(f"value = {toml(value)}", "")["value"] == value
-
-
-def test_where_a_curve_comes_down_to_a_loss():
-    curve = [(10, 100, 0.5), (20, 200, 0.3), (30, 300, 0.35), (40, 400, 0.1)]
-    assert crossing(curve, 0.4) == (15, 150)
-    assert crossing(curve, 0.2) == pytest.approx((36, 360))
-    assert crossing(curve, 0.6) == (10, 100) and crossing(curve, 0.05) is None and crossing([], 1.0) is None

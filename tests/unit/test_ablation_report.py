@@ -1,10 +1,12 @@
 """The table of an ablation: means and deviations, which differences count, where the baseline's loss was reached."""
 
+import json
+
 import pytest
 
 from mdit.bench.ablation import Ablation
-from mdit.bench.ablation_report import AblationReport
-from mdit.bench.ablation_result import RESULT, CurvePoint, VariantResult
+from mdit.bench.ablation_report import AblationReport, MeanPoint, crossing
+from mdit.bench.ablation_result import RESULT, CurvePoint, VariantResult, training_seconds
 from mdit.config import UserError, portable
 from tests.bench_rows import CPU
 from tests.unit.test_ablation import HEAD, write
@@ -17,13 +19,13 @@ VARIANTS = (
 def result(ablation, run, path, losses, object_):
     recipes = {"baseline": ablation.base, **{stage.name: stage.config for stage in run.stages}}
     curve = [
-        CurvePoint(step=10 * (i + 1), flops=10**12 * (i + 1), losses=(x - 0.1, x + 0.1)) for i, x in enumerate(losses)
+        CurvePoint(step=10 * (i + 1), flops=10**12 * (i + 1), seconds=30.0 * (i + 1), losses=(x - 0.1, x + 0.1))
+        for i, x in enumerate(losses)
     ]
     return VariantResult(
         recipes={name: portable(config, path) for name, config in recipes.items()},
         pictures=ablation.file.pictures,
         parameters=1,
-        seconds=60.0,
         curve=tuple(curve),
         frechet_distance=100.0,
         background=1.0,
@@ -60,12 +62,28 @@ def test_differences_below_the_deviation_are_marked(tmp_path):
     assert found["none"]["seeds"] == "0 of 1" and found["none"]["steps"] == "not measured"
     reached = "steps to the baseline's loss"
     assert found["base"][reached] == "20 (1.00x)" and found["far"][reached] == "15 (0.75x)"
-    assert found["far"]["TFLOP to it"] == "1.5 (0.75x)"
+    assert (found["far"]["TFLOP to it"], found["far"]["seconds to it"]) == ("1.5 (0.75x)", "45 (0.75x)")
     content = report.content("command")["variants"]
-    assert content["far"]["of_the_baselines"] == pytest.approx([0.75, 0.75])
+    ratios = content["far"]["of_what_the_baseline_took"]
+    assert ratios == pytest.approx(dict.fromkeys(("steps", "flops", "seconds"), 0.75))
     assert content["near"]["figures"]["loss"] == pytest.approx(
         {"mean": 0.54, "deviation": 0.02828, "0": 0.52, "1": 0.56}, rel=1e-3
     )
+
+
+def test_where_a_curve_comes_down_to_a_loss():
+    curve = [MeanPoint(10 * n, 100 * n, n, loss) for n, loss in ((1, 0.5), (2, 0.3), (3, 0.35), (4, 0.1))]
+    assert crossing(curve, 0.4) == pytest.approx((15, 150, 1.5, 0.4))
+    assert crossing(curve, 0.2) == pytest.approx((36, 360, 3.6, 0.2))
+    assert crossing(curve, 0.6) == curve[0] and crossing(curve, 0.05) is None and crossing([], 1.0) is None
+
+
+def test_seconds_are_those_of_the_steps(tmp_path):
+    lines = [{"step": 10, "loss": 1.0, "step_seconds": 0.5}, {"step": 12, "validation_loss": 1.0}]
+    lines.append({"step": 20, "loss": 1.0, "step_seconds": 0.25})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [training_seconds(tmp_path / "metrics.jsonl", until) for until in (4, 10, 12, 20, 30)]
+    assert found == [2.0, 5.0, 5.5, 7.5, 7.5]
 
 
 def test_one_seed_each_says_that_no_deviation_is_known(tmp_path):
