@@ -18,28 +18,20 @@ from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 
 # The sections and their types are imported from here all over mdit.
 from mdit.recipe import (  # noqa: F401
-    MAX_MASK_RATIOS,
-    AnySection,
     EDMNoise,
     EMAConfig,
-    Embeddings,
     EmojiSource,
     FlowNoise,
     FolderSource,
-    LinearMask,
-    MixedMask,
     ModelConfig,
     NoiseConfig,
-    NonNegativeInt,
     OptimConfig,
-    PositiveFloat,
-    PositiveInt,
     ReportConfig,
-    Section,
     TrainConfig,
     TrainingConfig,
     kept_tokens,
 )
+from mdit.sections import AnySection, Embeddings, NonNegativeInt, PositiveFloat, PositiveInt, Section  # noqa: F401
 
 PACKAGED = Path(__file__).absolute().parent / "configs"  # in a checkout a link to the top-level folder
 CONFIGS = PACKAGED.resolve()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdit.config import LinearMask, MixedMask, TrainConfig, kept_tokens
+from mdit.config import TrainConfig, kept_tokens
+from mdit.mask_schedule import LinearMask, MixedMask
 
 
 @dataclass(frozen=True)

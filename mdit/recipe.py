@@ -5,46 +5,30 @@ JSON (`mdit.parallel.settings`). Bounds are of what can be counted in 64 bits or
 memory is not known here.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from mdit.captions import CaptionWeights
 from mdit.documents import UserError
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are errors, values cannot change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-AnySection = TypeVar("AnySection", bound=Section)
-
-PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch takes
-PositiveFloat = Annotated[float, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Size = Annotated[int, Field(gt=0, le=2**16)]  # pixels, channels, tokens
-Count = Annotated[int, Field(ge=0, le=2**10)]  # layers, experts
-Ratio = Annotated[float, Field(gt=0, le=2**6)]
-RatioOrNone = Annotated[float, Field(ge=0, le=2**6)]
-MaskRatio = Annotated[float, Field(ge=0, lt=1)]
-MAX_MASK_RATIOS = 16  # of a run: each has graphs (torch.compile) and memory of its own
-Embeddings = Literal["f16", "i8b64"]  # formats of caption embeddings
-Location = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # of a file or directory
-
-
-def _tagged(key: str, default: str, expected: str) -> Discriminator:
-    """The branch of a union whose name a table has at `key`; `default` where it has none, or is no table."""
-
-    def branch(values: Any) -> Any:
-        return values.get(key, default) if isinstance(values, dict) else getattr(values, key, default)
-
-    return Discriminator(branch, "wrong_branch", f"{key}: expected {expected}")
+from mdit.mask_schedule import LinearMask, MaskSchedule, MixedMask
+from mdit.sections import (
+    Count,
+    Decay,
+    Embeddings,
+    Location,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Ratio,
+    RatioOrNone,
+    Section,
+    Seed,
+    Share,
+    Size,
+    tagged,
+)
 
 
 class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]  (so is Section, by model_config)
@@ -159,7 +143,7 @@ class FlowNoise(Section):
 
 
 NoiseConfig = Annotated[
-    Annotated[EDMNoise, Tag("edm")] | Annotated[FlowNoise, Tag("flow")], _tagged("target", "edm", '"edm" or "flow"')
+    Annotated[EDMNoise, Tag("edm")] | Annotated[FlowNoise, Tag("flow")], tagged("target", "edm", '"edm" or "flow"')
 ]
 
 
@@ -213,59 +197,12 @@ class DataConfig(Section):
         return self
 
 
-class LinearMask(Section):
-    """Mask ratio `start`, and in the last `share` of the run's steps down (or up) to `final`, in `levels` equal stages
-    of which the last is at `final`: levels + 1 numbers of kept tokens in all."""
-
-    schedule: Literal["linear"]
-    start: MaskRatio
-    final: MaskRatio
-    share: Share
-    levels: Annotated[int, Field(gt=0, lt=MAX_MASK_RATIOS)] = 4
-
-    @model_validator(mode="after")
-    def _falls_or_rises(self):
-        if self.start == self.final:
-            raise ValueError(f"start and final are both {self.start}; a ratio that stays is a number")
-        return self
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """The ratio of each stage, in order."""
-        between = (self.start + (self.final - self.start) * k / self.levels for k in range(1, self.levels))
-        return self.start, *between, self.final
-
-    def ends(self, num_steps: int) -> tuple[int, ...]:
-        """Step before which each stage ends."""
-        left = (self.share * num_steps * (self.levels - k) / self.levels for k in range(self.levels + 1))
-        return tuple(num_steps - round(steps) for steps in left)
-
-
-class MixedMask(Section):
-    """Mask ratio of each step drawn from `ratios` with `weights`, by (seed, step)."""
-
-    schedule: Literal["mixture"]
-    ratios: Annotated[tuple[MaskRatio, ...], Field(min_length=2, max_length=MAX_MASK_RATIOS)]
-    weights: tuple[PositiveFloat, ...]
-
-    @model_validator(mode="after")
-    def _weights_fit(self):
-        if len(self.weights) != len(self.ratios):
-            raise ValueError(f"weights has {len(self.weights)} values, but ratios has {len(self.ratios)}")
-        if len({*self.ratios}) < len(self.ratios):
-            raise ValueError(f"ratios has a value twice: {list(self.ratios)}")
-        return self
-
-
 class TrainingConfig(Section):
     """A step whose gradient is not finite is skipped; the run ends when that happens `max_skipped_in_a_row` times."""
 
     num_steps: PositiveInt
     global_batch_size: PositiveInt
-    mask_ratio: Annotated[
-        Annotated[MaskRatio, Tag("")] | Annotated[LinearMask, Tag("linear")] | Annotated[MixedMask, Tag("mixture")],
-        _tagged("schedule", "", '"linear" or "mixture"'),
-    ]
+    mask_ratio: MaskSchedule
     max_skipped_in_a_row: PositiveInt = 10
 
     @property

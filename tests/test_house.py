@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # from the ground up
     {"documents", "provenance", "caches", "captions"},
+    {"sections"},
+    {"mask_schedule"},
     {"recipe"},
     {"config"},
     {"dist", "masking", "kernels", "descriptions"},

@@ -44,7 +44,7 @@ from mdit.config import (
 )
 from mdit.costs.flops import run_flops
 from mdit.documents import read_toml
-from mdit.recipe import Location, Seed
+from mdit.sections import Location, Seed
 
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of a folder, too
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]

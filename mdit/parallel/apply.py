@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mdit.config import MAX_MASK_RATIOS
+from mdit.mask_schedule import MAX_MASK_RATIOS
 from mdit.models import MicroDiT
 from mdit.parallel.fp8 import use_fp8
 from mdit.parallel.fuse import fuse
