@@ -180,10 +180,12 @@ class PrecomputeConfig(Section):
 
 class DataConfig(Section):
     """Directories of latent shards (`mdit-latents`). Several training directories are read as one set, in proportion
-    to their sizes; with `weights`, one for each, every batch holds them in that proportion."""
+    to their sizes; with `weights`, one for each, every batch holds them in that proportion. `captions` are weights of
+    the kinds of captions in place of the sets' own."""
 
     train: Annotated[tuple[Location, ...], Field(min_length=1)]
     weights: tuple[PositiveFloat, ...] | None = None
+    captions: CaptionWeights | None = None
     validation: Location
     caption_drop: Probability
     precompute: PrecomputeConfig | None = None

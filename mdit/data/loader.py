@@ -1,14 +1,14 @@
 """From directories of shards to this rank's batches, in the global order, from any step on."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mdit.config import UserError
+from mdit.config import UserError, near_key
 from mdit.data.manifest import MANIFEST
 from mdit.data.order import build_order
 from mdit.data.prefetcher import Batch, Buffer, Loader, Prefetcher
@@ -30,12 +30,14 @@ def build_loader(
     world_size: int,
     device: torch.device | str,
     weights: Sequence[float] | None = None,
+    captions: Mapping[str, float] | None = None,
     engine: Literal["auto", "native", "dali"] = "auto",
     features: bool = False,
 ):
     """An endless iterator of Batch and a context manager: rank r of W yields rows [r * G / W, (r + 1) * G / W) of every
     global batch of G samples, from `start_step` on. Engines differ in how they move bytes, never in what arrives. With
-    `features` a batch has those of the sets, which must have some.
+    `features` a batch has those of the sets, which must have some. `captions` are weights of their kinds, in place of
+    the sets' own.
 
     Raises UserError when the directories do not fit together, when G is not a multiple of W, when a set is smaller than
     its share of G or when the engine is not there; ShardError when shards are missing or damaged.
@@ -48,6 +50,8 @@ def build_loader(
     for other in datasets[1:]:
         require_same_kind(datasets[0], other)
         require_same_rows(datasets[0], other)
+    if captions is not None:
+        weigh_captions(datasets, captions)
     order = build_order([dataset.shard_sizes for dataset in datasets], weights, global_batch_size, seed)
     share = global_batch_size // world_size
 
@@ -126,6 +130,19 @@ def choose_engine(wanted: Literal["auto", "native", "dali"], device: torch.devic
     if device.type != "cuda":
         return "native", "no GPU"
     return ("dali", "installed, and a GPU is there") if installed else ("native", "DALI is not installed")
+
+
+def weigh_captions(datasets: Sequence[LatentSet], weights: Mapping[str, float]) -> None:
+    """Give sets with several captions a sample these weights of the kinds in place of their own; a sample that has none
+    of the kinds takes any of its captions. Raises UserError for a kind that no set has."""
+    several = [dataset for dataset in datasets if dataset.weights is not None]
+    known = sorted({kind for dataset in several for kind in dataset.weights or ()})
+    for kind in weights:
+        if kind not in known:
+            there = f"{near_key(kind, known)}; there are {', '.join(known)}" if known else "; they have one a sample"
+            raise UserError(f"data.captions.{kind}: no set of data.train has captions of this kind{there}")
+    for dataset in several:
+        dataset.weights = dict(weights)
 
 
 def require_same_kind(one: LatentSet, other: LatentSet) -> None:

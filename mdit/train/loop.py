@@ -99,6 +99,7 @@ def open_batches(config: TrainConfig, execution: Execution, plan: ParallelPlan, 
         world_size=plan.data_size,
         device=plan.world.device,
         weights=config.data.weights,
+        captions=config.data.captions,
         engine=execution.settings.data_engine,
     )
 

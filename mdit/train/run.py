@@ -13,7 +13,7 @@ from torch import Tensor
 from mdit.checkpoint.snapshot import initial_weights, load_snapshot
 from mdit.checkpoint.training_state import Damaged, complete_checkpoints, latest_step, read_state
 from mdit.config import TrainConfig, UserError, kept_tokens, load_config, portable
-from mdit.data.loader import choose_engine
+from mdit.data.loader import choose_engine, weigh_captions
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
 from mdit.dist import World, logger, on_rank_zero
@@ -122,7 +122,10 @@ def check_data(run: Run) -> None:
         if patience.over(directories):
             raise UserError(f"{directories}: rank 0 sees these sets, this rank does not; the nodes have to share them")
     precompute(config, device=run.world.device)
-    shard_sizes = [open_dataset(directory).shard_sizes for directory in config.data.train]
+    datasets = [open_dataset(directory) for directory in config.data.train]
+    if config.data.captions is not None:
+        weigh_captions(datasets, config.data.captions)  # refuses kinds that no set has
+    shard_sizes = [dataset.shard_sizes for dataset in datasets]
     # Refuses a set that is smaller than its share of a batch.
     build_order(shard_sizes, config.data.weights, config.training.global_batch_size, config.seed)
 

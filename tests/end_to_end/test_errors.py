@@ -83,6 +83,11 @@ def batch_larger_than_the_set(arguments):
     return ["64", "128"]
 
 
+def captions_of_no_kind(arguments):
+    edit(arguments["--recipe"], lambda c: c["recipe"]["data"].update(captions={"recaption": 1}))
+    return ["data.captions.recaption", "they have one a sample"]
+
+
 def ask_for_a_folder(arguments, captions: str):
     """Make the recipe precompute its own sets from a folder of pictures with this captions.jsonl."""
     folder = pathlib.Path(arguments["--recipe"]).parent / "pictures"
@@ -123,6 +128,7 @@ MISTAKES = [
     shards_of_another_shape,
     no_recipe,
     no_snapshot,
+    captions_of_no_kind,
     batch_larger_than_the_set,
 ]
 

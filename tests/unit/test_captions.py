@@ -10,6 +10,7 @@ import torch
 import webdataset
 
 from mdit.captions import Caption, caption_draw, check_weights, choose
+from mdit.config import UserError
 from mdit.data.manifest import ShardError, StoredCaptions
 from mdit.data.shards import LatentSet, open_dataset, read_samples
 from mdit.data.writer import ShardWriter
@@ -22,7 +23,7 @@ SAMPLES = 30
 
 
 def captions_of(i: int) -> list[Caption]:
-    """One to four captions; of samples 0, 5, ... no recaption."""
+    """One to four captions; of samples 0, 4, 5, 9, ... no recaption."""
     kinds = ["alt", "recaption", "alt", "recaption"][: 1 + i % 5 % 4]
     return [Caption(kind, f"é {i} {kind} {number}") for number, kind in enumerate(kinds)]
 
@@ -94,6 +95,26 @@ def test_a_step_takes_the_same_captions_in_any_layout_and_on_resuming(sets, engi
     assert steps[3:] == rows(start_step=3)
     shares = [rows(rank=rank, world_size=4) for rank in range(4)]
     assert steps == [[row for share in shares for row in share[step]] for step in range(6)]
+
+
+def test_a_run_may_weigh_the_kinds_anew(sets):
+    def texts(weights):
+        with loader(sets["f16"][:1], batch=SAMPLES, captions=weights) as batches:
+            return {text for batch in islice(batches, 8) for text in batch.texts}
+
+    only = {
+        caption.text
+        for i in range(SAMPLES)
+        for caption in captions_of(i)
+        if caption.kind == "recaption" or i % 5 in (0, 4)
+    }
+    assert texts({"recaption": 1.0}) == only < texts(None)
+    with pytest.raises(
+        UserError, match=r"data.captions.recption: no set .* \(did you mean recaption\?\); there are alt, rec"
+    ):
+        texts({"alt": 1.0, "recption": 1.0})
+    with pytest.raises(UserError, match="data.captions.alt: no set of data.train .*; they have one a sample"):
+        loader(sets["f16"][1:], batch=5, captions={"alt": 1.0})
 
 
 def test_epochs_and_seeds_take_other_captions_and_evaluation_always_the_same(sets):

@@ -182,6 +182,7 @@ REFUSED = [
     ("report.prompts=[]", ["prompts"]),
     ("data.precompute.captions={phrasing=0}", ["data.precompute.captions: the weights of phrasing sum to 0"]),
     ("data.precompute.captions={a=-1, b=2}", ["data.precompute.captions: the weight of a is -1.0"]),
+    ("data.captions={a=0, b=0}", ["data.captions: the weights of a, b sum to 0"]),
     ("data.precompute.captions={a=true}", ["data.precompute.captions.a = True"]),
     ("data.weights=[2.0, 1.0]", ["weights has 2 values, but train has 1 directories"]),
 ]
