@@ -225,13 +225,26 @@ class TrainingConfig(Section):
         return self.mask_ratio
 
 
-class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak, or
-    "wsd": constant until the last `decay_share` of the run's steps, in which it falls to that, linearly or as 1 - sqrt.
+class MuonConfig(Section):
+    """Muon's own keys (`mdit.train.muon`); schedule and clipping are those of [optim], `lr` is its peak."""
 
-    Every `implementation` takes the same step; a run may go on with another (`mdit.train.optim`).
+    lr: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    momentum: Decay = 0.95
+    eps: PositiveFloat = 1e-7
+    newton_schulz_steps: Annotated[int, Field(gt=0, le=100)] = 5
+
+
+class OptimConfig(Section):
+    """AdamW, or with `name` "muon" Muon for the blocks' matrices and AdamW, by the keys here, for all else.
+
+    The schedule: linear warm-up, then constant, or cosine down to `final_lr_ratio` times the peak, or "wsd": constant
+    until the last `decay_share` of the run's steps, in which it falls to that, linearly or as 1 - sqrt. Every
+    `implementation` of AdamW takes the same step; a run may go on with another (`mdit.train.optim`).
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
+    muon: MuonConfig | None = None
     lr: PositiveFloat
     betas: tuple[Decay, Decay]
     eps: PositiveFloat
@@ -243,6 +256,14 @@ class OptimConfig(Section):
     decay_share: Share | None = None
     decay_shape: Literal["linear", "1-sqrt"] | None = None
     implementation: Literal["torch", "deepspeed", "apex"] = "torch"
+
+    @model_validator(mode="after")
+    def _muon_has_its_keys(self):
+        if (self.name == "muon") != (self.muon is not None):
+            raise ValueError(f'name is "{self.name}" {"with" if self.muon else "without"} a table [optim.muon]')
+        if self.muon is not None and self.implementation != "torch":
+            raise ValueError(f'implementation is "{self.implementation}" but name is "muon"; expected "torch"')
+        return self
 
     @model_validator(mode="after")
     def _constant_has_no_floor(self):

@@ -177,7 +177,7 @@ class BenchmarkRun(AbstractContextManager):
         parts = {
             "weights": [getattr(p, "ds_tensor", p) for p in engine.deepspeed.module.parameters()],  # ZeRO 3's own part
             "masters": state["master"],
-            "moments": state["exp_avg"] + state["exp_avg_sq"],
+            "moments": [t for t in state["exp_avg"] + state["exp_avg_sq"] if t is not None],
             "ema": self.ema.partitions or [],
         }
         found = {name: sum(t.nbytes for t in part if t.device.type == device.type) for name, part in parts.items()}

@@ -31,7 +31,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from mdit.checkpoint.fragments import FRAGMENTS, Fragment
+from mdit.checkpoint.fragments import FRAGMENTS, Fragment, Partitions
 from mdit.config import UserError
 from mdit.dist import World, gather, logger, on_all_ranks, on_rank_zero, shared
 from mdit.documents import parse_json
@@ -78,7 +78,7 @@ class Damaged(Exception):
 def save_training_state(
     directory: Path,
     step: int,
-    tensors: dict[str, list[Tensor]],
+    tensors: dict[str, Partitions],
     fragments: list[Fragment],
     *,
     numbers: dict[str, float],
@@ -89,9 +89,9 @@ def save_training_state(
 ) -> None:
     """A collective: each rank writes its fragments of `tensors`, then rank 0 publishes. The newest `keep` stay.
 
-    `tensors` has for each kind one flat tensor a partition; `numbers` are all else that this rank has to remember;
-    `run`, rank 0's, says what is trained. Raises on all ranks alike when one of them cannot write: nothing has changed
-    then.
+    `tensors` has for each kind one flat tensor a partition, or None; `numbers` are all else that this rank has to
+    remember; `run`, rank 0's, says what is trained. Raises on all ranks alike when one of them cannot write: nothing
+    has changed then.
     """
     final = directory / step_name(step)
     hidden = partial_name(final)
@@ -138,12 +138,12 @@ def finite(numbers: dict[str, float]) -> dict[str, float | str]:
 
 
 def write_fragments(
-    directory: Path, rank: int, tensors: dict[str, list[Tensor]], fragments: list[Fragment]
+    directory: Path, rank: int, tensors: dict[str, Partitions], fragments: list[Fragment]
 ) -> Iterator[Path]:
     """File after file, so that host memory holds one of them at a time. At least one file, were it empty."""
     for number, chunk in enumerate(chunks(fragments, kinds=len(tensors))):
         path = directory / f"{rank_prefix(rank)}{number:03d}.safetensors"
-        content = {f"{kind}/{p.name}": p.of(flat).to("cpu", copy=True) for kind, flat in tensors.items() for p in chunk}
+        content = {f"{kind}/{p.name}": part.to("cpu", copy=True) for p in chunk for kind, part in p.kinds(tensors)}
         save_tensors(content, path, {"fragments": FRAGMENTS.dump_json(chunk).decode()})
         yield path
 
@@ -230,7 +230,7 @@ def read_state(path: Path) -> Checkpoint:
 
 
 def load_into(
-    checkpoint: Checkpoint, tensors: dict[str, list[Tensor]], fragments: list[Fragment], *, layout: dict, world: World
+    checkpoint: Checkpoint, tensors: dict[str, Partitions], fragments: list[Fragment], *, layout: dict, world: World
 ) -> dict[str, float]:
     """Fill `tensors`, laid out as `fragments` says, from a checkpoint of any layout; -> this rank's numbers.
 
@@ -241,8 +241,8 @@ def load_into(
     same = checkpoint.state["layout"] == layout
     reader = Reader(checkpoint, ranks=[world.rank] if same else range(len(numbers)))
     for fragment in fragments:
-        for kind, flat in tensors.items():
-            reader.fill(kind, fragment, fragment.of(flat))
+        for kind, part in fragment.kinds(tensors):
+            reader.fill(kind, fragment, part)
     if same:
         return {key: float(value) for key, value in numbers[world.rank].items()}
     before = checkpoint.state["layout"]

@@ -53,10 +53,15 @@ def shard_experts(model: nn.Module, group: torch.distributed.ProcessGroup) -> No
             swap(layer, ExpertParallelMoE, group=group, ep=ep)
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
-    """Parameter groups of the optimizer: the experts' apart from all others, as ZeRO wants them."""
-    split = configure_moe_param_groups(list(model.parameters()))
-    return [group for group in split or [] if group["params"]]
+def split_groups(groups: list[dict]) -> list[dict]:
+    """Parameter groups of the optimizer with the experts' apart from all others, as ZeRO wants them."""
+    return [group for group in configure_moe_param_groups(groups) or [] if group["params"]]
+
+
+def sharing(parameter: nn.Parameter) -> torch.distributed.ProcessGroup | None:
+    """The ranks over which ZeRO shards a parameter: those that hold the same experts; None: all."""
+    name = getattr(parameter, "group_name", None)
+    return groups._get_expert_data_parallel_group(name) if name is not None else None
 
 
 class ExpertParallelMoE(FusedExpertChoiceMoE, MoE):

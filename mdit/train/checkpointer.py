@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mdit.checkpoint.fragments import Partitions
 from mdit.checkpoint.snapshot import save_snapshot
 from mdit.checkpoint.training_state import load_into, save_training_state, step_name
 from mdit.config import portable
@@ -64,15 +65,15 @@ class Checkpointer:
         self._checked_state(step)
         self.directory.attempt("snapshot", step, partial(self._write_snapshot, step))
 
-    def _state(self) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+    def _state(self) -> tuple[dict[str, Partitions], dict[str, float]]:
         """Tensors, views of the parts' own, and numbers."""
         state: dict[str, Any] = {}
         for part in self.parts:
             state |= part.state_dict()
-        tensors = {key: value for key, value in state.items() if isinstance(value, list)}
+        tensors: dict[str, Partitions] = {key: value for key, value in state.items() if isinstance(value, list)}
         return tensors, {key: value for key, value in state.items() if key not in tensors}
 
-    def _checked_state(self, step: int) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+    def _checked_state(self, step: int) -> tuple[dict[str, Partitions], dict[str, float]]:
         self.meter.pause()
         tensors, numbers = self._state()
         require_finite(step, tensors, self.engine.fragments(), self.directory.path / CHECKPOINTS, self.run.world)

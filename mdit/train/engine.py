@@ -21,10 +21,19 @@ from mdit.checkpoint.fragments import Fragment
 from mdit.config import TrainConfig, UserError
 from mdit.models import MicroDiT
 from mdit.parallel import expert
+from mdit.parallel.muon import Exchange, matrices_of, takes_muon
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Execution
 from mdit.parallel.shard import gather_whole, shard_of
-from mdit.train.optim import build_optimizer, moments, set_moments, step_count
+from mdit.train.muon import MuonAdamW
+from mdit.train.optim import (
+    build_optimizer,
+    has_second_moment,
+    moments,
+    parameter_groups,
+    set_moments,
+    step_count,
+)
 from mdit.train.zero_step import improve
 
 
@@ -50,9 +59,9 @@ class Engine:
         bf16 = execution.dtype == torch.bfloat16
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if bf16 else {}
         model.to(self.world.device)
-        # One group, since the paper decays every parameter alike; two where experts are shared out over other ranks.
-        parameters = expert.parameter_groups(model) if plan.expert_group else model.parameters()
-        optimizer = build_optimizer(parameters, config.optim, offloaded=execution.offloads_optimizer)
+        groups = parameter_groups(model.named_parameters(), config.optim)
+        groups = expert.split_groups(groups) if plan.expert_group else groups
+        optimizer = build_optimizer(groups, config.optim, offloaded=execution.offloads_optimizer)
         self.deepspeed: Any = deepspeed.initialize(  # of no types, like all that is in it
             model=model, optimizer=optimizer, config=execution.deepspeed, mpu=plan.mpu
         )[0]
@@ -67,6 +76,8 @@ class Engine:
             )
             if hasattr(self.zero, name)
         )
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.exchanges = {self.master_weights[i]: exchange for i, exchange in self._exchanges()}
         for name, parameter in self.deepspeed.module.named_parameters():
             if name in exact:  # DeepSpeed takes its masters from the bf16 copies: give it back what rounding lost
                 safe_set_full_fp32_param(parameter, exact.pop(name).to(self.world.device))
@@ -81,8 +92,9 @@ class Engine:
             yield slice(start, start + size)
 
     def set_learning_rate(self, value: float) -> None:
+        """`value` is AdamW's; Muon's is as much of its own peak."""
         for group in self.zero.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group["peak"]
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a micro-batch's loss, divided by the number of micro-batches of a step. Reduces
@@ -142,17 +154,41 @@ class Engine:
                 found.append(Fragment(name, shape, shard_of(parameter), start, numel, partition, offset))
         return found
 
+    def _exchanges(self) -> Iterator[tuple[int, Exchange]]:
+        """(partition, its matrices) of each of Muon's partitions. A collective."""
+        held = {fragment.name: fragment for fragment in self.fragments()}
+        by_group: dict[Any, list[tuple[str, tuple[int, ...]]]] = {}
+        for name, parameter in self.deepspeed.module.named_parameters():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if takes_muon(name, shape):
+                by_group.setdefault(expert.sharing(parameter), []).append((name, shape))
+        for group, named in by_group.items():
+            # Partition, first element, their number and place of every parameter; -1 where this rank has none of it.
+            mine = [held[name].address if name in held else (-1, 0, 0, 0) for name, _ in named]
+            mine_P4 = torch.tensor(mine, device=self.world.device)
+            all_RP4 = [torch.empty_like(mine_P4) for _ in range(torch.distributed.get_world_size(group))]
+            torch.distributed.all_gather(all_RP4, mine_P4, group=group)
+            table_RP4 = torch.stack(all_RP4).cpu().numpy()
+            partition_P, rank = table_RP4[..., 0].max(0), torch.distributed.get_rank(group)
+            for partition in sorted({*partition_P.tolist()}):
+                begin_RP, numel_RP, offset_RP = table_RP4[:, partition_P == partition, 1:].transpose(2, 0, 1)
+                matrices = matrices_of([shape for (_, shape), at in zip(named, partition_P) if at == partition])
+                yield partition, Exchange(matrices, begin_RP, begin_RP + numel_RP, offset_RP[rank], rank, group)
+
     def state_dict(self) -> dict[str, Any]:
-        """Master weights and Adam moments, for each kind one flat float32 tensor a partition, views and no copies; and
-        the steps that Adam has taken: fewer than the run's where some were skipped."""
-        if not moments(self.zero.optimizer, self.master_weights[0]):  # no step has been taken, or all were skipped
+        """Master weights and the optimizer's moments, for each kind one flat float32 tensor a partition, views and no
+        copies, None where a partition has none; and the steps that Adam has taken: fewer than the run's where some were
+        skipped."""
+        optimizer = self.zero.optimizer
+        if not moments(optimizer, self.master_weights[0]):  # no step has been taken, or all were skipped
             for master in self.master_weights:
-                set_moments(self.zero.optimizer, master, *(torch.zeros_like(master) for _ in range(2)), step=0)
+                square = torch.zeros_like(master) if has_second_moment(optimizer, master) else None
+                set_moments(optimizer, master, torch.zeros_like(master), square, step=0)
         of_masters = [moments(self.zero.optimizer, master) for master in self.master_weights]
         return {
             "master": [master.detach() for master in self.master_weights],
             "exp_avg": [found["exp_avg"] for found in of_masters],
-            "exp_avg_sq": [found["exp_avg_sq"] for found in of_masters],
+            "exp_avg_sq": [found.get("exp_avg_sq") for found in of_masters],
             "optimizer_steps": step_count(self.zero.optimizer, self.master_weights[0]),
         }
 

@@ -115,7 +115,7 @@ def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig)
         losses_N = edm_losses(engine, batch.latents_NCHW[rows], batch.captions_NLC[rows], noise[rows], config.noise)
         engine.backward(losses_N.mean())  # accumulates; averages over the ranks
         losses.append(losses_N.detach())
-    engine.step()  # clips to optim.max_grad_norm, steps AdamW, zeroes the gradients
+    engine.step()  # clips to optim.max_grad_norm, steps the optimizer, zeroes the gradients
     return torch.cat(losses)
 
 

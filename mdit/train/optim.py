@@ -1,11 +1,12 @@
-"""AdamW in three implementations whose state has one form here, and the learning rate as a function of the step.
+"""Optimizers whose state has one form here: AdamW in three implementations, Muon beside the first of them
+(`mdit.train.muon`); and the learning rate as a function of the step.
 
     torch      torch.optim.AdamW(fused=True): everywhere
     deepspeed  DeepSpeed's FusedAdam, or its DeepSpeedCPUAdam where the optimizer is kept in host memory; their C++ or
                CUDA is compiled at the first use on a machine
     apex       FusedAdam of NVIDIA's apex: on GPUs, where somebody has built it
 
-All take the same step (Loshchilov & Hutter 2019, algorithm 2, decay times the learning rate) to rounding:
+All three take the same step (Loshchilov & Hutter 2019, algorithm 2, decay times the learning rate) to rounding:
 
     m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
     w = w - lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
@@ -28,7 +29,9 @@ from torch.utils import cpp_extension
 
 from mdit.config import OptimConfig, UserError
 from mdit.dist import logger
+from mdit.parallel.muon import misfit, takes_muon
 from mdit.parallel.settings import Execution
+from mdit.train.muon import MuonAdamW
 
 GET_APEX = (
     "git clone https://github.com/NVIDIA/apex && cd apex && "
@@ -53,15 +56,28 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * left)
 
 
+def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups of the optimizer, AdamW's first. "peak": what their learning rate is at most, as a share of optim.lr."""
+    parameters = dict(named)
+    of_muon = [name for name, p in parameters.items() if config.muon and takes_muon(name, p.shape)]
+    groups = [{"name": "adamw", "peak": 1.0, "params": [p for name, p in parameters.items() if name not in of_muon]}]
+    if config.muon:
+        options = config.muon.model_dump() | {"peak": config.muon.lr / config.lr}
+        groups.append(options | {"name": "muon", "params": [parameters[name] for name in of_muon]})
+    return groups
+
+
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter] | list[dict], config: OptimConfig, *, offloaded: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW of `config.implementation`, which `check_implementation` has found possible.
+    """AdamW of `config.implementation`, or Muon, which `check_implementation` has found possible.
 
-    `parameters` may be groups, dicts with "params" and keys of others, which stay; all are stepped alike, as the paper
-    decays every parameter. `offloaded` keeps the optimizer in host memory.
+    `parameters` may be groups, dicts with "params" and keys of others, which stay; all that are not Muon's are stepped
+    alike, as the paper decays every parameter. `offloaded` keeps the optimizer in host memory.
     """
     options: dict[str, Any] = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    if config.name == "muon":
+        return MuonAdamW(parameters, **options, fused=True)
     if config.implementation == "torch":
         return torch.optim.AdamW(parameters, **options, fused=True)
     if config.implementation == "apex":
@@ -84,7 +100,8 @@ def build_optimizer(
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """{"exp_avg": m, "exp_avg_sq": v} of a parameter, the optimizer's own tensors; empty before its first step."""
+    """{"exp_avg": m, "exp_avg_sq": v} of a parameter, the optimizer's own tensors, without v where it is Muon's; empty
+    before its first step."""
     state = optimizer.state.get(parameter, {})
     return {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
 
@@ -98,20 +115,30 @@ def step_count(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
     return int(state["step"] if "step" in state else _group_of(optimizer, parameter)["step"])
 
 
+def has_second_moment(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    """False for Muon's."""
+    return not (isinstance(optimizer, MuonAdamW) and parameter in optimizer.exchanges)
+
+
 def set_moments(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int
+    optimizer: torch.optim.Optimizer, parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor | None, step: int
 ) -> None:
     """Put a parameter's state as if `step` steps were done. The optimizer goes on in these tensors: it does not copy.
+    Muon's parameters have no `exp_avg_sq` and count no steps.
 
     Give the parameters of a group the same step: apex has one count for each group, the others one for each parameter
     (torch as a float32 tensor beside the parameter, DeepSpeed as an int; its FusedAdam reads the last parameter's).
     The steps that follow are those of an optimizer that was not interrupted, bit for bit; to rounding in DeepSpeed's
     C++ for CPUs, which multiplies beta^t along from step to step and cannot be put at a step in the same bits.
     """
-    assert exp_avg.shape == exp_avg_sq.shape == parameter.shape, (exp_avg.shape, exp_avg_sq.shape, parameter.shape)
+    assert exp_avg.shape == parameter.shape, (exp_avg.shape, parameter.shape)
+    if exp_avg_sq is None:
+        optimizer.state[parameter] = {"exp_avg": exp_avg}
+        return
+    assert exp_avg_sq.shape == parameter.shape, (exp_avg_sq.shape, parameter.shape)
     state: dict[str, Any] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     package = type(optimizer).__module__.partition(".")[0]
-    if package == "torch":
+    if isinstance(optimizer, torch.optim.AdamW):
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
     elif package == "deepspeed":
         state["step"] = step
@@ -130,7 +157,9 @@ def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict:
 
 def check_implementation(config: OptimConfig, device: torch.device, source: object, execution: Execution) -> None:
     """Raise UserError, naming the recipe `source`, when `config.implementation` cannot step a model that is on `device`
-    on this machine."""
+    on this machine, or Muon not in this layout."""
+    if config.name == "muon" and (why := misfit(execution)):
+        raise UserError(f"{source}: optim.name = 'muon': {why}")
     problem = ""
     if config.implementation == "deepspeed":
         problem = _deepspeed_problem(device, execution.offloads_optimizer)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdit.checkpoint.fragments import Fragment
+from mdit.checkpoint.fragments import Fragment, Partitions
 from mdit.checkpoint.training_state import complete_checkpoints
 from mdit.data.loader import Batch
 from mdit.dist import World, enumerated, gather, logger, shared
@@ -65,7 +65,7 @@ def name_samples(by_rank: list[list[int]]) -> str:
 
 
 def require_finite(
-    step: int, tensors: dict[str, list[Tensor]], fragments: list[Fragment], checkpoints: Path, world: World
+    step: int, tensors: dict[str, Partitions], fragments: list[Fragment], checkpoints: Path, world: World
 ) -> None:
     """Raise UserError, on all ranks alike, when a rank's state at `step` holds NaN or infinities. A collective."""
     found = gather(non_finite(tensors, fragments), world)
@@ -77,10 +77,10 @@ def require_finite(
             )
 
 
-def non_finite(tensors: dict[str, list[Tensor]], fragments: list[Fragment]) -> str | None:
+def non_finite(tensors: dict[str, Partitions], fragments: list[Fragment]) -> str | None:
     """KIND/PARAMETER of a fragment with a NaN or an infinity. Waits for the device once a partition."""
     for kind, flats in tensors.items():
-        for partition in {fragment.partition for fragment in fragments}:
+        for partition in {fragment.partition for fragment in fragments if flats[fragment.partition] is not None}:
             inside = [fragment for fragment in fragments if fragment.partition == partition]
             # NaN where there is one; allocates nothing of the fragment's size.
             extremes = torch.stack([torch.stack(torch.aminmax(fragment.of(flats))) for fragment in inside])

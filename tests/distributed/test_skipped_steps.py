@@ -57,7 +57,8 @@ def poison(steps) -> None:
 
 
 def train_all(world: World, folder: str, runs: dict[str, list[dict]]) -> list[str]:
-    """Train each run on and on, under one layout after the other -> rank 0's log."""
+    """Train each run on and on, under one layout after the other, each for as many steps or "until" its own -> rank
+    0's log."""
     log = []
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())
@@ -68,8 +69,10 @@ def train_all(world: World, folder: str, runs: dict[str, list[dict]]) -> list[st
         run_dir = Path(folder, name)
         run_dir.mkdir(exist_ok=True)
         for i, layout in enumerate(layouts, 1):
+            until, layout = layout.get("until", STEPS * i // len(layouts)), {**layout}
+            layout.pop("until", None)
             ds_json = write_ds_json(Path(folder, f"{name}.{i}.{world.rank}.json"), **layout)
-            overrides = [f"training.num_steps={STEPS * i // len(layouts)}"]
+            overrides = [f"training.num_steps={until}"]
             options = dict(overrides=overrides, run_dir=run_dir, init_from=None, restart=False, world=world)
             run = resolve_run(Path(folder, "recipe.json"), ds_json, **options)
             with opened(run) as directory:
