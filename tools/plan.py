@@ -184,6 +184,8 @@ def remarks(shown: Sequence[Prediction], dollars: float) -> str:
         f"$/M: of a million images at {dollars:g} a GPU-hour",
     ]
     signs = {
+        f"Newton-Schulz for Muon: {shown[0].muon_seconds / shown[0].step_seconds:.1%} of the first line's step, and at "
+        f"most {max(p.muon_seconds / p.step_seconds for p in shown):.1%}": any(p.muon_seconds for p in shown),
         f"host: masters, moments and gradients in host memory, up to {most:.1f} GiB of it for each GPU": most > 0,
         HOST_BOUND: any(p.host_bound for p in shown),
         FEWER: any(p.layout.reduced for p in shown),

@@ -12,6 +12,7 @@ from mdit.config import ModelConfig, TrainConfig, UserError
 from mdit.costs.trace import Form
 from mdit.models import meta_model
 from mdit.models.moe import ExpertChoiceMoE
+from mdit.parallel.muon import misfit, takes_muon
 from mdit.parallel.plan import problem
 from mdit.parallel.settings import Checkpointing, Execution, ZeroOptions
 from mdit.parallel.shard import DENSE
@@ -65,20 +66,31 @@ class Layout:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of a model's parameters: experts (cut by ep), matrices that tp cuts, and all others; and the sizes of
-    its tensors, one by one."""
+    """Numbers of a model's parameters: experts (cut by ep), matrices that tp cuts, and all others; the sizes of its
+    tensors, one by one; and whether Muon steps the experts and `muon` numbers of all others."""
 
     experts: int
     matrices: int
     others: int
     tensors: tuple[int, ...]
+    muon: int = 0
 
     def groups(self, layout: Layout) -> list[tuple[int, int, int]]:
-        """(numbers that a rank computes with, ranks that share their optimizer state, how far apart they are)."""
-        whole = [(self.others + self.matrices // layout.tp, layout.data_size, layout.tp)]
+        """(numbers that a rank computes with, ranks that share their optimizer state, how far apart they are), of each
+        of DeepSpeed's parameter groups; all but the first are Muon's, where there is Muon."""
+        shared, dense = (layout.data_size, layout.tp), self.others + self.matrices // layout.tp - self.muon
         if layout.ep == 1:
-            return [(whole[0][0] + self.experts, *whole[0][1:])]
-        return [*whole, (self.experts // layout.ep, layout.gpus // layout.ep, layout.ep)]
+            muon = self.muon + self.experts if self.muon else 0
+            found = [(dense + self.experts + self.muon - muon, *shared), (muon, *shared)]
+        else:
+            experts = self.experts // layout.ep, layout.gpus // layout.ep, layout.ep
+            found = [(dense, *shared), (self.muon, *shared), experts]
+        return [group for group in found if group[0]]
+
+    def muon_on_a_rank(self, layout: Layout) -> int:
+        """Numbers of which a rank has a momentum and no second moment."""
+        groups = self.groups(layout)[1:] if self.muon else []
+        return sum(-(-count // ranks) for count, ranks, _ in groups)
 
     def on_a_rank(self, layout: Layout) -> tuple[int, int]:
         """Numbers that a rank (computes with, has the optimizer state of)."""
@@ -86,15 +98,20 @@ class Weights:
         return sum(count for count, _, _ in groups), sum(-(-count // ranks) for count, ranks, _ in groups)
 
 
+def count_weights(config: TrainConfig) -> Weights:
+    return _count_weights(config.model, config.optim.muon is not None)
+
+
 @cache
-def count_weights(config: ModelConfig) -> Weights:
+def _count_weights(config: ModelConfig, muon: bool) -> Weights:
     model = meta_model(config)
     experts, matrices = (
         sum(p.numel() for m in model.modules() if isinstance(m, kind) for p in m.parameters(recurse=recurse))
         for kind, recurse in ((ExpertChoiceMoE, False), (DENSE, True))
     )
     tensors = tuple(p.numel() for p in model.parameters())
-    return Weights(experts, matrices, sum(tensors) - experts - matrices, tensors)
+    taken = sum(p.numel() for name, p in model.named_parameters() if muon and takes_muon(name, p.shape))
+    return Weights(experts, matrices, sum(tensors) - experts - matrices, tensors, taken - experts if muon else 0)
 
 
 def gathered_numbers(config: TrainConfig, layout: Layout) -> tuple[int, int, int]:
@@ -107,7 +124,7 @@ def gathered_numbers(config: TrainConfig, layout: Layout) -> tuple[int, int, int
     """
     if layout.stage < 3 or layout.data_size == 1:  # gathering is a view of the only partition
         return 0, 0, 0
-    options, tensors = layout.options, count_weights(config.model).tensors
+    options, tensors = layout.options, count_weights(config).tensors
     always = sum(size for size in tensors if size <= options.stage3_param_persistence_threshold)
     rest, bucket = sum(tensors) - always, options.stage3_prefetch_bucket_size
     return always, always + min(rest, options.stage3_max_reuse_distance // 2 + bucket), min(rest, bucket)
@@ -145,6 +162,8 @@ def layout_of(execution: Execution, config: TrainConfig, gpus: int, *, triton: b
         raise UserError(f"{path}: bf16.enabled = False: a paper plan is for bfloat16")
     if why := problem(execution, config.model, gpus):
         raise UserError(f'{path}: "mdit": {why}')
+    if config.optim.muon is not None and (why := misfit(execution)):
+        raise UserError(f"{path}: optim.name = 'muon': {why}")
     batches, checkpointing = (execution.micro_batch, execution.accumulation_steps), settings.activation_checkpointing
     options = ZeroOptions(**zero.model_dump(include=set(ZeroOptions.model_fields)))
     ways: dict[str, Any] = {"options": options, "offload": execution.offloads_optimizer, "fp8": settings.fp8}

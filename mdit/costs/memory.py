@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from mdit.config import TrainConfig
 from mdit.costs.layouts import ITEMSIZE, Layout, count_weights, gathered_numbers
 from mdit.costs.machines import RESERVED_GIB, Machine
+from mdit.costs.muon import orthogonalisation_buffers
 from mdit.costs.trace import trace
 from mdit.costs.traffic import exchanged_bytes
 from mdit.masking import constant_parts
 
 ADAM_BYTES, EMA_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4, 4  # float32: two moments, and one each
+SECOND_MOMENT_BYTES = 4  # of ADAM_BYTES, which Muon does without
 NORM_BYTES = 8  # DeepSpeed takes the norm of an offloaded gradient in float64, parameter by parameter
 BATCHES_HELD = 2  # by the loader: the step's and the next one
 
@@ -43,11 +45,13 @@ def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, tuple[int, 
     """Bytes on one GPU by part, in the order of `Memory`, at moments of a step. `held`: after a micro-batch that is not
     the last. `backward`: as the last one's backward pass begins. `reduce`: as gradients are exchanged for the first
     time in it. `step`: in the optimizer."""
-    b, weights = ITEMSIZE, count_weights(config.model)
+    b, weights = ITEMSIZE, count_weights(config)
     numbers, part = weights.on_a_rank(layout)
     always, turning, flying = gathered_numbers(config, layout)
     held = part if layout.stage == 3 else numbers  # of the weights, at least
-    optimizer = 0 if layout.offload else (MASTER_BYTES + ADAM_BYTES + (EMA_BYTES if config.ema else 0)) * part
+    optimizer = (MASTER_BYTES + ADAM_BYTES + (EMA_BYTES if config.ema else 0)) * part
+    optimizer = 0 if layout.offload else optimizer - SECOND_MOMENT_BYTES * weights.muon_on_a_rank(layout)
+    muon = orthogonalisation_buffers(config, layout)
     through = max(weights.tensors) if layout.offload else 0
     peak, inputs = activation_bytes(config, layout), input_bytes(config, layout)
     left = max(0, numbers - layout.options.reduce_bucket_size) / numbers  # of backward, at the first exchange
@@ -61,6 +65,7 @@ def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, tuple[int, 
             activations[moment],
             buffers
             + (0 if moment == "held" else inputs)
+            + (muon if moment == "step" else 0)
             + (b * flying if moment == "backward" else 0)
             + (b + (NORM_BYTES if moment == "reduce" else 0)) * through,
         )
@@ -79,7 +84,7 @@ def host_bytes(config: TrainConfig, layout: Layout) -> int:
     gradients in float32, the new weights on their way back, and the buffer that a gradient passes through."""
     if not layout.offload:
         return 0
-    weights = count_weights(config.model)
+    weights = count_weights(config)
     each = MASTER_BYTES + ADAM_BYTES + GRADIENT_BYTES + (EMA_BYTES if config.ema else 0) + ITEMSIZE
     return each * weights.on_a_rank(layout)[1] + ITEMSIZE * max(weights.tensors)
 

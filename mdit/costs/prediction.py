@@ -8,7 +8,7 @@ from mdit.costs.layouts import Layout
 from mdit.costs.machines import OVERLAP_SHARE, Machine
 from mdit.costs.memory import Memory, host_bytes, predict_memory
 from mdit.costs.time import PARTS, step_parts
-from mdit.costs.traffic import predict_traffic
+from mdit.costs.traffic import MUON, predict_traffic
 from mdit.masking import constant_parts
 
 
@@ -25,6 +25,7 @@ class Prediction:
     exposed_seconds: float
     images: int
     host_bytes: int = 0  # a GPU, of an offloaded optimizer
+    muon_seconds: float = 0.0  # of a step, in which matrices are orthogonalised and sent
 
     @property
     def compute_seconds(self) -> float:
@@ -73,7 +74,10 @@ def predict(config: TrainConfig, layout: Layout, machine: Machine) -> Prediction
     memory, images, host = predict_memory(config, layout), config.training.global_batch_size, host_bytes(config, layout)
     link, network, exposed = (mean(values) for values in zip(*((link, net, wait) for link, net, wait, _ in found)))
     parts = {name: mean(parts[name] for *_, parts in found) for name in PARTS}
-    return Prediction(layout, memory, memory.fits(machine), link, network, parts, exposed, images, host)
+    messages = [one for one in predict_traffic(configs[0], layout) if one.purpose == MUON]
+    sending = sum(machine.seconds(*one.split(machine), one.ranks, one.count) for one in messages)
+    figures = link, network, parts, exposed, images, host, parts["muon"] + sending
+    return Prediction(layout, memory, memory.fits(machine), *figures)
 
 
 def _predict_step(

@@ -28,6 +28,7 @@ from mdit.costs.machines import (
     TORCH_OP,
     Machine,
 )
+from mdit.costs.muon import orthogonalisations
 from mdit.costs.trace import PYTORCH, Form, Kernel, Product, trace
 
 PARTS = {  # of a step, in the order of the table
@@ -40,6 +41,7 @@ PARTS = {  # of a step, in the order of the table
     PYTORCH: "PyTorch: adds, casts, embeddings, loss, all else",
     "gradients": "gradients to float32 sums",
     "optimizer": "clipping, AdamW, EMA, weights to bfloat16",
+    "muon": "Newton-Schulz",
     "host": "the GPU waits for the host",
 }
 # Bytes a parameter and micro-batch in bfloat16, by stage. 1: added to float32 sums as they are (zero_step.py in
@@ -49,6 +51,10 @@ GRADIENT_TRAFFIC = {1: 10, 2: 12, 3: 12}
 CLEARED, SENT = 4, 24
 # Bytes of each number of a partition: norm and clipping 12, AdamW 28 (four tensors read, three written), cast 6.
 OPTIMIZER_TRAFFIC, EMA_TRAFFIC = 46, 12
+MUON_TRAFFIC = 44 - 28  # more than AdamW's: momentum and Nesterov's 12 each, decay 8, the update 12
+# Of Newton-Schulz, bytes of each number of a GPU's matrices beside those of its products: from the float32 partition
+# and back 12, the norm 2, normalised 4, scaled 8; and operations of PyTorch for a matrix, of which half are copies.
+NEWTON_SCHULZ_TRAFFIC, NEWTON_SCHULZ_OPERATIONS = 26, 4
 # Of an optimizer in host memory, bytes of each number. On the GPU: the norm in float64. Between both: the gradient in
 # float32 and the new weight. In host memory: both again, clipping 8, AdamW 28, cast 4 + the weight.
 NORM_TRAFFIC, GRADIENT_BYTES, HOST_TRAFFIC = 20, 4, 8 + 28 + 4
@@ -68,17 +74,19 @@ HIDDEN_WRITING = 0.35  # of a tile's result, what the next tile's main loop does
 def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[str, float]:
     """Seconds of one optimizer step without communication, by part: the keys of PARTS."""
     bytes_per_second, m = machine.memory * MEMORY_SHARE, layout.accumulation
-    weights = count_weights(config.model)
+    weights = count_weights(config)
     numbers, part = weights.on_a_rank(layout)
     gradients = m * (GRADIENT_TRAFFIC[layout.stage] * numbers / bytes_per_second + len(weights.tensors) * KERNEL_START)
     optimizer = (CLEARED + (SENT if layout.data_size > 1 else 0)) * numbers if layout.stage == 1 else 0
     optimizer += (NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)) * part
+    optimizer += MUON_TRAFFIC * weights.muon_on_a_rank(layout)
     after = host_optimizer_seconds(config, part) if layout.offload else 0.0
     kernels = device_parts(config.model, config.training.fixed_mask_ratio, layout.form, layout.micro_batch, machine)
     parts = {name: m * seconds for name, seconds in kernels.items()}
     parts |= {"gradients": gradients, "optimizer": optimizer / bytes_per_second + after}
     launching = m * host_seconds(config, layout)
     waiting = launching - sum(seconds for name, seconds in parts.items() if name != "optimizer")
+    parts["muon"] = orthogonalisation_seconds(config, layout, machine)
     return {name: max(0.0, waiting) if name == "host" else parts.get(name, 0.0) for name in PARTS}
 
 
@@ -86,6 +94,17 @@ def host_optimizer_seconds(config: TrainConfig, part: int) -> float:
     """Gradients of `part` numbers to the host, its step, and the weights back: one after the other."""
     moved = GRADIENT_BYTES + ITEMSIZE
     return part * (moved / HOST_LINK + (moved + ITEMSIZE + HOST_TRAFFIC + ema_traffic(config)) / HOST_MEMORY)
+
+
+def orthogonalisation_seconds(config: TrainConfig, layout: Layout, machine: Machine) -> float:
+    """Of a step on the GPU with most to do, for which all wait; without what is sent."""
+    steps, seconds = config.optim.muon.newton_schulz_steps if config.optim.muon else 0, 0.0
+    for found in orthogonalisations(config, layout):
+        computing = steps * sum(count * product_seconds(product, machine) for product, count in found.products.items())
+        copying = NEWTON_SCHULZ_TRAFFIC * found.numbers / (machine.memory * MEMORY_SHARE)
+        launching = NEWTON_SCHULZ_OPERATIONS * found.matrices
+        seconds += max(computing + copying + launching / 2 * KERNEL_START, launching * TORCH_OP)
+    return seconds
 
 
 def ema_traffic(config: TrainConfig) -> int:
@@ -140,5 +159,5 @@ def host_seconds(config: TrainConfig, layout: Layout) -> float:
     found = trace(config.model, config.training.fixed_mask_ratio, layout.form)
     arguments = [(seen.kernel.arguments, count) for seen, count in found.kernels.items() if seen.kernel.arguments]
     launching = sum(count * (LAUNCH + ARGUMENT * number) for number, count in arguments)
-    hooks = len(count_weights(config.model).tensors)
+    hooks = len(count_weights(config).tensors)
     return launching + found.operations * TORCH_OP + hooks * HOOK_OF_A_PARAMETER[layout.stage]

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from mdit.config import TrainConfig
 from mdit.costs.layouts import ITEMSIZE, Layout, count_weights, gathered_numbers
 from mdit.costs.machines import Machine
+from mdit.costs.muon import sent_bytes
 from mdit.costs.trace import layers
 from mdit.models import meta_model
 from mdit.models.layers import CrossAttention, SelfAttention
 from mdit.models.moe import ExpertChoiceMoE
+
+MUON = "matrices for Newton-Schulz"
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,16 @@ class Traffic:
 
 def predict_traffic(config: TrainConfig, layout: Layout) -> list[Traffic]:
     found = [*_weight_traffic(config, layout), _expert_traffic(config, layout), _tensor_traffic(config, layout)]
+    found += [Traffic(MUON, *one, count=2) for one in sent_bytes(config, layout)]
     return [one for one in found if one.ranks > 1]
 
 
 def _weight_traffic(config: TrainConfig, layout: Layout) -> Iterator[Traffic]:
     b, often, options = ITEMSIZE, layout.accumulation, layout.options
-    for numbers, n, stride in count_weights(config.model).groups(layout):
+    rings: dict[tuple[int, int], int] = {}
+    for numbers, *ring in count_weights(config).groups(layout):
+        rings[ring[0], ring[1]] = rings.get((ring[0], ring[1]), 0) + numbers
+    for (n, stride), numbers in rings.items():
         once = b * numbers * (n - 1) / n
         buckets = max(1.0, numbers / options.reduce_bucket_size)
         if layout.stage == 1:

@@ -7,9 +7,11 @@ all-to-alls for a partition. An owner is one of the holders. Under ZeRO 1 and 2 
 matrices on the border between two ranks are sent; under ZeRO 3 everybody holds a piece of each, and all are.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +84,10 @@ def newton_schulz(x_NRC: Tensor, steps: int, eps: float) -> Tensor:
     a, b, c = COEFFICIENTS
     tall = x_NRC.shape[-2] > x_NRC.shape[-1]
     x = x_NRC.mT if tall else x_NRC
-    x = x / (x.float().square().sum((-2, -1), keepdim=True).sqrt() + eps).to(x.dtype)
+    norm_N11 = torch.linalg.vector_norm(
+        x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    x = x / (norm_N11 + eps).to(x.dtype)
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -117,6 +122,29 @@ def choose_owners(matrices: list[Matrix], held_MR: np.ndarray) -> np.ndarray:
     return owner_M
 
 
+@dataclass(frozen=True)
+class Piece:
+    """`numel` elements at `place` of this rank's partition (`local`) or of what it receives, and at `position` of a
+    batch of matrices."""
+
+    local: bool
+    place: int
+    position: int
+    numel: int
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        return self.place + self.numel, self.position + self.numel
+
+
+class Batch(NamedTuple):
+    """`matrices` equal ones, that are orthogonalised at once."""
+
+    shape: tuple[int, int]
+    matrices: int
+    pieces: list[Piece]
+
+
 class Exchange:
     """The matrices of a flat partition and how `rank`, of the ranks of `group` that share it, deals with them.
 
@@ -136,11 +164,9 @@ class Exchange:
         low_MR, held_MR = held_elements(matrices, begin_RP, end_RP)
         owner_M = choose_owners(matrices, held_MR)
         self.sends = bool(((held_MR > 0).sum(1) > 1).any())  # all ranks alike
-        # Pieces (place, numel) of the partition; (is it there?, place, low, numel) of it or of what arrives: by rank,
-        # then by matrix.
-        self.sent: list[tuple[int, int]] = []
+        self.sent: list[tuple[int, int]] = []  # (place, numel) in the partition: by receiver, then by matrix
         self.sent_sizes, self.received_sizes = [0] * held_MR.shape[1], [0] * held_MR.shape[1]
-        pieces: dict[int, list[tuple[bool, int, int, int]]] = defaultdict(list)
+        pieces: dict[int, list[Piece]] = defaultdict(list)  # of this rank's matrices
 
         def place_of(m: int) -> int:
             parameter = matrices[m].parameter
@@ -152,16 +178,15 @@ class Exchange:
                 self.sent_sizes[other] += int(held_MR[m, rank])
             for m in map(int, np.flatnonzero((owner_M == rank) & (held_MR[:, other] > 0))):
                 place = place_of(m) if other == rank else sum(self.received_sizes)
-                pieces[m].append((other == rank, place, int(low_MR[m, other]), int(held_MR[m, other])))
+                pieces[m].append(Piece(other == rank, place, int(low_MR[m, other]), int(held_MR[m, other])))
                 self.received_sizes[other] += int(held_MR[m, other]) if other != rank else 0
-        by_shape: dict[tuple[int, int], list[list[tuple[bool, int, int, int]]]] = defaultdict(list)
-        for m, found in sorted(pieces.items()):
-            by_shape[matrices[m].rows, matrices[m].columns].append(found)
+        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for m in sorted(pieces):
+            by_shape[matrices[m].rows, matrices[m].columns].append(m)
         self.batches = [
-            (shape, every[i : i + size])
-            for shape, every in by_shape.items()
-            for size in [max(1, BATCH_NUMBERS // (shape[0] * shape[1]))]
-            for i in range(0, len(every), size)
+            Batch(shape, len(some), joined(shape, [pieces[m] for m in some]))
+            for shape, owned in by_shape.items()
+            for some in in_batches(owned, shape)
         ]
 
     def orthogonalise(self, update: Tensor, steps: int, eps: float) -> None:
@@ -169,22 +194,20 @@ class Exchange:
 
         Computed, and sent, in bfloat16 on GPUs and in float32 on CPUs.
         """
-        dtype = compute_dtype(update.device)
-        message = torch.cat([update.narrow(0, *piece) for piece in self.sent] or [update[:0]]).to(dtype)
+        message = update.new_empty(sum(self.sent_sizes), dtype=compute_dtype(update.device))
+        sent = [update.narrow(0, place, numel) for place, numel in self.sent]
+        copy_all(list(message.split([numel for _, numel in self.sent])), sent)
         received = self._all_to_all(message, self.sent_sizes, self.received_sizes)
-        for shape, matrices in self.batches:
-            x_NRC = torch.empty(len(matrices), *shape, dtype=dtype, device=update.device)
-            parts, places = [], []
-            for whole, pieces in zip(x_NRC.flatten(1), matrices, strict=True):
-                for local, place, low, numel in pieces:
-                    parts.append(whole.narrow(0, low, numel))
-                    places.append((update if local else received).narrow(0, place, numel))
-            torch._foreach_copy_(parts, places)
-            x_NRC.copy_(newton_schulz(x_NRC, steps, eps)).mul_(step_scale(*shape))
-            torch._foreach_copy_(places, parts)
+        for batch in self.batches:
+            x = message.new_empty(batch.matrices, *batch.shape)
+            parts = [x.view(-1).narrow(0, piece.position, piece.numel) for piece in batch.pieces]
+            wholes = (update if piece.local else received for piece in batch.pieces)
+            places = [whole.narrow(0, piece.place, piece.numel) for whole, piece in zip(wholes, batch.pieces)]
+            copy_all(parts, places)
+            x.copy_(newton_schulz(x, steps, eps)).mul_(step_scale(*batch.shape))
+            copy_all(places, parts)
         message = self._all_to_all(received, self.received_sizes, self.sent_sizes)
-        places = [update.narrow(0, *piece) for piece in self.sent]
-        torch._foreach_copy_(places, list(message.split([numel for _, numel in self.sent]))) if places else None
+        copy_all(sent, list(message.split([numel for _, numel in self.sent])))
 
     def _all_to_all(self, message: Tensor, sizes: list[int], arriving: list[int]) -> Tensor:
         if not self.sends:
@@ -192,6 +215,33 @@ class Exchange:
         received = message.new_empty(sum(arriving))
         torch.distributed.all_to_all_single(received, message, arriving, sizes, group=self.group)
         return received
+
+
+def copy_all(into: list[Tensor], of: list[Tensor]) -> None:
+    if into:
+        torch._foreach_copy_(into, of)
+
+
+def in_batches(matrices: list[int], shape: tuple[int, int]) -> Iterator[list[int]]:
+    """Runs of equal matrices that are orthogonalised at once."""
+    size = max(1, BATCH_NUMBERS // math.prod(shape))
+    for first in range(0, len(matrices), size):
+        yield matrices[first : first + size]
+
+
+def joined(shape: tuple[int, int], matrices: list[list[Piece]]) -> list[Piece]:
+    """The pieces of a batch of matrices at their positions in it; neighbours on both sides, as are a layer's experts
+    that lie on one rank, are one piece."""
+    found: list[Piece] = []
+    for number, pieces in enumerate(matrices):
+        for piece in pieces:
+            piece = replace(piece, position=number * math.prod(shape) + piece.position)
+            last = found[-1] if found else None
+            if last and last.local == piece.local and last.ends == (piece.place, piece.position):
+                found[-1] = replace(last, numel=last.numel + piece.numel)
+            else:
+                found.append(piece)
+    return found
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

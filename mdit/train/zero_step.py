@@ -99,7 +99,8 @@ class AllReduce:
     def __call__(self, gradients: list[Tensor], group, num_averaged: float | None = None) -> None:
         """`num_averaged`: whose mean it is, the number of ranks of the group if None."""
         if comm.get_world_size(group) > 1:
-            self.several_ranks(gradients, group, num_averaged)
+            for gradient in gradients:  # of a parameter group; DeepSpeed would first copy several into one
+                self.several_ranks([gradient], group, num_averaged)
         elif num_averaged not in (None, 1):
             torch._foreach_mul_(gradients, 1 / num_averaged)
 

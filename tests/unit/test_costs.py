@@ -10,12 +10,15 @@ from mdit.costs.flops import image_flops, run_flops
 from mdit.costs.layouts import Layout, candidates, count_weights, layout_of
 from mdit.costs.machines import MACHINES, MEMORY_SHARE
 from mdit.costs.memory import predict_memory
+from mdit.costs.muon import orthogonalisation_flops
 from mdit.costs.prediction import fitted, predict
 from mdit.costs.time import PARTS, device_parts, host_seconds, product_seconds, step_parts
 from mdit.costs.trace import Product, forward_flops, mean_training_flops
 from mdit.costs.traffic import predict_traffic
 from mdit.masking import mask_ratio
+from mdit.models import meta_model
 from mdit.models.presets import xl_2
+from mdit.parallel.muon import takes_muon
 from mdit.parallel.settings import Execution, ZeroOptions, load_ds_json
 from tests.recipes import tiny_config
 
@@ -26,7 +29,7 @@ P, E = 1.1653e9, 0.6040e9  # parameters, and those of experts
 
 
 def test_weights_are_counted_by_what_cuts_them():
-    weights = count_weights(XL.model)
+    weights = count_weights(XL)
     assert weights.experts == pytest.approx(E, rel=1e-3)
     assert sum((weights.experts, weights.matrices, weights.others)) == pytest.approx(P, rel=1e-3)
     one, (numbers, ranks, stride) = weights.groups(Layout(64, 2, 32, 1, ep=8))
@@ -239,3 +242,28 @@ def test_a_schedule_of_masks_costs_the_mean_of_its_steps_and_the_memory_of_the_l
     assert [run_flops(mixed, steps) for steps in range(len(counted) + 1)] == [*accumulate(expected, initial=0)]
     flops = [mean_training_flops(config) for config in (mixed, masked, whole)]
     assert flops[0] == pytest.approx(0.75 * flops[1] + 0.25 * flops[2])
+
+
+MUON = tiny_config(
+    model=xl_2().model_dump(),
+    training={"global_batch_size": 2048},
+    optim={"name": "muon", "muon": {"lr": 0.02, "weight_decay": 0.1}},
+    ema=None,
+)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 256, 8), Layout(8, 2, 256, 1), Layout(8, 2, 256, 1, ep=8)], ids=str)
+def test_muon_costs_less_than_a_twentieth_of_a_step_of_2_048_images(layout):
+    ours, theirs = (predict(config, layout, H100) for config in (MUON, XL))
+    assert 0 < ours.muon_seconds < 0.05 * ours.step_seconds and ours.step_seconds < 1.05 * theirs.step_seconds
+    moments = (theirs.memory.optimizer - ours.memory.optimizer) / 4 * layout.gpus
+    flat = sum(p.numel() for name, p in meta_model(MUON.model).named_parameters() if takes_muon(name, p.shape))
+    assert moments == pytest.approx(flat, rel=1e-3)
+    # Five iterations of two products of 2 * short FLOPs a number, one of at most half as much; short is up to 1,024.
+    most = 5 * flat * (2 * 2 * 1024 + 2 * 1024)
+    assert 0.6 * most < layout.gpus * orthogonalisation_flops(MUON, layout) < 1.2 * most
+
+
+def test_a_plan_leaves_out_what_muon_refuses():
+    labels = [layout.label for layout in candidates(MUON, 8, micro_batch=64, checkpointing="none", triton=True)]
+    assert "ZeRO-1 dp8" in labels and not any("tp" in label for label in labels)

@@ -2,6 +2,7 @@
 
 import weakref
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.models import MicroDiT
 from mdit.models.presets import tiny_2
+from mdit.parallel import muon
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Execution, RunSettings, ZeroOptions
@@ -39,7 +41,7 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in RING:
+        if function.overloadpacket.__name__ in (*RING, "alltoall_base_"):
             self.sent += ring_bytes(function.overloadpacket.__name__, args)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
@@ -69,6 +71,8 @@ RING = {  # what each of n ranks sends for every byte of a collective's largest 
 
 def ring_bytes(op: str, arguments) -> float:
     leaves = tree_leaves(arguments)
+    if op == "alltoall_base_":  # to others alone
+        return arguments[1].numel() * arguments[1].itemsize
     size = max(leaf.numel() * leaf.itemsize for leaf in leaves if isinstance(leaf, torch.Tensor))
     name = next((leaf for leaf in leaves if isinstance(leaf, str)), None)
     if name is not None:
@@ -162,36 +166,38 @@ def test_recomputation_and_tensor_parallelism_need_less():
 
 SHAPE = {"dim": 64, "mixer_dim": 32, "depth": 2, "mixer_depth": 2}
 OPTIONS = {"reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 1_000}
-# (ZeRO stage, is the optimizer in host memory?): each in two processes, which keep their groups.
+# (ZeRO stage, "host": optimizer in host memory, "muon"): each in two processes, which keep their groups.
 CASES = {
-    (1, 1): [(1, False), (2, False), (3, False), (2, True)],
-    (2, 1): [(1, False), (2, False)],
-    (1, 2): [(2, False)],
+    (1, 1): [(1, ""), (2, ""), (3, ""), (2, "host"), (1, "muon"), (3, "muon")],
+    (2, 1): [(1, ""), (2, ""), (2, "muon")],
+    (1, 2): [(2, "")],
 }
 
 
-def layout_for(ep, tp, stage, offload) -> Layout:
-    return Layout(2, stage, 8, 2, ep=ep, tp=tp, offload=offload, options=ZeroOptions(**OPTIONS))
+def layout_for(ep, tp, stage, how) -> Layout:
+    return Layout(2, stage, 8, 2, ep=ep, tp=tp, offload=how == "host", options=ZeroOptions(**OPTIONS))
 
 
-def config_for(layout):
-    return tiny_config(model=SHAPE, training={"global_batch_size": 16 * layout.data_size})
+def config_for(layout, how):
+    optim = {"name": "muon", "muon": {"lr": 0.02, "weight_decay": 0.1}} if how == "muon" else {}
+    return tiny_config(model=SHAPE, training={"global_batch_size": 16 * layout.data_size}, optim=optim)
 
 
 def measure_all(world, ep, tp) -> list[dict]:
     from mdit.parallel.plan import ParallelPlan
 
     plan = ParallelPlan.build(RunSettings(expert_parallel=ep, tensor_parallel=tp), world)
-    return [measure(plan, layout_for(ep, tp, *case)) for case in CASES[ep, tp]]
+    with mock.patch.object(muon, "compute_dtype", lambda device: torch.bfloat16):  # as on GPUs
+        return [measure(plan, layout_for(ep, tp, *case), case[1]) for case in CASES[ep, tp]]
 
 
-def measure(plan, layout) -> dict:
+def measure(plan, layout, how) -> dict:
     """Bytes of this rank in its second step of two micro-batches: held after the first, at most, sent."""
     from mdit.parallel.apply import parallelize
     from mdit.train.ema import EMA
     from mdit.train.engine import Engine
 
-    config = config_for(layout)
+    config = config_for(layout, how)
     zero = {"stage": layout.stage, **OPTIONS}
     zero |= {"offload_optimizer": {"device": "cpu"}} if layout.offload else {}
     ds_json = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": zero, "bf16": {"enabled": True}}
@@ -220,7 +226,7 @@ def test_memory_and_traffic_of_engines(ep, tp):
     measured, _ = run_in_processes(measure_all, 2, ep, tp)
     for case, found in zip(CASES[ep, tp], measured, strict=True):
         layout = layout_for(ep, tp, *case)
-        config = config_for(layout)
+        config = config_for(layout, case[1])
         host = host_bytes(config, layout)  # a CPU is both
         assert host + sum(memory_moments(config, layout)["held"]) == pytest.approx(found["held"], rel=0.02), layout
         assert host + predict_memory(config, layout).peak == pytest.approx(found["peak"], rel=0.1), layout
