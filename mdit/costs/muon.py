@@ -33,7 +33,7 @@ class Orthogonalisation:
 
 
 def orthogonalisations(config: TrainConfig, layout: Layout) -> list[Orthogonalisation]:
-    """Of dense layers and, where they are spread, of experts; empty without Muon."""
+    """One of dense layers and, where they are spread, one of experts; empty without Muon."""
     if config.optim.muon is None:
         return []
     return list(_found(config.model, layout.gpus, layout.ep, layout.stage))

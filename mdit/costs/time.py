@@ -97,7 +97,7 @@ def host_optimizer_seconds(config: TrainConfig, part: int) -> float:
 
 
 def orthogonalisation_seconds(config: TrainConfig, layout: Layout, machine: Machine) -> float:
-    """Of a step on the GPU with most to do, for which all wait; without what is sent."""
+    """Seconds of a step on the GPU with most to do, for which all wait; without what is sent."""
     steps, seconds = config.optim.muon.newton_schulz_steps if config.optim.muon else 0, 0.0
     for found in orthogonalisations(config, layout):
         computing = steps * sum(count * product_seconds(product, machine) for product, count in found.products.items())

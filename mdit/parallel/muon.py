@@ -137,8 +137,8 @@ class Piece:
         return self.place + self.numel, self.position + self.numel
 
 
-class Batch(NamedTuple):
-    """`matrices` equal ones, that are orthogonalised at once."""
+class EqualMatrices(NamedTuple):
+    """`matrices` of one shape, which are orthogonalised at once."""
 
     shape: tuple[int, int]
     matrices: int
@@ -184,7 +184,7 @@ class Exchange:
         for m in sorted(pieces):
             by_shape[matrices[m].rows, matrices[m].columns].append(m)
         self.batches = [
-            Batch(shape, len(some), joined(shape, [pieces[m] for m in some]))
+            EqualMatrices(shape, len(some), joined(shape, [pieces[m] for m in some]))
             for shape, owned in by_shape.items()
             for some in in_batches(owned, shape)
         ]
