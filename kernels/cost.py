@@ -31,8 +31,10 @@ def _cost(read: int, out: int, flops: int = 0, kept: int = 0) -> Cost:
     return Cost(read + out, 2 * read + out + kept, flops)
 
 
-def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float) -> Cost:
-    return _attention(size(qkv_NTX), qkv_NTX.chunk(3, dim=-1)[0], qkv_NTX.shape[1])
+def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float, rotary_NTC: Tensor | None = None) -> Cost:
+    """The table has no gradient."""
+    found, table = _attention(size(qkv_NTX), qkv_NTX.chunk(3, dim=-1)[0], qkv_NTX.shape[1]), size(rotary_NTC)
+    return found._replace(forward_bytes=found.forward_bytes + table, backward_bytes=found.backward_bytes + table)
 
 
 def cross_attention(q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float) -> Cost:

@@ -62,9 +62,13 @@ def is_lost(device: torch.device) -> bool:
 
 
 def _attention(qkv_NTX: Tensor, q_NTA: Tensor, kv_NLX: Tensor, long_1TX: Tensor) -> list[Tensor]:
+    angles = torch.linspace(-4, 4, LONG * q_NTA.shape[-1] // HEADS // 2, device=q_NTA.device).view(1, LONG, -1)
+    rotary_1TC = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return [
         masked_attention.self_attention(long_1TX, HEADS, EPS),
+        masked_attention.self_attention(long_1TX, HEADS, EPS, rotary_1TC),
         masked_attention.self_attention(qkv_NTX, HEADS, EPS),
+        masked_attention.self_attention(qkv_NTX, HEADS, EPS, rotary_1TC[:, :T]),
         masked_attention.cross_attention(q_NTA, kv_NLX, HEADS, EPS),
     ]
 

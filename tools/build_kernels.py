@@ -62,6 +62,7 @@ class Use:
     numbers: dict[str, int]
 
 
+ROTARY = "256 px, rotary"
 Workload = tuple[str, ModelConfig, int, float]  # name, model, micro-batch and mask ratio
 
 
@@ -114,7 +115,7 @@ def build_all(args: argparse.Namespace) -> tuple[list[dict], list[str], str]:
 
     uses: dict[ahead_of_time.KernelSource, list[Use]] = {}
     builds, wrong = [], []
-    found = traced_launches(stages_of(args), DTYPES[args.dtype], args.capability)
+    found = traced_launches([rotary_of(args), *stages_of(args)], DTYPES[args.dtype], args.capability)
     for use, launch in found if args.all else representative(found):
         uses.setdefault(ahead_of_time.source(launch, args.capability), []).append(use)
     if args.few:
@@ -218,6 +219,11 @@ def stages_of(args: argparse.Namespace) -> list[Workload]:
     """The paper's four."""
     preset = getattr(presets, args.preset)
     return [(name, preset(size), micro_batch, mask_ratio) for name, (size, mask_ratio, micro_batch) in STAGES.items()]
+
+
+def rotary_of(args: argparse.Namespace) -> Workload:
+    """A block of the mixer and one of the backbone with rotary positions."""
+    return ROTARY, getattr(presets, args.preset)(rotary=True, depth=1, mixer_depth=1), 256, 0.75
 
 
 def traced_launches(workloads: Iterable[Workload], dtype: torch.dtype, capability: int) -> list[tuple[Use, Launch]]:

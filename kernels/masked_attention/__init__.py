@@ -1,6 +1,7 @@
 """Attention of the kept tokens: LayerNorm of q and k over the whole width, then softmax attention by heads.
 
     q, k = (q - mean(q)) * rstd(q), (k - mean(k)) * rstd(k)             over A, no affine, rounded to the dtype of q
+    q, k = turned by the angles of their tokens, head by head           where self-attention is given a table of them
     out_h = softmax(q_h k_h^T / sqrt(head_dim)) v_h                     head by head, A = heads * head_dim
 
 Shapes: N batch, T image tokens, L caption tokens, A width. q, k and v come side by side, as one matmul gives them, and
@@ -25,10 +26,17 @@ from mdit.kernels.dispatch import run
 from mdit.kernels.masked_attention import reference
 
 
-def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float) -> Tensor:
-    """q, k and v side by side, X = 3A. -> (N, T, A)"""
+def self_attention(qkv_NTX: Tensor, num_heads: int, eps: float, rotary_NTC: Tensor | None = None) -> Tensor:
+    """q, k and v side by side, X = 3A. -> (N, T, A)
+
+    rotary_NTC: cosines, then sines, of the C / 2 angles by which elements i and i + C / 2 of each head of C are turned;
+    float32, of every image or one (1, T, C) of all. It has no gradient.
+    """
     assert qkv_NTX.dim() == 3 and qkv_NTX.shape[-1] % (3 * num_heads) == 0, (qkv_NTX.shape, num_heads)
-    return run("masked_attention", reference.self_attention, qkv_NTX, num_heads, eps)
+    if rotary_NTC is not None:
+        (n, t, width), images = qkv_NTX.shape, len(rotary_NTC)
+        assert images in (1, n) and rotary_NTC.shape[1:] == (t, width // 3 // num_heads), (rotary_NTC.shape, num_heads)
+    return run("masked_attention", reference.self_attention, qkv_NTX, num_heads, eps, rotary_NTC)
 
 
 def cross_attention(q_NTA: Tensor, kv_NLX: Tensor, num_heads: int, eps: float) -> Tensor:

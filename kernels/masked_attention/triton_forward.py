@@ -69,12 +69,38 @@ def store_tile(ptr, stride, first, limit, value, BLOCK: tl.constexpr, HEAD_DIM: 
 
 
 @triton.jit
-def normalised(x, mean_ptr, rstd_ptr, first, limit, BLOCK: tl.constexpr):
-    """LayerNorm of a tile, rounded to its dtype as PyTorch rounds it; rows from `limit` on stay zero."""
+def normalised(
+    x, ptr, stride, mean_ptr, rstd_ptr, rotary_ptr, first, limit, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """LayerNorm of a tile that was read from `ptr`, then turned, where there is a table for it; rounded to its dtype.
+    Rows from `limit` on stay zero."""
     row = first + tl.arange(0, BLOCK)
     mean = tl.load(mean_ptr + row, mask=row < limit, other=0.0)
     rstd = tl.load(rstd_ptr + row, mask=row < limit, other=0.0)
-    return ((x.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(x.dtype)
+    y = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+    if rotary_ptr is not None:
+        column, inside = tl.arange(0, HEAD_DIM)[None, :], (row < limit)[:, None]
+        other = tl.load(ptr + row[:, None] * stride + other_half(column, HEAD_DIM), mask=inside, other=0.0)
+        other = (other.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        y = rotated(y, other, rotary_ptr + row[:, None] * HEAD_DIM, inside, column, HEAD_DIM, False)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def other_half(column, HEAD_DIM: tl.constexpr):
+    """The columns that are turned with these: i and i + HEAD_DIM / 2 of every head."""
+    return column - column % HEAD_DIM + (column + HEAD_DIM // 2) % HEAD_DIM
+
+
+@triton.jit
+def rotated(y, other, rotary_ptr, inside, column, HEAD_DIM: tl.constexpr, BACK: tl.constexpr):
+    """The points (y, `other`) turned by the angles of their rows, or BACK, which is the gradient."""
+    angle = column % (HEAD_DIM // 2)
+    cos = tl.load(rotary_ptr + angle, mask=inside, other=0.0)
+    sin = tl.load(rotary_ptr + HEAD_DIM // 2 + angle, mask=inside, other=0.0)
+    if BACK:
+        sin = -sin
+    return y * cos + tl.where(column % HEAD_DIM < HEAD_DIM // 2, -other, other) * sin
 
 
 @triton.jit
@@ -90,8 +116,8 @@ def _masked(scores_TL, first, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def _attend_held(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stats_ptr, k_stats_ptr, q_stride_n, q_stride_t, kv_stride_n, kv_stride_t,
-    N, T, L, H, scale, queries_per_program,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stats_ptr, k_stats_ptr, rotary_ptr, rotary_stride_n,
+    q_stride_n, q_stride_t, kv_stride_n, kv_stride_t, N, T, L, H, scale, queries_per_program,
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, ONE_BLOCK: tl.constexpr,
     MAIN: tl.constexpr, TAIL: tl.constexpr, MASK_MAIN: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +133,8 @@ def _attend_held(
     lse_ptr += (n * H + head) * T
     q_stats_ptr += n * T
     k_stats_ptr += n * L
+    if rotary_ptr is not None:
+        rotary_ptr += n * rotary_stride_n
 
     k1 = load_tile(k_ptr, kv_stride_t, 0, L, MAIN, HEAD_DIM)
     v1 = load_tile(v_ptr, kv_stride_t, 0, L, MAIN, HEAD_DIM)
@@ -115,13 +143,17 @@ def _attend_held(
     if TAIL > 0:
         k2 = load_tile(k_ptr, kv_stride_t, MAIN, L, TAIL, HEAD_DIM)
         v2 = load_tile(v_ptr, kv_stride_t, MAIN, L, TAIL, HEAD_DIM)
-        k2 = normalised(k2, k_stats_ptr, k_stats_ptr + N * L, MAIN, L, TAIL)
-    k1 = normalised(k1, k_stats_ptr, k_stats_ptr + N * L, 0, L, MAIN)
+        k2 = normalised(
+            k2, k_ptr, kv_stride_t, k_stats_ptr, k_stats_ptr + N * L, rotary_ptr, MAIN, L, TAIL, HEAD_DIM
+        )  # fmt: skip
+    k1 = normalised(k1, k_ptr, kv_stride_t, k_stats_ptr, k_stats_ptr + N * L, rotary_ptr, 0, L, MAIN, HEAD_DIM)
     last = BLOCK_T if ONE_BLOCK else tl.minimum(first + queries_per_program, T)
     for start in range(0 if ONE_BLOCK else first, last, BLOCK_T):
         if not ONE_BLOCK:
             raw_q = load_tile(q_ptr, q_stride_t, start, T, BLOCK_T, HEAD_DIM)
-        q = normalised(raw_q, q_stats_ptr, q_stats_ptr + N * T, start, T, BLOCK_T)
+        q = normalised(
+            raw_q, q_ptr, q_stride_t, q_stats_ptr, q_stats_ptr + N * T, rotary_ptr, start, T, BLOCK_T, HEAD_DIM
+        )  # fmt: skip
         s1 = dot(q, tl.trans(k1))
         if MASK_MAIN:
             s1 = _masked(s1, 0, L, MAIN)
@@ -144,8 +176,9 @@ def _attend_held(
 
 @triton.jit
 def _attend_online(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stats_ptr, k_stats_ptr, q_stride_n, q_stride_t, kv_stride_n, kv_stride_t,
-    N, T, L, H, scale, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, MASK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stats_ptr, k_stats_ptr, rotary_ptr, rotary_stride_n,
+    q_stride_n, q_stride_t, kv_stride_n, kv_stride_t, N, T, L, H, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One block of queries, with a running maximum over blocks of keys."""
     blocks = tl.cdiv(T, BLOCK_T)
@@ -159,16 +192,18 @@ def _attend_online(
     lse_ptr += (n * H + head) * T
     q_stats_ptr += n * T
     k_stats_ptr += n * L
+    if rotary_ptr is not None:
+        rotary_ptr += n * rotary_stride_n
 
     q = load_tile(q_ptr, q_stride_t, start, T, BLOCK_T, HEAD_DIM)
-    q = normalised(q, q_stats_ptr, q_stats_ptr + N * T, start, T, BLOCK_T)
+    q = normalised(q, q_ptr, q_stride_t, q_stats_ptr, q_stats_ptr + N * T, rotary_ptr, start, T, BLOCK_T, HEAD_DIM)
     highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     out = tl.zeros((BLOCK_T, HEAD_DIM), tl.float32)
     for key in range(0, L, BLOCK_L):
         k = load_tile(k_ptr, kv_stride_t, key, L, BLOCK_L, HEAD_DIM)
         v = load_tile(v_ptr, kv_stride_t, key, L, BLOCK_L, HEAD_DIM)
-        k = normalised(k, k_stats_ptr, k_stats_ptr + N * L, key, L, BLOCK_L)
+        k = normalised(k, k_ptr, kv_stride_t, k_stats_ptr, k_stats_ptr + N * L, rotary_ptr, key, L, BLOCK_L, HEAD_DIM)
         s = dot(q, tl.trans(k))
         if MASK:
             s = _masked(s, key, L, BLOCK_L)
@@ -212,8 +247,13 @@ def new_outputs(q_NTA: Tensor, k_NLA: Tensor, num_heads: int) -> tuple[Tensor, T
     return q_NTA.new_empty(q_NTA.shape), q_stats, k_stats, lse_NHT
 
 
+def rotary_stride(rotary_NTC: Tensor | None) -> int:
+    """Elements from the table of one image to the next; all images may share one."""
+    return 0 if rotary_NTC is None or len(rotary_NTC) == 1 else rotary_NTC.stride(0)
+
+
 def forward(
-    q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int, eps: float
+    q_NTA: Tensor, k_NLA: Tensor, v_NLA: Tensor, num_heads: int, eps: float, rotary_NTC: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, t, a), length, fp32 = q_NTA.shape, k_NLA.shape[1], q_NTA.dtype == torch.float32
     head_dim, strides = a // num_heads, (*q_NTA.stride()[:2], *k_NLA.stride()[:2])
@@ -221,7 +261,8 @@ def forward(
     tile = row_block(a, 4096)
     grid = (2 * cdiv(n * max(t, length), tile["ROWS"]),)
     launch(_statistics, grid, q_NTA, k_NLA, q_stats, k_stats, *strides, n, t, length, eps, **tile)
-    arguments = q_NTA, k_NLA, v_NLA, out_NTA, lse_NHT, q_stats, k_stats, *strides, n, t, length, num_heads
+    arguments = q_NTA, k_NLA, v_NLA, out_NTA, lse_NHT, q_stats, k_stats, rotary_NTC, rotary_stride(rotary_NTC)
+    arguments += *strides, n, t, length, num_heads
     block_t, held = block_of(t, 32 if fp32 else 64), _held_keys(length, q_NTA.dtype)
     if held:
         share, one_block = block_t * min(4, cdiv(t, block_t)), t <= block_t  # the keys serve 256 queries

@@ -144,9 +144,7 @@ class FusedMicroDiT(MicroDiT):
 
 class FusedSelfAttention(SelfAttention):
     def forward(self, x_NTD: Tensor, rotary_NTC: Tensor | None = None) -> Tensor:
-        if rotary_NTC is not None:
-            return super().forward(x_NTD, rotary_NTC)
-        return self.proj(masked_attention.self_attention(self.qkv(x_NTD), self.num_heads, self.eps))
+        return self.proj(masked_attention.self_attention(self.qkv(x_NTD), self.num_heads, self.eps, rotary_NTC))
 
 
 class FusedCrossAttention(CrossAttention):

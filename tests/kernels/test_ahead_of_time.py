@@ -66,13 +66,14 @@ def test_every_kernel_of_a_training_step_fits_an_h100_and_spills_nothing(tmp_pat
     assert report["triton"] == ahead_of_time.VERSION and report["faults"] == []
     used = {(use["op"], use["direction"]) for built in report["builds"] for use in built["uses"]}
     assert used == {(op, direction) for op in dispatch.OPS for direction in ("forward", "backward")}
-    assert {use["where"] for built in report["builds"] for use in built["uses"]} == {*STAGES}
+    assert {use["where"] for built in report["builds"] for use in built["uses"]} == {*STAGES, build_kernels.ROTARY}
     for built in report["builds"]:
         assert built["shared_bytes"] <= 232448, built
         assert built["spill_bytes"] == built["stack_bytes"] == 0, built
         assert 8 <= built["registers"] <= 255, built  # read from a log: a number that no kernel has is a misreading
         numbers = built["uses"][0]["numbers"]
-        if built["name"] == "_attend_backward" and numbers["T"] == numbers["L"]:  # of self-attention
+        turned = {use["where"] for use in built["uses"]} == {build_kernels.ROTARY}  # its programs have 8 warps
+        if built["name"] == "_attend_backward" and numbers["T"] == numbers["L"] and not turned:  # of self-attention
             assert blocks_per_sm(built) >= (1 if 64 < numbers["T"] <= 128 else 2), built
 
 

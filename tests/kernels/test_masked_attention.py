@@ -68,6 +68,33 @@ def formula(q_TA: Tensor, k_LA: Tensor, v_LA: Tensor, heads: int) -> Tensor:
     return out
 
 
+def angles(N: int, T: int, head_dim: int) -> Tensor:
+    """A table of cosines and sines, float32."""
+    random = 3 * torch.randn(N, T, head_dim // 2)
+    return torch.cat([random.cos(), random.sin()], dim=-1)
+
+
+def turning(function, table_NTC: Tensor):
+    return lambda qkv_NTX: function(qkv_NTX, rotary_NTC=table_NTC.to(qkv_NTX.device))
+
+
+def test_reference_turns_pairs_of_each_head_as_complex_numbers():
+    (qkv_NTX,), table_NTC = self_inputs(2, 5, 2, 4), angles(2, 5, 4)
+    ours = reference.self_attention(qkv_NTX, 2, EPS, table_NTC)
+    phase_NT1P = torch.complex(*table_NTC.double().chunk(2, -1)).unsqueeze(2)
+    q, k, v = qkv_NTX.chunk(3, dim=-1)
+    turned = []
+    for x in (q, k):
+        x = ((x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + EPS).sqrt()).unflatten(
+            -1, (2, 4)
+        )
+        points = torch.complex(x[..., :2], x[..., 2:]) * phase_NT1P
+        turned.append(torch.cat([points.real, points.imag], -1).transpose(1, 2))
+    q, k, v = *turned, v.unflatten(-1, (2, 4)).transpose(1, 2)
+    expected = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+    torch.testing.assert_close(ours, expected.transpose(1, 2).flatten(2))
+
+
 def test_reference_is_the_formula():
     (qkv_NTX,), (q_NTA, kv_NLX) = self_inputs(2, 5, 2, 3), cross_inputs(2, 4, 5, 2, 3)
     ours, across = reference.self_attention(qkv_NTX, 2, EPS), reference.cross_attention(q_NTA, kv_NLX, 2, EPS)
@@ -85,6 +112,15 @@ def test_gradients_of_the_reference():
 @pytest.mark.parametrize("heads, head_dim, tokens", SELF_SHAPES)
 def test_triton_self_attention_is_as_accurate_as_pytorch(triton, heads, head_dim, tokens, dtype):
     assert_as_accurate(*both("self_attention", heads), self_inputs(2, tokens, heads, head_dim), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "heads, head_dim, tokens, images", [(3, 16, 5, 1), (2, 32, 63, 2), (1, 64, 77, 1), (1, 32, 130, 2), (1, 16, 260, 1)]
+)
+def test_triton_turned_self_attention_is_as_accurate_as_pytorch(triton, heads, head_dim, tokens, images, dtype):
+    table, functions = angles(images, tokens, head_dim), both("self_attention", heads)
+    assert_as_accurate(*(turning(f, table) for f in functions), self_inputs(2, tokens, heads, head_dim), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -177,8 +213,8 @@ def test_custom_ops_are_registered_as_torch_expects(triton):
     from mdit.kernels.masked_attention import triton_impl
 
     inputs = leaves(in_dtype([*self_inputs(2, 5, 2, 32), *cross_inputs(2, 5, 70, 2, 32)]))
-    for arguments in ((inputs[0], None), inputs[1:]):
-        torch.library.opcheck(triton_impl._attention.op, (*arguments, 2, EPS))
+    for arguments in ((inputs[0], None, 2, EPS, angles(1, 5, 32).to(DEVICE)), (*inputs[1:], 2, EPS, None)):
+        torch.library.opcheck(triton_impl._attention.op, arguments)
 
 
 @pytest.mark.gpu

@@ -150,7 +150,16 @@ def attend(q, k, v, heads, eps, *, scale=None, norm=F.layer_norm, softmax=None):
 
 
 def self_attention(**changes):
-    return lambda right, qkv, heads, eps: attend(*qkv.chunk(3, -1), heads, eps, **changes)
+    """Attention of tokens that are not turned."""
+
+    def fault(right, qkv, heads, eps, table):
+        return attend(*qkv.chunk(3, -1), heads, eps, **changes) if table is None else right(qkv, heads, eps, table)
+
+    return fault
+
+
+def turned_by_neighbours(qkv, heads, eps, table):
+    return qkv, heads, eps, None if table is None else table.roll(1, dims=1)
 
 
 def cross_attention(**changes):
@@ -222,7 +231,9 @@ def last_expert_wins(right, y_EMD, found: Routing):
 FAULTS = [
     *((f"masked_attention.self_attention: {what}", self_attention(**how)) for what, how in ATTENTION),
     *((f"masked_attention.cross_attention: {what}", cross_attention(**how)) for what, how in ATTENTION),
-    ("masked_attention.self_attention: eps dropped", given(lambda qkv, heads, eps: (qkv, heads, 0.0))),
+    ("masked_attention.self_attention: eps dropped", given(lambda qkv, heads, eps, table: (qkv, heads, 0.0, table))),
+    ("masked_attention.self_attention: not turned", given(lambda *inputs: (*inputs[:3], None))),
+    ("masked_attention.self_attention: turned by the neighbour's angles", given(turned_by_neighbours)),
     ("masked_attention.self_attention: last row", output(without_row)),
     ("masked_attention.cross_attention: a column", output(without_column)),
     ("masked_attention.cross_attention: last key", given(lambda q, kv, *more: (q, kv[:, :-1], *more))),
