@@ -2,7 +2,7 @@
 
     name = "paper"                          of the report, and of its region in docs/ablations.md
     recipe = "../quickstart.toml"           the base recipe, from this file's folder
-    budget = "flops"                        "steps", "flops" or "seconds": as many as the baseline takes
+    budget = "flops"                        of all as many as the baseline takes: one of `Budget`
     seeds = [0, 1, 2]
     baseline = "deferred_50"                the variant that all are compared with: recipe and [base] as they are
     pictures = 128                          drawn of held-out captions, to be scored
@@ -42,13 +42,13 @@ from mdit.config import (
     parse_recipe,
     parse_section,
 )
-from mdit.costs.flops import run_flops
+from mdit.costs.flops import run_flops, total_flops
 from mdit.documents import read_toml
 from mdit.sections import Location, Seed
 
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of a folder, too
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
-Budget = Literal["steps", "flops", "seconds"]
+Budget = Literal["steps", "flops", "flops_with_optimizer", "seconds"]
 # Reports that a run need not make: its snapshots are measured when it has ended, all variants by one recipe's noise.
 QUIET = {"report.validate_every": 0, "report.sample_every": 0, "report.prompts": "validation"}
 SAVING = ("report.snapshot_every", "report.checkpoint_every")
@@ -228,10 +228,11 @@ class Ablation:
             return max(1, round(stage.share * budget * base / own))
         if self.file.budget == "steps":
             return max(1, round(stage.share * stage.values.get("training.num_steps", budget)))
-        wanted, seed = stage.share * run_flops(self.base), self.seeds[variant][0]
+        count = total_flops if self.file.budget == "flops_with_optimizer" else run_flops
+        wanted, seed = stage.share * count(self.base), self.seeds[variant][0]
 
         def flops(steps: int) -> int:
-            return run_flops(self.resolve(variant, stage, steps, seed, 1).config)
+            return count(self.resolve(variant, stage, steps, seed, 1).config)
 
         low, high = 1, 2
         while flops(high) < wanted:

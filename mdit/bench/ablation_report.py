@@ -38,6 +38,7 @@ class MeanPoint(NamedTuple):
 
     steps: float
     flops: float
+    flops_with_optimizer: float
     seconds: float
     loss: float
 
@@ -58,8 +59,12 @@ class VariantSummary:
     def curve(self) -> list[MeanPoint]:
         """Means over the seeds. FLOPs differ where mask ratios are drawn."""
         points = zip(*(result.curve for result in self.results.values()))
-        names = ("step", "flops", "seconds", "loss")
+        names = ("step", "flops", "flops_with_optimizer", "seconds", "loss")
         return [MeanPoint(*(statistics.fmean(getattr(each, name) for each in at) for name in names)) for at in points]
+
+    @property
+    def optimizer_flops(self) -> float:
+        return self.curve[-1].flops_with_optimizer - self.curve[-1].flops if self.curve else 0.0
 
     def spread(self, column: str) -> float | None:
         """Standard deviation over the seeds; None of one."""
@@ -141,8 +146,9 @@ class AblationReport:
         }
         told = [f"`{mark}`: {meaning}" for mark, meaning in marks.items() if mark in cells]
         file, base = self.ablation.file, self.ablation.base.training
-        equal = {"steps": f"{base.num_steps:,} steps", "flops": "the baseline's FLOPs", "seconds": "its seconds"}
-        told += [f"baseline: {file.baseline}; all but it have {equal[file.budget]}"]
+        if any(summary.optimizer_flops for summary in self.summaries.values()):
+            told += ["TFLOP: the model's + the optimizer's"]
+        told += [f"baseline: {file.baseline}, {base.num_steps:,} steps; equal for all: {file.budget.replace('_', ' ')}"]
         return "\n\n".join([table(lines), "; ".join(told) + ".", f"{self.source}: `{command}`"])
 
     def content(self, command: str) -> dict[str, Any]:
@@ -179,6 +185,8 @@ class AblationReport:
         if not values:
             return ""
         mean, spread = statistics.fmean(values), summary.spread(column)
+        if column == "TFLOP" and (more := summary.optimizer_flops):
+            return f"{mean:{form}} + {more / TERA:{form}}"
         text = f"{mean:{form}}" + (f" ± {spread:{form}}" if spread is not None and column not in COUNTED else "")
         theirs = self.baseline.values(column)
         if column not in COMPARED or summary.name == self.baseline.name or not theirs:
@@ -193,10 +201,12 @@ class AblationReport:
             return [NOT_MEASURED, "", ""]
         if (found := self.reached(summary)) is None:
             return ["not reached", "", ""]
-        whole = self.baseline.curve[-1]
+        whole, both = self.baseline.curve[-1], ""
+        if summary.optimizer_flops or self.baseline.optimizer_flops:
+            both = f"; {found.flops_with_optimizer / whole.flops_with_optimizer:.2f}x with the optimizer's"
         return [
             f"{found.steps:,.0f} ({found.steps / whole.steps:.2f}x)",
-            f"{found.flops / TERA:.3g} ({found.flops / whole.flops:.2f}x)",
+            f"{found.flops / TERA:.3g} ({found.flops / whole.flops:.2f}x{both})",
             f"{found.seconds:,.0f} ({found.seconds / whole.seconds:.2f}x)",
         ]
 

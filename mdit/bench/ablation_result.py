@@ -17,7 +17,7 @@ from mdit.bench.report import Environment, environment, read_report
 from mdit.checkpoint.snapshot import load_snapshot
 from mdit.checkpoint.training_state import step_in
 from mdit.config import Section, TrainConfig, UserError, load_config, parse_recipe, parse_section, portable
-from mdit.costs.flops import run_flops
+from mdit.costs.flops import run_flops, total_flops
 from mdit.data.shards import open_dataset, read_samples
 from mdit.documents import differences, parse_json, read_json
 from mdit.eval.evaluate import evaluate
@@ -35,11 +35,12 @@ IN_A_GRID = 16
 
 
 class CurvePoint(Section):
-    """EMA weights after `step` steps of all stages, `flops` FLOPs and `seconds` of training steps alone: the validation
-    loss at each noise level."""
+    """EMA weights after `step` steps of all stages, `flops` FLOPs of the model and `seconds` of training steps alone:
+    the validation loss at each noise level."""
 
     step: int
     flops: int
+    flops_with_optimizer: int
     seconds: float
     losses: tuple[float, ...]
 
@@ -147,18 +148,22 @@ def _curve(run: VariantRun, base: TrainConfig, out: Path, device: torch.device) 
     path = run.folder(out) / CURVE
     if path.exists():
         return [parse_section(CurvePoint, point, path) for point in read_json(path)]
-    points, start = [], CurvePoint(step=0, flops=0, seconds=0.0, losses=())
+    points, start = [], CurvePoint(step=0, flops=0, flops_with_optimizer=0, seconds=0.0, losses=())
     for stage in run.stages:
         snapshots = snapshots_in(run.run_dir(out, stage))
         if not snapshots:
             raise UserError(f"{run.run_dir(out, stage) / SNAPSHOTS}: has no snapshot of the finished run")
         metrics = run.run_dir(out, stage) / METRICS
         for step, losses in validation_losses(snapshots, base, device):
-            flops, seconds = (
-                start.flops + run_flops(stage.config, step),
-                start.seconds + training_seconds(metrics, step),
+            points.append(
+                CurvePoint(
+                    step=start.step + step,
+                    flops=start.flops + run_flops(stage.config, step),
+                    flops_with_optimizer=start.flops_with_optimizer + total_flops(stage.config, step),
+                    seconds=start.seconds + training_seconds(metrics, step),
+                    losses=losses,
+                )
             )
-            points.append(CurvePoint(step=start.step + step, flops=flops, seconds=seconds, losses=losses))
         start = points[-1]
     write_json(path, [point.model_dump(mode="json") for point in points])
     for stage in run.stages:

@@ -71,14 +71,12 @@ def draw_losses(metrics: Sequence[dict[str, Any]], directory: Path, where: str) 
     return directory / "losses.png"
 
 
-def draw_curves(
-    curves: Mapping[str, Sequence[tuple[float, float, float, float]]], baseline: str, path: Path, title: str
-) -> None:
-    """Losses over steps and over FLOPs of an ablation's variants, (steps, FLOPs, seconds, loss) each; the dotted line
-    is the baseline's last loss. Raises UserError where matplotlib is not installed."""
+def draw_curves(curves: Mapping[str, Sequence[Sequence[float]]], baseline: str, path: Path, title: str) -> None:
+    """Losses over steps and over FLOPs of an ablation's variants, (steps, FLOPs, ..., loss) each; the dotted line is
+    the baseline's last loss. Raises UserError where matplotlib is not installed."""
     figure, panels = _figure(2, 0.8 * PANEL + 0.1 * len(curves))
     for number, (name, points) in enumerate(curves.items()):
-        steps, flops, _, losses = zip(*points)
+        steps, flops, *_, losses = zip(*points)
         colour = "black" if name == baseline else (BLUE, ORANGE, GREEN, PINK, GOLD, SKY)[number % 6]
         line = ("-", "--", "-.", ":")[number // 6 % 4]
         for axes, x in zip(panels, (steps, [each / 1e12 for each in flops])):

@@ -9,9 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdit.config import ModelConfig, TrainConfig
+from mdit.costs.layouts import Layout
+from mdit.costs.muon import orthogonalisation_flops
 from mdit.costs.trace import Form, fused_attention, on_meta
 from mdit.kernels import dispatch
 from mdit.masking import mask_ratio
+
+ALONE = Layout(gpus=1, stage=1, micro_batch=1, accumulation=1)
 
 
 @cache
@@ -31,3 +35,15 @@ def run_flops(config: TrainConfig, steps: int | None = None) -> int:
     else:
         counts = Counter(mask_ratio(config, step) for step in range(steps))
     return training.global_batch_size * sum(n * image_flops(config.model, ratio) for ratio, n in counts.items())
+
+
+def optimizer_flops(config: TrainConfig, steps: int | None = None) -> int:
+    """FLOPs of matmuls in the optimizer's first `steps` steps, on however many GPUs: Muon's, whose number does not grow
+    with the batch; AdamW has none."""
+    steps = config.training.num_steps if steps is None else steps
+    return steps * orthogonalisation_flops(config, ALONE)
+
+
+def total_flops(config: TrainConfig, steps: int | None = None) -> int:
+    """FLOPs of model and optimizer."""
+    return run_flops(config, steps) + optimizer_flops(config, steps)

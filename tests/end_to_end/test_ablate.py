@@ -97,7 +97,7 @@ def test_an_ablation_is_stopped_and_gone_on_with(arguments, tmp_path, monkeypatc
     report = json.loads((out / "ablation.json").read_text())
     base, tail = report["variants"]["base"], report["variants"]["tail"]
     assert [point["steps"] for point in base["curve"]] == [2, 4] and len(tail["curve"]) >= 2
-    assert base["of_what_the_baseline_took"] == {"steps": 1, "flops": 1, "seconds": 1}
+    assert base["of_what_the_baseline_took"] == {"steps": 1, "flops": 1, "flops_with_optimizer": 1, "seconds": 1}
     assert base["curve"][-1]["seconds"] > base["curve"][0]["seconds"] > 0 and base["figures"]["steps"]["mean"] == 4
     assert tail["curve"][-1]["flops"] == pytest.approx(base["curve"][-1]["flops"], rel=0.25)
     for variant in (base, tail):

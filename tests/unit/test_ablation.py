@@ -6,10 +6,12 @@ import pytest
 
 from mdit.bench.ablation import Ablation, toml
 from mdit.config import UserError
-from mdit.costs.flops import image_flops, run_flops
+from mdit.costs.flops import image_flops, optimizer_flops, run_flops
 from mdit.costs.trace import training_flops
 from mdit.documents import parse_toml
 from mdit.masking import mask_ratio
+from mdit.models import meta_model
+from mdit.parallel.muon import takes_muon
 from tests.recipes import tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +74,25 @@ def test_a_schedule_of_masks_is_counted_step_by_step():
     ratios = [mask_ratio(config, step) for step in range(8)]
     assert run_flops(config, 4) == 4 * few and run_flops(config) == ratios.count(0.75) * few + ratios.count(0.0) * all_
     assert 0.0 in ratios
+
+
+def test_muons_products_are_flops_of_the_optimizer(tmp_path):
+    """Five iterations of 2 (2 m m n + m^3) for each matrix, m its shorter side; a budget may count them or not."""
+    muon = {"name": "muon", "muon": {"lr": 0.02, "weight_decay": 0.0}}
+    config = tiny_config(optim=muon)
+    sides = [
+        (*sorted(p.shape[-2:]), p.shape[0] if p.ndim == 3 else 1)
+        for name, p in meta_model(config.model).named_parameters()
+        if takes_muon(name, p.shape)
+    ]
+    one_step = sum(5 * 2 * count * (2 * m * m * n + m**3) for m, n, count in sides)
+    assert optimizer_flops(config, 3) == 3 * one_step > 0 == optimizer_flops(tiny_config())
+    text = HEAD + "[variants.base]\n[variants.muon]\noptim = {name = 'muon', muon = {lr = 0.02, weight_decay = 0.0}}\n"
+    steps = [
+        lengths(Ablation(write(tmp_path, text.replace("flops", budget))))["muon", 0][0]
+        for budget in ("flops", "flops_with_optimizer")
+    ]
+    assert steps[0] == 40 and steps[1] == round(40 * run_flops(RECIPE, 1) / (run_flops(RECIPE, 1) + one_step))
 
 
 def test_steps_and_seconds(tmp_path):

@@ -16,10 +16,16 @@ VARIANTS = (
 )
 
 
-def result(ablation, run, path, losses, object_):
+def result(ablation, run, path, losses, object_, optimizer=0):
     recipes = {"baseline": ablation.base, **{stage.name: stage.config for stage in run.stages}}
     curve = [
-        CurvePoint(step=10 * (i + 1), flops=10**12 * (i + 1), seconds=30.0 * (i + 1), losses=(x - 0.1, x + 0.1))
+        CurvePoint(
+            step=10 * (i + 1),
+            flops=10**12 * (i + 1),
+            flops_with_optimizer=(10**12 + optimizer) * (i + 1),
+            seconds=30.0 * (i + 1),
+            losses=(x - 0.1, x + 0.1),
+        )
         for i, x in enumerate(losses)
     ]
     return VariantResult(
@@ -65,16 +71,25 @@ def test_differences_below_the_deviation_are_marked(tmp_path):
     assert (found["far"]["TFLOP to it"], found["far"]["seconds to it"]) == ("1.5 (0.75x)", "45 (0.75x)")
     content = report.content("command")["variants"]
     ratios = content["far"]["of_what_the_baseline_took"]
-    assert ratios == pytest.approx(dict.fromkeys(("steps", "flops", "seconds"), 0.75))
+    assert ratios == pytest.approx(dict.fromkeys(("steps", "flops", "flops_with_optimizer", "seconds"), 0.75))
     assert content["near"]["figures"]["loss"] == pytest.approx(
         {"mean": 0.54, "deviation": 0.02828, "0": 0.52, "1": 0.56}, rel=1e-3
     )
 
 
+def test_flops_of_an_optimizer_stand_beside_the_models(tmp_path):
+    ablation = Ablation(write(tmp_path, HEAD.replace("[0, 1]", "[0]") + VARIANTS))
+    results = {("base", 0): ([0.9, 0.5], None), ("far", 0): ([0.9, 0.5, 0.4], None, 5 * 10**11)}
+    write_results(ablation, tmp_path / "out", results)
+    found = cells(AblationReport.load(ablation, tmp_path / "out").markdown("command"))
+    assert (found["base"]["TFLOP"], found["far"]["TFLOP"]) == ("2", "3 + 1.5")
+    assert found["far"]["TFLOP to it"] == "2 (1.00x; 1.50x with the optimizer's)"
+
+
 def test_where_a_curve_comes_down_to_a_loss():
-    curve = [MeanPoint(10 * n, 100 * n, n, loss) for n, loss in ((1, 0.5), (2, 0.3), (3, 0.35), (4, 0.1))]
-    assert crossing(curve, 0.4) == pytest.approx((15, 150, 1.5, 0.4))
-    assert crossing(curve, 0.2) == pytest.approx((36, 360, 3.6, 0.2))
+    curve = [MeanPoint(10 * n, 100 * n, 200 * n, n, loss) for n, loss in ((1, 0.5), (2, 0.3), (3, 0.35), (4, 0.1))]
+    assert crossing(curve, 0.4) == pytest.approx((15, 150, 300, 1.5, 0.4))
+    assert crossing(curve, 0.2) == pytest.approx((36, 360, 720, 3.6, 0.2))
     assert crossing(curve, 0.6) == curve[0] and crossing(curve, 0.05) is None and crossing([], 1.0) is None
 
 
