@@ -34,7 +34,7 @@ WITHIN, UNKNOWN = "≈", "?"
 
 
 class MeanPoint(NamedTuple):
-    """What a variant took up to a point of its curve, and its validation loss there."""
+    """A point of a curve: steps, FLOPs and seconds up to there, and the validation loss."""
 
     steps: float
     flops: float
