@@ -38,6 +38,7 @@ from mdit.files import append_line, checksum, clean_leftovers, follow, sync, wri
 from mdit.masking import mask_ratio
 from mdit.meeting import Patience
 from mdit.models import MicroDiT
+from mdit.parallel.muon import takes_muon
 from mdit.train.lock import Lock, now
 from mdit.train.meter import step_of
 from mdit.train.optim import learning_rate
@@ -277,10 +278,13 @@ def tell_moved_schedule(found: Checkpoint, config: TrainConfig) -> None:
 def check_space(path: Path, config: TrainConfig) -> None:
     """Raise UserError where two checkpoints and a snapshot will not fit. What is there already has its space."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in MicroDiT(config.model).parameters())
+        named = {name: p.shape for name, p in MicroDiT(config.model).named_parameters()}
+    parameters = sum(shape.numel() for shape in named.values())
+    of_muon = sum(shape.numel() for name, shape in named.items() if config.optim.muon and takes_muon(name, shape))
     averages = 1 if config.ema else 0
     missing = max(1, 2 - len(complete_checkpoints(path / CHECKPOINTS)))
-    needs = {CHECKPOINTS: missing * (3 + averages) * 4 * parameters, SNAPSHOTS: (1 + averages) * 4 * parameters}
+    state = (3 + averages) * parameters - of_muon  # which have no second moment
+    needs = {CHECKPOINTS: missing * 4 * state, SNAPSHOTS: (1 + averages) * 4 * parameters}
     volumes: dict[int, tuple[Path, int]] = {}  # a folder may be a link to another volume
     for name, size in needs.items():
         place = path / name if (path / name).exists() else path

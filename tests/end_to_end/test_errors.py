@@ -144,6 +144,19 @@ def test_one_line_and_exit_code_2(mistake, good, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob("made/*")), "nothing may be written"
 
 
+def test_muon_under_tensor_parallelism(good, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("megatron.core")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    edit(good["--recipe"], lambda c: c["recipe"]["model"].update(mixer_dim=16))
+    edit(good["--recipe"], lambda c: c["recipe"]["optim"].update(name="muon", muon={"lr": 0.02, "weight_decay": 0.1}))
+    edit(good["--ds_config"], lambda c: c.update(mdit={"tensor_parallel": 2}))
+    code, err = launch(good, monkeypatch, capsys)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "recipe.json: optim.name = 'muon': " in error and '"tensor_parallel": 2' in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_cannot_share_the_batch(good, tmp_path, monkeypatch, capsys):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
