@@ -130,8 +130,8 @@ class FlowNoise(Section):
 
     target: Literal["flow"]
     times: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = 0.0
-    std: PositiveFloat = 1.0
+    mean: Annotated[float, Field(ge=-64, le=64)] = 0.0
+    std: Annotated[float, Field(gt=0, le=64)] = 1.0
     shift: Annotated[float, Field(ge=2**-10, le=2**10)] = 1.0
     sigma_data: PositiveFloat
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from mdit.config import EDMNoise, FlowNoise, NoiseConfig
 
 FLOW_TIMES = 1e-3, 0.999  # the first and the last that is drawn, and that the sampler starts from
+FLOW_SIGMAS = tuple(t / (1 - t) for t in FLOW_TIMES)
 TIME_SCALE = 1000
 
 
@@ -51,14 +52,13 @@ def sample_sigmas(noise: NoiseConfig, count: int, generator: torch.Generator, de
         logit = torch.rand(count, generator=generator, device=device).logit()
     else:
         logit = torch.randn(count, generator=generator, device=device) * noise.std + noise.mean
-    first, last = (t / (1 - t) for t in FLOW_TIMES)
-    return (noise.shift * logit.exp()).clamp(first, last)
+    return (noise.shift * logit.exp()).clamp(*FLOW_SIGMAS)
 
 
 def sigma_quantile(noise: NoiseConfig, share: float) -> float:
     """The noise level below which so large a share of training's are."""
     if isinstance(noise, EDMNoise):
         return math.exp(NormalDist(noise.P_mean, noise.P_std).inv_cdf(share))
-    if noise.times == "uniform":
-        return noise.shift * share / (1 - share)
-    return noise.shift * math.exp(NormalDist(noise.mean, noise.std).inv_cdf(share))
+    uniform = noise.times == "uniform"
+    before = share / (1 - share) if uniform else math.exp(NormalDist(noise.mean, noise.std).inv_cdf(share))
+    return min(max(noise.shift * before, FLOW_SIGMAS[0]), FLOW_SIGMAS[1])

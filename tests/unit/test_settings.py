@@ -88,6 +88,16 @@ def test_auto_micro_batch_keeps_16384_tokens(stage, micro):
     assert resolve({}, world_size=8, config=config)["train_micro_batch_size_per_gpu"] == micro
 
 
+def test_auto_micro_batch_fits_the_steps_that_keep_the_most():
+    mask = {"schedule": "mixture", "ratios": [0.75, 0.5], "weights": [9.0, 1.0]}
+    model, batch = {"latent_size": 128}, 2048  # 4,096 patches
+    configs = [
+        tiny_config(model=model, training={"global_batch_size": batch, "mask_ratio": ratio}) for ratio in (mask, 0.5)
+    ]
+    micro, expected = (resolve({}, config=config)["train_micro_batch_size_per_gpu"] for config in configs)
+    assert micro == expected == 8
+
+
 def test_misspelled_key_names_the_near_one():
     assert "gradient_cliping" in (message := error_of({"gradient_cliping": 1.0})) and "gradient_clipping" in message
 
