@@ -23,19 +23,21 @@ from mdit.data.report import read_report
 from mdit.data.shards import open_dataset
 from mdit.data.writer import SHARD_BYTES
 from mdit.dist import World, configure_logging, logger, shared, work_on, world_from_env
-from mdit.encoders import build_image_encoder, build_text_encoder
+from mdit.encoders import build_image_encoder, build_text_encoder, build_vision_tower
 from mdit.precompute import precompute
 from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets, check_source
 from mdit.precompute.coordination import check_set, is_changing, is_finished, plan_of_finished
 from mdit.precompute.dali import build_decoder
 from mdit.precompute.mds_latents import IMAGE_ENCODER, TEXT_ENCODER, ImportedLatents
-from mdit.precompute.pipeline import BATCH_SIZE, EncodingPipeline, SampleProducer
+from mdit.precompute.pipeline import BATCH_SIZE, EncodingPipeline, PatchFeatures, SampleProducer
 from mdit.sources import Source, check_name, open_named_source
 from mdit.sources.mds import holds_latents, open_latents
 
 OWNER = "this command's"
+PATCH_SIZE = 2  # of the paper's models
 FOR_BOTH = ("recipe", "set", "max_rejected", "verify", "local_rank")  # flags that go without --source
-FOR_PICTURES = ("split", "caption_key", "captions", "caption_length", "min_side", "precision", "batch_size", "decoder")
+FOR_PICTURES = ("split", "caption_key", "captions", "caption_length", "min_side", "features", "patch_size", "precision")
+FOR_PICTURES += ("batch_size", "decoder")
 Jobs = list[tuple[BuildJob, SampleProducer]]
 
 
@@ -57,6 +59,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--limit", type=cli.whole(1), help="take the first so many pictures only")
     add("--min_side", type=cli.whole(1), help="leave out pictures with a shorter side; default: the least image size")
     add("--embeddings", choices=("f16", "i8b64"), help="how caption embeddings are stored; default: f16")
+    add("--features", metavar="ID_OR_PATH", help="of which vision tower, for a recipe's [align]; default: none")
+    add("--patch_size", type=cli.whole(1), help="of the models that are to train with the features; default: 2")
     add("--precision", choices=("float32", "bfloat16"), help="of the image encoder; default: float32")
     add("--batch_size", type=cli.whole(1), help="pictures in the encoder at a time; default: 32")
     add("--shard_bytes", type=cli.whole(1), help="size of a shard; default: 10^9")
@@ -122,7 +126,10 @@ def describe(directory: Path, verify: bool) -> str:
     text = (
         f"{directory}: {dataset.samples:,} samples{captions} in {len(dataset.shard_sizes)} shards, "
         f"{size / 1e6:,.1f} MB, latents {dataset.latent_shape}, caption embeddings {dataset.embedding_shape}"
-    ) + (", checksums right" if verify else "")
+    )
+    if dataset.layout.features_shape is not None:
+        text += f", features {dataset.layout.features_shape} by {dataset.encoders['features']['id']}"
+    text += ", checksums right" if verify else ""
     report = read_report(directory)
     return text + (f"\n{directory}: {report.summary()}" if report and (report.rejected or report.captions) else "")
 
@@ -180,6 +187,8 @@ def _check_flags(args: argparse.Namespace, imports: bool) -> None:
     for name in needed:
         if getattr(args, name) is None:
             raise UserError(f"--{name}: is missing; --source {args.source} needs it")
+    if args.patch_size is not None and args.features is None:
+        raise UserError(f"--patch_size {args.patch_size}: changes nothing without --features")
     if args.limit is not None and (args.extend or args.remake):
         raise UserError(f"--{'extend' if args.extend else 'remake'}: goes without --limit {args.limit}")
     for name in FOR_PICTURES if imports else ():
@@ -198,6 +207,8 @@ def _build_settings(args: argparse.Namespace, imports: bool) -> dict[str, Any]:
     if imports:
         encoders = {"image_encoder": args.image_encoder or IMAGE_ENCODER}
         return build_settings | encoders | {"text_encoder": args.text_encoder or TEXT_ENCODER}
+    if args.features is not None:
+        build_settings |= {"features": args.features, "patch_size": args.patch_size or PATCH_SIZE}
     return build_settings | {
         "split": args.split or "train",
         "caption_key": args.caption_key,
@@ -240,8 +251,13 @@ def _latents(args: argparse.Namespace, sets: Iterable[int]) -> dict[int, Source]
 def _encodings(args, world: World, sets: dict[int, Path], settings: dict[str, Any]) -> Jobs:
     """One for all sets that are to have the same parts made."""
     image_encoder = build_image_encoder(args.image_encoder, world.device, precision=settings["precision"])
+    features = None
+    if args.features is not None:
+        features = PatchFeatures(build_vision_tower(args.features, world.device), settings["patch_size"])
     for size in sets:
-        image_encoder.latent_shape(size)  # raises for a size that it cannot take
+        _, side, _ = image_encoder.latent_shape(size)  # raises for a size that it cannot take
+        if features is not None:
+            features.grid(side)
     source = next(iter(_pictures(args, sets).values()))
     jobs, alike = [], defaultdict(dict)
     for size, directory in sets.items():
@@ -252,7 +268,8 @@ def _encodings(args, world: World, sets: dict[int, Path], settings: dict[str, An
             _text_description(args) or args.text_encoder, world.device, max_tokens=args.caption_length
         )
         decoder = build_decoder(tuple(together), settings["min_side"], world.device, engine=args.decoder or "auto")
-        pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, args.batch_size or BATCH_SIZE)
+        batch_size = args.batch_size or BATCH_SIZE
+        pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, batch_size, features=features)
         jobs.append((_job(args, world, source, together, settings), pipeline))
     return jobs
 

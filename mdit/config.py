@@ -18,6 +18,7 @@ from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 
 # The sections and their types are imported from here all over mdit.
 from mdit.recipe import (  # noqa: F401
+    AlignConfig,
     EDMNoise,
     EMAConfig,
     EmojiSource,

@@ -225,6 +225,18 @@ class TrainingConfig(Section):
         return self.mask_ratio
 
 
+class AlignConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]  (as ModelConfig)
+    """Representation alignment (REPA, arXiv 2410.06940) until `stop_step`: `weight` times the mean over kept patches of
+    1 - cos(p, f), p a projection, `width` wide, of the output of block `block` (from 1), f a `tower`'s feature."""
+
+    tower: Location  # efficientnet-lite0, or path or hub id of a DINOv2 or DINOv3
+    channels: Size  # of the tower
+    block: Annotated[Count, Field(gt=0)]
+    weight: PositiveFloat
+    stop_step: PositiveInt
+    width: Size
+
+
 class MuonConfig(Section):
     """Muon's own keys (`mdit.train.muon`); schedule and clipping are those of [optim], `lr` is its peak."""
 
@@ -315,10 +327,11 @@ class TrainConfig(Section):
     training: TrainingConfig
     optim: OptimConfig
     ema: EMAConfig | None = None
+    align: AlignConfig | None = None
     report: ReportConfig
 
     @model_validator(mode="after")
-    def _every_expert_gets_tokens(self):
+    def _parts_fit_together(self):
         model, ratio = self.model, max(self.training.mask_ratios)
         if (kept := kept_tokens(model.num_patches, ratio)) == 0:
             raise ValueError(f"training.mask_ratio {ratio} keeps none of {model.num_patches} patches")
@@ -327,6 +340,8 @@ class TrainConfig(Section):
                 f"model.capacity_factor {model.capacity_factor} gives {model.num_experts} experts no token of the "
                 f"{kept} that training.mask_ratio {ratio} keeps"
             )
+        if self.align is not None and self.align.block > model.depth:
+            raise ValueError(f"align.block {self.align.block} is above model.depth {model.depth}")
         return self
 
 

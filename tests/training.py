@@ -30,14 +30,17 @@ def write_shards(directory: Path, config, samples: int, seed: int) -> None:
     model, rng = config.model, np.random.default_rng(seed)
     latent_shape = (model.latent_channels, model.latent_size, model.latent_size)
     embedding_shape = (model.caption_length, model.caption_channels)
-    with ShardWriter(
-        directory, latent_shape=latent_shape, embedding_shape=embedding_shape, encoders=ENCODERS, fingerprint={}
-    ) as writer:
+    features_shape, encoders = None, dict(ENCODERS)
+    if config.align is not None:
+        features_shape, encoders["features"] = (model.num_patches, config.align.channels), {"id": config.align.tower}
+    shapes = dict(latent_shape=latent_shape, embedding_shape=embedding_shape, features_shape=features_shape)
+    with ShardWriter(directory, **shapes, encoders=encoders, fingerprint={}) as writer:
         for i in range(samples):
             kind = i % 3
             embedding = np.full(embedding_shape, kind - 1, dtype=np.float16)
             latent = rng.normal(kind - 1, 0.3, latent_shape).astype(np.float16)
-            writer.write(f"{i:06d}", latent, embedding, f"kind {kind}")
+            features = None if features_shape is None else np.random.default_rng(i).normal(kind, 1, features_shape)
+            writer.write(f"{i:06d}", latent, embedding, f"kind {kind}", features)
 
 
 def write_recipe(folder: Path, *, samples: int = 64, **changes) -> Path:

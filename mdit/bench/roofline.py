@@ -37,8 +37,8 @@ def category_work(config: TrainConfig, setting: Setting) -> dict[str, Work]:
     batches = images / micro_batch
     again = int(setting.activation_checkpointing == "block")
     form = Form(triton=False, checkpointing="block" if again else "none", dtype=dtype)
-    kernels = trace(model, ratio, form).at(micro_batch)
-    flops = {name: (3 + again) * images * count for name, count in forward_flops(model, ratio).items()}
+    kernels = trace(model, ratio, form, config.align).at(micro_batch)
+    flops = {name: (3 + again) * images * count for name, count in forward_flops(model, ratio, config.align).items()}
     moved: dict[str, float] = defaultdict(float)
     for call, count in kernel_calls(model, micro_batch, ratio).items():
         op, cost = call.op.split(".")[0], call.cost(dtype)

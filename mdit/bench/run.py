@@ -27,6 +27,7 @@ from mdit.diffusion.edm import generator_for
 from mdit.dist import World
 from mdit.kernels import dispatch
 from mdit.models import MicroDiT
+from mdit.parallel.align import add_projection
 from mdit.parallel.apply import blocks_of, compiling, parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Execution, RunSettings
@@ -54,13 +55,15 @@ def synthetic_batches(config: TrainConfig, plan: ParallelPlan) -> Iterator[Batch
     options: dict[str, Any] = {"generator": generator_for(config.seed, "made up", device=device), "device": device}
     captions = torch.randn(CAPTIONS, *model.caption_shape, **options)
     patterns = torch.randn(CAPTIONS, *model.latent_shape, **options)
-    held: list[tuple[Tensor, Tensor]] = []
+    features = config.align and torch.randn(CAPTIONS, model.num_patches, config.align.channels, **options).half()
+    held: list[tuple[Tensor, Tensor, Tensor | None]] = []
     for _ in range(HELD):
         kinds = torch.randint(CAPTIONS, (global_batch,), **options)[rows]
         noise = torch.randn(global_batch, *model.latent_shape, **options)[rows]
         latents = config.noise.sigma_data * (0.9 * patterns[kinds] + 0.19**0.5 * noise)
-        held.append((latents.half(), captions.half()[kinds]))
-    return (Batch(*held[step % HELD], [], np.empty(0, np.int64), step) for step in itertools.count())
+        held.append((latents.half(), captions.half()[kinds], None if features is None else features[kinds]))
+    steps = ((step, *held[step % HELD]) for step in itertools.count())
+    return (Batch(latents, texts, [], np.empty(0, np.int64), step, found) for step, latents, texts, found in steps)
 
 
 class TimedEngine(Engine):
@@ -114,6 +117,8 @@ class BenchmarkRun(AbstractContextManager):
             torch.manual_seed(config.seed)
             with world.device:  # 1.165 B numbers take a CPU a while
                 self.model = MicroDiT(config.model)
+                if config.align is not None:
+                    add_projection(self.model, config.align)
             if not plain:
                 parallelize(self.model, settings.model_copy(update={"compile": False}), plan)
             if settings.compile:
@@ -142,7 +147,7 @@ class BenchmarkRun(AbstractContextManager):
         self.timer.mark("data")
         batch = next(self.batches)
         self.timer.mark("forward")
-        loss = optimizer_step(self.engine, batch, self.steps, self.config).mean()
+        loss = optimizer_step(self.engine, batch, self.steps, self.config)["loss"].mean()
         self.steps += 1
         self.ema.update(self.steps)
         return loss

@@ -68,7 +68,7 @@ class Job:
             mask_ratio=config.training.fixed_mask_ratio,
             setting=setting,
             data=MADE_UP if self.data == MADE_UP else ", ".join(config.data.train),
-            flops_per_image=training_flops(config.model, config.training.fixed_mask_ratio),
+            flops_per_image=training_flops(config.model, config.training.fixed_mask_ratio, config.align),
             peak_tflops=machine.peak / 1e12 if machine and bf16 and not settings.fp8 else None,
         )
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdit.config import ModelConfig, TrainConfig
+from mdit.config import AlignConfig, ModelConfig, TrainConfig
 from mdit.costs.layouts import Layout
 from mdit.costs.muon import orthogonalisation_flops
 from mdit.costs.trace import Form, fused_attention, on_meta
@@ -19,9 +19,9 @@ ALONE = Layout(gpus=1, stage=1, micro_batch=1, accumulation=1)
 
 
 @cache
-def image_flops(config: ModelConfig, mask_ratio: float) -> int:
-    """FLOPs of one image, forward and backward."""
-    model, loss_of_batch, _ = on_meta(config, 1, mask_ratio, Form(triton=False))
+def image_flops(config: ModelConfig, mask_ratio: float, align: AlignConfig | None = None) -> int:
+    """FLOPs of one image, forward and backward; with the projection of `align`."""
+    model, loss_of_batch, _ = on_meta(config, 1, mask_ratio, Form(triton=False), align)
     with dispatch.using(), fused_attention(), FlopCounterMode(display=False) as counter:
         torch.autograd.grad(loss_of_batch(), list(model.parameters()))
     return counter.get_total_flops()
@@ -29,12 +29,18 @@ def image_flops(config: ModelConfig, mask_ratio: float) -> int:
 
 def run_flops(config: TrainConfig, steps: int | None = None) -> int:
     """FLOPs of a run's first `steps` steps; of all of them by default."""
-    steps, training = config.training.num_steps if steps is None else steps, config.training
-    if len(training.mask_ratios) == 1:
-        counts = {training.fixed_mask_ratio: steps}
-    else:
-        counts = Counter(mask_ratio(config, step) for step in range(steps))
-    return training.global_batch_size * sum(n * image_flops(config.model, ratio) for ratio, n in counts.items())
+    steps, training, align = config.training.num_steps if steps is None else steps, config.training, config.align
+
+    def counted(steps: int) -> dict[float, int]:
+        """Mask ratio -> how many of the first steps have it."""
+        if len(training.mask_ratios) == 1:
+            return {training.fixed_mask_ratio: steps}
+        return Counter(mask_ratio(config, step) for step in range(steps))
+
+    flops = sum(n * image_flops(config.model, ratio) for ratio, n in counted(steps).items())
+    for ratio, n in counted(min(steps, align.stop_step)).items() if align else ():
+        flops += n * (image_flops(config.model, ratio, align) - image_flops(config.model, ratio))
+    return training.global_batch_size * flops
 
 
 def optimizer_flops(config: TrainConfig, steps: int | None = None) -> int:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from mdit.config import ModelConfig, TrainConfig, UserError
+from mdit.config import AlignConfig, ModelConfig, TrainConfig, UserError
 from mdit.costs.trace import Form
 from mdit.models import meta_model
 from mdit.models.moe import ExpertChoiceMoE
+from mdit.parallel.align import projection_sizes
 from mdit.parallel.muon import misfit, takes_muon
 from mdit.parallel.plan import problem
 from mdit.parallel.settings import Checkpointing, Execution, ZeroOptions
@@ -99,17 +100,18 @@ class Weights:
 
 
 def count_weights(config: TrainConfig) -> Weights:
-    return _count_weights(config.model, config.optim.muon is not None)
+    """Everything that is trained: the model and the projection of [align]."""
+    return _count_weights(config.model, config.optim.muon is not None, config.align)
 
 
 @cache
-def _count_weights(config: ModelConfig, muon: bool) -> Weights:
+def _count_weights(config: ModelConfig, muon: bool, align: AlignConfig | None) -> Weights:
     model = meta_model(config)
     experts, matrices = (
         sum(p.numel() for m in model.modules() if isinstance(m, kind) for p in m.parameters(recurse=recurse))
         for kind, recurse in ((ExpertChoiceMoE, False), (DENSE, True))
     )
-    tensors = tuple(p.numel() for p in model.parameters())
+    tensors = (*(p.numel() for p in model.parameters()), *projection_sizes(config.dim, align))
     taken = sum(p.numel() for name, p in model.named_parameters() if muon and takes_muon(name, p.shape))
     return Weights(experts, matrices, sum(tensors) - experts - matrices, tensors, taken - experts if muon else 0)
 

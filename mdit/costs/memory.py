@@ -76,7 +76,8 @@ def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, tuple[int, 
 def activation_bytes(config: TrainConfig, layout: Layout) -> int:
     """The most that activations and their gradients take; with what is kept of an exchange among experts."""
     received = exchanged_bytes(config, layout)[0] if layout.ep > 1 and layout.checkpointing == "selective" else 0
-    return trace(config.model, config.training.fixed_mask_ratio, layout.form).peak.of(layout.micro_batch) + received
+    found = trace(config.model, config.training.fixed_mask_ratio, layout.form, config.align)
+    return found.peak.of(layout.micro_batch) + received
 
 
 def host_bytes(config: TrainConfig, layout: Layout) -> int:
@@ -105,8 +106,9 @@ def gradient_bytes(layout: Layout, numbers: int, part: int, largest: int) -> dic
 
 
 def input_bytes(config: TrainConfig, layout: Layout) -> int:
-    """Latents and captions of a rank's share as stored (2 bytes), noise in float32."""
+    """Latents, captions and a vision tower's features of a rank's share in 2 bytes, noise in float32."""
     model, share = config.model, layout.micro_batch * layout.accumulation
     pixels = model.latent_channels * model.latent_size**2
-    sample = 2 * (pixels + model.caption_length * model.caption_channels)
+    features = model.num_patches * config.align.channels if config.align else 0
+    sample = 2 * (pixels + model.caption_length * model.caption_channels + features)
     return share * (BATCHES_HELD * sample + 4 * pixels)

@@ -12,7 +12,7 @@ its weights, and a kernel at least the time to launch it.
 import math
 from functools import cache
 
-from mdit.config import ModelConfig, TrainConfig
+from mdit.config import AlignConfig, ModelConfig, TrainConfig
 from mdit.costs.layouts import ITEMSIZE, Layout, count_weights
 from mdit.costs.machines import (
     ARGUMENT,
@@ -81,7 +81,8 @@ def step_parts(config: TrainConfig, layout: Layout, machine: Machine) -> dict[st
     optimizer += (NORM_TRAFFIC if layout.offload else OPTIMIZER_TRAFFIC + ema_traffic(config)) * part
     optimizer += MUON_TRAFFIC * weights.muon_on_a_rank(layout)
     after = host_optimizer_seconds(config, part) if layout.offload else 0.0
-    kernels = device_parts(config.model, config.training.fixed_mask_ratio, layout.form, layout.micro_batch, machine)
+    options = layout.form, layout.micro_batch, machine, config.align
+    kernels = device_parts(config.model, config.training.fixed_mask_ratio, *options)
     parts = {name: m * seconds for name, seconds in kernels.items()}
     parts |= {"gradients": gradients, "optimizer": optimizer / bytes_per_second + after}
     launching = m * host_seconds(config, layout)
@@ -113,11 +114,16 @@ def ema_traffic(config: TrainConfig) -> int:
 
 @cache
 def device_parts(
-    config: ModelConfig, mask_ratio: float, form: Form, micro_batch: int, machine: Machine
+    config: ModelConfig,
+    mask_ratio: float,
+    form: Form,
+    micro_batch: int,
+    machine: Machine,
+    align: AlignConfig | None = None,
 ) -> dict[str, float]:
     """Seconds of a micro-batch's kernels, by part."""
     seconds: dict[str, float] = {}
-    for kernel, count in trace(config, mask_ratio, form).at(micro_batch).items():
+    for kernel, count in trace(config, mask_ratio, form, align).at(micro_batch).items():
         seconds[kernel.part] = seconds.get(kernel.part, 0.0) + count * kernel_seconds(kernel, machine)
     return seconds
 
@@ -156,7 +162,7 @@ def product_seconds(product: Product, machine: Machine) -> float:
 
 def host_seconds(config: TrainConfig, layout: Layout) -> float:
     """The least time in which Python can launch a micro-batch."""
-    found = trace(config.model, config.training.fixed_mask_ratio, layout.form)
+    found = trace(config.model, config.training.fixed_mask_ratio, layout.form, config.align)
     arguments = [(seen.kernel.arguments, count) for seen, count in found.kernels.items() if seen.kernel.arguments]
     launching = sum(count * (LAUNCH + ARGUMENT * number) for number, count in arguments)
     hooks = len(count_weights(config).tensors)

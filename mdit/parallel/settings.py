@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from mdit.config import ModelConfig, PositiveInt, Section, TrainConfig, UserError, kept_tokens, parse_section
 from mdit.documents import read_json
 from mdit.models import meta_model
+from mdit.parallel.align import projection_sizes
 
 # The paper's micro-batches of xl_2 on one H100 (256, 64, 64 and 16 images) are all 16,384 kept tokens.
 AUTO_TOKENS = 16_384
@@ -225,7 +226,8 @@ class Execution:
         """
         given = parse_section(DeepSpeedJson, _without_auto(ds_json), path)
         resolved = given.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"mdit"})
-        bucket = min(given.zero_optimization.reduce_bucket_size, count_parameters(config.model))  # it is all allocated
+        trained = count_parameters(config.model) + sum(projection_sizes(config.model.dim, config.align))
+        bucket = min(given.zero_optimization.reduce_bucket_size, trained)  # it is all allocated
         resolved["zero_optimization"]["reduce_bucket_size"] = bucket
         resolved.setdefault("bf16", {}).setdefault("enabled", bf16_works)
         resolved.update(_batch_sizes(given, config, processes, path))

@@ -304,7 +304,8 @@ def _write(samples: Samples, image_size: int, writer: PartWriter) -> None:
         report.reject(reason, [origin])
     for sample in samples.samples:
         try:
-            writer.write(sample.key, sample.latents[image_size], sample.embedding, captions := sample.captions)
+            encodings = sample.latents[image_size], sample.embedding, (captions := sample.captions)
+            writer.write(sample.key, *encodings, sample.features.get(image_size))
             report.add(() if isinstance(captions, str) else captions)
         except NotFinite:
             report.reject(NOT_FINITE, [sample.read.origin])

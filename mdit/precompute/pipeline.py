@@ -15,7 +15,7 @@ from mdit.config import Embeddings, UserError
 from mdit.data.manifest import SampleLayout
 from mdit.dist import work_on
 from mdit.documents import explain
-from mdit.encoders import ImageEncoder, TextEncoder
+from mdit.encoders import ImageEncoder, TextEncoder, VisionTower
 from mdit.precompute.decode import PillowDecoder
 from mdit.sources import Part, Rejected
 
@@ -38,12 +38,13 @@ class WorkItem:
 
 @dataclass(slots=True)
 class Sample:
-    """Item read of a source, and its encodings in fp16: `latents` maps each image size to (C, h, w), `embedding` is
-    (L, C), of several captions (k, L, C)."""
+    """Item read of a source, and its encodings in fp16: `latents` maps each image size to (C, h, w), `features`, where
+    there is a vision tower, to (T, C); `embedding` is (L, C), of several captions (k, L, C)."""
 
     key: str
     read: Any  # a Picture, or Latents
     latents: dict[int, np.ndarray] = field(default_factory=dict)
+    features: dict[int, np.ndarray] = field(default_factory=dict)
     embedding: np.ndarray = field(default_factory=lambda: np.empty(0, np.float16))
 
     @property
@@ -97,6 +98,23 @@ class SampleProducer(Protocol):
         return "cpu"
 
 
+@dataclass(frozen=True)
+class PatchFeatures:
+    """Features by `tower` of the patches that a model of `patch_size` cuts latents into."""
+
+    tower: VisionTower
+    patch_size: int
+
+    def grid(self, latent_size: int) -> int:
+        """Patches along a side. Raises UserError."""
+        grid, rest = divmod(latent_size, self.patch_size)
+        if rest:
+            raise UserError(
+                f"latents of {latent_size} x {latent_size} are no whole patches of patch_size {self.patch_size}"
+            )
+        return grid
+
+
 class EncodingPipeline(SampleProducer):
     """Makes samples of a part a function of that part, whatever was made before it: batches do not reach over its ends
     and no caption's embedding is taken over from another part.
@@ -112,17 +130,23 @@ class EncodingPipeline(SampleProducer):
         decoder: PillowDecoder,
         batch_size: int = BATCH_SIZE,
         overlap: bool | None = None,
+        features: PatchFeatures | None = None,
     ) -> None:
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.decoder, self.batch_size, self.device = decoder, batch_size, torch.device(image_encoder.device)
+        self.features = features
         self.overlap = self.device.type == "cuda" if overlap is None else overlap
 
     def layout(self, image_size: int, embeddings: Embeddings) -> SampleLayout:
-        return SampleLayout(
-            latent_shape=self.image_encoder.latent_shape(image_size),
-            embedding_shape=(self.text_encoder.max_tokens, self.text_encoder.channels),
-            embeddings=embeddings,
-        )
+        latent_shape = self.image_encoder.latent_shape(image_size)
+        layout: dict[str, Any] = {
+            "latent_shape": latent_shape,
+            "embedding_shape": (self.text_encoder.max_tokens, self.text_encoder.channels),
+            "embeddings": embeddings,
+        }
+        if self.features is not None:
+            layout["features_shape"] = (self.features.grid(latent_shape[1]) ** 2, self.features.tower.channels)
+        return SampleLayout(**layout)
 
     def settle(self, stored: dict[str, Any] | None, captions: Callable[[], Sequence[str]]) -> None:
         encoder = self.text_encoder
@@ -135,7 +159,8 @@ class EncodingPipeline(SampleProducer):
             encoder.mean_C, encoder.std_C = torch.tensor(stored["text"]["mean"]), torch.tensor(stored["text"]["std"])
 
     def encoders(self) -> dict[str, dict[str, Any]]:
-        return {"image": self.image_encoder.describe(), "text": self.text_encoder.describe()}
+        found = {"image": self.image_encoder.describe(), "text": self.text_encoder.describe()}
+        return found if self.features is None else {**found, "features": self.features.tower.describe()}
 
     def settings(self) -> dict[str, Any]:
         return {"decoder": type(self.decoder).__name__, "batch_size": self.batch_size}
@@ -162,6 +187,11 @@ class EncodingPipeline(SampleProducer):
             latents = self.image_encoder.encode(images_NCHW).half().cpu().numpy()
             for sample, latent in zip(batch.samples, latents, strict=True):
                 sample.latents[size] = latent
+            if self.features is not None:
+                grid = self.features.grid(latents.shape[2])
+                features = self.features.tower.features(images_NCHW, grid).half().cpu().numpy()
+                for sample, of_patches in zip(batch.samples, features, strict=True):
+                    sample.features[size] = of_patches
         batch.images = {}
         return batch
 

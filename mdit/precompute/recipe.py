@@ -11,14 +11,20 @@ import torch
 from mdit.config import FolderSource, TrainConfig, UserError
 from mdit.data.loader import require_same_kind
 from mdit.data.manifest import MANIFEST, read_manifest
-from mdit.data.shards import open_dataset
+from mdit.data.shards import LatentSet, open_dataset
 from mdit.dist import logger
-from mdit.encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder
+from mdit.encoders import (
+    ImageEncoder,
+    TextEncoder,
+    build_image_encoder,
+    build_text_encoder,
+    build_vision_tower,
+)
 from mdit.files import checksum
 from mdit.precompute.build import MAX_REJECTED, BuildJob, build_sets
 from mdit.precompute.coordination import check_set, is_finished
 from mdit.precompute.dali import build_decoder
-from mdit.precompute.pipeline import EncodingPipeline
+from mdit.precompute.pipeline import EncodingPipeline, PatchFeatures
 from mdit.sources import Source, open_source, slices
 from mdit.sources.folder import CAPTIONS
 
@@ -61,6 +67,8 @@ def precompute(
         _require(f"{path}: members.lat.shape", "latents", dataset.latent_shape, model.latent_shape)
         _require(f"{path}: members.emb.shape", "caption embeddings", dataset.embedding_shape, model.caption_shape)
         require_same_kind(sets[0], dataset)
+    training = {Path(directory) for directory in config.data.train}
+    _check_features(config, [dataset for dataset in sets if dataset.directory in training])
     if config.data.precompute is not None:
         for directory, split in _makeable(config).items():
             check_set(directory, _build_settings(config, directory, split), OWNER)
@@ -87,6 +95,11 @@ def _build_settings(config: TrainConfig, directory: Path, split: str) -> dict[st
     assert recipe is not None
     values = recipe.model_dump(mode="json", exclude=None if recipe.captions else {"captions"})
     build_settings = {"split": split, "caption_length": config.model.caption_length, **values}
+    features = config.align.tower if config.align and split == "training" else None
+    if is_finished(directory):  # with features or without, and a run may leave them alone: _check_features
+        features = read_manifest(directory).fingerprint.get("features")
+    if features is not None:
+        build_settings["features"] = features
     if not isinstance(recipe.source, FolderSource):
         return build_settings
     captions, found = Path(recipe.source.path) / CAPTIONS, None
@@ -109,7 +122,10 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
     shape = (text_encoder.max_tokens, text_encoder.channels)
     _require("data.precompute.text_encoder", "caption embeddings", shape, config.model.caption_shape)
     decoder = build_decoder([recipe.image_size], min_side=1, device=torch.device(device))
-    pipeline = EncodingPipeline(image_encoder, text_encoder, decoder)
+    features = None
+    if (align := config.align) is not None and not is_finished(Path(config.data.train[0])):
+        tower = build_vision_tower(align.tower, device, channels=align.channels)
+        features = PatchFeatures(tower, config.model.patch_size)
     kinds = None if recipe.captions is None else [*recipe.captions]
     source = open_source(recipe.source, recipe.image_size, kinds)
     for directory, split in _makeable(config).items():
@@ -127,6 +143,8 @@ def _make_missing(config: TrainConfig, progress: bool, device: torch.device | st
             progress=progress,
             max_rejected=max_rejected,
         )
+        wanted = features if split == "training" else None
+        pipeline = EncodingPipeline(image_encoder, text_encoder, decoder, features=wanted)
         while not (outcome := build_sets(job, pipeline)).finished:  # whoever is at the last parts may still be killed
             job = replace(job, progress=False)
             time.sleep(0.5)
@@ -156,6 +174,40 @@ def _encoders(config: TrainConfig, device: torch.device | str) -> tuple[ImageEnc
         build_image_encoder(recipe.image_encoder, device),
         build_text_encoder(recipe.text_encoder, max_tokens=length, device=device),
     )
+
+
+def _check_features(config: TrainConfig, sets: list[LatentSet]) -> None:
+    """Raise UserError where training sets have other features than [align] asks for, or none and pictures cannot be had
+    from the latents for nothing."""
+    if (align := config.align) is None:
+        return
+    side = config.model.latent_size // config.model.patch_size
+    for dataset in sets:
+        path, shape = dataset.directory / MANIFEST, dataset.layout.features_shape
+        if shape is None:
+            if dataset.encoders["image"]["id"] == "pixels":
+                continue  # they are computed in training
+            raise UserError(
+                f"{path}: has no features for align.tower = {align.tower!r}; make the set again: remove it where the "
+                f"recipe makes it, else launchers/precompute.py --source ... --features {align.tower} "
+                f"--patch_size {config.model.patch_size}"
+            )
+        made_by = dataset.encoders["features"]
+        if made_by["id"] != align.tower:
+            raise UserError(f"{path}: features are by {made_by['id']!r}, but align.tower = {align.tower!r}")
+        if made_by != sets[0].encoders["features"]:
+            raise UserError(
+                f"{path} and {sets[0].directory / MANIFEST}: features are by {align.tower!r} of other weights"
+            )
+        if shape[0] != side**2:
+            raise UserError(
+                f"{path}: features are of {shape[0]} patches, but the recipe's model has {side} x {side} "
+                f"(model.latent_size {config.model.latent_size} / model.patch_size {config.model.patch_size})"
+            )
+        if shape[1] != align.channels:
+            raise UserError(f"{path}: features have {shape[1]} channels, but align.channels = {align.channels}")
+    if sets[0].layout.features_shape is None:
+        build_vision_tower(align.tower, channels=align.channels)  # raises where it is not the recipe's
 
 
 def _require(where: str, what: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:

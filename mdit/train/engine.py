@@ -21,6 +21,7 @@ from mdit.checkpoint.fragments import Fragment
 from mdit.config import TrainConfig, UserError
 from mdit.models import MicroDiT
 from mdit.parallel import expert
+from mdit.parallel.align import PREFIX, projection_of
 from mdit.parallel.muon import Exchange, matrices_of, takes_muon
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Execution
@@ -56,6 +57,7 @@ class Engine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
         expert.join_deepspeed()
         self.plan, self.world, self.execution = plan, plan.world, execution
+        self.projection = projection_of(model)  # for representation alignment, where the recipe asks for it
         bf16 = execution.dtype == torch.bfloat16
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if bf16 else {}
         model.to(self.world.device)
@@ -120,14 +122,16 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
     def full_weights(self, partitions: list[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole float32 tensor on this device) of every parameter, from the masters or from partitions of the
-        same layout such as the EMA's. A collective: every rank has to run through it."""
+        """(name, whole float32 tensor on this device) of every parameter of MicroDiT, from the masters or from
+        partitions of the same layout such as the EMA's. A collective: every rank has to run through it."""
         held = None
         if partitions is not None:
             held = [master.detach().clone() for master in self.master_weights]
             self._fill_master_weights(partitions)
         try:
             for name, parameter in self.deepspeed.module.named_parameters():
+                if name.startswith(PREFIX):
+                    continue
                 part = cast(Tensor, safe_get_full_fp32_param(parameter)).view(
                     getattr(parameter, "ds_shape", parameter.shape)
                 )

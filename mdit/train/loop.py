@@ -8,9 +8,11 @@ from mdit.data.loader import Batch, build_loader
 from mdit.diffusion.edm import edm_losses, sample_noise
 from mdit.dist import StopSignal, logger
 from mdit.models import MicroDiT
+from mdit.parallel.align import add_projection
 from mdit.parallel.apply import parallelize
 from mdit.parallel.plan import ParallelPlan
 from mdit.parallel.settings import Execution
+from mdit.train.align import stores_features, with_features
 from mdit.train.checkpointer import Checkpointer
 from mdit.train.ema import EMA
 from mdit.train.engine import Engine
@@ -60,14 +62,14 @@ def train(run: Run, directory: RunDirectory) -> int:
                 break
 
             batch = meter.timed_fetch(batches)
-            losses_N = optimizer_step(engine, batch, step, config)
+            losses = optimizer_step(engine, batch, step, config)
             step += 1
             if engine.step_applied:
                 ema.update(step)
-                meter.add(losses_N)
+                meter.add(losses)
                 skipped.in_a_row = 0
             else:
-                skipped.add(step, batch, losses_N)
+                skipped.add(step, batch, losses["loss"])
             meter.count_step()
             if skipped.too_many:
                 meter.report(step, engine.gradient_norm(), skipped.total)
@@ -90,7 +92,8 @@ def due(every: int, step: int, start: int, at_end: bool = False) -> bool:
 
 def open_batches(config: TrainConfig, execution: Execution, plan: ParallelPlan, start_step: int):
     """An endless iterator of Batch, and a context manager: this rank's rows of the recipe's global batches."""
-    return build_loader(
+    stored = config.align is not None and stores_features(config)
+    batches = build_loader(
         config.data.train,
         global_batch_size=config.training.global_batch_size,
         seed=config.seed,
@@ -101,31 +104,48 @@ def open_batches(config: TrainConfig, execution: Execution, plan: ParallelPlan, 
         weights=config.data.weights,
         captions=config.data.captions,
         engine=execution.settings.data_engine,
+        features=stored,
     )
+    return batches if stored or config.align is None else with_features(batches, config, plan.world.device)
 
 
-def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig) -> torch.Tensor:
-    """One step on this rank's share of the global batch, micro-batch by micro-batch -> (N,) the loss of each sample."""
+def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """One step on this rank's share of the global batch, micro-batch by micro-batch -> (N,) "loss" of each sample, and
+    "align_loss" while representations are aligned."""
     share = len(batch.latents_NCHW)
     first = engine.plan.data_rank * share
     noise = sample_noise(config, step, slice(first, first + share), engine.world.device)
+    if (projection := engine.projection) is not None:
+        projection.begin(step)
     engine.set_learning_rate(learning_rate(step, config.training.num_steps, config.optim))
-    losses = []
+    losses, aligned = [], []  # of each sample
     for rows in engine.micro_batches(share):
         losses_N = edm_losses(engine, batch.latents_NCHW[rows], batch.captions_NLC[rows], noise[rows], config.noise)
-        engine.backward(losses_N.mean())  # accumulates; averages over the ranks
+        loss = losses_N.mean()
+        if projection is not None:
+            features = None if batch.features_NTC is None else batch.features_NTC[rows]
+            align_N = projection.losses(features, noise[rows].mask)
+            loss = loss + projection.config.weight * align_N.mean()
+            aligned.append(align_N.detach())
+        engine.backward(loss)  # accumulates; averages over the ranks
         losses.append(losses_N.detach())
     engine.step()  # clips to optim.max_grad_norm, steps the optimizer, zeroes the gradients
-    return torch.cat(losses)
+    found = {"loss": torch.cat(losses)}
+    if projection is not None and projection.active:
+        found["align_loss"] = torch.cat(aligned)
+    return found
 
 
 def first_weights(run: Run, checkpoint: Checkpoint | None) -> MicroDiT:
     """The model on the CPU, where a seed draws the same numbers whatever trains them. They are drawn for a new run
     alone (1.16 B of them take 15 s): what comes from a snapshot or a checkpoint would only overwrite them."""
+    torch.manual_seed(run.config.seed)
     if run.initial_weights is None and checkpoint is None:
-        torch.manual_seed(run.config.seed)
-        return MicroDiT(run.config.model)
-    model = MicroDiT.without_weights(run.config.model, "cpu")
+        model = MicroDiT(run.config.model)
+    else:
+        model = MicroDiT.without_weights(run.config.model, "cpu")
     if run.initial_weights is not None:
         model.load_state_dict(run.initial_weights, strict=False)  # all but pos_embed: initial_weights has checked it
+    if run.config.align is not None:
+        add_projection(model, run.config.align)
     return model

@@ -36,7 +36,8 @@ class Meter:
     def __init__(self, config: TrainConfig, run_dir: Path, world: World) -> None:
         self.config, self.world = config, world
         self.path, self.folder = run_dir / "metrics.jsonl", run_dir / "tensorboard"
-        self.loss_sum_and_count = torch.zeros(2, dtype=torch.float64, device=world.device)
+        names = ("loss", "align_loss") if config.align else ("loss",)  # sum and count of each
+        self.losses = {name: torch.zeros(2, dtype=torch.float64, device=world.device) for name in names}
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # since the last report
         self.started: float | None = None
         self.board: Any = None
@@ -62,10 +63,11 @@ class Meter:
         self.waited += time.perf_counter() - before
         return batch
 
-    def add(self, losses_N: Tensor) -> None:
-        """Count this rank's losses of a step towards the mean."""
-        self.loss_sum_and_count[0] += losses_N.mean()
-        self.loss_sum_and_count[1] += 1
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Count this rank's losses of a step, (N,) by name, towards their means."""
+        for name, losses_N in losses.items():
+            self.losses[name][0] += losses_N.mean()
+            self.losses[name][1] += 1
 
     def count_step(self) -> None:
         self.steps += 1
@@ -83,16 +85,16 @@ class Meter:
     def report(self, step: int, gradient_norm: float, skipped_steps: int) -> None:
         """Write the means since the last report; NaN where every step was skipped. A collective."""
         self.pause()
-        total = self.loss_sum_and_count.clone()
-        torch.distributed.all_reduce(total)
-        loss = float(total[0] / total[1])
+        totals = torch.stack([*self.losses.values()])
+        torch.distributed.all_reduce(totals)
+        summed = zip(self.losses, totals.tolist(), strict=True)
+        means = {"loss": math.nan} | {name: total / count for name, (total, count) in summed if count}
         images_per_second = self.steps * self.config.training.global_batch_size / self.seconds
         if self.progress is not None:
-            self.progress.set_postfix_str(told := f"loss {loss:.4f}, {images_per_second:.0f} images/s")
+            self.progress.set_postfix_str(told := f"loss {means['loss']:.4f}, {images_per_second:.0f} images/s")
             if self.progress.disable:
                 logger.info(f"step {step} of {self.config.training.num_steps}: {told}")
-        values = {
-            "loss": loss,
+        values = means | {
             "learning_rate": learning_rate(step - 1, self.config.training.num_steps, self.config.optim),
             "gradient_norm": gradient_norm,
             "skipped_steps": skipped_steps,
@@ -102,15 +104,18 @@ class Meter:
             "memory_gib": memory_gib(self.world.device),
         }
         self.write(step, "train", values)
-        self.loss_sum_and_count.zero_()
+        for sum_and_count in self.losses.values():
+            sum_and_count.zero_()
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, float]:
-        return dict(zip(("loss_sum", "loss_count"), self.loss_sum_and_count.tolist()))
+        found = {name: sum_and_count.tolist() for name, sum_and_count in self.losses.items()}
+        return {f"{name}_{what}": value for name, pair in found.items() for what, value in zip(("sum", "count"), pair)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        values = [state["loss_sum"], state["loss_count"]]
-        self.loss_sum_and_count.copy_(torch.tensor(values, dtype=torch.float64))
+        for name, sum_and_count in self.losses.items():
+            values = [state[f"{name}_sum"], state[f"{name}_count"]]
+            sum_and_count.copy_(torch.tensor(values, dtype=torch.float64))
 
     def write(self, step: int, group: str, values: dict[str, float]) -> None:
         """Write a line of metrics.jsonl; on TensorBoard a scalar "group/name" for each value. What is not finite is

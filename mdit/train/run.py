@@ -19,6 +19,7 @@ from mdit.data.shards import open_dataset
 from mdit.dist import World, logger, on_rank_zero
 from mdit.kernels.selection import choose_kernels
 from mdit.meeting import Patience
+from mdit.parallel.align import projection_sizes
 from mdit.parallel.fp8 import check_fp8
 from mdit.parallel.plan import check_plan
 from mdit.parallel.settings import Execution, count_parameters, load_ds_json
@@ -157,10 +158,14 @@ def describe(run: Run, start: int) -> str:
     config, execution = run.config, run.execution
     settings, training = execution.settings, config.training
     fewest, most = (kept_tokens(config.model.num_patches, f(training.mask_ratios)) for f in (max, min))
+    aligned = ""
+    if (align := config.align) is not None:
+        trained = sum(projection_sizes(config.model.dim, align)) / 1e6
+        aligned = f"; block {align.block} aligned with {align.tower} by {trained:,.1f} M parameters more"
     return "\n".join(
         [
             f"model: {count_parameters(config.model) / 1e6:,.1f} M parameters, {config.model.num_patches} patches, "
-            f"{fewest if fewest == most else f'{fewest} to {most}'} kept",
+            f"{fewest if fewest == most else f'{fewest} to {most}'} kept{aligned}",
             f"processes: {run.world.size}, experts over {settings.expert_parallel}, tensors over "
             f"{settings.tensor_parallel}, ZeRO-{execution.zero.stage}, {str(execution.dtype).removeprefix('torch.')}",
             f"batch: {training.global_batch_size} = {run.world.size // settings.tensor_parallel} shares x "

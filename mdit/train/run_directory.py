@@ -38,6 +38,7 @@ from mdit.files import append_line, checksum, clean_leftovers, follow, sync, wri
 from mdit.masking import mask_ratio
 from mdit.meeting import Patience
 from mdit.models import MicroDiT
+from mdit.parallel.align import projection_sizes
 from mdit.parallel.muon import takes_muon
 from mdit.train.lock import Lock, now
 from mdit.train.meter import step_of
@@ -283,7 +284,8 @@ def check_space(path: Path, config: TrainConfig) -> None:
     of_muon = sum(shape.numel() for name, shape in named.items() if config.optim.muon and takes_muon(name, shape))
     averages = 1 if config.ema else 0
     missing = max(1, 2 - len(complete_checkpoints(path / CHECKPOINTS)))
-    state = (3 + averages) * parameters - of_muon  # which have no second moment
+    trained = parameters + sum(projection_sizes(config.model.dim, config.align))
+    state = (3 + averages) * trained - of_muon  # which have no second moment
     needs = {CHECKPOINTS: missing * 4 * state, SNAPSHOTS: (1 + averages) * 4 * parameters}
     volumes: dict[int, tuple[Path, int]] = {}  # a folder may be a link to another volume
     for name, size in needs.items():

@@ -113,9 +113,9 @@ def _wait_in_a_step() -> None:
     loop.optimizer_step = lambda *args: _read(optimizer_step(*args))
 
 
-def _read(losses_N: torch.Tensor) -> torch.Tensor:
-    losses_N.mean().item()
-    return losses_N
+def _read(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    losses["loss"].mean().item()
+    return losses
 
 
 def _evaluate_on_the_cpu() -> None:

@@ -105,7 +105,7 @@ def test_without_a_terminal_a_report_is_a_line(tmp_path, meter, caplog, capsys):
     with meter.recording(0):
         for step in (1, 2):
             meter.timed_fetch(iter([None]))
-            meter.add(torch.tensor([step / 2, step / 2]))
+            meter.add({"loss": torch.tensor([step / 2, step / 2])})
             meter.count_step()
         time.sleep(0.01)
         meter.report(2, gradient_norm=1.0, skipped_steps=0)
