@@ -257,7 +257,7 @@ class LatentSet:
         size = self.layout.embedding_bytes
         at = location.offset + TAR_BLOCK + number * size
         parts = [row.data[TAR_BLOCK : TAR_BLOCK + size]]
-        self._read(location, at, parts, caption.xxh3, f"the {caption.kind} caption's")
+        self._read(location, at, parts, caption.xxh3, "texts.json")
 
     def _read(self, location: SampleLocation, at: int, parts: list, xxh3: str, says: str) -> None:
         """Fill the `parts` from byte `at` of the sample's shard and compare the checksum of all of them."""
@@ -305,10 +305,11 @@ class LatentSet:
             _require_content(self.directory / entry.file, entry)
 
     def captions(self) -> int:
-        """Number of captions of all samples. Raises ShardError."""
+        """Number of captions of all samples."""
         if self.weights is None:
             return self.samples
-        return int(self.index.span(0, self.samples)["captions"].sum())
+        bounds = itertools.pairwise(self._shard_starts.tolist())
+        return sum(int(self.index.span(first, end)["captions"].sum()) for first, end in bounds)
 
     def verify(self) -> None:
         """Read everything. Raises the ShardError of the first damaged shard."""

@@ -347,4 +347,6 @@ def _hoisted(plan: Plan) -> dict[str, Any]:
 
 def _require_equal(found: dict[str, Any], wanted: dict[str, Any], was: str, owner: str, remedy: str) -> None:
     for key, there, asked in differences(found, wanted):
+        if key.startswith("captions.") and there and asked:  # weights, which no byte depends on
+            remedy = f"data.captions of a recipe weighs the kinds anew without making the set again; or {remedy}"
         raise UserError(f"{was} {key} = {there!r}, but {owner} is {asked!r}; {remedy}, or choose another directory")

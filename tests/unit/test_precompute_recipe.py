@@ -173,7 +173,7 @@ def test_several_captions_a_picture(tmp_path):
     dataset = open_dataset(tmp_path / "train")
     assert (dataset.samples, dataset.captions(), dataset.weights) == (60, 300, {"phrasing": 2.0})
     make(recipe(tmp_path, precompute={"captions": {"phrasing": 2}}))
-    with pytest.raises(UserError, match="made with captions.phrasing = 2.0, but the recipe's is 1.0"):
+    with pytest.raises(UserError, match="made with captions.phrasing = 2.0, but the recipe's is 1.0; data.captions of"):
         make(recipe(tmp_path, precompute={"captions": {"phrasing": 1}}))
     with pytest.raises(UserError, match="captions.alt: emoji has no captions of this kind; there are phrasing"):
         make(recipe(tmp_path / "new", precompute={"captions": {"alt": 1}}))
