@@ -19,12 +19,11 @@ CHAIN = [  # (processes, a layout)
     (1, {"stage": 2, "micro_batch": 4, "until": 2}),  # of its two steps the first is skipped
     (2, {"stage": 3, "micro_batch": 2, "until": 3}),
     (4, {"stage": 1, **EP2, "until": 4}),
-    (4, {"zero_optimization": {"stage": 3, "sub_group_size": 3000}, "until": 5}),
     (4, {"stage": 2, **EP2}),
 ]
 LAYOUTS = {
     "chained": CHAIN,
-    "ZeRO-3 of 2, accumulated twice": [(2, {"stage": 3, "micro_batch": 2})],
+    "ZeRO-3 of 2, in parts": [(2, {"zero_optimization": {"stage": 3, "sub_group_size": 3000}})],
     "ZeRO-2 of 4, experts over 2, accumulated twice": [(4, {"stage": 2, "micro_batch": 1, **EP2})],
 }
 IN_BF16 = {"stage": 1, "micro_batch": 2, **BF16, **EP2}
