@@ -139,13 +139,14 @@ def optimizer_step(engine: Engine, batch: Batch, step: int, config: TrainConfig)
 def first_weights(run: Run, checkpoint: Checkpoint | None) -> MicroDiT:
     """The model on the CPU, where a seed draws the same numbers whatever trains them. They are drawn for a new run
     alone (1.16 B of them take 15 s): what comes from a snapshot or a checkpoint would only overwrite them."""
-    torch.manual_seed(run.config.seed)
     if run.initial_weights is None and checkpoint is None:
+        torch.manual_seed(run.config.seed)
         model = MicroDiT(run.config.model)
     else:
         model = MicroDiT.without_weights(run.config.model, "cpu")
     if run.initial_weights is not None:
         model.load_state_dict(run.initial_weights, strict=False)  # all but pos_embed: initial_weights has checked it
     if run.config.align is not None:
+        torch.manual_seed(run.config.seed)  # the same projection on every rank, whatever the model began from
         add_projection(model, run.config.align)
     return model
