@@ -210,7 +210,9 @@ def contenders(call: KernelCall) -> dict[str, Contender]:
     found = {"eager": Contender(plain), "compile": Contender(torch.compile(plain, fullgraph=True, dynamic=False))}
     found["triton"] = Contender(op, in_triton=True)
     if "num_heads" in call.shape:
-        alone = Contender(F.scaled_dot_product_attention, prepare=partial(normalised, heads=call.shape["num_heads"]))
+        packed = call.op == "masked_attention.self_attention"
+        prepare = partial(normalised, packed=packed, heads=call.shape["num_heads"])
+        alone = Contender(F.scaled_dot_product_attention, prepare=prepare)
         found |= dict.fromkeys(BACKENDS, alone)
     return found
 
@@ -220,9 +222,10 @@ def routed(x_NTD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, routing: expert_choice
     return expert_choice.scatter_tokens(expert_choice.gelu_bmm(hidden_EMF, w2_EFD, routing.weights_NEK), routing)
 
 
-def normalised(inputs: list[Tensor], heads: int) -> list[Tensor]:
-    """q, k and v by heads, with the strides that the op hands to attention."""
-    q, k, v = inputs[0].chunk(3, dim=-1) if len(inputs) == 1 else (inputs[0], *inputs[1].chunk(2, dim=-1))
+def normalised(inputs: list[Tensor], packed: bool, heads: int) -> list[Tensor]:
+    """q, k and v by heads, with the strides that the op hands to attention; from one tensor of all three where they are
+    `packed`, else from q and one of k and v."""
+    q, k, v = inputs[0].chunk(3, dim=-1) if packed else (inputs[0], *inputs[1].chunk(2, dim=-1))
     q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
     return [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
 

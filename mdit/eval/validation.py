@@ -47,15 +47,15 @@ def validation_loss(
     """
     measure, target = measured_as or config, config.noise
     sigmas = validation_sigmas(measure.noise)
+    weights = [edm_weight(sigma, measure.noise.sigma_data) / loss_weight(target, sigma) for sigma in sigmas]
     sums = torch.zeros(len(sigmas), dtype=torch.float64, device=latents_NCHW.device)
     for start in range(0, len(indices), batch_size):
         rows = slice(start, start + batch_size)
         latents, captions = latents_NCHW[rows].float(), captions_NLC[rows]
         for s, sigma in enumerate(sigmas):
             noise = _noise(measure.seed, indices[rows], s, sigma, latents)
-            sums[s] += edm_loss(net, latents, captions, noise, target).double() * len(latents)
-    weights = [edm_weight(sigma, measure.noise.sigma_data) / loss_weight(target, sigma) for sigma in sigmas]
-    return sums * sums.new_tensor(weights)
+            sums[s] += edm_loss(net, latents, captions, noise, target).double() * (len(latents) * weights[s])
+    return sums
 
 
 def _noise(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Tensor) -> StepNoise:
