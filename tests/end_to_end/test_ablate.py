@@ -122,7 +122,7 @@ def test_an_ablation_is_stopped_and_gone_on_with(arguments, tmp_path, monkeypatc
 
 
 def changed(arguments, tmp_path, monkeypatch, capsys):
-    """What the file has otherwise by now is refused, or run anew beside what was there; the rest is left alone."""
+    """A variant that the file has otherwise by now is refused, or run anew beside the old run; others stay."""
     (tmp_path / "ablation.toml").write_text(ABLATION.replace("-0.4", "-0.3"))
     count, out = len(Forked.commands), tmp_path / "out"
     for asked in (arguments, [*arguments, "--table"]):
