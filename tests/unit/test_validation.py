@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mdit.checkpoint.snapshot import Snapshot
-from mdit.config import DEFAULT_RECIPE, FlowNoise, TrainConfig, load_config
+from mdit.config import CONFIGS, FlowNoise, TrainConfig, load_config
 from mdit.data.shards import open_dataset, read_samples
 from mdit.data.writer import ShardWriter
 from mdit.diffusion.edm import denoise, generator_for
@@ -14,7 +14,8 @@ from mdit.eval.validation import NUM_SIGMAS, ExpertCoverage, validation_loss, va
 from mdit.models import MicroDiT
 from mdit.models.moe import ExpertChoiceMoE
 
-CONFIG = load_config(DEFAULT_RECIPE, ["model.latent_size=8", "model.latent_channels=2"])
+PAPER_32 = CONFIGS / "paper_32.toml"
+CONFIG = load_config(PAPER_32, ["model.latent_size=8", "model.latent_channels=2"])
 COUNT = 7
 
 
@@ -34,7 +35,7 @@ def loss(latents, captions, indices, batch_size=3, measured_as=None):
     return validation_loss(net, latents, captions, **options)
 
 
-OTHER = load_config(DEFAULT_RECIPE, ["seed=7", "noise.P_mean=-0.9", "noise.P_std=0.7", "noise.sigma_data=0.4"])
+OTHER = load_config(PAPER_32, ["seed=7", "noise.P_mean=-0.9", "noise.P_std=0.7", "noise.sigma_data=0.4"])
 
 
 @pytest.mark.parametrize("measured_as", [None, OTHER], ids=["its own noise", "another recipe's"])
@@ -136,7 +137,7 @@ def test_collapse_is_the_stated_maximum():
 
 
 def test_every_expert_block_is_watched_and_ranks_add_up():
-    model = MicroDiT(load_config(DEFAULT_RECIPE, ["model.depth=6", "model.mixer_depth=2"]).model)
+    model = MicroDiT(load_config(PAPER_32, ["model.depth=6", "model.mixer_depth=2"]).model)
 
     def watch(*inputs):
         with ExpertCoverage(model) as coverage:
@@ -154,12 +155,12 @@ def test_every_expert_block_is_watched_and_ranks_add_up():
 
 
 def test_nothing_watched_is_said():
-    model = MicroDiT(load_config(DEFAULT_RECIPE).model)
+    model = MicroDiT(load_config(PAPER_32).model)
     with ExpertCoverage(model) as coverage:
         pass
     with pytest.raises(RuntimeError, match="no forward pass was watched"):
         coverage.summary()
-    dense = MicroDiT(load_config(DEFAULT_RECIPE, ["model.experts_every_n=0"]).model)
+    dense = MicroDiT(load_config(PAPER_32, ["model.experts_every_n=0"]).model)
     with ExpertCoverage(dense) as coverage:
         pass
     assert coverage.summary() == {}
@@ -167,7 +168,7 @@ def test_nothing_watched_is_said():
 
 def test_a_snapshot_without_scenes_gets_its_validation_loss(tmp_path):
     overrides = [f"data.validation={tmp_path / 'set'}", "model.depth=2", "model.caption_length=16"]
-    values = load_config(DEFAULT_RECIPE, overrides).model_dump()
+    values = load_config(PAPER_32, overrides).model_dump()
     values["data"]["precompute"] = None
     config = TrainConfig.model_validate(values)
     description = {"image": {"id": "pixels", "scale": 1.5}, "text": {"id": "none", "max_tokens": 16, "channels": 384}}
