@@ -16,6 +16,7 @@ from mdit.dist import (
     cores,
     first_host,
     forget_stop,
+    gather,
     on_all_ranks,
     set_rendezvous,
     tells,
@@ -23,7 +24,7 @@ from mdit.dist import (
     world_from_env,
 )
 from mdit.documents import explain
-from mdit.meeting import processes_here
+from mdit.meeting import init_distributed, processes_here
 from tests.processes import run_forked
 from tests.training import REPOSITORY, run_in_processes
 
@@ -327,3 +328,22 @@ def test_what_one_rank_raises_all_raise_and_rank_0_tells():
             (UserError, "seed is -1", rank == 0),
             (OSError, f"a/b: No space left on device ({host})", rank == 0),
         ]
+
+
+def _gather_pictures_alone() -> None:
+    torch.set_num_threads(2)
+    world = world_from_env()
+    init_distributed(world)
+    pictures = {i: picture for i, picture in enumerate(torch.ones(16, 3, 64, 64))}
+    sum(torch.ones(2**20) for _ in range(2))  # OpenMP's threads of this one are there
+    threads = len(os.listdir("/proc/self/task"))
+    (found,) = gather(pictures, world)
+    assert all(torch.equal(found[i], pictures[i]) for i in pictures)
+    assert len(os.listdir("/proc/self/task")) == threads
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
+def test_a_process_alone_gathers_without_threads_of_gloos():
+    # More of OpenMP's threads than cores would make every later step on a CPU half as long again.
+    ended = run_forked(_gather_pictures_alone)
+    assert ended.returncode == 0, ended.output
