@@ -14,6 +14,7 @@ the recipe's instead, as `replace = ["noise"]`.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ class StagesFile(Section):
 
 
 @dataclass(frozen=True)
-class Stage:
+class RecipeStage:
     """A recipe file and what the run is to have otherwise, as --set takes it; `config` is what they make."""
 
     recipe: Path
@@ -46,12 +47,12 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Stages:
+class StagedRecipe:
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[RecipeStage, ...]
 
 
-def load_stages(path: Path) -> Stages:
+def load_stages(path: Path) -> StagedRecipe:
     """Raises UserError, naming the file and the stage, for what cannot be run."""
     file = parse_section(StagesFile, read_toml(path, "the stages"), path)
     recipes = {Path(recipe).stem: path.parent / recipe for recipe in file.stages}
@@ -60,16 +61,22 @@ def load_stages(path: Path) -> Stages:
     for name in file.changes:
         if name not in recipes:
             raise UserError(f"{path}: changes.{name} is of no stage{near_key(name, recipes)}: {', '.join(recipes)}")
-    return Stages(file.name, tuple(_stage(file, name, recipe, path) for name, recipe in recipes.items()))
+    return StagedRecipe(file.name, tuple(_stage(file, name, recipe, path) for name, recipe in recipes.items()))
 
 
-def _stage(file: StagesFile, name: str, recipe: Path, path: Path) -> Stage:
+@cache
+def paper_stages() -> tuple[RecipeStage, ...]:
+    """The four of the paper, of which benchmarks and costs are."""
+    return load_stages(MICRO_BUDGET).stages
+
+
+def _stage(file: StagesFile, name: str, recipe: Path, path: Path) -> RecipeStage:
     raw, tables = read_toml(recipe, "the recipe"), []
     for where, changes in (("base", file.base), (f"changes.{name}", file.changes.get(name, {}))):
         options, values = split(DifferenceOptions, changes, f"{path}: {where}")
         tables.append(flattened(values, raw, options.replace))
     sets = overrides(one_after_the_other(*tables))
     try:
-        return Stage(recipe, sets, parse_recipe(raw, recipe, sets))
+        return RecipeStage(recipe, sets, parse_recipe(raw, recipe, sets))
     except UserError as error:
         raise UserError(f"{path}: stage {name}: {error}") from None

@@ -21,6 +21,8 @@ FLOORS = [  # from the ground up
     {"mask_schedule"},
     {"recipe"},
     {"config"},
+    {"differences"},
+    {"stages"},
     {"dist", "masking", "kernels", "descriptions"},
     {"files", "cli", "meeting"},
     {"models", "diffusion"},

@@ -25,7 +25,7 @@ import torch.distributed
 
 from mdit import cli, dist
 from mdit.bench.report import Report, earlier_rows, environment
-from mdit.bench.row import MADE_UP, PRICES, STAGES
+from mdit.bench.row import MADE_UP, PRICES
 from mdit.bench.session import JSON, Session, print_plots, print_rank0
 from mdit.bench.stages import Job, resolve_job
 from mdit.config import CONFIGS, UserError
@@ -33,6 +33,7 @@ from mdit.dist import World, configure_logging, gather, on_all_ranks, world_from
 from mdit.files import try_to_write
 from mdit.meeting import init_distributed, while_others_wait
 from mdit.precompute import precompute
+from mdit.stages import paper_stages
 
 START = time.monotonic()
 REPORT_BUDGET_S = {"cuda": 465.0, "cpu": 50.0}
@@ -150,7 +151,7 @@ def wanted_jobs(args: argparse.Namespace, world: World) -> list[Job]:
         tiny=args.tiny,
     )
     ds_config = args.ds_config or CONFIGS / ("zero1.json" if world.size == 1 else "zero2.json")
-    recipes = args.recipe or STAGES
+    recipes = args.recipe or [stage.recipe for stage in paper_stages()]
     sizes = args.micro_batch or [None]
     return [resolve_job(recipe, ds_config, world, micro_batch=size, **options) for recipe in recipes for size in sizes]
 

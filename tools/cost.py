@@ -18,9 +18,10 @@ from pathlib import Path
 from mdit import cli
 from mdit.bench.recipe_cost import SetTime, Stage, choose_rows, scaled, set_times
 from mdit.bench.report import Report, table
-from mdit.bench.row import NOT_MEASURED, PIXELS_OF_A_LATENT, PRICES, STAGES, machine_of
+from mdit.bench.row import NOT_MEASURED, PIXELS_OF_A_LATENT, PRICES, machine_of
 from mdit.config import load_config
 from mdit.files import try_to_write, write_json
+from mdit.stages import MICRO_BUDGET, load_stages
 
 PICTURES = 37e6
 NODES, GPUS_OF_A_NODE = (1, 2, 4, 8, 16, 32, 64), 8
@@ -31,7 +32,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("reports", type=Path, nargs="+", metavar="REPORT.json", help="throughput.json of tools/bench_train.py")
-    add("--recipe", type=Path, action="append", help="a stage; several times; default: the paper's four")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stages", type=Path, default=MICRO_BUDGET, help=f"a recipe's; default: {MICRO_BUDGET.name}")
+    what.add_argument("--recipe", type=Path, action="append", help="a stage; several times")
     add("--precompute", type=Path, action="append", default=[], metavar="SET_DIR", help="a finished set; several times")
     add("--pictures", type=cli.positive, default=PICTURES, help="of the recipe's sets; default: the paper's 37e6")
     add("--dollars_per_gpu_hour", type=cli.positive, action="append", help="several times; default: 3.75 and 2")
@@ -45,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json is not None:
         try_to_write(args.json)
     prices = args.dollars_per_gpu_hour or list(PRICES)
-    configs = [load_config(path) for path in args.recipe or STAGES]
+    configs = [load_config(path) for path in args.recipe or []]
+    configs = configs or [stage.config for stage in load_stages(args.stages).stages]
     stages, left_out = choose_rows([(str(path), Report.load(path)) for path in args.reports], configs, args.gpu)
     measured = [stage.measured for stage in stages if stage.measured]
     device = measured[0].environment.gpu if measured else None

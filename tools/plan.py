@@ -8,8 +8,9 @@
 
 First every layout of so many GPUs, fastest first: ZeRO 1 and 2 with expert parallelism (ep) or tensor parallelism (tp),
 ZeRO 3. Then the fastest one at 8 to 1,024 GPUs, with the same global batch. Last, where a micro-batch's time goes on
-one GPU. With --stages, hours and dollars of each stage in its fastest layout instead. Everything is predicted, from the kernels that the model's own code would launch, and nothing is measured:
-docs/planning.md has the formulas and what they assume.
+one GPU. With --stages instead hours and dollars of each stage, in its fastest layout. Everything is predicted, from the
+kernels that the model's own code would launch, and nothing is measured: docs/planning.md has the formulas and what they
+assume.
 """
 
 import argparse
@@ -80,23 +81,23 @@ def layout_tables(machine: Machine, args: argparse.Namespace) -> tuple[str, dict
 
 
 def stage_tables(machine: Machine, args: argparse.Namespace) -> tuple[str, dict[str, list[Prediction]]]:
-    """Print what each stage of a recipe of several takes in its fastest layout, and their sum. -> as `layout_tables`."""
-    stages = load_stages(args.stages)
-    found = [(stage.config, predictions(stage.config, machine, args, args.gpus)[0]) for stage in stages.stages]
-    rows, total, all_images = [["stage", *HEAD, "images", "GPU-hours", "$"], ["", *UNITS, "M", "", ""]], 0.0, 0
+    """Print what each of several stages takes in its fastest layout, and their sum. -> as `layout_tables`."""
+    file, price = load_stages(args.stages), args.dollars_per_gpu_hour
+    found = [(stage.config, predictions(stage.config, machine, args, args.gpus)[0]) for stage in file.stages]
+    rows, sums = [["stage", *HEAD, "images", "GPU-hours", "$"], ["", *UNITS, "M", "", ""]], [0.0, 0.0]
     for config, p in found:
         images = config.training.num_steps * config.training.global_batch_size
-        hours = images / p.images_per_second / HOUR * p.layout.gpus
-        total, all_images = total + hours, all_images + images
-        told = [f"{images / 1e6:,.1f}", f"{hours:,.1f}", f"{hours * args.dollars_per_gpu_hour:,.0f}"]
-        rows.append([config.name, p.layout.label, *cells(p, args.dollars_per_gpu_hour), *told])
-    empty = [""] * len(HEAD)
-    rows.append(
-        ["sum", *empty, f"{all_images / 1e6:,.1f}", f"{total:,.1f}", f"{total * args.dollars_per_gpu_hour:,.0f}"]
-    )
-    print(f"{stages.name} on {args.gpus} {machine.name}: {NOTE}\n\n{table(rows, markdown=False)}")
-    print("\n" + remarks([p for _, p in found], args.dollars_per_gpu_hour))
-    return stages.name, {"stages": [p for _, p in found]}
+        hours = images / p.images_per_second / HOUR * args.gpus
+        sums = [sums[0] + images, sums[1] + hours]
+        rows.append([config.name, p.layout.label, *cells(p, price), *amounts(images, hours, price)])
+    rows.append(["sum", *[""] * len(HEAD), *amounts(*sums, price)])
+    print(f"{file.name} on {args.gpus} {machine.name}: {NOTE}\n\n{table(rows, markdown=False)}")
+    print("\n" + remarks([p for _, p in found], price))
+    return file.name, {"stages": [p for _, p in found]}
+
+
+def amounts(images: float, gpu_hours: float, price: float) -> list[str]:
+    return [f"{images / 1e6:,.1f}", f"{gpu_hours:,.1f}", f"{gpu_hours * price:,.0f}"]
 
 
 def predictions(config: TrainConfig, machine: Machine, args: argparse.Namespace, gpus: int) -> list[Prediction]:

@@ -1,7 +1,7 @@
 """An ablation: variants of one recipe, each trained from several seeds within one budget, as a TOML file says.
 
     name = "paper"                          of the report, and of its region in docs/ablations.md
-    recipe = "../quickstart.toml"           the base recipe, from this file's folder
+    recipe = "../paper_32.toml"             the base recipe, from this file's folder
     budget = "flops"                        of all as many as the baseline takes: one of `Budget`
     seeds = [0, 1, 2]
     baseline = "deferred_50"                the variant that all are compared with: recipe and [base] as they are

@@ -18,10 +18,11 @@ from mdit.bench.plots import draw, draw_losses
 from mdit.bench.profile import summary
 from mdit.bench.recipe_cost import Stage, choose_rows
 from mdit.bench.report import SCHEMA, TINY, Environment, Report, table
-from mdit.bench.row import COLUMNS, NOT_MEASURED, PRICES, STAGES, BenchmarkRow, Setting, stage_name
-from mdit.config import UserError, load_config, parse_section
+from mdit.bench.row import COLUMNS, NOT_MEASURED, PRICES, BenchmarkRow, Setting, stage_name
+from mdit.config import UserError, parse_section
 from mdit.documents import parse_json, read_json
 from mdit.files import write_json
+from mdit.stages import paper_stages
 
 REPORTS = {"throughput": SCHEMA, "kernels": KERNELS_SCHEMA, "reductions": "mdit-reductions/1"}
 STATE, METRICS, SAMPLES = "first_contact.json", "metrics.jsonl", "samples.png"
@@ -48,7 +49,7 @@ class Figures:
 
     def stages(self) -> list[Stage]:
         """The paper's four stages, each with its fastest row in bfloat16."""
-        configs = [load_config(path) for path in STAGES]
+        configs = [stage.config for stage in paper_stages()]
         return choose_rows([("throughput.json", self.throughput)] if self.throughput else [], configs)[0]
 
     def of_kind(self, kind: str) -> list[BenchmarkRow]:
@@ -179,7 +180,7 @@ def _throughput(figures: Figures, beside: Path) -> str:
 def _settings(figures: Figures, beside: Path) -> str:
     if not figures.throughput:
         return f"Stage 1 under ZeRO-1 and ZeRO-2, compiled, in plain PyTorch, in float8: {NOT_MEASURED}."
-    first, columns = stage_name(load_config(STAGES[0])), ("images/s", STEP, "TFLOP/s", "GiB")
+    first, columns = stage_name(paper_stages()[0].config), ("images/s", STEP, "TFLOP/s", "GiB")
     lines = [[f"{first}, bfloat16", "images at once", *columns]]
     for way, fits in WAYS.items():
         found = [row for row in figures.of_kind("stage") if row.name == first and fits(row.setting)]

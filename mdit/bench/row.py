@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from mdit.config import CONFIGS, PositiveFloat, Section, TrainConfig
+from mdit.config import PositiveFloat, Section, TrainConfig
 from mdit.costs.machines import MACHINES, Machine
 from mdit.parallel.settings import Checkpointing
 
@@ -25,10 +25,6 @@ DEVICES = {  # as torch names them, of those whose data sheets mdit.costs.machin
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA GeForce RTX 4090": "rtx4090",
 }
-STAGES = [
-    CONFIGS / f"{name}.toml"
-    for name in ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune")
-]
 PRICES = (3.75, 2.0)  # dollars of a GPU-hour
 PIXELS_OF_A_LATENT = 8
 MADE_UP = "made up"

@@ -6,9 +6,10 @@ from safetensors.torch import load_file
 
 from mdit.config import load_config
 from mdit.models.layers import position_embedding
+from mdit.stages import paper_stages
 from tests.training import REPOSITORY, read_metrics, train, write_ds_json, write_shards
 
-STAGES = ["res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune"]
+STAGES = [stage.config.name for stage in paper_stages()]
 # What makes it small; everything else is the recipe's own: mask ratio, noise, schedule, clipping, EMA.
 SMALL = [
     "model.dim=32", "model.depth=4", "model.head_dim=8", "model.multiple_of=16", "model.caption_length=5",

@@ -7,18 +7,18 @@ import pytest
 from mdit import cli
 from mdit.bench.recipe_cost import Stage, choose_rows, scaled
 from mdit.bench.report import Report
-from mdit.config import load_config
 from mdit.costs.layouts import Layout
 from mdit.costs.machines import MACHINES
 from mdit.costs.prediction import predict
 from mdit.data.report import REPORT
 from mdit.data.writer import ShardWriter
+from mdit.stages import paper_stages
 from tests import bench_rows
 from tests.latent_sets import ENCODERS, made_up
 from tests.recipes import tiny_config
 from tools import cost
 
-RECIPES = [load_config(path) for path in cost.STAGES]
+RECIPES = [stage.config for stage in paper_stages()]
 RATES = {(32, 0.75): 1250.0, (32, 0.0): 500.0, (64, 0.75): 400.0, (64, 0.0): 125.0}
 HOURS = [512e6 / 1250 / 3600, 61.44e6 / 500 / 3600, 102.4e6 / 400 / 3600, 10.24e6 / 125 / 3600]
 H100, PAPER = bench_rows.H100.gpu, "$1,890"
