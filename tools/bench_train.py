@@ -1,7 +1,7 @@
 """Throughput of training, per second and per dollar: real optimizer steps of the paper's four stages, or any recipe.
 
     python tools/bench_train.py --out bench                       the four stages, xl_2, on one GPU
-    deepspeed tools/bench_train.py --recipe configs/quickstart.toml --data recipe
+    deepspeed tools/bench_train.py --recipe configs/paper_32.toml --data recipe
     python tools/bench_train.py --report bench                    stages, ladder, profile and plots, in under 8 minutes
     python tools/bench_train.py --draw bench                      its plots once more, on a machine with matplotlib
 
