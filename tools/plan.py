@@ -121,7 +121,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--kernels", choices=("auto", "reference", "triton"), help='default: the JSON\'s, or "auto"')
     add("--fp8", action="store_true", help="the blocks' matmuls in float8; default: the JSON's, or not")
     add("--dollars_per_gpu_hour", type=cli.positive, default=3.75, help="default: 3.75, as the paper has it")
-    add("--json", type=cli.path, help="write both tables, with all they assume, to this file")
+    add("--json", type=cli.path, help="write the tables, with all they assume, to this file")
     args = parser.parse_args(arguments)
     if args.stages and args.set:
         parser.error("--set changes one recipe; the stages' changes are in their file")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mdit.bench.ablation import Ablation
-from mdit.config import UserError
+from mdit.config import UserError, load_config
 from mdit.costs.flops import image_flops, optimizer_flops, run_flops
 from mdit.costs.trace import training_flops
 from mdit.differences import toml
@@ -32,6 +32,14 @@ def write(folder, text):
     (folder / "recipe.toml").write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
     (folder / "ablation.toml").write_text(text)
     return folder / "ablation.toml"
+
+
+def test_the_sum_of_the_levers_is_the_quickstart():
+    ablation = Ablation(ROOT / "configs" / "ablations" / "sum.toml")
+    (last,) = ablation.stages[[*ablation.stages][-1]]
+    quickstart = load_config(ROOT / "configs" / "quickstart.toml")
+    summed = ablation.resolve("last", last, quickstart.training.num_steps, quickstart.seed, 1).config
+    assert summed.model_copy(update={"name": quickstart.name, "report": quickstart.report}) == quickstart
 
 
 def lengths(ablation, step_seconds=None):

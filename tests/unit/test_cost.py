@@ -68,6 +68,18 @@ def test_a_recipe_costs_what_its_images_take_at_the_measured_rates(capsys, tmp_p
     assert line.startswith("The paper's own code, as the paper has it")  # never among ours
 
 
+def test_stages_of_a_file_with_its_changes(capsys, tmp_path):
+    recipes = [str(stage.recipe) for stage in paper_stages()[:2]]
+    (tmp_path / "half.toml").write_text(
+        f'name = "half"\nstages = {json.dumps(recipes)}\nchanges.res_256_pretrain.training.num_steps = 125000\n'
+    )
+    text = printed(capsys, write(tmp_path / "a.json", *FOUR), "--stages", str(tmp_path / "half.toml"))
+    assert cells(text, "res_256_pretrain")[:4] == ["256.0", "M", "1,250", f"{HOURS[0] / 2:.1f}"]
+    assert (
+        cells(text, "the recipe")[2] == f"{HOURS[0] / 2 + HOURS[1]:.1f}" and "res_512" not in text.split("Rows that")[0]
+    )
+
+
 def test_the_fastest_row_of_several_reports_counts_by_gpu(capsys, tmp_path):
     faster = row(rate=2800.0, setting={"gpus": 2})
     text = printed(capsys, write(tmp_path / "a.json", *FOUR), write(tmp_path / "b.json", faster, row(rate=1000.0)))

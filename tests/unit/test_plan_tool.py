@@ -10,7 +10,7 @@ from mdit import cli
 from mdit.config import UserError, load_config
 from mdit.costs.layouts import candidates
 from mdit.costs.machines import MACHINES
-from mdit.costs.prediction import predict
+from mdit.costs.prediction import fitted, predict
 from mdit.costs.time import PARTS
 from tools import plan
 
@@ -43,6 +43,31 @@ def test_every_layout_then_the_best_of_every_size(capsys, tmp_path):
     assert f"{best.images_per_second:,.0f}" in rows[0] and f"{best.memory.peak / 2**30:.1f}" in rows[0]
     assert written["sizes"][3]["images_per_second"] == speeds[0]
     assert written["assumed"]["dollars_per_gpu_hour"] == 3.75 and written["assumed"]["memory_share"] == 0.75
+
+
+def test_stages_and_their_sum(capsys, tmp_path):
+    stages = str(CONFIGS / "micro_budget.toml")
+    plan.main(
+        ["--stages", stages, "--gpus", "16", "--dollars_per_gpu_hour", "2", "--json", str(tmp_path / "plan.json")]
+    )
+    printed = capsys.readouterr().out
+    assert printed.startswith("micro_budget on 16 h100: predicted, not measured\n")
+    rows = {line.split()[0]: re.split("  +", line) for line in printed.splitlines() if line.startswith(("res_", "sum"))}
+    hours = []
+    for name in ("res_256_pretrain", "res_256_finetune", "res_512_pretrain", "res_512_finetune"):
+        config = load_config(CONFIGS / f"{name}.toml")
+        layouts = candidates(config, 16, micro_batch=None, checkpointing="none", triton=True)
+        machine = MACHINES["h100"]
+        fitting = [predict(config, fitted(config, layout, machine), machine) for layout in layouts]
+        images = config.training.num_steps * config.training.global_batch_size
+        hours.append(16 * images / max(p.images_per_second for p in fitting if p.fits) / 3600)
+        assert rows[name][-3:] == [f"{images / 1e6:,.1f}", f"{hours[-1]:,.1f}", f"{2 * hours[-1]:,.0f}"]
+    assert rows["sum"][-2:] == [f"{sum(hours):,.1f}", f"{2 * sum(hours):,.0f}"]
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["recipe"] == "micro_budget" and len(written["stages"]) == 4
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--stages", stages, "--set", "seed=1"])
+    assert "--set changes one recipe" in capsys.readouterr().err
 
 
 def test_where_a_micro_batch_goes_on_one_gpu(capsys, tmp_path):
