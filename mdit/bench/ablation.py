@@ -148,7 +148,8 @@ class Ablation:
 
     def runs(self, step_seconds: Callable[[str, str], float]) -> list[VariantRun]:
         """Every variant from each of its seeds, at the length that the budget gives it. `step_seconds(variant, stage)`
-        is the time of a step, asked for where the budget is of seconds."""
+        is the time of a step, asked for where the budget is of seconds. Every variant's first seed comes before any
+        second one: a report of the first ones compares all variants."""
         points = -(-self.base.training.num_steps // self.base.report.validate_every)
         found = []
         for variant, stages in self.stages.items():
@@ -157,7 +158,7 @@ class Ablation:
             for seed in self.seeds[variant]:
                 made = [self.resolve(variant, stage, n, seed, every) for stage, n in zip(stages, lengths)]
                 found.append(VariantRun(variant, seed, tuple(made)))
-        return found
+        return sorted(found, key=lambda run: self.seeds[run.variant].index(run.seed))
 
     def resolve(
         self, variant: str, stage: Differences, steps: int, seed: int, every: int, **more: Any

@@ -22,6 +22,7 @@ from mdit.data.loader import Batch
 from mdit.dist import World, logger, on_rank_zero
 from mdit.documents import UserError, parse_json
 from mdit.files import append_line, optional, write_text
+from mdit.masking import mask_ratio
 from mdit.train.optim import learning_rate
 
 
@@ -96,6 +97,7 @@ class Meter:
                 logger.info(f"step {step} of {self.config.training.num_steps}: {told}")
         values = means | {
             "learning_rate": learning_rate(step - 1, self.config.training.num_steps, self.config.optim),
+            "mask_ratio": mask_ratio(self.config, step - 1),
             "gradient_norm": gradient_norm,
             "skipped_steps": skipped_steps,
             "images_per_second": images_per_second,

@@ -2,12 +2,14 @@
 recomputation, compilation, the data engine. Ten clipped AdamW steps in float32 against one process, one batch.
 """
 
+import shutil
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mdit.config import FlowNoise
 from mdit.parallel import apply
 from mdit.parallel.settings import load_ds_json
 from tests.recipes import LEVERS
@@ -92,17 +94,45 @@ def assert_same_run(run, expected, keys=("loss", "gradient_norm", "validation_lo
             torch.testing.assert_close(ours[parameter], value, rtol=0, atol=1e-6, msg=f"{kind} {parameter}")
 
 
-def test_levers_beyond_the_paper_keep_the_curve_too(tmp_path):
-    recipe = write_recipe(tmp_path, **{**RECIPE, "model": RECIPE["model"] | LEVERS})
-    layouts = {
-        "alone": dict(stage=1),
-        "experts": dict(processes=2, stage=2, micro_batch=2, mdit={"expert_parallel": 2}),
-        "ZeRO-3": dict(processes=2, stage=3, mdit={"activation_checkpointing": "block"}),
-    }
-    for name, layout in layouts.items():
-        processes = layout.pop("processes", 1)
-        train(recipe, write_ds_json(tmp_path / f"{name}.json", **layout), tmp_path / name, processes=processes)
-        assert_same_run(tmp_path / name, tmp_path / "alone")
+BEYOND_THE_PAPER = dict(
+    model=RECIPE["model"] | LEVERS,
+    noise=FlowNoise(target="flow", sigma_data=0.9),
+    training=RECIPE["training"]
+    | {"mask_ratio": {"schedule": "linear", "start": 0.75, "final": 0.0, "share": 0.8, "levels": 2}},
+    optim={"eps": 1e-5, "schedule": "wsd", "decay_share": 0.5, "decay_shape": "linear", "name": "muon"}
+    | {"muon": {"lr": 4e-3, "weight_decay": 0.1, "eps": 1e-3}},  # cross-attention's q: tokens of a caption are alike
+    align={"tower": "tower", "channels": 20, "block": 2, "weight": 0.5, "stop_step": 8, "width": 24},
+    report={"checkpoint_every": STEPS // 2},
+)
+LAYOUTS_BEYOND = {
+    "experts over 2": dict(processes=2, stage=2, micro_batch=2, mdit={"expert_parallel": 2}),
+    "ZeRO-3, recomputed": dict(processes=2, stage=3, mdit={"activation_checkpointing": "block"}),
+    "ZeRO-1 of 4, experts over 2": dict(processes=4, stage=1, mdit={"expert_parallel": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def beyond_the_paper(tmp_path_factory):
+    """All levers at once, one process."""
+    folder = tmp_path_factory.mktemp("beyond")
+    recipe = write_recipe(folder, **BEYOND_THE_PAPER)
+    train(recipe, write_ds_json(folder / "ds.json", stage=1), folder / "run")
+    assert len(set(read_metrics(folder / "run", "mask_ratio").values())) == 3
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize("name", LAYOUTS_BEYOND)
+def test_levers_beyond_the_paper_keep_the_curve_too(beyond_the_paper, tmp_path, name):
+    """To the end, then the second half again in one process."""
+    recipe, expected = beyond_the_paper
+    ds_json, layout = tmp_path / "ds.json", dict(LAYOUTS_BEYOND[name])
+    processes = layout.pop("processes")
+    for _ in range(2):
+        output = train(recipe, write_ds_json(ds_json, **layout), tmp_path / "run", processes=processes)
+        assert_same_run(tmp_path / "run", expected, keys=("loss", "align_loss", "gradient_norm"))
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_{STEPS:08d}")
+        processes, layout = 1, {"stage": 1}
+    assert f"resuming at step {STEPS // 2} " in output
 
 
 def test_weights_moved_and_ema_lags_behind(baseline):
@@ -119,13 +149,13 @@ def launch_without_cpp(script, arguments):
 
 
 @pytest.mark.parametrize(
-    "settings, launched",
-    [({}, launch), ({"activation_checkpointing": "selective", "expert_parallel": 2}, launch_without_cpp)],
-    ids=["inductor", "recomputed, experts over 2"],
+    "settings, levers, launched",
+    [({}, {}, launch), ({"activation_checkpointing": "selective", "expert_parallel": 2}, LEVERS, launch_without_cpp)],
+    ids=["inductor", "recomputed, experts over 2, levers"],
 )
-def test_compiled_blocks_keep_the_curve(tmp_path, settings, launched):
+def test_compiled_blocks_keep_the_curve(tmp_path, settings, levers, launched):
     """A dense block, one with experts, and the first again: the compiler takes several seconds for each kind."""
-    few = {"depth": 3, "use_patch_mixer": False, "qkv_ratio": (1.0, 1.0), "ffn_ratio": (2.0, 2.0)}
+    few = levers | {"depth": 3, "use_patch_mixer": False, "qkv_ratio": (1.0, 1.0), "ffn_ratio": (2.0, 2.0)}
     recipe = write_recipe(tmp_path, **{**RECIPE, "model": few, "report": {}})
     processes = settings.get("expert_parallel", 1)
     for name, section in (("plain", {}), ("compiled", {**settings, "compile": True})):

@@ -65,7 +65,7 @@ def test_all_get_the_flops_of_the_baseline(tmp_path):
     ablation = Ablation(write(tmp_path, HEAD + VARIANTS))
     found = lengths(ablation)
     assert found["base", 0] == found["base", 1] == [40] and found["small", 1] == [80]
-    assert [seed for variant, seed in found if variant == "wide"] == [5]
+    assert [*found] == [("base", 0), ("wide", 5), ("tail", 0), ("small", 0), ("base", 1), ("tail", 1), ("small", 1)]
     for run in ablation.runs(None):
         one_step = run_flops(run.stages[0].config, 1)
         assert abs(run.flops - run_flops(ablation.base)) <= one_step, run.name
