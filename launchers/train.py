@@ -20,6 +20,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the recipe")
     add("--run_dir", type=cli.path, help="default: runs/<recipe name>")
     add("--init_from", type=cli.path, metavar="SNAPSHOT", help="start from these weights")
+    add("--with_moments", action="store_true", help="start from the moments of that snapshot's optimizer as well")
     add("--restart", action="store_true", help="start anew; what the run directory has is moved aside")
     add("--dry_run", action="store_true", help="resolve and print everything, run nothing")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
             overrides=args.set,
             run_dir=args.run_dir,
             init_from=args.init_from,
+            with_moments=args.with_moments,
             restart=args.restart,
             world=world,
         )

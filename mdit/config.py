@@ -18,6 +18,7 @@ from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 
 # The sections and their types are imported from here all over mdit.
 from mdit.recipe import (  # noqa: F401
+    POSITION_KEYS,
     AlignConfig,
     EDMNoise,
     EMAConfig,
@@ -30,6 +31,7 @@ from mdit.recipe import (  # noqa: F401
     ReportConfig,
     TrainConfig,
     TrainingConfig,
+    free_differences,
     kept_tokens,
 )
 from mdit.sections import AnySection, Embeddings, NonNegativeInt, PositiveFloat, PositiveInt, Section  # noqa: F401

@@ -30,6 +30,10 @@ from mdit.sections import (
     tagged,
 )
 
+# Model keys that change no weight but the position embedding, which is rebuilt when one of the first two differs.
+POSITION_KEYS = ("latent_size", "pos_interp_scale")
+FREE_KEYS = POSITION_KEYS + ("capacity_factor", "caption_length")
+
 
 class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]  (so is Section, by model_config)
     """Shape of MicroDiT (paper section 2 and appendix; names of the released code where they are plain).
@@ -343,6 +347,16 @@ class TrainConfig(Section):
         if self.align is not None and self.align.block > model.depth:
             raise ValueError(f"align.block {self.align.block} is above model.depth {model.depth}")
         return self
+
+
+def free_differences(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """The keys in which two models differ that can have the same weights. Raises UserError naming all others, with both
+    values."""
+    before, now = old.model_dump(), new.model_dump()
+    differing = [key for key in now if before[key] != now[key]]
+    if fixed := [key for key in differing if key not in FREE_KEYS]:
+        raise UserError("; ".join(f"model.{key} is {before[key]}, the new recipe's is {now[key]}" for key in fixed))
+    return differing
 
 
 def kept_tokens(num_patches: int, mask_ratio: float) -> int:

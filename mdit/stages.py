@@ -7,12 +7,14 @@
     optim.name = "muon"
 
     [changes.res_256_finetune]              and what this one has
+    moments = true                          its optimizer goes on with the moments of the stage before
     training.num_steps = 15000
 
 A table of changes is merged into the recipe's table of that name; the key `replace` names tables that take the place of
 the recipe's instead, as `replace = ["noise"]`.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mdit.config import CONFIGS, Section, TrainConfig, UserError, near_key, parse_recipe, parse_section
+from mdit.config import (
+    CONFIGS,
+    Section,
+    TrainConfig,
+    UserError,
+    free_differences,
+    near_key,
+    parse_recipe,
+    parse_section,
+)
 from mdit.differences import DifferenceOptions, flattened, one_after_the_other, overrides, split
 from mdit.documents import read_toml
 from mdit.sections import Location
@@ -37,13 +48,23 @@ class StagesFile(Section):
     changes: dict[str, dict[str, Any]] = {}
 
 
+class StageOptions(DifferenceOptions):
+    moments: bool = Field(False, description="the optimizer goes on with the moments of the stage before")
+
+
 @dataclass(frozen=True)
 class RecipeStage:
-    """A recipe file and what the run is to have otherwise, as --set takes it; `config` is what they make."""
+    """A recipe file and what the run is to have otherwise, as --set takes it; `config` is what they make. `moments`:
+    the optimizer's go on from the stage before."""
 
     recipe: Path
     overrides: tuple[str, ...]
     config: TrainConfig
+    moments: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.recipe.stem
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,19 @@ def load_stages(path: Path) -> StagedRecipe:
     for name in file.changes:
         if name not in recipes:
             raise UserError(f"{path}: changes.{name} is of no stage{near_key(name, recipes)}: {', '.join(recipes)}")
-    return StagedRecipe(file.name, tuple(_stage(file, name, recipe, path) for name, recipe in recipes.items()))
+    stages = tuple(_stage(file, name, recipe, path) for name, recipe in recipes.items())
+    if stages[0].moments:
+        raise UserError(f"{path}: changes.{stages[0].name}: moments is true, but no stage is before it")
+    for before, stage in itertools.pairwise(stages):
+        try:
+            free_differences(before.config.model, stage.config.model)
+        except UserError as error:
+            told = f"cannot go on from {before.name}: {error}"
+            raise UserError(f"{path}: stage {stage.name}: {told}") from None
+        if stage.moments and stage.config.optim.name != (had := before.config.optim.name):
+            told = f"moments is true, but optim.name is {stage.config.optim.name!r} and was {had!r}"
+            raise UserError(f"{path}: stage {stage.name}: {told}")
+    return StagedRecipe(file.name, stages)
 
 
 @cache
@@ -71,12 +104,12 @@ def paper_stages() -> tuple[RecipeStage, ...]:
 
 
 def _stage(file: StagesFile, name: str, recipe: Path, path: Path) -> RecipeStage:
-    raw, tables = read_toml(recipe, "the recipe"), []
-    for where, changes in (("base", file.base), (f"changes.{name}", file.changes.get(name, {}))):
-        options, values = split(DifferenceOptions, changes, f"{path}: {where}")
-        tables.append(flattened(values, raw, options.replace))
+    raw = read_toml(recipe, "the recipe")
+    base, of_all = split(DifferenceOptions, file.base, f"{path}: base")
+    own, of_this = split(StageOptions, file.changes.get(name, {}), f"{path}: changes.{name}")
+    tables = flattened(of_all, raw, base.replace), flattened(of_this, raw, own.replace)
     sets = overrides(one_after_the_other(*tables))
     try:
-        return RecipeStage(recipe, sets, parse_recipe(raw, recipe, sets))
+        return RecipeStage(recipe, sets, parse_recipe(raw, recipe, sets), own.moments)
     except UserError as error:
         raise UserError(f"{path}: stage {name}: {error}") from None

@@ -49,8 +49,8 @@ ONLY_IN = {  # package: the files that may name it; tests may name all
     "matplotlib": ["mdit/bench/plots.py"],
     "nvidia.dali": ["mdit/data/dali.py", "mdit/precompute/dali.py"],
     "tools": ["tools/first_contact.py"],  # run by their paths they do not see each other; this one runs by its name
-    # Predictions: no run imports them, but for the line of --dry_run that says what it would compute.
-    "mdit.costs": ["mdit/costs/*", "mdit/bench/*", "tools/*", "mdit/train/run.py"],
+    # Predictions: no run imports them, but for the lines that say what it would compute and cost.
+    "mdit.costs": ["mdit/costs/*", "mdit/bench/*", "tools/*", "mdit/train/run.py", "mdit/train/staged.py"],
 }
 
 

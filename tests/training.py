@@ -14,7 +14,9 @@ import numpy as np
 import torch.distributed
 
 from mdit import meeting
+from mdit.config import TrainConfig
 from mdit.data.writer import ShardWriter
+from mdit.differences import toml
 from mdit.dist import world_from_env
 from tests.processes import run_forked, start_forked
 from tests.recipes import tiny_config
@@ -53,6 +55,13 @@ def write_recipe(folder: Path, *, samples: int = 64, **changes) -> Path:
             write_shards(folder / name, config, count, seed)
     path = folder / "recipe.json"
     path.write_text(json.dumps({"recipe": config.model_dump(mode="json", exclude_none=True)}))
+    return path
+
+
+def write_toml(path: Path, config: TrainConfig) -> Path:
+    """A recipe as people write it."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
     return path
 
 

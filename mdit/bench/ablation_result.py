@@ -19,7 +19,7 @@ from mdit.checkpoint.training_state import step_in
 from mdit.config import Section, TrainConfig, UserError, load_config, parse_recipe, parse_section, portable
 from mdit.costs.flops import run_flops, total_flops
 from mdit.data.shards import open_dataset, read_samples
-from mdit.documents import differences, parse_json, read_json
+from mdit.documents import differences, read_json
 from mdit.eval.evaluate import evaluate
 from mdit.eval.frechet import FRECHET
 from mdit.eval.samples import grid, sampling_model, sampling_options, save_png
@@ -27,6 +27,7 @@ from mdit.eval.validation import validation_loss
 from mdit.files import remove_directory, write_json
 from mdit.parallel.settings import count_parameters
 from mdit.train.evaluator import BATCH_SIZE, MAX_VALIDATION_SAMPLES
+from mdit.train.meter import training_seconds
 from mdit.train.run_directory import CONFIG, METRICS, SNAPSHOTS
 
 SCHEMA = "mdit-ablation-result/1"
@@ -129,17 +130,6 @@ def recipe_change(file: Path, recipe: dict[str, Any], config: TrainConfig, what:
     for key, was, now in differences(before, config.model_dump(mode="json")):
         return f"{file}: {what}{key} was {was!r}, now it is {now!r}"
     return None
-
-
-def training_seconds(path: Path, until: int) -> float:
-    """Seconds of a run's steps up to `until`, as its metrics.jsonl tells; evaluations and saving left out."""
-    seconds, before = 0.0, 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = parse_json(line, path)
-        if "step_seconds" in values and before < until:
-            steps = min(values["step"], until) - before
-            seconds, before = seconds + values["step_seconds"] * steps, before + steps
-    return seconds
 
 
 def _curve(run: VariantRun, base: TrainConfig, out: Path, device: torch.device) -> list[CurvePoint]:

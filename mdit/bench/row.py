@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from mdit.config import PositiveFloat, Section, TrainConfig
-from mdit.costs.machines import MACHINES, Machine
+from mdit.costs.machines import Machine, machine_named
 from mdit.parallel.settings import Checkpointing
 
 Kind = Literal["stage", "ladder", "baseline", "profile"]
@@ -19,12 +19,6 @@ FORMULA = (
     "FLOPs of an image: 2 a multiply-add of matmuls and attention, backward twice the forward; kept tokens only,\n"
     "experts at capacity, no recomputation, no dispatch (mdit/costs/trace.py)"
 )
-DEVICES = {  # as torch names them, of those whose data sheets mdit.costs.machines has
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-}
 PRICES = (3.75, 2.0)  # dollars of a GPU-hour
 PIXELS_OF_A_LATENT = 8
 MADE_UP = "made up"
@@ -218,7 +212,7 @@ def device_name(device: torch.device) -> str:
 def machine_of(device: torch.device | str) -> Machine | None:
     """The data sheet of a GPU, or of that with a name as torch gives it."""
     name = device if isinstance(device, str) else device_name(device)
-    return MACHINES[DEVICES[name]] if name in DEVICES else None
+    return machine_named(name)
 
 
 def stage_name(config: TrainConfig) -> str:

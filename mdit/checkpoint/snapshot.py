@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mdit.config import ModelConfig, TrainConfig, UserError, load_config
+from mdit.config import POSITION_KEYS, ModelConfig, TrainConfig, UserError, free_differences, load_config
 from mdit.descriptions import check_descriptions
 from mdit.documents import read_json
 from mdit.files import follow, measure, point_to, replacing_directory, save_tensors, write_json
@@ -33,10 +33,6 @@ WeightKind = Literal["ema", "raw"]
 DOCUMENTS = ("config.json", "encoders.json")
 REQUIRED = (*DOCUMENTS, "raw.safetensors")
 CHECKSUMS = "checksums.json"
-
-# Model keys that change no weight but the position embedding, which is rebuilt when one of the first two differs.
-POSITION_KEYS = ("latent_size", "pos_interp_scale")
-FREE_KEYS = POSITION_KEYS + ("capacity_factor", "caption_length")
 
 
 @dataclass(frozen=True)
@@ -129,12 +125,10 @@ def initial_weights(snapshot: Snapshot, model: ModelConfig, kind: WeightKind = "
     `pos_embed` is left out, to be rebuilt, when latent_size or pos_interp_scale differ (as from 256 to 512 px). Any
     other difference that weights depend on raises a UserError naming the key and both values.
     """
-    old, new = snapshot.config.model.model_dump(), model.model_dump()
-    differing = [key for key in new if old[key] != new[key]]
-    fixed = [key for key in differing if key not in FREE_KEYS]
-    if fixed:
-        clauses = "; ".join(f"model.{key} is {old[key]}, the new recipe's is {new[key]}" for key in fixed)
-        raise UserError(f"{snapshot.path}: cannot initialise from this snapshot: {clauses}")
+    try:
+        differing = free_differences(snapshot.config.model, model)
+    except UserError as error:
+        raise UserError(f"{snapshot.path}: cannot initialise from this snapshot: {error}") from None
     weights = snapshot.weights(kind)
     if any(key in POSITION_KEYS for key in differing):
         del weights["pos_embed"]

@@ -183,6 +183,15 @@ def find_latest(directory: Path, world: World) -> Checkpoint | None:
     return None
 
 
+def require_whole(path: Path, world: World) -> Checkpoint:
+    """A checkpoint whose every byte is as it was written. A collective; raises UserError on all ranks alike."""
+    checkpoint, reason = on_all_ranks(world, partial(examine, path, world))
+    for each in filter(None, gather(reason, world)):
+        raise shared(f"{path}: damaged ({each})")
+    assert checkpoint is not None
+    return checkpoint
+
+
 def examine(path: Path, world: World) -> tuple[Checkpoint | None, str]:
     """A checkpoint, and in what it is damaged as far as it is this rank's to look at it: "" where it is not.
 

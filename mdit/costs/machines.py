@@ -42,10 +42,12 @@ RESERVED_GIB = 5.0
 class Machine:
     """Nodes of equal GPUs. `peak` in FLOP/s (bfloat16), `memory_gib` in GiB, all others in bytes per second and GPU.
 
-    `link` joins the GPUs of a node, in one direction; `network` is a GPU's share of its node's way out.
+    `link` joins the GPUs of a node, in one direction; `network` is a GPU's share of its node's way out; `device` is its
+    name as torch gives it.
     """
 
     name: str
+    device: str
     peak: float
     memory_gib: float
     memory: float
@@ -73,10 +75,36 @@ class Machine:
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine("h100", 989e12, 80, 3.35e12, link=450e9, network=50e9, multiprocessors=132),
-        Machine("h200", 989e12, 141e9 / 2**30, 4.8e12, link=450e9, network=50e9, multiprocessors=132),
-        Machine("a100", 312e12, 80, 2.039e12, link=300e9, network=25e9, multiprocessors=108, triton=False, fp8=False),
+        Machine("h100", "NVIDIA H100 80GB HBM3", 989e12, 80, 3.35e12, link=450e9, network=50e9, multiprocessors=132),
+        Machine("h200", "NVIDIA H200", 989e12, 141e9 / 2**30, 4.8e12, link=450e9, network=50e9, multiprocessors=132),
+        Machine(
+            "a100",
+            "NVIDIA A100-SXM4-80GB",
+            312e12,
+            80,
+            2.039e12,
+            link=300e9,
+            network=25e9,
+            multiprocessors=108,
+            triton=False,
+            fp8=False,
+        ),
         # No NVLink: PCIe 4.0 x16. The network is assumed: one port of 100 Gb/s for the 8 GPUs of a node.
-        Machine("rtx4090", 165e12, 24, 1.008e12, link=32e9, network=12.5e9 / 8, multiprocessors=128, triton=False),
+        Machine(
+            "rtx4090",
+            "NVIDIA GeForce RTX 4090",
+            165e12,
+            24,
+            1.008e12,
+            link=32e9,
+            network=12.5e9 / 8,
+            multiprocessors=128,
+            triton=False,
+        ),
     )
 }
+
+
+def machine_named(device: str) -> Machine | None:
+    """The data sheet of a GPU by the name that torch gives it; None where there is none."""
+    return next((machine for machine in MACHINES.values() if machine.device == device), None)

@@ -46,6 +46,7 @@ def what_runs(run: Run) -> dict[str, Any]:
         "run_dir": str(run.run_dir.absolute()),
         "restart": run.restart,
         "init_from": run.init_from and str(run.init_from.absolute()),
+        "moments": run.moments and str(run.moments),
         "initial_weights": run.initial_weights and weights_digest(run.initial_weights),
         "versions": package_versions(),
         "code": code_digests(),

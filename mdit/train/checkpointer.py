@@ -7,13 +7,13 @@ from torch import Tensor
 
 from mdit.checkpoint.fragments import Partitions
 from mdit.checkpoint.snapshot import save_snapshot
-from mdit.checkpoint.training_state import load_into, save_training_state, step_name
+from mdit.checkpoint.training_state import Checkpoint, load_into, require_whole, save_training_state, step_name
 from mdit.config import portable
 from mdit.data.shards import open_dataset
 from mdit.dist import on_rank_zero
 from mdit.models.dit import buffers
 from mdit.train.ema import EMA
-from mdit.train.engine import Engine
+from mdit.train.engine import MOMENTS, Engine
 from mdit.train.meter import Meter
 from mdit.train.run import Run
 from mdit.train.run_directory import CHECKPOINTS, CONFIG, SNAPSHOTS, RunDirectory
@@ -33,15 +33,23 @@ class Checkpointer:
         self.parts = (engine, ema, meter, skipped)
 
     def load_latest(self) -> int:
-        """Load the checkpoint that the run goes on from -> its step; 0 for a new run. A collective."""
-        if (found := self.directory.checkpoint) is None:
-            return 0
-        tensors, _ = self._state()
+        """Load the checkpoint that the run goes on from -> its step; 0 for a new run, which begins with the moments of
+        another where it is asked to. A collective."""
+        if (found := self.directory.checkpoint) is not None:
+            state = self._read(found, self._state()[0])
+            for part in self.parts:
+                part.load_state_dict(state)
+            return found.step
+        if self.run.moments is not None:
+            ours = self.engine.state_dict()
+            theirs = self._read(require_whole(self.run.moments, self.run.world), {kind: ours[kind] for kind in MOMENTS})
+            self.engine.load_state_dict(ours | theirs)
+        return 0
+
+    def _read(self, checkpoint: Checkpoint, tensors: dict[str, Partitions]) -> dict[str, Any]:
+        """Fill `tensors` from a checkpoint of any layout -> them and its numbers."""
         layout = self.run.execution.layout(self.run.world.size)
-        numbers = load_into(found, tensors, self.engine.fragments(), layout=layout, world=self.run.world)
-        for part in self.parts:
-            part.load_state_dict(tensors | numbers)
-        return found.step
+        return tensors | load_into(checkpoint, tensors, self.engine.fragments(), layout=layout, world=self.run.world)
 
     def save(self, step: int) -> None:
         """Save a checkpoint. Raises UserError where the state holds NaN or infinities."""

@@ -37,6 +37,8 @@ from mdit.train.optim import (
 )
 from mdit.train.zero_step import improve
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of a state, by the optimizer's own names
+
 
 def check_ds_config(ds_config: dict, path) -> None:
     """Let DeepSpeed itself judge what it will be given, before anything is started."""
@@ -191,15 +193,14 @@ class Engine:
         of_masters = [moments(self.zero.optimizer, master) for master in self.master_weights]
         return {
             "master": [master.detach() for master in self.master_weights],
-            "exp_avg": [found["exp_avg"] for found in of_masters],
-            "exp_avg_sq": [found.get("exp_avg_sq") for found in of_masters],
+            **{kind: [found.get(kind) for found in of_masters] for kind in MOMENTS},
             "optimizer_steps": step_count(self.zero.optimizer, self.master_weights[0]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state. The optimizer goes on in the moments' tensors, without copies."""
         self._fill_master_weights(state["master"])
-        for master, mean, square in zip(self.master_weights, state["exp_avg"], state["exp_avg_sq"], strict=True):
+        for master, mean, square in zip(self.master_weights, *(state[kind] for kind in MOMENTS), strict=True):
             set_moments(self.zero.optimizer, master, mean, square, step=int(state["optimizer_steps"]))
         self.refresh_parameters()
 

@@ -197,6 +197,17 @@ def forget_after(path: Path, step: int) -> None:
         write_text(path, text.decode())
 
 
+def training_seconds(path: Path, until: int) -> float:
+    """Seconds of a run's steps up to `until`, as its metrics.jsonl tells; evaluations and saving left out."""
+    seconds, before = 0.0, 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        values = parse_json(line, path)
+        if "step_seconds" in values and before < until:
+            steps = min(values["step"], until) - before
+            seconds, before = seconds + values["step_seconds"] * steps, before + steps
+    return seconds
+
+
 def step_of(line: bytes) -> int | None:
     """The step that a line of metrics.jsonl is of; None where it is no such line."""
     try:

@@ -17,6 +17,7 @@ from mdit.data.loader import choose_engine, weigh_captions
 from mdit.data.order import build_order
 from mdit.data.shards import open_dataset
 from mdit.dist import World, logger, on_rank_zero
+from mdit.files import follow
 from mdit.kernels.selection import choose_kernels
 from mdit.meeting import Patience
 from mdit.parallel.align import projection_sizes
@@ -43,7 +44,8 @@ STARTED_AGAIN = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is settled before step 0. `initial_weights` is a state dict that `init_from` asks for."""
+    """Everything that is settled before step 0. `initial_weights` is a state dict that `init_from` asks for, `moments`
+    the checkpoint whose optimizer's moments a new run begins with."""
 
     config: TrainConfig
     execution: Execution
@@ -51,6 +53,7 @@ class Run:
     world: World
     initial_weights: dict[str, Tensor] | None = None
     init_from: Path | None = None
+    moments: Path | None = None
     restart: bool = False
 
 
@@ -61,6 +64,7 @@ def resolve_run(
     overrides: Sequence[str],
     run_dir: Path | None,
     init_from: Path | None,
+    with_moments: bool = False,
     restart: bool,
     world: World,
 ) -> Run:
@@ -74,10 +78,28 @@ def resolve_run(
     restart = restart and not any(int(os.environ.get(name) or 0) for name in STARTED_AGAIN)
     if not restart:
         check_what_is_there(run_dir, config)
-    weights = None
+    weights = moments = None
+    if with_moments and init_from is None:
+        raise UserError("--with_moments: goes with --init_from, whose run's they are")
     if init_from is not None and (restart or latest_step(run_dir / CHECKPOINTS) == 0):
         weights = initial_weights(load_snapshot(init_from), config.model)  # a run that has begun goes on from itself
-    return Run(config, execution, run_dir, world, weights, init_from, restart)
+        moments = moments_beside(init_from, config) if with_moments else None
+    return Run(config, execution, run_dir, world, weights, init_from, moments, restart)
+
+
+def moments_beside(init_from: Path, config: TrainConfig) -> Path:
+    """The checkpoint at a snapshot's step, in the run that left both. Raises UserError where it cannot serve."""
+    snapshot = follow(init_from).resolve()
+    path = snapshot.parent.parent / CHECKPOINTS / snapshot.name
+    try:
+        there = read_state(path).state["run"]["recipe"]["optim"].get("name", "adamw")
+    except Damaged as damage:
+        raise UserError(
+            f"--with_moments: {path}: {damage}; they come from the checkpoint at the snapshot's step"
+        ) from None
+    if there != config.optim.name:
+        raise UserError(f"--with_moments: {path}: are those of {there}, but optim.name is {config.optim.name!r}")
+    return path
 
 
 def check_what_is_there(run_dir: Path, config: TrainConfig) -> None:
@@ -144,6 +166,7 @@ def opened(run: Run, began: float | None = None) -> Iterator[RunDirectory]:
 def description(run: Run) -> dict:
     """Content of config.json. Its "recipe" part can be given to --recipe again."""
     return {
+        **({"moments_from": str(run.moments)} if run.moments else {}),
         "recipe": portable(run.config, run.run_dir / "config.json"),
         "deepspeed": run.execution.deepspeed,
         "mdit": run.execution.settings.model_dump(mode="json"),

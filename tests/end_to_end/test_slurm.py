@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mdit.config import load_config
+from mdit.documents import read_json
 from tests.slurm_cluster import Cluster, wait_for, why_not
-from tests.training import REPOSITORY, environment, read_metrics, train, write_ds_json, write_recipe
+from tests.training import REPOSITORY, environment, read_metrics, train, write_ds_json, write_recipe, write_toml
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -166,3 +168,23 @@ def test_same_weights_as_undisturbed(disturbed, undisturbed, script):
     for kind in ("ema", "raw"):
         name = f"snapshots/latest/{kind}.safetensors"
         assert (run_dir / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_stages_are_jobs_that_wait_for_each_other(cluster, disturbed, recipe, tmp_path):
+    for name in ("first", "second"):
+        write_toml(tmp_path / f"{name}.toml", load_config(recipe, [f"name={name}", "training.num_steps=4"]))
+    (tmp_path / "plan.toml").write_text('name = "plan"\nstages = ["first.toml", "second.toml"]\n')
+
+    def submit_stages(runs: str, ds_config: Path) -> list[str]:
+        smaller = "--nodes=1 --ntasks-per-node=1 --cpus-per-task=1 --gpus-per-node=0 --time=5"
+        command = f"cd {REPOSITORY} && bash launchers/slurm/recipe.sbatch {smaller} --output={tmp_path}/{runs}_%j.log"
+        places = {"PLAN": tmp_path / "plan.toml", "RUNS": tmp_path / runs, "DS_CONFIG": ds_config, "VENV": sys.prefix}
+        given = {**environment(), **{name: str(value) for name, value in places.items()}}
+        return re.findall(r": job (\d+)", cluster.run("bash", "-c", command, **given))
+
+    jobs, failing = submit_stages("runs", recipe.parent / "ds.json"), submit_stages("failing", Path("none.json"))
+    for job, state in zip(jobs + failing, ("COMPLETED", "COMPLETED", "FAILED", "CANCELLED"), strict=True):
+        cluster.wait_until(job, state, 150)
+    second = read_json(tmp_path / "runs/second/config.json")
+    assert second["initial_weights"]["snapshot"] == str(tmp_path / "runs/first/snapshots/step_00000004")
+    assert not (tmp_path / "failing/second").exists()

@@ -14,6 +14,7 @@ from mdit.masking import mask_ratio
 from mdit.models import meta_model
 from mdit.parallel.muon import takes_muon
 from tests.recipes import tiny_config, tiny_model
+from tests.training import write_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "ablations").glob("*.toml"))
@@ -28,8 +29,7 @@ pictures = 4
 
 
 def write(folder, text):
-    values = RECIPE.model_dump(mode="json", exclude_none=True)
-    (folder / "recipe.toml").write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
+    write_toml(folder / "recipe.toml", RECIPE)
     (folder / "ablation.toml").write_text(text)
     return folder / "ablation.toml"
 
