@@ -20,6 +20,7 @@ from mdit.documents import UserError, check, parse_toml, read_json, read_toml
 from mdit.recipe import (  # noqa: F401
     POSITION_KEYS,
     AlignConfig,
+    AveragesConfig,
     EDMNoise,
     EMAConfig,
     EmojiSource,

@@ -16,6 +16,7 @@ from mdit.sections import (
     Count,
     Decay,
     Embeddings,
+    Length,
     Location,
     NonNegativeInt,
     PositiveFloat,
@@ -305,6 +306,23 @@ class EMAConfig(Section):
     start_step: NonNegativeInt
 
 
+class AveragesConfig(Section):
+    """Two averages of the weights from which that of any length is made after training (arXiv 2312.02696, section 3).
+
+    A length is sigma_rel, the profile's standard deviation as a share of the run so far: ema <- beta ema + (1 - beta)
+    weights after step t, beta = (1 - 1 / t)^(gamma + 1). Both are stored every `every` steps and at the end.
+    """
+
+    lengths: tuple[Length, Length] = (0.05, 0.10)
+    every: PositiveInt
+
+    @model_validator(mode="after")
+    def _lengths_differ(self):
+        if self.lengths[0] >= self.lengths[1]:
+            raise ValueError(f"lengths is {list(self.lengths)}; expected a shorter one and a longer one")
+        return self
+
+
 class ReportConfig(Section):
     """Intervals of the run's reports, in steps. 0 turns a report off (a finished run always leaves a snapshot)."""
 
@@ -331,8 +349,14 @@ class TrainConfig(Section):
     training: TrainingConfig
     optim: OptimConfig
     ema: EMAConfig | None = None
+    averages: AveragesConfig | None = None
     align: AlignConfig | None = None
     report: ReportConfig
+
+    @property
+    def num_averages(self) -> int:
+        """Averages of the weights that training keeps."""
+        return (self.ema is not None) + (len(self.averages.lengths) if self.averages else 0)
 
     @model_validator(mode="after")
     def _parts_fit_together(self):

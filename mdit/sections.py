@@ -20,6 +20,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Length = Annotated[float, Field(ge=0.005, le=0.28)]  # of an average; the mean of all has 0.289
 Size = Annotated[int, Field(gt=0, le=2**16)]  # pixels, channels, tokens
 Count = Annotated[int, Field(ge=0, le=2**10)]  # layers, experts
 Ratio = Annotated[float, Field(gt=0, le=2**6)]

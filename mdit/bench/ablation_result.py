@@ -18,15 +18,13 @@ from mdit.checkpoint.snapshot import load_snapshot
 from mdit.checkpoint.training_state import step_in
 from mdit.config import Section, TrainConfig, UserError, load_config, parse_recipe, parse_section, portable
 from mdit.costs.flops import run_flops, total_flops
-from mdit.data.shards import open_dataset, read_samples
 from mdit.documents import differences, read_json
 from mdit.eval.evaluate import evaluate
 from mdit.eval.frechet import FRECHET
 from mdit.eval.samples import grid, sampling_model, sampling_options, save_png
-from mdit.eval.validation import validation_loss
+from mdit.eval.validation import losses_on_set
 from mdit.files import remove_directory, write_json
 from mdit.parallel.settings import count_parameters
-from mdit.train.evaluator import BATCH_SIZE, MAX_VALIDATION_SAMPLES
 from mdit.train.meter import training_seconds
 from mdit.train.run_directory import CONFIG, METRICS, SNAPSHOTS
 
@@ -174,19 +172,7 @@ def validation_losses(
     found = []
     for path in snapshots:
         snapshot = load_snapshot(path)
-        dataset = open_dataset(snapshot.config.data.validation)
-        indices = range(min(dataset.samples, MAX_VALIDATION_SAMPLES))
-        latents_NCHW, captions_NLC, _ = read_samples(dataset, indices)
-        sums = validation_loss(
-            sampling_model(snapshot, "ema", device),
-            latents_NCHW.to(device),
-            captions_NLC.to(device),
-            config=snapshot.config,
-            indices=indices,
-            batch_size=BATCH_SIZE,
-            measured_as=base,
-        )
-        losses = (sums / len(indices)).tolist()
+        losses = losses_on_set(sampling_model(snapshot, "ema", device), snapshot.config, device, base)
         if not all(map(math.isfinite, losses)):
             raise UserError(f"{path}: the validation losses are {losses}")
         found.append((snapshot.step, tuple(losses)))

@@ -92,6 +92,18 @@ def draw_curves(curves: Mapping[str, Sequence[Sequence[float]]], baseline: str, 
     _save(figure, path, title, [])
 
 
+def draw_loss_over_length(points: Sequence[tuple[float, float]], others: Mapping[str, float], path: Path) -> None:
+    """Losses over lengths of averages, (length, loss) each; dotted lines are the losses of `others`, by name. Raises
+    UserError where matplotlib is not installed."""
+    figure, (axes,) = _figure(1, 0.6 * PANEL)
+    axes.plot(*zip(*points), color=BLUE, marker="o", markersize=4)
+    for (name, loss), colour in zip(others.items(), (ORANGE, GREEN)):
+        axes.axhline(loss, color=colour, linestyle=":", label=name)
+    axes.set(xlabel="length of the average (sigma_rel)", ylabel="validation loss", xscale="log")
+    axes.legend(fontsize=8, frameon=False)
+    _save(figure, path, "Validation loss over the length of the weights' average", [])
+
+
 def require_matplotlib() -> None:
     """Raise UserError where matplotlib is not installed, before the work whose pictures it draws."""
     _figure(0, 1.0)

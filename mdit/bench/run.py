@@ -126,7 +126,7 @@ class BenchmarkRun(AbstractContextManager):
             self.engine = TimedEngine(self.model, config, execution, plan)
             self.engine.timer = self.timer
             stack.callback(release, self.engine)
-            self.ema = EMA(config.ema, self.engine.master_weights)
+            self.ema = EMA(config.ema, self.engine.master_weights, config.averages)
             self.built_bytes = held_bytes(world.device) - before
             if data == MADE_UP:
                 self.batches = synthetic_batches(config, plan)

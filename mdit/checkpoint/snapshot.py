@@ -47,8 +47,9 @@ class Snapshot:
     checksums: dict[str, Any]
 
     def weights_file(self, kind: WeightKind = "ema") -> Path:
-        """ "ema" means "raw" when the recipe has no EMA."""
-        return self.path / ("ema.safetensors" if kind == "ema" and self.config.ema else "raw.safetensors")
+        """ "ema" means "raw" when there is no average."""
+        averaged = kind == "ema" and (self.config.ema or "ema.safetensors" in self.checksums)
+        return self.path / ("ema.safetensors" if averaged else "raw.safetensors")
 
     def weights(self, kind: WeightKind = "ema") -> dict[str, Tensor]:
         """State dict on the CPU, checked against the recipe's model.
@@ -110,12 +111,16 @@ def seal_snapshot(path: str | Path) -> Snapshot:
 
 
 def load_model(
-    snapshot: Snapshot, kind: WeightKind = "ema", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    snapshot: Snapshot,
+    kind: WeightKind = "ema",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: dict[str, Tensor] | None = None,
 ) -> MicroDiT:
-    """The snapshot's network in eval mode and without gradients."""
+    """The snapshot's network, or with other `weights` in place of its own, in eval mode and without gradients."""
     with torch.device("meta"):  # nothing is drawn: every weight comes from the file
         model = MicroDiT(snapshot.config.model)
-    model.load_state_dict(snapshot.weights(kind), strict=True, assign=True)
+    model.load_state_dict(snapshot.weights(kind) if weights is None else weights, strict=True, assign=True)
     return model.to(device, dtype).eval().requires_grad_(False)
 
 

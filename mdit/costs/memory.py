@@ -49,7 +49,7 @@ def memory_moments(config: TrainConfig, layout: Layout) -> dict[str, tuple[int, 
     numbers, part = weights.on_a_rank(layout)
     always, turning, flying = gathered_numbers(config, layout)
     held = part if layout.stage == 3 else numbers  # of the weights, at least
-    optimizer = (MASTER_BYTES + ADAM_BYTES + (EMA_BYTES if config.ema else 0)) * part
+    optimizer = (MASTER_BYTES + ADAM_BYTES + EMA_BYTES * config.num_averages) * part
     optimizer = 0 if layout.offload else optimizer - SECOND_MOMENT_BYTES * weights.muon_on_a_rank(layout)
     muon = orthogonalisation_buffers(config, layout)
     through = max(weights.tensors) if layout.offload else 0
@@ -86,7 +86,7 @@ def host_bytes(config: TrainConfig, layout: Layout) -> int:
     if not layout.offload:
         return 0
     weights = count_weights(config)
-    each = MASTER_BYTES + ADAM_BYTES + GRADIENT_BYTES + (EMA_BYTES if config.ema else 0) + ITEMSIZE
+    each = MASTER_BYTES + ADAM_BYTES + GRADIENT_BYTES + EMA_BYTES * config.num_averages + ITEMSIZE
     return each * weights.on_a_rank(layout)[1] + ITEMSIZE * max(weights.tensors)
 
 

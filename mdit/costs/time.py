@@ -109,7 +109,7 @@ def orthogonalisation_seconds(config: TrainConfig, layout: Layout, machine: Mach
 
 
 def ema_traffic(config: TrainConfig) -> int:
-    return EMA_TRAFFIC if config.ema else 0
+    return EMA_TRAFFIC * config.num_averages
 
 
 @cache

@@ -33,13 +33,16 @@ def sampling_options(config: TrainConfig, guidance: float | None, num_steps: int
     return {"guidance": report.guidance, "num_steps": report.sampler_steps}
 
 
-def sampling_model(snapshot: Snapshot, kind: WeightKind, device: torch.device) -> MicroDiT:
-    """A snapshot's network, fused, in the number format and with the kernels that "auto" takes for training here."""
+def sampling_model(
+    snapshot: Snapshot, kind: WeightKind, device: torch.device, weights: dict[str, Tensor] | None = None
+) -> MicroDiT:
+    """A snapshot's network, or with other `weights` in place of its own, fused, in the number format and with the
+    kernels that "auto" takes for training here."""
     work_on(device)
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     in_triton, reason = choose_kernels("auto", device, dtype, snapshot.config.model.head_dim, "a snapshot's model")
     logger.info(f"{dtype}; kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
-    return fuse(load_model(snapshot, kind, device, dtype))
+    return fuse(load_model(snapshot, kind, device, dtype, weights))
 
 
 @torch.no_grad()

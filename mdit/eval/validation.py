@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from mdit.config import NoiseConfig, TrainConfig
+from mdit.data.shards import open_dataset, read_samples
 from mdit.diffusion.edm import StepNoise, edm_loss, generator_for
 from mdit.diffusion.targets import edm_weight, loss_weight, sigma_quantile
 from mdit.kernels import expert_choice
 from mdit.models.moe import ExpertChoiceMoE
 
 NUM_SIGMAS = 5
+BATCH_SIZE = 64
+MAX_SAMPLES = 1024  # of a set
 
 
 def validation_sigmas(noise: NoiseConfig) -> list[float]:
@@ -56,6 +59,18 @@ def validation_loss(
             noise = _noise(measure.seed, indices[rows], s, sigma, latents)
             sums[s] += edm_loss(net, latents, captions, noise, target).double() * (len(latents) * weights[s])
     return sums
+
+
+def losses_on_set(
+    net: Callable, config: TrainConfig, device: torch.device, measured_as: TrainConfig | None = None
+) -> list[float]:
+    """The validation loss at each noise level over the first samples of the recipe's validation set, in one process."""
+    dataset = open_dataset(config.data.validation)
+    indices = range(min(dataset.samples, MAX_SAMPLES))
+    latents_NCHW, captions_NLC, _ = read_samples(dataset, indices)
+    options = {"config": config, "indices": indices, "batch_size": BATCH_SIZE, "measured_as": measured_as}
+    sums = validation_loss(net, latents_NCHW.to(device), captions_NLC.to(device), **options)
+    return (sums / len(indices)).tolist()
 
 
 def _noise(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Tensor) -> StepNoise:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mdit.checkpoint.averages import AVERAGES, save_averages
 from mdit.checkpoint.fragments import Partitions
 from mdit.checkpoint.snapshot import save_snapshot
 from mdit.checkpoint.training_state import Checkpoint, load_into, require_whole, save_training_state, step_name
@@ -73,6 +74,11 @@ class Checkpointer:
         self._checked_state(step)
         self.directory.attempt("snapshot", step, partial(self._write_snapshot, step))
 
+    def save_averages(self, step: int) -> None:
+        """Store the averages from which one of any length is made after training."""
+        self.meter.pause()
+        self.directory.attempt("averages", step, partial(self._write_averages, step))
+
     def _state(self) -> tuple[dict[str, Partitions], dict[str, float]]:
         """Tensors, views of the parts' own, and numbers."""
         state: dict[str, Any] = {}
@@ -102,6 +108,12 @@ class Checkpointer:
             latest=snapshots / "latest",
         )
         on_rank_zero(self.run.world, write)
+
+    def _write_averages(self, step: int) -> None:
+        config, path = self.run.config.averages, self.directory.path / AVERAGES / step_name(step)
+        assert config is not None, "called by a recipe that has them"
+        averages = [self._whole_weights(average) for average in self.ema.of_lengths]
+        on_rank_zero(self.run.world, partial(save_averages, path, config.lengths, averages))
 
     def _whole_weights(self, partitions: list[Tensor] | None) -> dict[str, Tensor]:
         """Float32 weights and buffers in host memory, on rank 0; nothing elsewhere. A collective."""

@@ -13,7 +13,7 @@ from mdit.data.shards import open_dataset, read_samples
 from mdit.dist import gather
 from mdit.encoders import build_image_encoder, build_text_encoder
 from mdit.eval.samples import grid, sample_latents, save_png, to_images
-from mdit.eval.validation import ExpertCoverage, validation_loss
+from mdit.eval.validation import BATCH_SIZE, MAX_SAMPLES, ExpertCoverage, validation_loss
 from mdit.files import optional
 from mdit.models import MicroDiT
 from mdit.parallel.fuse import fuse
@@ -21,9 +21,6 @@ from mdit.train.ema import EMA
 from mdit.train.engine import Engine
 from mdit.train.meter import Meter
 from mdit.train.run import Run
-
-BATCH_SIZE = 64
-MAX_VALIDATION_SAMPLES = 1024
 
 
 class Evaluator:
@@ -41,7 +38,7 @@ class Evaluator:
     def validate(self, step: int) -> None:
         """Fixed-sigma loss and expert coverage over the first samples of the validation set. A collective."""
         self.meter.pause()
-        count = min(self.dataset.samples, MAX_VALIDATION_SAMPLES)
+        count = min(self.dataset.samples, MAX_SAMPLES)
         mine = list(range(self.world.rank, count, self.world.size))
         latents, captions, _ = read_samples(self.dataset, mine)
         model = self._copy()

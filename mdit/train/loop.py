@@ -35,7 +35,7 @@ def train(run: Run, directory: RunDirectory) -> int:
     model = first_weights(run, directory.checkpoint)
     parallelize(model, run.execution.settings, plan)
     engine = Engine(model, config, run.execution, plan)
-    ema = EMA(config.ema, engine.master_weights)
+    ema = EMA(config.ema, engine.master_weights, config.averages)
     meter = Meter(config, run.run_dir, world)  # loss, images/s, memory
     skipped = SkippedSteps(config.training.max_skipped_in_a_row, run.run_dir, world)  # losses that are not finite
     checkpointer = Checkpointer(run, directory, engine=engine, ema=ema, meter=meter, skipped=skipped)
@@ -56,6 +56,8 @@ def train(run: Run, directory: RunDirectory) -> int:
                 evaluator.sample(step)
             if due(report.snapshot_every, step, start) or done:
                 checkpointer.save_snapshot(step)
+            if config.averages is not None and due(config.averages.every, step, start, done):
+                checkpointer.save_averages(step)
             if due(report.checkpoint_every, step, start, done or stopping):
                 checkpointer.save(step)
             if done or stopping:

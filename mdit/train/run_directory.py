@@ -4,7 +4,7 @@ runs/NAME/config.json     the recipe (itself a valid --recipe), data and first w
           starts.jsonl    a line for each start: time, host, processes, step, versions, JSON
           run.lock        while a run is in it (mdit.train.lock)
           STOP            somebody's wish that it should stop
-          metrics.jsonl  tensorboard/  samples/  snapshots/  checkpoints/
+          metrics.jsonl  tensorboard/  samples/  snapshots/  checkpoints/  averages/
           before_1/       what was there before --restart
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from mdit.checkpoint.averages import AVERAGES
 from mdit.checkpoint.snapshot import load_snapshot
 from mdit.checkpoint.training_state import (
     Checkpoint,
@@ -47,7 +48,7 @@ from mdit.train.optim import learning_rate
 CONFIG, STARTS, METRICS, LOCK, STOP = "config.json", "starts.jsonl", "metrics.jsonl", "run.lock", "STOP"
 FILES = (CONFIG, STARTS, METRICS, LOCK, STOP)
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
-FOLDERS = (CHECKPOINTS, SNAPSHOTS, "samples", "tensorboard")
+FOLDERS = (CHECKPOINTS, SNAPSHOTS, AVERAGES, "samples", "tensorboard")
 # What may change between two starts of one run: how often it reports, how long it goes on, what steps its weights.
 CHANGEABLE = ("report.", "training.num_steps", "training.max_skipped_in_a_row", "optim.implementation")
 TRIAL = "preflight"
@@ -118,7 +119,7 @@ class RunDirectory:
         if self.restart:
             move_aside(self.path)
         clean_leftovers(self.path, lambda name: name.startswith((*FILES, TRIAL)))
-        for directory in (self.path / CHECKPOINTS, self.path / SNAPSHOTS):
+        for directory in (self.path / name for name in (CHECKPOINTS, SNAPSHOTS, AVERAGES)):
             clean_leftovers(directory, lambda name: step_in(name) is not None or name == "latest")
         return self.lock.token
 
@@ -277,27 +278,31 @@ def tell_moved_schedule(found: Checkpoint, config: TrainConfig) -> None:
 
 
 def check_space(path: Path, config: TrainConfig) -> None:
-    """Raise UserError where two checkpoints and a snapshot will not fit. What is there already has its space."""
+    """Raise UserError where two checkpoints, a snapshot and all averages will not fit. What is there already has its
+    space."""
     with torch.device("meta"):
         named = {name: p.shape for name, p in MicroDiT(config.model).named_parameters()}
     parameters = sum(shape.numel() for shape in named.values())
     of_muon = sum(shape.numel() for name, shape in named.items() if config.optim.muon and takes_muon(name, shape))
-    averages = 1 if config.ema else 0
     missing = max(1, 2 - len(complete_checkpoints(path / CHECKPOINTS)))
     trained = parameters + sum(projection_sizes(config.model.dim, config.align))
-    state = (3 + averages) * trained - of_muon  # which have no second moment
-    needs = {CHECKPOINTS: missing * 4 * state, SNAPSHOTS: (1 + averages) * 4 * parameters}
+    state = (3 + config.num_averages) * trained - of_muon  # which have no second moment
+    needs = {CHECKPOINTS: missing * 4 * state, SNAPSHOTS: (1 + bool(config.ema)) * 4 * parameters}
+    if config.averages is not None:
+        missing = -(-config.training.num_steps // config.averages.every) - len(complete_checkpoints(path / AVERAGES))
+        needs[AVERAGES] = max(0, missing) * len(config.averages.lengths) * 4 * parameters
     volumes: dict[int, tuple[Path, int]] = {}  # a folder may be a link to another volume
     for name, size in needs.items():
         place = path / name if (path / name).exists() else path
         device = place.stat().st_dev
         volumes[device] = place, volumes.get(device, (place, 0))[1] + size
+    kept = ["two checkpoints", "a snapshot"] + ["averages"] * bool(config.averages)
     for place, size in volumes.values():
         with suppress(OSError):  # some file systems do not tell, or say that they have no size
             usage = shutil.disk_usage(place)
             if usage.total and usage.free < size:
                 raise UserError(
-                    f"{place}: {usage.free / 2**30:.3g} GiB are free, but two checkpoints and a snapshot need "
+                    f"{place}: {usage.free / 2**30:.3g} GiB are free, but {' and '.join(kept)} need "
                     f"{size / 2**30:.3g} GiB more"
                 )
 

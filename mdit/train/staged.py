@@ -91,7 +91,7 @@ def train_stages(staged: StagedRun, runs: Sequence[Run], only: RecipeStage | Non
 
 
 def forecast(run: Run, price: float) -> str:
-    """What a run will take: images, FLOPs and, on a GPU with a data sheet, hours and dollars (predicted)."""
+    """The line of what a run will take: images, FLOPs and, on a GPU with a data sheet, predicted hours and dollars."""
     from mdit.costs.flops import run_flops  # planners, which training does not need
 
     told = f"{images(run.config) / 1e6:,.3g} M images, {run_flops(run.config) / 1e15:,.3g} PFLOP"
@@ -113,7 +113,7 @@ def forecast(run: Run, price: float) -> str:
 
 
 def outcome(run: Run, price: float) -> str:
-    """What a finished run took, by its metrics.jsonl: the steps alone, without evaluations and saving."""
+    """The line of what a finished run took, by its metrics.jsonl: the steps alone, without evaluations and saving."""
     seconds = training_seconds(run.run_dir / METRICS, run.config.training.num_steps)
     rate = images(run.config) / seconds if seconds else 0.0
     return f"took {time_and_price(run.world, seconds, price)}; {rate:,.0f} images/s"

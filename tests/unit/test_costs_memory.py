@@ -180,7 +180,10 @@ def layout_for(ep, tp, stage, how) -> Layout:
 
 def config_for(layout, how):
     optim = {"name": "muon", "muon": {"lr": 0.02, "weight_decay": 0.1}} if how == "muon" else {}
-    return tiny_config(model=SHAPE, training={"global_batch_size": 16 * layout.data_size}, optim=optim)
+    averages = {"every": 1} if how == "muon" else None
+    return tiny_config(
+        model=SHAPE, training={"global_batch_size": 16 * layout.data_size}, optim=optim, averages=averages
+    )
 
 
 def measure_all(world, ep, tp) -> list[dict]:
@@ -208,7 +211,7 @@ def measure(plan, layout, how) -> dict:
         parallelize(model, RunSettings(), plan)
         engine = Engine(model, config, execution, plan)
         del model
-        ema = EMA(config.ema, engine.master_weights)
+        ema = EMA(config.ema, engine.master_weights, config.averages)
         for step in (1, 2):
             watch.peak = watch.sent = 0
             engine.backward(one_pass(config, engine))
@@ -252,7 +255,7 @@ def test_memory_on_a_gpu():
     try:
         before = torch.cuda.memory_allocated()
         engine = Engine(model_of(config), config, execution, ParallelPlan(world))
-        ema = EMA(config.ema, engine.master_weights)
+        ema = EMA(config.ema, engine.master_weights, config.averages)
         with dispatch.using():
             for step in (1, 2):
                 torch.cuda.reset_peak_memory_stats()
