@@ -2,10 +2,18 @@
 
     python launchers/sample.py --snapshot runs/quickstart/snapshots/latest --out grid.png \\
         --prompt "a red apple on a blue background" --prompt "a green apple on a pink background"
+    python launchers/sample.py --snapshot runs/quickstart/snapshots/latest --out pictures --prompts_file prompts.txt
+
+--out NAME.png is one grid of all; any other name is a directory with a file for each prompt, 00000.png and so on. The
+same command again draws what the directory lacks. Files carry prompt, seed, settings and the weights' checksum.
 """
 
 import argparse
+import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mdit import cli
 from mdit.config import UserError
@@ -16,34 +24,65 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--snapshot", type=Path, required=True, help="a run's snapshots/latest, or one step of it")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts_file", type=Path, help="one prompt a line, UTF-8")
-    parser.add_argument("--out", type=Path, required=True, help="the .png to write")
+    parser.add_argument("--out", type=Path, required=True, help="the .png, or the directory, to write")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
     parser.add_argument("--num_steps", type=int, help="steps of the Heun sampler; default: the recipe's")
     parser.add_argument("--seed", type=cli.whole(0), default=0)
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--batch_size", type=cli.whole(1, 10_000), default=16, help="pictures at a time; default: 16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; pays from some hundred pictures on")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     prompts = read_prompts(args.prompt, args.prompts_file)
-    if args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out}: must be the name of a .png file")
+    if args.out.suffix and args.out.suffix.lower() != ".png" and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: must be the name of a .png file or of a directory")
+    from tqdm import tqdm
+
     from mdit.checkpoint.snapshot import load_snapshot
-    from mdit.eval.samples import generate, grid, save_png
+    from mdit.eval.samples import Painter, grid, save_png
     from mdit.files import try_to_write
 
-    try_to_write(args.out)
-    pictures = generate(
-        load_snapshot(args.snapshot),
-        prompts,
-        guidance=args.guidance,
-        steps=args.num_steps,
-        seed=args.seed,
-        weights=args.weights,
-    )
-    save_png(grid(pictures, prompts), args.out)
-    print(args.out)
+    settings = {"guidance": args.guidance, "steps": args.num_steps, "seed": args.seed}
+    snapshot, in_a_grid = load_snapshot(args.snapshot), args.out.suffix.lower() == ".png"
+    if in_a_grid:
+        try_to_write(args.out)
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+    painter = Painter(snapshot, args.weights, compiled=args.compile)
+    abouts = [painter.about(prompt, number=number, **settings) for number, prompt in enumerate(prompts)]
+    due = list(range(len(prompts))) if in_a_grid else [*missing(args.out, abouts)]
+    began = time.perf_counter()
+    drawn = painter.draw([prompts[n] for n in due], numbers=due, batch_size=args.batch_size, **settings)
+    drawn = tqdm(drawn, total=len(due), unit="picture", dynamic_ncols=True, disable=None)  # off if no tty
+    if in_a_grid:
+        about = abouts[0] if len(abouts) == 1 else abouts[0] | {"prompt": json.dumps(prompts, ensure_ascii=False)}
+        save_png(grid(list(drawn), prompts), args.out, about)
+    else:
+        for number, picture in zip(due, drawn, strict=True):
+            save_png(picture, place(args.out, number), abouts[number])
+    seconds, there = time.perf_counter() - began, len(prompts) - len(due)
+    kept = f", {there} were there" if there else ""
+    print(f"{len(due)} pictures, {len(due) / seconds:.3g} a second{kept}", args.out, sep="\n")
+
+
+def place(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.png"
+
+
+def missing(folder: Path, abouts: list[dict[str, Any]]) -> Iterator[int]:
+    """Numbers of the pictures that a directory lacks. Raises UserError for one that is of something else."""
+    from mdit.eval.samples import read_about
+
+    for number, about in enumerate(abouts):
+        path = place(folder, number)
+        if not path.exists():
+            yield number
+        elif (found := read_about(path)) != about:
+            key = next(key for key in about if found.get(key) != about[key])
+            raise UserError(f"{path}: its {key} is {found.get(key)}, now it is {about[key]}; choose another --out")
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:

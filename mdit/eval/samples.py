@@ -1,11 +1,13 @@
 """Pictures from a network: latents by the Heun sampler, decoded, in a grid with their captions."""
 
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mdit.checkpoint.snapshot import Snapshot, WeightKind, load_model
@@ -22,6 +24,7 @@ from mdit.parallel.fuse import fuse
 
 MIN_CELL = 96  # pixels: smaller pictures are enlarged so that captions fit and eyes can judge
 ANY_SIZE = 512  # of a picture, in pixels
+BATCH_SIZE = 16  # pictures drawn at a time
 FONT_SIZE, MAX_LINES, MARGIN = 11, 5, 6
 
 
@@ -80,24 +83,90 @@ def to_images(image_encoder, latents_NCHW: Tensor) -> Tensor:
 
 def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, seed: int, options: dict) -> Tensor:
     """(N, H, W, 3) uint8 pictures of a snapshot's model on the CPU; `options` are those of sampling_options."""
+    rows = range(len(captions_NLC))
+    return torch.cat([*_drawn(snapshot, model, captions_NLC, seed, rows, BATCH_SIZE, options)])
+
+
+def _drawn(
+    snapshot: Snapshot,
+    model: MicroDiT,
+    captions_NLC: Tensor,
+    seed: int,
+    numbers: Sequence[int],
+    batch_size: int,
+    options: dict,
+) -> Iterator[Tensor]:
+    """Pictures batch by batch, as `draw_pictures` has them; the i-th starts from the noise of (seed, numbers[i])."""
     device, sizes = next(model.parameters()).device, snapshot.config.model
     image_encoder = build_image_encoder(snapshot.encoders["image"], device)
     file = snapshot.path / "encoders.json"
     channels = image_encoder.latent_shape(ANY_SIZE)[0]
     require_shape(file, "an image encoder of latents", (channels,), (sizes.latent_channels,))
     require_shape(file, "a text encoder of captions", captions_NLC.shape[1:], sizes.caption_shape)
-    latents_NCHW = sample_latents(
-        model,
-        captions_NLC.to(device),
-        config=snapshot.config,
-        seed=seed,
-        indices=range(len(captions_NLC)),
-        batch_size=16,
-        **options,
-    )
-    if not latents_NCHW.isfinite().all():
-        raise UserError(f"{snapshot.path}: draws NaN or infinities with {options}")
-    return to_images(image_encoder, latents_NCHW)
+    for start in range(0, len(numbers), batch_size):
+        rows = slice(start, start + batch_size)
+        latents_NCHW = sample_latents(
+            model,
+            captions_NLC[rows].to(device),
+            config=snapshot.config,
+            seed=seed,
+            indices=numbers[rows],
+            batch_size=batch_size,
+            **options,
+        )
+        if not latents_NCHW.isfinite().all():
+            raise UserError(f"{snapshot.path}: draws NaN or infinities with {options}")
+        yield to_images(image_encoder, latents_NCHW)
+
+
+class Painter:
+    """A snapshot's model and text tower on a device, for as many pictures as are wanted. `compiled`: by torch.compile,
+    which takes a minute and pays where there are many."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        weights: WeightKind = "ema",
+        device: torch.device | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.snapshot, self.weights = snapshot, weights
+        self.device = device or world_from_env().device
+        self.text_encoder = build_text_encoder(snapshot.encoders["text"], self.device)
+        self.model = sampling_model(snapshot, weights, self.device)
+        if compiled:
+            self.model.compile()
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        guidance: float | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Iterator[Image.Image]:
+        """One RGB picture for each prompt, as soon as its batch is drawn. Raises UserError.
+
+        Picture i depends on its prompt, `seed` and i alone, or numbers[i] in its place. `guidance` (1 is none) and
+        `steps` of the Heun sampler are the recipe's by default.
+        """
+        options = sampling_options(self.snapshot.config, guidance, steps)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        captions_NLC = self.text_encoder.encode(prompts)
+        for batch in _drawn(self.snapshot, self.model, captions_NLC, seed, numbers, batch_size, options):
+            yield from (Image.fromarray(image.numpy()) for image in batch)
+
+    def about(
+        self, prompt: str, *, guidance: float | None, steps: int | None, seed: int, number: int
+    ) -> dict[str, str]:
+        """What a picture was made of, for `save_png`."""
+        options = sampling_options(self.snapshot.config, guidance, steps)
+        weights = self.snapshot.weights_file(self.weights).name
+        told = {"seed": seed, "number": number, **options, "weights": weights, "step": self.snapshot.step}
+        told |= {"xxh3": self.snapshot.checksums[weights]["xxh3"], "recipe": self.snapshot.config.name}
+        return {"prompt": prompt, "mdit": json.dumps(told)}
 
 
 def generate(
@@ -109,16 +178,12 @@ def generate(
     seed: int = 0,
     weights: WeightKind = "ema",
 ) -> list[Image.Image]:
-    """One RGB picture for each prompt, drawn by the model of a snapshot in `steps` steps of the Heun sampler.
+    """One RGB picture for each prompt, drawn by the model of a snapshot: all of what `Painter.draw` draws.
 
-    Picture i depends on its prompt, `seed` and i alone. `guidance` (1 is none) and `steps` are the recipe's by default.
     On this process's GPU where there is one. Raises UserError.
     """
-    prompts, device = [prompts] if isinstance(prompts, str) else list(prompts), world_from_env().device
-    options = sampling_options(snapshot.config, guidance, steps)
-    captions_NLC = build_text_encoder(snapshot.encoders["text"], device).encode(prompts)
-    model = sampling_model(snapshot, weights, device)
-    return [Image.fromarray(image.numpy()) for image in draw_pictures(snapshot, model, captions_NLC, seed, options)]
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return [*Painter(snapshot, weights).draw(prompts, guidance=guidance, steps=steps, seed=seed)]
 
 
 def require_shape(source: Path, what: str, found: Sequence[int], wanted: tuple[int, ...]) -> None:
@@ -153,10 +218,20 @@ def grid(pictures: Iterable[Image.Image | Tensor], captions: Sequence[str], colu
     return sheet
 
 
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Write all of it or nothing, in place of what was there."""
+def save_png(picture: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write all of it or nothing, in place of what was there. `about`: texts that the file carries, as UTF-8."""
+    info = PngInfo()
+    for key, text in (about or {}).items():
+        info.add_itxt(key, text)
     with replacing(path) as partial:
-        picture.save(partial, format="PNG")
+        picture.save(partial, format="PNG", pnginfo=info)
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """The texts that a PNG file carries. Raises OSError where it is no picture."""
+    with Image.open(path) as picture:
+        picture.load()
+        return {key: str(text) for key, text in getattr(picture, "text", {}).items()}
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
