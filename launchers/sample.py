@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         for number, picture in zip(due, drawn, strict=True):
             save_png(picture, place(args.out, number), abouts[number])
     seconds, there = time.perf_counter() - began, len(prompts) - len(due)
-    kept = f", {there} were there" if there else ""
+    kept = f", {there} there already" if there else ""
     print(f"{len(due)} pictures, {len(due) / seconds:.3g} a second{kept}", args.out, sep="\n")
 
 

@@ -92,6 +92,15 @@ def test_sample_and_evaluate(trained):
     pictures = [Image.open(folder / f"picture_{i}.png") for i in range(2)]
     with Image.open(folder / "grid.png") as drawn:
         assert drawn.tobytes() == grid(pictures, prompts).tobytes(), "the same from Python"
+        assert json.loads(drawn.text["prompt"]) == prompts
+    command = ["launchers/sample.py", "--snapshot", snapshot, *asked, "--out", "pictures", *options]
+    assert "2 pictures" in run_script(*command, cwd=folder)
+    (folder / "pictures" / "00000.png").unlink()
+    assert "1 pictures" in (told := run_script(*command, cwd=folder)) and "1 there already" in told
+    for number, picture in enumerate(pictures):
+        drawn = Image.open(folder / "pictures" / f"{number:05d}.png")
+        assert drawn.tobytes() == picture.tobytes() and drawn.text["prompt"] == prompts[number]
+    assert json.loads(drawn.text["mdit"])["seed"] == 0
     options = ["--out", "evaluation", "--num_pictures", "4", "--num_steps", "2"]
     output = run_script("launchers/evaluate.py", "--snapshot", snapshot, *options, cwd=folder)
     assert "grid.png" in output and "background" in output
