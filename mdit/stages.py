@@ -1,7 +1,8 @@
 """Recipes that follow one another, as a TOML file says: each stage goes on from the weights of the one before.
 
     name = "micro_budget_plus"
-    stages = ["res_256_pretrain.toml", "res_256_finetune.toml"]     from this file's folder
+    stages = ["res_256_pretrain.toml", "res_256_finetune.toml"]     from this file's folder; or with names of their own,
+                                                                    { name = "finetune", recipe = "pretrain.toml" }
 
     [base]                                  what all stages have otherwise than their recipes
     optim.name = "muon"
@@ -39,11 +40,19 @@ from mdit.sections import Location
 MICRO_BUDGET = CONFIGS / "micro_budget.toml"  # the paper's
 
 
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of a folder, too
+
+
+class NamedStage(Section):
+    name: Name
+    recipe: Location
+
+
 class StagesFile(Section):
     """The file as it is written."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
-    stages: Annotated[tuple[Location, ...], Field(min_length=1)]
+    name: Name
+    stages: Annotated[tuple[Location | NamedStage, ...], Field(min_length=1)]
     base: dict[str, Any] = {}
     changes: dict[str, dict[str, Any]] = {}
 
@@ -57,14 +66,11 @@ class RecipeStage:
     """A recipe file and what the run is to have otherwise, as --set takes it; `config` is what they make. `moments`:
     the optimizer's go on from the stage before."""
 
+    name: str
     recipe: Path
     overrides: tuple[str, ...]
     config: TrainConfig
     moments: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.recipe.stem
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,10 @@ class StagedRecipe:
 def load_stages(path: Path) -> StagedRecipe:
     """Raises UserError, naming the file and the stage, for what cannot be run."""
     file = parse_section(StagesFile, read_toml(path, "the stages"), path)
-    recipes = {Path(recipe).stem: path.parent / recipe for recipe in file.stages}
-    if len(recipes) < len(file.stages):
-        raise UserError(f"{path}: stages has two recipes of one name: {', '.join(file.stages)}")
+    named = [NamedStage(name=Path(each).stem, recipe=each) if isinstance(each, str) else each for each in file.stages]
+    recipes = {stage.name: path.parent / stage.recipe for stage in named}
+    if len(recipes) < len(named):
+        raise UserError(f"{path}: stages has two of one name: {', '.join(stage.name for stage in named)}")
     for name in file.changes:
         if name not in recipes:
             raise UserError(f"{path}: changes.{name} is of no stage{near_key(name, recipes)}: {', '.join(recipes)}")
@@ -110,6 +117,6 @@ def _stage(file: StagesFile, name: str, recipe: Path, path: Path) -> RecipeStage
     tables = flattened(of_all, raw, base.replace), flattened(of_this, raw, own.replace)
     sets = overrides(one_after_the_other(*tables))
     try:
-        return RecipeStage(recipe, sets, parse_recipe(raw, recipe, sets), own.moments)
+        return RecipeStage(name, recipe, sets, parse_recipe(raw, recipe, sets), own.moments)
     except UserError as error:
         raise UserError(f"{path}: stage {name}: {error}") from None

@@ -130,7 +130,8 @@ class Painter:
         device: torch.device | None = None,
         compiled: bool = False,
     ) -> None:
-        self.snapshot, self.weights = snapshot, weights
+        self.snapshot = snapshot
+        self.weights: WeightKind = weights
         self.device = device or world_from_env().device
         self.text_encoder = build_text_encoder(snapshot.encoders["text"], self.device)
         self.model = sampling_model(snapshot, weights, self.device)

@@ -7,7 +7,7 @@ import pytest
 from mdit.config import CONFIGS, UserError, load_config
 from mdit.stages import MICRO_BUDGET, load_stages
 
-FILES = sorted(CONFIGS.glob("micro_budget*.toml"))
+FILES = sorted(path for path in CONFIGS.glob("*.toml") if "\nstages = " in path.read_text())
 
 
 def written(folder: Path, text: str) -> Path:
@@ -30,7 +30,7 @@ def test_the_papers_stages_are_its_recipes():
 def test_a_file_loads_under_its_name_and_opens_with_source_and_command(path):
     assert load_stages(path).name == path.stem
     opening = path.read_text().split("\n\n")[0]
-    assert "Source:" in opening and f"--stages configs/{path.name}" in opening
+    assert "Source:" in opening and f" configs/{path.name}" in opening
 
 
 def test_a_stage_has_its_own_changes_after_those_of_all(tmp_path):
@@ -54,17 +54,38 @@ def test_a_stage_has_its_own_changes_after_those_of_all(tmp_path):
     assert [s.config.optim.lr for s in (first, second)] == [3e-3, 1e-4]
 
 
+def test_one_recipe_may_be_several_stages(tmp_path):
+    text = """
+        name = "two"
+        stages = [{ name = "masked", recipe = "first.toml" }, { name = "whole", recipe = "first.toml" }]
+        [changes.whole]
+        moments = true
+        training.mask_ratio = 0.0
+    """
+    masked, whole = load_stages(written(tmp_path, text)).stages
+    assert (masked.name, whole.name) == ("masked", "whole") and masked.recipe == whole.recipe
+    assert [stage.config.training.mask_ratio for stage in (masked, whole)] == [0.5, 0.0]
+    assert [stage.moments for stage in (masked, whole)] == [False, True]
+
+
+TWO = 'name = "a"\nstages = ["first.toml", "second.toml"]\n'
+MUON = 'optim.name = "muon"\noptim.muon = { lr = 0.1, weight_decay = 0.0 }'
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ('stages = ["first.toml"]', "name"),
         ('name = "a"\nstages = []', "stages"),
         ('name = "a"\nstages = ["none.toml"]', "none.toml: cannot read the recipe"),
-        ('name = "a"\nstages = ["first.toml", "first.toml"]', "two recipes of one name: first.toml, first.toml"),
+        ('name = "a"\nstages = ["first.toml", "first.toml"]', "two of one name: first, first"),
         ('name = "a"\nstages = ["first.toml"]\nchanges.frist.seed = 1', "of no stage (did you mean first?)"),
         ('name = "a"\nstages = ["first.toml"]\nbase.model.dmi = 1', "stage first: "),
         ('name = "a"\nstages = ["first.toml"]\nbase.replace = 1', "base: replace"),
         ('name = "a"\nstage = ["first.toml"]', "did you mean stages?"),
+        ('name = "a"\nstages = ["first.toml"]\nchanges.first.moments = true', "moments is true, but no stage is"),
+        (f"{TWO}[changes.second]\nmodel.dim = 64", "cannot go on from first: model.dim is 128, the new recipe's is 64"),
+        (f"{TWO}[changes.second]\nmoments = true\n{MUON}", "moments is true, but optim.name is 'muon' and was 'adamw'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(tmp_path, text, message):
