@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from mdit.config import load_config
     from mdit.eval.samples import generate
     from mdit.models import MicroDiT
+    from mdit.publish.pipeline import MicroDiTPipeline
 
 __version__ = "0.1.0"
-__all__ = ["MicroDiT", "generate", "load_config", "load_snapshot"]
+__all__ = ["MicroDiT", "MicroDiTPipeline", "generate", "load_config", "load_snapshot"]
 
 _MODULES = {
     "MicroDiT": "mdit.models",
+    "MicroDiTPipeline": "mdit.publish.pipeline",
     "generate": "mdit.eval.samples",
     "load_config": "mdit.config",
     "load_snapshot": "mdit.checkpoint.snapshot",

@@ -107,16 +107,27 @@ def build_image_encoder(
     if name == "pixels":
         return PixelEncoder(asked.get("scale", PIXEL_SCALE), device)
     key = f"image encoder {name!r}"
-    autoencoder = _load_autoencoder(name, key, dtype_of(precision)).eval().requires_grad_(False)
-    scale = asked.get("scale", autoencoder.config.scaling_factor)
-    shift = asked.get("shift", getattr(autoencoder.config, "shift_factor", None) or 0.0)
-    built = AutoencoderEncoder(name, autoencoder, scale, shift, precision)
-    require_weights(key, built, asked)  # read where they were loaded
+    autoencoder = load_autoencoder(name, key, dtype_of(precision)).eval().requires_grad_(False)
+    built = image_encoder_of(autoencoder, asked)  # its weights are read where they were loaded
     autoencoder.to(device)
     return built
 
 
-def _load_autoencoder(name: str, key: str, dtype: torch.dtype):
+def image_encoder_of(autoencoder, description: dict[str, Any]) -> ImageEncoder:
+    """From an AutoencoderKL that is there, None for pixels, and the description of an encoder. Raises UserError where
+    it is another one than the description's."""
+    name = description["id"]
+    if autoencoder is None:
+        return PixelEncoder(description.get("scale", PIXEL_SCALE), "cpu")
+    scale = description.get("scale", autoencoder.config.scaling_factor)
+    shift = description.get("shift", getattr(autoencoder.config, "shift_factor", None) or 0.0)
+    built = AutoencoderEncoder(name, autoencoder, scale, shift, description.get("precision", "float32"))
+    require_weights(f"image encoder {name!r}", built, description)
+    return built
+
+
+def load_autoencoder(name: str, key: str, dtype: torch.dtype):
+    """diffusers' AutoencoderKL from a path or hub id. Raises UserError, beginning with `key`, where there is none."""
     local = local_folder(name, key)
     try:
         from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]: it is what they document

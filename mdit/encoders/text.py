@@ -18,7 +18,7 @@ from torch import Tensor
 from mdit.config import UserError
 from mdit.encoders.loading import described, digest, dtype_of, require_weights
 from mdit.encoders.text_openclip import PREFIX, load_openclip
-from mdit.encoders.text_transformers import load_minilm, load_transformers
+from mdit.encoders.text_transformers import load_minilm, load_transformers, tower_of
 
 FIT_CAPTIONS = 512
 BATCH_SIZE = 64
@@ -128,6 +128,19 @@ def build_text_encoder(
     if tower.most_tokens is not None and tokens > tower.most_tokens:
         raise UserError(f"{key}: takes at most {tower.most_tokens} tokens, not {tokens} (caption_length)")
     built = TextEncoder(name, tower, tokens, precision, standardised=name == "minilm")
+    return _as_described(built, asked, key)
+
+
+def text_encoder_of(model, tokenizer, description: dict[str, Any]) -> TextEncoder:
+    """From a tower of transformers that is there and the description of an encoder. Raises UserError where the tower is
+    another one than the description's."""
+    name, precision = description["id"], description.get("precision", "float32")
+    tower = tower_of(model, tokenizer)
+    built = TextEncoder(name, tower, description["max_tokens"], precision, standardised=name == "minilm")
+    return _as_described(built, description, f"text encoder {name!r}")
+
+
+def _as_described(built: TextEncoder, asked: dict[str, Any], key: str) -> TextEncoder:
     if (channels := asked.get("channels", built.channels)) != built.channels:
         raise UserError(f"{key}: has {built.channels} channels, but the set was made with {channels}")
     require_weights(key, built, asked)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import UserError
+from mdit.documents import read_json
 from mdit.encoders.loading import import_transformers, local_folder, reason, require_complete
 from mdit.provenance import package_folder
 
@@ -32,7 +33,7 @@ MINILM = Family("BertModel", 77, masked=True, padding_counts=False)
 CLIP = Family("CLIPTextModel", 77, masked=False, padding_counts=True)
 T5 = Family("T5EncoderModel", 120, masked=True, padding_counts=True)
 Folders = tuple[Path | str, str, str]  # a local directory or hub id; of the tower and of its tokenizer below it
-FAMILIES = {"clip": CLIP, "clip_text_model": CLIP, "t5": T5}
+FAMILIES = {"bert": MINILM, "clip": CLIP, "clip_text_model": CLIP, "t5": T5}
 
 
 class TransformersTower:
@@ -78,10 +79,19 @@ def load_transformers(name: str, key: str, device: torch.device | str, dtype: to
         except (OSError, ValueError) as error:
             problems.append(reason(error))
             continue
-        if kind not in FAMILIES:
+        if kind not in FAMILIES or FAMILIES[kind] is MINILM:  # whose states need statistics, which a name does not give
             raise UserError(f"{key}: is a {kind} model; {EXPECTED}")
         return _load(folders, FAMILIES[kind], key, device, dtype)
     raise UserError(f"{key}: {EXPECTED}: {problems[0]}")
+
+
+def load_packed(pipeline: Path, key: str, dtype: torch.dtype) -> TransformersTower:
+    """The tower in text_encoder/ of a local pipeline, of any kind. Raises UserError as `load_transformers` does."""
+    place = pipeline / "text_encoder"
+    kind = read_json(place / "config.json").get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"{key}: {place} is a {kind} model; expected one of {', '.join(FAMILIES)}")
+    return _load((pipeline, place.name, "tokenizer"), FAMILIES[kind], key, "cpu", dtype)
 
 
 def _candidates(name: str, key: str) -> list[Folders]:
@@ -108,4 +118,9 @@ def _load(
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{key}: {EXPECTED}: {reason(error)}") from None
     require_complete(key, found)
-    return TransformersTower(model.to(device, dtype).eval().requires_grad_(False), tokenizer, family)
+    return tower_of(model.to(device, dtype).eval().requires_grad_(False), tokenizer)
+
+
+def tower_of(model, tokenizer) -> TransformersTower:
+    """A tower of models that are there. Raises KeyError for one of no known kind."""
+    return TransformersTower(model, tokenizer, FAMILIES[model.config.model_type])

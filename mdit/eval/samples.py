@@ -15,7 +15,7 @@ from mdit.config import ReportConfig, TrainConfig, UserError, parse_section
 from mdit.diffusion.edm import denoiser, generator_for
 from mdit.diffusion.sampler import sample
 from mdit.dist import logger, work_on, world_from_env
-from mdit.encoders import build_image_encoder, build_text_encoder
+from mdit.encoders import ImageEncoder, build_image_encoder, build_text_encoder
 from mdit.eval.lettering import lettering
 from mdit.files import replacing
 from mdit.kernels.selection import choose_kernels
@@ -43,9 +43,15 @@ def sampling_model(
     kernels that "auto" takes for training here."""
     work_on(device)
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    in_triton, reason = choose_kernels("auto", device, dtype, snapshot.config.model.head_dim, "a snapshot's model")
-    logger.info(f"{dtype}; kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
-    return fuse(load_model(snapshot, kind, device, dtype, weights))
+    return fused_for_sampling(load_model(snapshot, kind, device, dtype, weights))
+
+
+def fused_for_sampling(model: MicroDiT) -> MicroDiT:
+    """A plain network in its fused form, with the kernels that "auto" takes for its device and format."""
+    weight = next(model.parameters())
+    in_triton, reason = choose_kernels("auto", weight.device, weight.dtype, model.config.head_dim, "a model to sample")
+    logger.info(f"{weight.dtype}; kernels: {', '.join(sorted(in_triton)) or 'none'} in Triton ({reason})")
+    return fuse(model)
 
 
 @torch.no_grad()
@@ -83,39 +89,47 @@ def to_images(image_encoder, latents_NCHW: Tensor) -> Tensor:
 
 def draw_pictures(snapshot: Snapshot, model: MicroDiT, captions_NLC: Tensor, seed: int, options: dict) -> Tensor:
     """(N, H, W, 3) uint8 pictures of a snapshot's model on the CPU; `options` are those of sampling_options."""
+    device, source = next(model.parameters()).device, snapshot.path / "encoders.json"
+    image_encoder = build_image_encoder(snapshot.encoders["image"], device)
     rows = range(len(captions_NLC))
-    return torch.cat([*_drawn(snapshot, model, captions_NLC, seed, rows, BATCH_SIZE, options)])
+    batches = draw_batches(model, image_encoder, captions_NLC, snapshot.config, seed, rows, source, **options)
+    return torch.cat([*batches])
 
 
-def _drawn(
-    snapshot: Snapshot,
+def draw_batches(
     model: MicroDiT,
+    image_encoder: ImageEncoder,
     captions_NLC: Tensor,
+    config: TrainConfig,
     seed: int,
     numbers: Sequence[int],
-    batch_size: int,
-    options: dict,
+    source: Path,
+    *,
+    guidance: float,
+    num_steps: int,
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[Tensor]:
-    """Pictures batch by batch, as `draw_pictures` has them; the i-th starts from the noise of (seed, numbers[i])."""
-    device, sizes = next(model.parameters()).device, snapshot.config.model
-    image_encoder = build_image_encoder(snapshot.encoders["image"], device)
-    file = snapshot.path / "encoders.json"
+    """Pictures as uint8 (n, H, W, 3) on the CPU, batch by batch; the i-th starts from the noise of (seed, numbers[i]).
+    Raises UserError where the encoders, which `source` describes, do not fit the model, or what it draws is not
+    finite."""
+    device, sizes = next(model.parameters()).device, config.model
     channels = image_encoder.latent_shape(ANY_SIZE)[0]
-    require_shape(file, "an image encoder of latents", (channels,), (sizes.latent_channels,))
-    require_shape(file, "a text encoder of captions", captions_NLC.shape[1:], sizes.caption_shape)
+    require_shape(source, "an image encoder of latents", (channels,), (sizes.latent_channels,))
+    require_shape(source, "a text encoder of captions", captions_NLC.shape[1:], sizes.caption_shape)
+    options = {"guidance": guidance, "num_steps": num_steps}
     for start in range(0, len(numbers), batch_size):
         rows = slice(start, start + batch_size)
         latents_NCHW = sample_latents(
             model,
             captions_NLC[rows].to(device),
-            config=snapshot.config,
+            config=config,
             seed=seed,
             indices=numbers[rows],
             batch_size=batch_size,
             **options,
         )
         if not latents_NCHW.isfinite().all():
-            raise UserError(f"{snapshot.path}: draws NaN or infinities with {options}")
+            raise UserError(f"{source.parent}: draws NaN or infinities with {options}")
         yield to_images(image_encoder, latents_NCHW)
 
 
@@ -134,6 +148,7 @@ class Painter:
         self.weights: WeightKind = weights
         self.device = device or world_from_env().device
         self.text_encoder = build_text_encoder(snapshot.encoders["text"], self.device)
+        self.image_encoder = build_image_encoder(snapshot.encoders["image"], self.device)
         self.model = sampling_model(snapshot, weights, self.device)
         if compiled:
             self.model.compile()
@@ -153,10 +168,11 @@ class Painter:
         Picture i depends on its prompt, `seed` and i alone, or numbers[i] in its place. `guidance` (1 is none) and
         `steps` of the Heun sampler are the recipe's by default.
         """
-        options = sampling_options(self.snapshot.config, guidance, steps)
-        numbers = range(len(prompts)) if numbers is None else numbers
-        captions_NLC = self.text_encoder.encode(prompts)
-        for batch in _drawn(self.snapshot, self.model, captions_NLC, seed, numbers, batch_size, options):
+        config, file = self.snapshot.config, self.snapshot.path / "encoders.json"
+        options = sampling_options(config, guidance, steps) | {"batch_size": batch_size}
+        captions_NLC, numbers = self.text_encoder.encode(prompts), range(len(prompts)) if numbers is None else numbers
+        drawn = draw_batches(self.model, self.image_encoder, captions_NLC, config, seed, numbers, file, **options)
+        for batch in drawn:
             yield from (Image.fromarray(image.numpy()) for image in batch)
 
     def about(

@@ -1,0 +1,1 @@
+"""Trained models in the form in which others use them."""
