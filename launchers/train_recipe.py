@@ -6,6 +6,7 @@ python. The same command again goes on where it stopped; --stage trains one of t
 
 import argparse
 import time
+from pathlib import Path
 
 from mdit import cli
 from mdit.config import CONFIGS, DEFAULT_DS_CONFIG, UserError, near_key
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         names = {stage.name: stage for stage in recipe.stages}
         if args.stage is not None and args.stage not in names:
             raise UserError(f"--stage {args.stage}: {args.plan} has {', '.join(names)}{near_key(args.stage, names)}")
-        root = args.run_dir or cli.Path("runs") / recipe.name
+        root = args.run_dir or Path("runs") / recipe.name
         staged = StagedRun(recipe, args.ds_config, root, world, args.restart)
         return staged, staged.check(), names.get(args.stage)
 
