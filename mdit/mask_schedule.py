@@ -1,10 +1,10 @@
-"""Mask ratio of a recipe: one number, or a schedule of several (docs/training.md)."""
+"""Mask ratio of a recipe: one number, or a schedule (docs/training.md)."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from mdit.sections import MaskRatio, PositiveFloat, Section, Share, tagged
+from mdit.sections import MaskRatio, Section, Share, tagged
 
 MAX_MASK_RATIOS = 16  # of a run: each has graphs (torch.compile) and memory of its own
 
@@ -37,23 +37,6 @@ class LinearMask(Section):
         return tuple(num_steps - round(steps) for steps in left)
 
 
-class MixedMask(Section):
-    """Mask ratio of each step drawn from `ratios` with `weights`, by (seed, step)."""
-
-    schedule: Literal["mixture"]
-    ratios: Annotated[tuple[MaskRatio, ...], Field(min_length=2, max_length=MAX_MASK_RATIOS)]
-    weights: tuple[PositiveFloat, ...]
-
-    @model_validator(mode="after")
-    def _weights_fit(self):
-        if len(self.weights) != len(self.ratios):
-            raise ValueError(f"weights has {len(self.weights)} values, but ratios has {len(self.ratios)}")
-        if len({*self.ratios}) < len(self.ratios):
-            raise ValueError(f"ratios has a value twice: {list(self.ratios)}")
-        return self
-
-
 MaskSchedule = Annotated[
-    Annotated[MaskRatio, Tag("")] | Annotated[LinearMask, Tag("linear")] | Annotated[MixedMask, Tag("mixture")],
-    tagged("schedule", "", '"linear" or "mixture"'),
+    Annotated[MaskRatio, Tag("")] | Annotated[LinearMask, Tag("linear")], tagged("schedule", "", '"linear"')
 ]

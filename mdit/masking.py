@@ -2,14 +2,13 @@
 
 import bisect
 import math
-import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mdit.config import TrainConfig, kept_tokens
-from mdit.mask_schedule import LinearMask, MixedMask
+from mdit.mask_schedule import LinearMask
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,22 @@ def restore_tokens(x_NKD: Tensor, mask: Mask) -> Tensor:
 
 
 def mask_ratio(config: TrainConfig, step: int) -> float:
-    """Mask ratio of the step to `step + 1`: a function of (seed, step), the same on every rank and device."""
+    """Mask ratio of the step to `step + 1`: a function of the step, the same on every rank and device."""
     ratio, num_steps = config.training.mask_ratio, config.training.num_steps
     if isinstance(ratio, LinearMask):
         return ratio.ratios[min(bisect.bisect_right(ratio.ends(num_steps), step), ratio.levels)]
-    if isinstance(ratio, MixedMask):
-        return random.Random(f"{config.seed}, mask ratio, {step}").choices(ratio.ratios, ratio.weights)[0]
     return ratio
 
 
 def constant_parts(config: TrainConfig) -> list[tuple[float, TrainConfig]]:
-    """(share of the run's steps, the recipe at that mask ratio alone) of each mask ratio; expected shares of a mixture,
-    whose steps are drawn. What a run costs is the mean over them, and the most that it takes is that of one of them."""
+    """(share of the run's steps, the recipe at that mask ratio alone) of each mask ratio. What a run costs is the mean
+    over them, and the most that it takes is that of one of them."""
     ratio, num_steps = config.training.mask_ratio, config.training.num_steps
     if isinstance(ratio, LinearMask):
         ends = (0, *ratio.ends(num_steps))
         shares = [(end - start) / num_steps for start, end in zip(ends, ends[1:])]
     else:
-        shares = [weight / sum(ratio.weights) for weight in ratio.weights] if isinstance(ratio, MixedMask) else [1.0]
+        shares = [1.0]
     return [
         (share, config.model_copy(update={"training": config.training.model_copy(update={"mask_ratio": each})}))
         for share, each in zip(shares, config.training.mask_ratios)

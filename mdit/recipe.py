@@ -11,7 +11,7 @@ from pydantic import Field, Tag, model_validator
 
 from mdit.captions import CaptionWeights
 from mdit.documents import UserError
-from mdit.mask_schedule import LinearMask, MaskSchedule, MixedMask
+from mdit.mask_schedule import LinearMask, MaskSchedule
 from mdit.sections import (
     Count,
     Decay,
@@ -45,9 +45,9 @@ class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIss
 
     The keys with a default are levers beyond the paper, and the default is the paper's. `expert_ratio` and
     `shared_expert_ratio` are shares of the width that `ffn_ratio` gives a block's feed-forward network: those of each
-    routed expert, and of a dense one beside them that sees every token (0: none). `router_input`: the router sees the
-    tokens as the experts do, or only normed, before adaLN modulates them. `rotary`: q and k of every self-attention are
-    turned by their patches' row and column (axial RoPE), beside the table of positions that is added to the patches.
+    routed expert, and of a dense one beside them that sees every token (0: none). `rotary`: q and k of every
+    self-attention are turned by their patches' row and column (axial RoPE), beside the table of positions that is added
+    to the patches.
     """
 
     latent_size: Size
@@ -74,7 +74,6 @@ class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIss
     experts_every_n: NonNegativeInt
     expert_ratio: Ratio = 1.0
     shared_expert_ratio: RatioOrNone = 0.0
-    router_input: Literal["modulated", "normed"] = "modulated"
     rotary: bool = False
 
     @property
@@ -104,7 +103,7 @@ class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIss
             _require_width("mixer_dim", self.mixer_dim, "mixer_ffn_ratio", self.mixer_ffn_ratio)
         if self.capacity_factor > self.num_experts:
             raise ValueError(f"capacity_factor {self.capacity_factor} is above num_experts {self.num_experts}")
-        for key, default in (("expert_ratio", 1.0), ("shared_expert_ratio", 0.0), ("router_input", "modulated")):
+        for key, default in (("expert_ratio", 1.0), ("shared_expert_ratio", 0.0)):
             if (value := getattr(self, key)) != default and self.experts_every_n == 0:
                 raise ValueError(f"{key} is {value!r} but experts_every_n is 0: there are no experts")
         for key in ("expert_ratio", "shared_expert_ratio"):
@@ -216,12 +215,12 @@ class TrainingConfig(Section):
     def mask_ratios(self) -> tuple[float, ...]:
         """Every mask ratio that a step may have."""
         ratio = self.mask_ratio
-        return ratio.ratios if isinstance(ratio, LinearMask | MixedMask) else (ratio,)
+        return ratio.ratios if isinstance(ratio, LinearMask) else (ratio,)
 
     @property
     def fixed_mask_ratio(self) -> float:
         """The mask ratio of all steps. Raises UserError where it is not one."""
-        if isinstance(self.mask_ratio, LinearMask | MixedMask):
+        if isinstance(self.mask_ratio, LinearMask):
             several = ", ".join(f"{ratio:g}" for ratio in self.mask_ratios)
             raise UserError(
                 f"training.mask_ratio is a schedule of {several}; expected a number here, as in "

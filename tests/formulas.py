@@ -74,10 +74,10 @@ def swiglu(w, x):
     return affine(w, "w3", a / (1 + torch.exp(-a)) * affine(w, "w2", x))
 
 
-def experts(w, x, capacity_factor, routed_by=None):
+def experts(w, x, capacity_factor):
     num_experts = len(w["w1"])
     taken = int(capacity_factor * x.shape[1] / num_experts)
-    scores = torch.exp((x if routed_by is None else routed_by) @ w["gate.weight"].T)
+    scores = torch.exp(x @ w["gate.weight"].T)
     scores = scores / scores.sum(-1, keepdim=True)
     images = []
     for n in range(len(x)):
@@ -96,11 +96,9 @@ def block(w, x, caption, condition, config, places=None):
     tokens = norm(x, w["norm1.weight"]) * (1 + scale_a) + shift_a
     x = x + gate_a * self_attention(part(w, "attn"), tokens, config.head_dim, places)
     x = x + cross_attention(part(w, "cross_attn"), norm(x, w["norm2.weight"]), caption, config.head_dim)
-    normed = norm(x, w["norm3.weight"])
-    tokens, feed_forward = normed * (1 + scale_f) + shift_f, part(w, "mlp")
+    tokens, feed_forward = norm(x, w["norm3.weight"]) * (1 + scale_f) + shift_f, part(w, "mlp")
     if "gate.weight" in feed_forward:
-        routed_by = normed if config.router_input == "normed" else tokens
-        return x + gate_f * experts(feed_forward, tokens, config.capacity_factor, routed_by)
+        return x + gate_f * experts(feed_forward, tokens, config.capacity_factor)
     return x + gate_f * swiglu(feed_forward, tokens)
 
 

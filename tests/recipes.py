@@ -63,7 +63,6 @@ TINY = {
 LEVERS = {  # of a model, beyond the paper
     "expert_ratio": 0.5,
     "shared_expert_ratio": 0.5,
-    "router_input": "normed",
     "rotary": True,
 }
 

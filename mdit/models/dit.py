@@ -55,7 +55,6 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(dim, head_dim, eps, use_bias)
         self.norm3 = layer_norm(dim, eps)
         self.mlp = experts(config, dim, hidden) if has_experts else SwiGLU(dim, hidden, config.multiple_of, use_bias)
-        self.routes_normed = has_experts and config.router_input == "normed"
         self.adaLN_modulation = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(config.dim, 6 * dim))
 
     def forward(
@@ -65,9 +64,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift3, scale3, gate3 = modulation.chunk(6, dim=-1)
         x = x_NTD + gate1 * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rotary_NTC=rotary_NTC)
         x = x + self.cross_attn(self.norm2(x), caption_NLD)
-        h = self.norm3(x)
-        router_input = {"router_input_NTD": h} if self.routes_normed else {}
-        return x + gate3 * self.mlp(modulate(h, shift3, scale3), **router_input)
+        return x + gate3 * self.mlp(modulate(self.norm3(x), shift3, scale3))
 
     def init_weights(self) -> None:
         for layer in (self.attn, self.cross_attn, self.mlp):

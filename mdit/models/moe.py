@@ -34,11 +34,9 @@ class ExpertChoiceMoE(nn.Module):
     def tokens_per_expert(self, num_tokens: int) -> int:
         return int(self.capacity_factor * num_tokens / self.num_experts)
 
-    def forward(self, x_NTD: Tensor, router_input_NTD: Tensor | None = None) -> Tensor:
-        """Tokens reach their experts, and come back, by one-hot products, as the released code moves them. The router
-        sees `router_input_NTD`, where it is given, instead of x."""
-        logits_NTE = self.gate(x_NTD if router_input_NTD is None else router_input_NTD)
-        p_NTE = logits_NTE.softmax(dim=-1, dtype=torch.promote_types(x_NTD.dtype, torch.float32))
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        """Tokens reach their experts, and come back, by one-hot products, as the released code moves them."""
+        p_NTE = self.gate(x_NTD).softmax(dim=-1, dtype=torch.promote_types(x_NTD.dtype, torch.float32))
         weights_NEK, tokens_NEK = p_NTE.transpose(1, 2).topk(self.tokens_per_expert(x_NTD.shape[1]), dim=-1)
         one_hot_NEKT = F.one_hot(tokens_NEK, x_NTD.shape[1]).to(x_NTD.dtype)
         chosen_NEKD = torch.einsum("nekt,ntd->nekd", one_hot_NEKT, x_NTD)

@@ -91,9 +91,7 @@ class FusedBlock(Block):
         x, h = self.norm1(pending, shift1, scale1)
         x, h = self.norm2(PendingResidual(x, self.attn(h, rotary_NTC=rotary_NTC), gate1))
         x, h = self.norm3(PendingResidual(x, self.cross_attn(h, caption_NLD)), shift3, scale3)
-        # In a pass of its own: what is modulated cannot be told apart from it.
-        router_input = {"router_input_NTD": self.norm3(PendingResidual(x))[1]} if self.routes_normed else {}
-        return PendingResidual(x, self.mlp(h, **router_input), gate3)
+        return PendingResidual(x, self.mlp(h), gate3)
 
 
 class FusedCaptionBlock(CaptionBlock):
@@ -170,9 +168,9 @@ def side_by_side(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
 class FusedExpertChoiceMoE(ExpertChoiceMoE):
     """By index. Two seams: where the tokens' experts are (`dispatch`, `combine`), and how they compute (`experts`)."""
 
-    def forward(self, x_NTD: Tensor, router_input_NTD: Tensor | None = None) -> Tensor:
-        logits_NTE = self.gate(x_NTD if router_input_NTD is None else router_input_NTD)
-        routed = self.experts(x_NTD, expert_choice.route(logits_NTE, self.tokens_per_expert(x_NTD.shape[1])))
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        routing = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1]))
+        routed = self.experts(x_NTD, routing)
         return routed if self.shared is None else routed + self.shared(x_NTD)
 
     def experts(self, x_NTD: Tensor, routing: Routing) -> Tensor:

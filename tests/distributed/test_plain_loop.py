@@ -43,13 +43,13 @@ def plain_run(config):
 
 BEYOND_THE_PAPER = dict(  # docs/training.md
     noise=FlowNoise(target="flow", shift=2.0, sigma_data=0.9),
-    training={"mask_ratio": {"schedule": "mixture", "ratios": [0.75, 0.5, 0.0], "weights": [1.0, 1.0, 1.0]}},
+    training={"mask_ratio": {"schedule": "linear", "start": 0.75, "final": 0.0, "share": 0.8, "levels": 2}},
     report={"checkpoint_every": 3},
     optim={"schedule": "wsd", "decay_share": 0.5, "decay_shape": "1-sqrt"},
 )
 
 
-@pytest.mark.parametrize("options", [{}, BEYOND_THE_PAPER], ids=["paper", "flow, mixed masks, wsd"])
+@pytest.mark.parametrize("options", [{}, BEYOND_THE_PAPER], ids=["paper", "flow, falling masks, wsd"])
 def test_deepspeed_run_equals_the_plain_loop(tmp_path, options):
     """With options beyond the paper's on two processes, then its last steps again on one."""
     training = {"num_steps": 8, **options.get("training", {})}

@@ -231,7 +231,7 @@ def test_a_json_decides_what_memory_depends_on():
 
 
 def test_a_schedule_of_masks_costs_the_mean_of_its_steps_and_the_memory_of_the_largest():
-    mask = {"schedule": "mixture", "ratios": [0.75, 0.0], "weights": [3.0, 1.0]}
+    mask = {"schedule": "linear", "start": 0.75, "final": 0.0, "share": 0.25, "levels": 1}
     masked, whole, mixed = (tiny_config(training={"mask_ratio": ratio}) for ratio in (0.75, 0.0, mask))
     layout = Layout(2, 1, 4, 1)
     found, *each = (predict(config, layout, H100) for config in (mixed, masked, whole))

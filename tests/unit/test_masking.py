@@ -91,7 +91,6 @@ def scheduled(num_steps=20, **mask):
 
 
 LINEAR = dict(schedule="linear", start=0.75, final=0.0, share=0.5, levels=2)
-MIXTURE = dict(schedule="mixture", ratios=[0.75, 0.5, 0.0], weights=[2.0, 1.0, 1.0])
 
 
 def test_a_linear_schedule_takes_its_levels_in_the_last_share_of_the_run():
@@ -99,15 +98,6 @@ def test_a_linear_schedule_takes_its_levels_in_the_last_share_of_the_run():
     assert ratios == [0.75] * 10 + [0.375] * 5 + [0.0] * 7  # 20 steps, and two beyond
     at_once = scheduled(**{**LINEAR, "share": 0.25, "levels": 1, "final": 0.25})
     assert [mask_ratio(at_once, step) for step in range(20)] == [0.75] * 15 + [0.25] * 5
-
-
-def test_a_mixture_is_drawn_by_seed_and_step_with_its_weights():
-    config = scheduled(**MIXTURE)
-    drawn = [mask_ratio(config, step) for step in range(4000)]
-    assert drawn == [mask_ratio(config, step) for step in range(4000)]
-    assert drawn != [mask_ratio(config.model_copy(update={"seed": 1}), step) for step in range(4000)]
-    shares = [drawn.count(ratio) / 4000 for ratio in (0.75, 0.5, 0.0)]
-    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.03)
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 1000])

@@ -89,7 +89,7 @@ def test_auto_micro_batch_keeps_16384_tokens(stage, micro):
 
 
 def test_auto_micro_batch_fits_the_steps_that_keep_the_most():
-    mask = {"schedule": "mixture", "ratios": [0.75, 0.5], "weights": [9.0, 1.0]}
+    mask = {"schedule": "linear", "start": 0.75, "final": 0.5, "share": 0.1, "levels": 1}
     model, batch = {"latent_size": 128}, 2048  # 4,096 patches
     configs = [
         tiny_config(model=model, training={"global_batch_size": batch, "mask_ratio": ratio}) for ratio in (mask, 0.5)
