@@ -178,7 +178,7 @@ class Painter:
     def about(
         self, prompt: str, *, guidance: float | None, steps: int | None, seed: int, number: int
     ) -> dict[str, str]:
-        """What a picture was made of, for `save_png`."""
+        """Prompt, settings and weights of a picture, as texts for `save_png`."""
         options = sampling_options(self.snapshot.config, guidance, steps)
         weights = self.snapshot.weights_file(self.weights).name
         told = {"seed": seed, "number": number, **options, "weights": weights, "step": self.snapshot.step}

@@ -50,6 +50,8 @@ def import_pipeline(folder: Path, out: Path) -> str:
     if out.exists():
         raise UserError(f"{out}: exists already")
     index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{folder}: is a directory and no pipeline: it has no {index.name}")
     content = read_json(index)
     missing = [key for key in ("recipe", "encoders", "weights") if not isinstance(content.get(key), dict)]
     if missing:

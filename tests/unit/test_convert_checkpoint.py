@@ -230,7 +230,10 @@ def test_the_command_ends_in_one_line(tmp_path, capsys):
     capsys.readouterr()
     for arguments, line in (
         (["import", str(tmp_path / "absent.pt"), out], f"error: {tmp_path}/absent.pt: No such file or directory"),
-        (["import", str(tmp_path), out], f"error: {tmp_path}: Is a directory"),
+        (
+            ["import", str(tmp_path), out],
+            f"error: {tmp_path}: is a directory and no pipeline: it has no model_index.json",
+        ),
         (["export", snapshot, out], f"error: {out}: No such file or directory"),
         (["export", snapshot, snapshot], f"error: {snapshot}: Is a directory"),
         (["seal", str(tmp_path)], f"error: {tmp_path}: not a snapshot: it has no config.json"),
