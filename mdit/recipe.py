@@ -23,7 +23,6 @@ from mdit.sections import (
     PositiveInt,
     Probability,
     Ratio,
-    RatioOrNone,
     Section,
     Seed,
     Share,
@@ -43,11 +42,8 @@ class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIss
     grow linearly with depth. Block i (from 0) has experts when (i + 1) is a multiple of `experts_every_n`, except the
     last block; the mixer's blocks likewise, its last one included. `experts_every_n` 0 gives a dense model.
 
-    The keys with a default are levers beyond the paper, and the default is the paper's. `expert_ratio` and
-    `shared_expert_ratio` are shares of the width that `ffn_ratio` gives a block's feed-forward network: those of each
-    routed expert, and of a dense one beside them that sees every token (0: none). `rotary`: q and k of every
-    self-attention are turned by their patches' row and column (axial RoPE), beside the table of positions that is added
-    to the patches.
+    `rotary` is a lever beyond the paper: q and k of every self-attention are turned by their patches' row and column
+    (axial RoPE), beside the table of positions that is added to the patches.
     """
 
     latent_size: Size
@@ -72,8 +68,6 @@ class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIss
     num_experts: Annotated[Count, Field(gt=0)]
     capacity_factor: PositiveFloat
     experts_every_n: NonNegativeInt
-    expert_ratio: Ratio = 1.0
-    shared_expert_ratio: RatioOrNone = 0.0
     rotary: bool = False
 
     @property
@@ -103,15 +97,6 @@ class ModelConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIss
             _require_width("mixer_dim", self.mixer_dim, "mixer_ffn_ratio", self.mixer_ffn_ratio)
         if self.capacity_factor > self.num_experts:
             raise ValueError(f"capacity_factor {self.capacity_factor} is above num_experts {self.num_experts}")
-        for key, default in (("expert_ratio", 1.0), ("shared_expert_ratio", 0.0)):
-            if (value := getattr(self, key)) != default and self.experts_every_n == 0:
-                raise ValueError(f"{key} is {value!r} but experts_every_n is 0: there are no experts")
-        for key in ("expert_ratio", "shared_expert_ratio"):
-            if share := getattr(self, key):
-                _require_width("dim", self.dim, f"ffn_ratio and {key}", min(self.ffn_ratio) * share)
-                if self.use_patch_mixer:
-                    name, ratio = f"mixer_ffn_ratio and {key}", self.mixer_ffn_ratio * share
-                    _require_width("mixer_dim", self.mixer_dim, name, ratio)
         if self.rotary:
             _require_multiple("head_dim", self.head_dim, "4 (rotary: pairs for two axes)", 4)
         return self

@@ -24,7 +24,6 @@ Length = Annotated[float, Field(ge=0.005, le=0.28)]  # of an average; the mean o
 Size = Annotated[int, Field(gt=0, le=2**16)]  # pixels, channels, tokens
 Count = Annotated[int, Field(ge=0, le=2**10)]  # layers, experts
 Ratio = Annotated[float, Field(gt=0, le=2**6)]
-RatioOrNone = Annotated[float, Field(ge=0, le=2**6)]
 MaskRatio = Annotated[float, Field(ge=0, lt=1)]
 Embeddings = Literal["f16", "i8b64"]  # formats of caption embeddings
 Location = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # of a file or directory

@@ -86,8 +86,7 @@ def experts(w, x, capacity_factor):
             for t in scores[n, :, e].argsort(descending=True)[:taken].tolist():
                 tokens[t] = tokens[t] + scores[n, t, e] * (gelu(x[n, t] @ w["w1"][e]) @ w["w2"][e])
         images.append(torch.stack(tokens))
-    shared = part(w, "shared")
-    return torch.stack(images) + (swiglu(shared, x) if shared else 0)
+    return torch.stack(images)
 
 
 def block(w, x, caption, condition, config, places=None):

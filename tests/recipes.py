@@ -60,11 +60,7 @@ TINY = {
 }
 
 
-LEVERS = {  # of a model, beyond the paper
-    "expert_ratio": 0.5,
-    "shared_expert_ratio": 0.5,
-    "rotary": True,
-}
+LEVERS = {"rotary": True}  # of a model, beyond the paper
 
 
 def tiny_model(**changes) -> ModelConfig:

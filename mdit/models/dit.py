@@ -54,7 +54,11 @@ class Block(nn.Module):
         self.norm2 = layer_norm(dim, eps)
         self.cross_attn = CrossAttention(dim, head_dim, eps, use_bias)
         self.norm3 = layer_norm(dim, eps)
-        self.mlp = experts(config, dim, hidden) if has_experts else SwiGLU(dim, hidden, config.multiple_of, use_bias)
+        self.mlp = (
+            ExpertChoiceMoE(dim, hidden, config.multiple_of, config.num_experts, config.capacity_factor)
+            if has_experts
+            else SwiGLU(dim, hidden, config.multiple_of, use_bias)
+        )
         self.adaLN_modulation = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(config.dim, 6 * dim))
 
     def forward(
@@ -241,13 +245,6 @@ def mixer_blocks(config: ModelConfig) -> list[Block]:
         )
         for i in range(config.mixer_depth)
     ]
-
-
-def experts(config: ModelConfig, dim: int, hidden: int) -> ExpertChoiceMoE:
-    """Routed experts, and a shared one, where a dense network would have the width `hidden`."""
-    routed, shared = (int(hidden * ratio) for ratio in (config.expert_ratio, config.shared_expert_ratio))
-    beside = SwiGLU(dim, shared, config.multiple_of, config.use_bias) if shared else None
-    return ExpertChoiceMoE(dim, routed, config.multiple_of, config.num_experts, config.capacity_factor, beside)
 
 
 def is_expert_block(index: int, every_n: int) -> bool:

@@ -4,32 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdit.models.layers import SwiGLU, round_up
+from mdit.models.layers import round_up
 
 
 class ExpertChoiceMoE(nn.Module):
     """E two-layer GELU networks of width F; each sees its K = int(capacity_factor * T / E) best tokens of an image.
 
-    A token may be chosen by several experts (their outputs add up) or by none (its output is zero). Beside them all
-    tokens pass the `shared` expert, a SwiGLU network, if there is one.
+    A token may be chosen by several experts (their outputs add up) or by none (its output is zero).
     """
 
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        multiple_of: int,
-        num_experts: int,
-        capacity_factor: float,
-        shared: SwiGLU | None = None,
-    ) -> None:
+    def __init__(self, dim: int, hidden: int, multiple_of: int, num_experts: int, capacity_factor: float) -> None:
         super().__init__()
         self.num_experts, self.capacity_factor = num_experts, capacity_factor
         width = round_up(hidden, multiple_of)
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, width))
         self.w2 = nn.Parameter(torch.empty(num_experts, width, dim))
         self.gate = nn.Linear(dim, num_experts, bias=False)
-        self.shared = shared
 
     def tokens_per_expert(self, num_tokens: int) -> int:
         return int(self.capacity_factor * num_tokens / self.num_experts)
@@ -42,12 +32,9 @@ class ExpertChoiceMoE(nn.Module):
         chosen_NEKD = torch.einsum("nekt,ntd->nekd", one_hot_NEKT, x_NTD)
         hidden_NEKF = F.gelu(torch.einsum("nekd,edf->nekf", chosen_NEKD, self.w1))
         out_NEKD = torch.einsum("nekf,efd->nekd", hidden_NEKF, self.w2) * weights_NEK.unsqueeze(-1).to(x_NTD.dtype)
-        routed = torch.einsum("nekt,nekd->ntd", one_hot_NEKT, out_NEKD)
-        return routed if self.shared is None else routed + self.shared(x_NTD)
+        return torch.einsum("nekt,nekd->ntd", one_hot_NEKT, out_NEKD)
 
     def init_weights(self, out_std: float) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
         nn.init.trunc_normal_(self.w1, std=0.02)
         nn.init.trunc_normal_(self.w2, std=out_std)
-        if self.shared is not None:
-            self.shared.init_weights(out_std)

@@ -93,7 +93,6 @@ def matmuls(model: MicroDiT) -> Iterator[nn.Module]:
     for block in (*model.patch_mixer, *model.blocks):
         for part in (block.attn, block.cross_attn, block.mlp):
             layers = [part] if isinstance(part, SwiGLU | ExpertChoiceMoE) else [*part.children()]
-            layers += [part.shared] if isinstance(part, ExpertChoiceMoE) and part.shared is not None else []
             yield from (layer for layer in layers if fits(layer))
 
 

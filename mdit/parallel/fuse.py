@@ -170,8 +170,7 @@ class FusedExpertChoiceMoE(ExpertChoiceMoE):
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         routing = expert_choice.route(self.gate(x_NTD), self.tokens_per_expert(x_NTD.shape[1]))
-        routed = self.experts(x_NTD, routing)
-        return routed if self.shared is None else routed + self.shared(x_NTD)
+        return self.experts(x_NTD, routing)
 
     def experts(self, x_NTD: Tensor, routing: Routing) -> Tensor:
         tokens_EMD, weights_NEK = self.dispatch(x_NTD, routing)
