@@ -60,9 +60,10 @@ class MicroDiTTransformer(ModelMixin, ConfigMixin):
         options |= {"low_cpu_mem_usage": False, "output_loading_info": True, "use_safetensors": True}
         where = Path(path) / options["subfolder"] if options.get("subfolder") else Path(path)
         try:
-            transformer, found = super().from_pretrained(path, **options)
+            loaded: Any = super().from_pretrained(path, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{where}: {reason(error)}") from None
+        transformer, found = loaded
         for what, names in (("lacks", found["missing_keys"]), ("has, beside the model's,", found["unexpected_keys"])):
             if names:
                 raise UserError(f"{where}: {what} {min(names)}, and {len(names) - 1} tensors more")
@@ -109,6 +110,8 @@ class MicroDiTPipeline(DiffusionPipeline):
         )
         self.register_to_config(recipe=recipe, encoders=encoders, weights=weights)
         model, source = transformer.config.model, INDEX
+        if recipe is None or encoders is None:
+            raise UserError(f"{source}: has no {'encoders' if recipe else 'recipe'}: not a pipeline of mdit")
         self.recipe = parse_recipe(recipe, source)
         if (wanted := self.recipe.model) != parse_section(ModelConfig, model, "transformer/config.json"):
             raise UserError(f"{source}: the recipe's model is not that of transformer/config.json")

@@ -167,8 +167,11 @@ def test_import_refuses_what_is_no_model(copy, tmp_path, fault):
 
 def test_another_pipeline_is_not_ours(copy, tmp_path):
     (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(UserError, match="has no recipe: not a pipeline of mdit"):
-        import_pipeline(copy, tmp_path / "back")
+    from mdit import MicroDiTPipeline
+
+    for read in (lambda: import_pipeline(copy, tmp_path / "back"), lambda: MicroDiTPipeline.from_pretrained(copy)):
+        with pytest.raises(UserError, match="has no recipe: not a pipeline of mdit"):
+            read()
 
 
 def test_push_uploads_the_folder(published, tmp_path):
