@@ -62,16 +62,11 @@ def model_card(snapshot: Snapshot, kind: WeightKind, licence: str) -> str:
         licence=licence,
         name=config.name,
         parameters=count_parameters(config.model) / 1e6,
-        size=picture_size(config),
+        size=config.model.latent_size * (1 if snapshot.encoders["image"]["id"] == "pixels" else 8),
         caption_length=config.model.caption_length,
         prompt=prompts[0] if prompts != "validation" else "a red apple on a blue background",
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
-
-
-def picture_size(config: TrainConfig) -> int:
-    """Pixels: latents of three channels are pixels, those of autoencoders have an eighth of the side."""
-    return config.model.latent_size * (1 if config.model.latent_channels == 3 else 8)
 
 
 def cost_of_run(run_dir: Path, config: TrainConfig) -> dict[str, Any]:

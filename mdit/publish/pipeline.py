@@ -16,7 +16,7 @@
 same seed gives the same pictures as `launchers/sample.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class MicroDiTTransformer(ModelMixin, ConfigMixin):
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{where}: {reason(error)}") from None
         transformer, found = loaded
+        if (dtype := options.get("dtype") or options.get("torch_dtype")) is not None:
+            transformer = transformer.to(dtype)  # diffusers leaves it in the file's
         for what, names in (("lacks", found["missing_keys"]), ("has, beside the model's,", found["unexpected_keys"])):
             if names:
                 raise UserError(f"{where}: {what} {min(names)}, and {len(names) - 1} tensors more")
@@ -90,7 +92,6 @@ class MicroDiTPipeline(DiffusionPipeline):
     """See the module. `recipe` and `encoders` are those of the snapshot, `weights` is what it says of the file that the
     transformer has."""
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]
 
     def __init__(
@@ -168,10 +169,9 @@ class MicroDiTPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         seed: int = 0,
         batch_size: int = 16,
-        callback: Callable[[int], None] | None = None,
     ) -> MicroDiTPipelineOutput:
         """A picture for each prompt, on the pipeline's device. Guidance and steps are the recipe's where they are not
-        given. Picture i depends on its prompt, `seed` and i alone. `callback` is told how many are drawn."""
+        given. Picture i depends on its prompt, `seed` and i alone."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         options = sampling_options(self.recipe, guidance_scale, num_inference_steps) | {"batch_size": batch_size}
         captions_NLC, images = self._captions(prompts), []
@@ -179,8 +179,6 @@ class MicroDiTPipeline(DiffusionPipeline):
         vae = image_encoder_of(self.vae, self._description("image", self.vae))
         for batch in draw_batches(self._network(), vae, captions_NLC, self.recipe, seed, rows, source, **options):
             images += [Image.fromarray(image.numpy()) for image in batch]
-            if callback is not None:
-                callback(len(images))
         return MicroDiTPipelineOutput(images=images)
 
     def _captions(self, prompts: list[str]) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
@@ -54,9 +55,20 @@ def published(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     snapshot = snapshot_of_released(folder, request.param)
     export_diffusers.main(["--snapshot", str(snapshot), "--out", str(folder / "pipeline"), "--license", "apache-2.0"])
-    for name in ("tower", "vae"):
-        (folder / name).rename(folder / f"{name}_elsewhere")  # the pipeline brings its own
+    move_towers(folder, "", "_elsewhere")  # the pipeline brings its own
     return snapshot, folder / "pipeline"
+
+
+def move_towers(folder, now, then):
+    for name in ("tower", "vae"):
+        (folder / f"{name}{now}").rename(folder / f"{name}{then}")
+
+
+@contextmanager
+def towers_back(folder):
+    move_towers(folder, "_elsewhere", "")
+    yield
+    move_towers(folder, "", "_elsewhere")
 
 
 @pytest.fixture
@@ -69,13 +81,8 @@ def test_pipeline_draws_the_launchers_pictures(published):
     snapshot, folder = published
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     drawn = pipeline(PROMPTS, seed=3, guidance_scale=4.0, num_inference_steps=3).images
-    for name in ("tower", "vae"):
-        folder.with_name(f"{name}_elsewhere").rename(folder.with_name(name))
-    try:
+    with towers_back(folder.parent):
         expected = generate(load_snapshot(snapshot), PROMPTS, guidance=4.0, steps=3, seed=3)
-    finally:
-        for name in ("tower", "vae"):
-            folder.with_name(name).rename(folder.with_name(f"{name}_elsewhere"))
     for ours, theirs in zip(drawn, expected, strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
     assert np.asarray(drawn[0]).std() > 1
@@ -99,6 +106,30 @@ def test_back_to_a_snapshot_bit_for_bit(published, tmp_path, capsys):
     from_snapshot = generate(ours, PROMPTS[:1], **options)
     from_pipeline = pipeline(PROMPTS[:1], guidance_scale=4.0, num_inference_steps=2, seed=1).images
     assert from_snapshot[0].tobytes() == from_pipeline[0].tobytes()
+
+
+def test_in_bfloat16_the_pictures_are_nearly_the_same(published):
+    from mdit import MicroDiTPipeline
+
+    exact, rounded = (
+        MicroDiTPipeline.from_pretrained(published[1], torch_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    parts = (rounded.transformer, rounded.vae, rounded.text_encoder)
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    pictures = [np.asarray(p(PROMPTS[0], num_inference_steps=2).images[0], dtype=int) for p in (exact, rounded)]
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 10
+
+
+def test_from_the_hub_without_its_code(published):
+    from mdit import MicroDiTPipeline
+
+    with mock.patch("mdit.publish.pipeline.snapshot_download", return_value=str(published[1])) as download:
+        assert MicroDiTPipeline.from_pretrained("somebody/model", revision="v1").recipe.name == "res_256_finetune"
+    assert download.call_args.args == ("somebody/model",)
+    assert download.call_args.kwargs == {"revision": "v1", "token": None, "ignore_patterns": ["*.py"]}
+    with mock.patch("mdit.publish.pipeline.snapshot_download", side_effect=OSError("no such repository")):
+        with pytest.raises(UserError, match="somebody/model: no such folder, .* Hub: no such repository"):
+            MicroDiTPipeline.from_pretrained("somebody/model")
 
 
 def test_saved_again_by_diffusers_it_is_the_same(published, tmp_path):
@@ -176,13 +207,9 @@ def test_another_pipeline_is_not_ours(copy, tmp_path):
 
 def test_push_uploads_the_folder(published, tmp_path):
     snapshot, folder = published
-    for name in ("tower", "vae"):
-        folder.with_name(f"{name}_elsewhere").rename(folder.with_name(name))
-    with mock.patch("huggingface_hub.HfApi") as api:
-        out = str(tmp_path / "out")
+    out = str(tmp_path / "out")
+    with towers_back(folder.parent), mock.patch("huggingface_hub.HfApi") as api:
         export_diffusers.main(["--snapshot", str(snapshot), "--out", out, "--push", "somebody/model"])
-    for name in ("tower", "vae"):
-        folder.with_name(name).rename(folder.with_name(f"{name}_elsewhere"))
     api.return_value.create_repo.assert_called_once_with("somebody/model", exist_ok=True)
     assert str(api.return_value.upload_folder.call_args.kwargs["folder_path"]) == out
     with pytest.raises(UserError, match="exists already"):
