@@ -30,7 +30,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=cli.whole(0), default=0)
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--batch_size", type=cli.whole(1, 10_000), default=16, help="pictures at a time; default: 16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; pays from some hundred pictures on")
     return parser.parse_args(arguments)
 
 
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         try_to_write(args.out)
     else:
         args.out.mkdir(parents=True, exist_ok=True)
-    painter = Painter(snapshot, args.weights, compiled=args.compile)
+    painter = Painter(snapshot, args.weights)
     abouts = [painter.about(prompt, number=number, **settings) for number, prompt in enumerate(prompts)]
     due = list(range(len(prompts))) if in_a_grid else [*missing(args.out, abouts)]
     began = time.perf_counter()

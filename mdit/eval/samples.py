@@ -134,24 +134,15 @@ def draw_batches(
 
 
 class Painter:
-    """A snapshot's model and text tower on a device, for as many pictures as are wanted. `compiled`: by torch.compile,
-    which takes a minute and pays where there are many."""
+    """A snapshot's model and its encoders on this process's device, for as many pictures as are wanted."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        weights: WeightKind = "ema",
-        device: torch.device | None = None,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, snapshot: Snapshot, weights: WeightKind = "ema") -> None:
         self.snapshot = snapshot
         self.weights: WeightKind = weights
-        self.device = device or world_from_env().device
-        self.text_encoder = build_text_encoder(snapshot.encoders["text"], self.device)
-        self.image_encoder = build_image_encoder(snapshot.encoders["image"], self.device)
-        self.model = sampling_model(snapshot, weights, self.device)
-        if compiled:
-            self.model.compile()
+        device = world_from_env().device
+        self.text_encoder = build_text_encoder(snapshot.encoders["text"], device)
+        self.image_encoder = build_image_encoder(snapshot.encoders["image"], device)
+        self.model = sampling_model(snapshot, weights, device)
 
     def draw(
         self,
