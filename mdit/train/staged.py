@@ -92,24 +92,23 @@ def train_stages(staged: StagedRun, runs: Sequence[Run], only: RecipeStage | Non
 
 def forecast(run: Run, price: float) -> str:
     """The line of what a run will take: images, FLOPs and, on a GPU with a data sheet, predicted hours and dollars."""
-    from mdit.costs.flops import run_flops  # planners, which training does not need
+    from mdit.costs.layouts import layout_of  # planners, which training does not need
+    from mdit.costs.machines import machine_named
+    from mdit.costs.prediction import predict
+    from mdit.costs.trace import mean_training_flops
 
-    told = f"{images(run.config) / 1e6:,.3g} M images, {run_flops(run.config) / 1e15:,.3g} PFLOP"
-    if run.world.device.type == "cuda":
-        from mdit.costs.machines import machine_named
-
-        if (machine := machine_named(torch.cuda.get_device_name(run.world.device))) is not None:
-            from mdit.costs.layouts import layout_of
-            from mdit.costs.prediction import predict
-
-            triton = bool(run.execution.triton_ops)
-            try:
-                layout = layout_of(run.execution, run.config, run.world.size, triton=triton, path=run.run_dir)
-            except UserError:  # a layout that the paper plan does not know
-                return told
-            seconds = images(run.config) / predict(run.config, layout, machine).images_per_second
-            told += f"; predicted: {time_and_price(run.world, seconds, price)}"
-    return told
+    config, device = run.config, run.world.device
+    told = f"{images(config) / 1e6:,.3g} M images, {images(config) * mean_training_flops(config) / 1e15:,.3g} PFLOP"
+    machine = machine_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if machine is None:
+        return told
+    try:
+        triton = bool(run.execution.triton_ops)
+        layout = layout_of(run.execution, config, run.world.size, triton=triton, path=run.run_dir)
+    except UserError:  # a layout that the paper plan does not know
+        return told
+    seconds = images(config) / predict(config, layout, machine).images_per_second
+    return f"{told}; predicted: {time_and_price(run.world, seconds, price)}"
 
 
 def outcome(run: Run, price: float) -> str:

@@ -1,14 +1,23 @@
 """Recipes of several stages in one command: the same weights as stage by stage by hand, wherever it was stopped."""
 
+import re
 import shutil
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdit.config import load_config
+from mdit.config import CONFIGS, load_config
+from mdit.costs.layouts import layout_of
+from mdit.costs.machines import MACHINES
+from mdit.costs.prediction import predict
+from mdit.dist import World
+from mdit.parallel.settings import Execution
 from mdit.stages import load_stages
+from mdit.train.run import Run
+from mdit.train.staged import forecast
 from tests.processes import run_forked
 from tests.training import REPOSITORY, launch, read_metrics, train, write_ds_json, write_recipe, write_toml
 
@@ -117,3 +126,26 @@ def test_list_names_the_stages(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="0"):
         launch(str(REPOSITORY / "launchers" / "train_recipe.py"), sys.argv[1:])
     assert capsys.readouterr().out.split() == ["pretrain", "finetune", "pretrain_large", "finetune_large"]
+
+
+def test_dry_run_tells_of_every_stage_and_writes_nothing(folder, tmp_path):
+    code, told = train_recipe(folder, "--dry_run", run_dir=tmp_path / "stages")
+    assert code == 0 and not [*tmp_path.iterdir()]
+    stages = re.findall(r"stage (\d) of 4, (\w+): 3.2e-05 M images, (\S+) PFLOP$", told, re.MULTILINE)
+    assert [name for _, name, _ in stages] == ["pretrain", "finetune", "pretrain_large", "finetune_large"]
+    assert float(stages[1][2]) > float(stages[0][2]), "without a mask there is more to compute"
+
+
+def test_on_a_known_gpu_hours_and_dollars_are_predicted(tmp_path):
+    pytest.importorskip("triton")
+    config = load_config(CONFIGS / "res_256_pretrain.toml")
+    ds_json = {"zero_optimization": {"stage": 2}}
+    execution = Execution.resolve(ds_json, config, processes=8, bf16_works=True, path="ds.json")
+    run = Run(config, execution, tmp_path, World(0, 8, 0, torch.device("cuda")))
+    layout = layout_of(execution, config, 8, triton=False, path="ds.json")
+    hours = 250_000 * 2048 / predict(config, layout, MACHINES["h100"]).images_per_second / 3600
+    for name, known in (("NVIDIA H100 80GB HBM3", True), ("some other GPU", False)):
+        with mock.patch("torch.cuda.get_device_name", return_value=name):
+            told = forecast(run, price=2.0)
+        assert told.startswith("512 M images, 1.45e+05 PFLOP") and ("predicted" in told) == known
+        assert not known or f"{8 * hours:,.1f} GPU-hours, ${16 * hours:,.2f} at $2 a GPU-hour" in told
