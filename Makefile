@@ -33,7 +33,7 @@ quick: .venv/test-installed
 	$(PYTEST) -m quick
 
 test: announce
-	$(MAKE) --no-print-directory --jobs .venv/test-installed $(TRITON_3.6) slurm
+	$(MAKE) --no-print-directory --jobs .venv/test-installed $(TRITON_3.6) .venv/fidelity slurm
 	$(PYTEST)
 ifeq ($(shell uname -s),Linux)
 	$(MAKE) --no-print-directory test-kernels-triton-3.6
@@ -56,6 +56,13 @@ test-kernels-triton-3.6: .venv/test-installed .venv/triton-3.6/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target $(@D) \
 		triton==3.6.0 'numpy<2.4'
 	touch $@
+
+# torch-fidelity for tests/end_to_end/test_metrics.py, apart from all else: where there is a torchvision, transformers
+# uses it, and that of PyPI does not work beside a torch for CPUs.
+.venv/fidelity: | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $@.partial \
+		-c constraints.txt torch-fidelity torchvision && mv $@.partial $@ \
+		|| { rm -rf $@.partial; echo "no torch-fidelity for the tests: pip install failed"; }
 
 # A real Slurm for tests/end_to_end/test_slurm.py, which is skipped without one, for the reason said here. From Debian's
 # packages and only for root, as its daemons need that too.

@@ -11,9 +11,7 @@ same command again draws what the directory lacks. Files carry prompt, seed, set
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mdit import cli
 from mdit.config import UserError
@@ -41,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from mdit.checkpoint.snapshot import load_snapshot
-    from mdit.eval.samples import Painter, grid, save_png
+    from mdit.eval.samples import Painter, grid, missing, save_png
     from mdit.files import try_to_write
 
     settings = {"guidance": args.guidance, "steps": args.num_steps, "seed": args.seed}
@@ -52,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     painter = Painter(snapshot, args.weights)
     abouts = [painter.about(prompt, number=number, **settings) for number, prompt in enumerate(prompts)]
-    due = list(range(len(prompts))) if in_a_grid else [*missing(args.out, abouts)]
+    files = [args.out / f"{number:05d}.png" for number in range(len(prompts))]
+    due = list(range(len(prompts))) if in_a_grid else missing(files, abouts)
     began = time.perf_counter()
     drawn = painter.draw([prompts[n] for n in due], numbers=due, batch_size=args.batch_size, **settings)
     drawn = tqdm(drawn, total=len(due), unit="picture", dynamic_ncols=True, disable=None)  # off if no tty
@@ -61,27 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
         save_png(grid(list(drawn), prompts), args.out, about)
     else:
         for number, picture in zip(due, drawn, strict=True):
-            save_png(picture, place(args.out, number), abouts[number])
+            save_png(picture, files[number], abouts[number])
     seconds, there = time.perf_counter() - began, len(prompts) - len(due)
     kept = f", {there} there already" if there else ""
     print(f"{len(due)} pictures, {len(due) / seconds:.3g} a second{kept}", args.out, sep="\n")
-
-
-def place(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.png"
-
-
-def missing(folder: Path, abouts: list[dict[str, Any]]) -> Iterator[int]:
-    """Numbers of the pictures that a directory lacks. Raises UserError for one that is of something else."""
-    from mdit.eval.samples import read_about
-
-    for number, about in enumerate(abouts):
-        path = place(folder, number)
-        if not path.exists():
-            yield number
-        elif (found := read_about(path)) != about:
-            key = next(key for key in about if found.get(key) != about[key])
-            raise UserError(f"{path}: its {key} is {found.get(key)}, now it is {about[key]}; choose another --out")
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:

@@ -26,6 +26,7 @@ from mdit.recipe import (  # noqa: F401
     EmojiSource,
     FlowNoise,
     FolderSource,
+    MetricsConfig,
     ModelConfig,
     NoiseConfig,
     OptimConfig,

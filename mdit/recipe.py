@@ -322,6 +322,23 @@ class ReportConfig(Section):
     sampler_steps: Annotated[int, Field(ge=2, le=10_000)]
 
 
+MetricName = Literal["fid", "fd_dinov2", "fd_efflite0", "cmmd", "clip_score"]
+
+
+class MetricsConfig(Section):
+    """Scores (`mdit.eval.metrics`) every `every` steps and at the end, of pictures for `num_pictures` captions of the
+    validation set, against a `reference` (docs/evaluation.md) or that set's pictures. Towers by path or hub id."""
+
+    names: Annotated[tuple[MetricName, ...], Field(min_length=1)]
+    every: PositiveInt
+    num_pictures: Annotated[int, Field(ge=2, le=10**6)]
+    reference: Location | None = None
+    inception: Location = "download"  # by torch-fidelity
+    dinov2: Location = "facebook/dinov2-large"
+    cmmd_clip: Location = "openai/clip-vit-large-patch14-336"
+    clip: Location = "openai/clip-vit-large-patch14"
+
+
 class TrainConfig(Section):
     """A whole recipe."""
 
@@ -335,6 +352,7 @@ class TrainConfig(Section):
     ema: EMAConfig | None = None
     averages: AveragesConfig | None = None
     align: AlignConfig | None = None
+    metrics: MetricsConfig | None = None
     report: ReportConfig
 
     @property

@@ -46,6 +46,7 @@ ONLY_IN = {  # package: the files that may name it; tests may name all
     "transformers": ["mdit/encoders/*"],
     "diffusers": ["mdit/encoders/*", "mdit/publish/pipeline.py"],
     "open_clip": ["mdit/encoders/*"],
+    "torch_fidelity": ["mdit/encoders/judges.py", "mdit/eval/distances.py"],
     "matplotlib": ["mdit/bench/plots.py"],
     "nvidia.dali": ["mdit/data/dali.py", "mdit/precompute/dali.py"],
     "tools": ["tools/first_contact.py"],  # run by their paths they do not see each other; this one runs by its name

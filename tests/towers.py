@@ -5,8 +5,9 @@ import json
 import torch
 
 
-def save_clip(path):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def save_clip(path, with_vision=False):
+    """The text tower alone, or a whole CLIP of pictures of 28 px."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     letters = [*"abcdefghijklmnopqrstuvwxyz,", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz,")]
     vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
@@ -17,7 +18,22 @@ def save_clip(path):
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     ids = dict(bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1, pad_token_id=len(vocabulary) - 1)
     config = CLIPTextConfig(vocab_size=len(vocabulary), max_position_embeddings=77, **sizes, **ids)
-    CLIPTextModel(config).save_pretrained(path)
+    if not with_vision:
+        CLIPTextModel(config).save_pretrained(path)
+        return path
+    vision = dict(**sizes, image_size=28, patch_size=14)
+    both = CLIPConfig(text_config=config.to_dict(), vision_config=vision, projection_dim=8)
+    CLIPModel(both).save_pretrained(path)
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(path)
+    return path
+
+
+def save_dinov2(path, **changes):
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, image_size=42, patch_size=14)
+    Dinov2Model(Dinov2Config(**sizes | changes)).save_pretrained(path)
     return path
 
 

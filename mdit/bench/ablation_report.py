@@ -14,7 +14,7 @@ from mdit.bench.plots import draw_curves
 from mdit.bench.report import table
 from mdit.bench.row import NOT_MEASURED
 from mdit.config import UserError
-from mdit.eval.frechet import FRECHET
+from mdit.eval.distances import FRECHET
 from mdit.files import write_json, write_text
 
 SCHEMA = "mdit-ablation/1"

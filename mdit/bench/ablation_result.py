@@ -19,8 +19,8 @@ from mdit.checkpoint.training_state import step_in
 from mdit.config import Section, TrainConfig, UserError, load_config, parse_recipe, parse_section, portable
 from mdit.costs.flops import run_flops, total_flops
 from mdit.documents import differences, read_json
+from mdit.eval.distances import FRECHET
 from mdit.eval.evaluate import evaluate
-from mdit.eval.frechet import FRECHET
 from mdit.eval.samples import grid, sampling_model, sampling_options, save_png
 from mdit.eval.validation import losses_on_set
 from mdit.files import remove_directory, write_json

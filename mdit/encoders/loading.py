@@ -54,6 +54,22 @@ def require_complete(key: str, found: dict[str, Any]) -> None:
         raise UserError(f"{key}: its weights lack {min(found['missing_keys'])}, and maybe more")
 
 
+def load_family(name: str, key: str, families: dict[str, str], expected: str) -> torch.nn.Module:
+    """A model of one of the `families` (model_type -> class of transformers) by local path or hub id, in float32, read
+    from safetensors. Raises UserError, beginning with `key`, that says what was `expected`."""
+    local, transformers = local_folder(name, key), import_transformers(key)
+    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    try:
+        kind = transformers.AutoConfig.from_pretrained(local or name, trust_remote_code=False).model_type
+        if kind not in families:
+            raise UserError(f"{key}: is a {kind} model; {expected}")
+        model, found = getattr(transformers, families[kind]).from_pretrained(local or name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{key}: {expected}: {reason(error)}") from None
+    require_complete(key, found)
+    return model.float().eval().requires_grad_(False)
+
+
 def reason(error: Exception) -> str:
     """The first line of a library's error."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mdit.config import UserError
 from mdit.encoders.efficientnet import IMAGENET_MEAN, IMAGENET_STD, PATCH, PATCH_CHANNELS, load_efficientnet
-from mdit.encoders.loading import digest, import_transformers, local_folder, reason, require_complete, require_weights
+from mdit.encoders.loading import digest, load_family, require_weights
 
 EFFICIENTNET = "efficientnet-lite0"
 FAMILIES = {  # model_type -> class of transformers
@@ -91,17 +91,8 @@ def _efficientnet() -> VisionTower:
 
 
 def _load(name: str, key: str) -> VisionTower:
-    local, transformers = local_folder(name, key), import_transformers(key)
-    options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    try:
-        kind = transformers.AutoConfig.from_pretrained(local or name, trust_remote_code=False).model_type
-        if kind not in FAMILIES:
-            raise UserError(f"{key}: is a {kind} model; {EXPECTED}")
-        model, found = getattr(transformers, FAMILIES[kind]).from_pretrained(local or name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{key}: {EXPECTED}: {reason(error)}") from None
-    require_complete(key, found)
-    config, model = model.config, model.float().eval().requires_grad_(False)
+    model = load_family(name, key, FAMILIES, EXPECTED)
+    config: Any = model.config
     others = 1 + getattr(config, "num_register_tokens", 0)  # of the class and of registers, in front of the patches
     return VisionTower(name, model, partial(_hidden_states, model, others), config.hidden_size, config.patch_size)
 

@@ -12,8 +12,8 @@ from mdit.data.manifest import MANIFEST
 from mdit.data.shards import open_dataset, read_samples
 from mdit.encoders import build_image_encoder, build_text_encoder
 from mdit.encoders.efficientnet import PACKAGE, image_features, load_efficientnet
+from mdit.eval.distances import FRECHET, frechet_distance
 from mdit.eval.emoji_score import SceneJudge, held_out_scenes, render
-from mdit.eval.frechet import FRECHET, frechet_distance
 from mdit.eval.samples import draw_pictures, require_shape, to_images
 from mdit.eval.validation import validation_loss
 from mdit.models import MicroDiT

@@ -25,6 +25,7 @@ from mdit.parallel.fuse import fuse
 MIN_CELL = 96  # pixels: smaller pictures are enlarged so that captions fit and eyes can judge
 ANY_SIZE = 512  # of a picture, in pixels
 BATCH_SIZE = 16  # pictures drawn at a time
+ENCODED_AHEAD = 256  # captions, about: of many the embeddings would fill the memory
 FONT_SIZE, MAX_LINES, MARGIN = 11, 5, 6
 
 
@@ -161,10 +162,14 @@ class Painter:
         """
         config, file = self.snapshot.config, self.snapshot.path / "encoders.json"
         options = sampling_options(config, guidance, steps) | {"batch_size": batch_size}
-        captions_NLC, numbers = self.text_encoder.encode(prompts), range(len(prompts)) if numbers is None else numbers
-        drawn = draw_batches(self.model, self.image_encoder, captions_NLC, config, seed, numbers, file, **options)
-        for batch in drawn:
-            yield from (Image.fromarray(image.numpy()) for image in batch)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        together = -(-ENCODED_AHEAD // batch_size) * batch_size
+        for start in range(0, len(prompts), together):
+            rows = slice(start, start + together)
+            captions_NLC = self.text_encoder.encode(prompts[rows])
+            some = self.model, self.image_encoder, captions_NLC, config, seed, numbers[rows], file
+            for batch in draw_batches(*some, **options):
+                yield from (Image.fromarray(image.numpy()) for image in batch)
 
     def about(
         self, prompt: str, *, guidance: float | None, steps: int | None, seed: int, number: int
@@ -240,6 +245,18 @@ def read_about(path: Path) -> dict[str, str]:
     with Image.open(path) as picture:
         picture.load()
         return {key: str(text) for key, text in getattr(picture, "text", {}).items()}
+
+
+def missing(files: Sequence[Path], abouts: Sequence[Mapping[str, str]]) -> list[int]:
+    """Numbers of the pictures that are not there. Raises UserError for one that is of something else than `about`."""
+    found = []
+    for number, (path, about) in enumerate(zip(files, abouts, strict=True)):
+        if not path.exists():
+            found.append(number)
+        elif (there := read_about(path)) != about:
+            key = next(key for key in about if there.get(key) != about[key])
+            raise UserError(f"{path}: its {key} is {there.get(key)}, now it is {about[key]}; choose another --out")
+    return found
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

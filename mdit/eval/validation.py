@@ -10,6 +10,7 @@ from mdit.config import NoiseConfig, TrainConfig
 from mdit.data.shards import open_dataset, read_samples
 from mdit.diffusion.edm import StepNoise, edm_loss, generator_for
 from mdit.diffusion.targets import edm_weight, loss_weight, sigma_quantile
+from mdit.dist import World, gather
 from mdit.kernels import expert_choice
 from mdit.models.moe import ExpertChoiceMoE
 
@@ -62,15 +63,21 @@ def validation_loss(
 
 
 def losses_on_set(
-    net: Callable, config: TrainConfig, device: torch.device, measured_as: TrainConfig | None = None
+    net: Callable,
+    config: TrainConfig,
+    device: torch.device,
+    measured_as: TrainConfig | None = None,
+    world: World | None = None,
 ) -> list[float]:
-    """The validation loss at each noise level over the first samples of the recipe's validation set, in one process."""
+    """The validation loss at each noise level over the first samples of the recipe's validation set; a collective where
+    there is a `world`, whose ranks share them."""
     dataset = open_dataset(config.data.validation)
-    indices = range(min(dataset.samples, MAX_SAMPLES))
+    count = min(dataset.samples, MAX_SAMPLES)
+    indices = range(world.rank, count, world.size) if world else range(count)
     latents_NCHW, captions_NLC, _ = read_samples(dataset, indices)
     options = {"config": config, "indices": indices, "batch_size": BATCH_SIZE, "measured_as": measured_as}
-    sums = validation_loss(net, latents_NCHW.to(device), captions_NLC.to(device), **options)
-    return (sums / len(indices)).tolist()
+    sums = validation_loss(net, latents_NCHW.to(device), captions_NLC.to(device), **options).cpu()
+    return (torch.stack(gather(sums, world) if world else [sums]).sum(0) / count).tolist()
 
 
 def _noise(seed: int, indices: Sequence[int], s: int, sigma: float, like_NCHW: Tensor) -> StepNoise:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mdit.config import UserError
 from mdit.dist import logger
-from mdit.precompute.decode import Decoded, PillowDecoder, source_box
-from mdit.sources.pictures import open_header, orientation
+from mdit.precompute.decode import Decoded, PillowDecoder
+from mdit.sources.pictures import open_header, orientation, source_box
 from mdit.sources.storage import is_damage
 
 BATCH_SIZE = 64

@@ -1,8 +1,6 @@
-"""Pictures to square RGB tensors: turned upright, laid on white where transparent, cropped as in the paper's code.
+"""Pictures to square RGB tensors: turned upright, laid on white where transparent, cropped (`mdit.sources.pictures`).
 
-The crop is that of torchvision's Resize(size, bicubic) and CenterCrop(size), which the paper's code uses: the shorter
-side is resized to `size` with an antialiased bicubic filter, then the middle square is cut out. Pillow's decoder gives
-bit for bit what torchvision gives on Pillow pictures; `mdit.precompute.dali` has the same crop on a GPU.
+`mdit.precompute.dali` does the same on a GPU.
 """
 
 from collections.abc import Sequence
@@ -16,15 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from mdit.dist import cores
-from mdit.sources.pictures import open_header, upright_rgb
+from mdit.sources.pictures import crop, open_header, upright_rgb
 from mdit.sources.storage import is_damage
 
 TOO_SMALL = "too small"
 NOT_DECODABLE = "not decodable"
 
 MOST_THREADS = 16
-# Beyond this ratio of the sides only the middle of a picture is resized, lest a strip of 1 x 100,000 fill the memory.
-STRIP = 32
 
 
 @dataclass(frozen=True)
@@ -74,29 +70,3 @@ class PillowDecoder:
             nothing = torch.empty(0, size, size, 3, dtype=torch.uint8, device=self.device)
             images[size] = torch.stack(rows) if rows else nothing
         return Decoded(images, list(kept), rejected)
-
-
-def placement(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """(width, height) of a picture resized so that its shorter side is `size`, and (left, top) of the square in its
-    middle; rounded as torchvision does."""
-    if width <= height:
-        resized = size, int(size * height / width)
-    else:
-        resized = int(size * width / height), size
-    left, top = (int(round((side - size) / 2)) for side in resized)
-    return *resized, left, top
-
-
-def source_box(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of that square in the picture's own pixels."""
-    new_width, new_height, left, top = placement(width, height, size)
-    x, y = width / new_width, height / new_height
-    return left * x, top * y, (left + size) * x, (top + size) * y
-
-
-def crop(image: Image.Image, size: int) -> Image.Image:
-    """The square in the middle, `size` x `size`; of a picture that is this square already, its very pixels."""
-    if max(image.size) > STRIP * min(image.size):
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=source_box(*image.size, size))
-    width, height, left, top = placement(*image.size, size)
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))

@@ -164,11 +164,9 @@ def open_named_source(
     `caption_key` is taken too, names of fields or columns. Raises UserError for what the source does not take, and when
     files are missing, naming where they were looked for and how to get them.
     """
-    check_name(name)
+    check_split(split, splits_of(name), name)
     module = importlib.import_module(f"mdit.sources.{name}")
     takes = inspect.signature(module.open_pictures).parameters
-    splits = getattr(module, "SPLITS", ("train", "validation") if "split" in takes else ("train",))
-    check_split(split, splits, name)
     if caption_key is not None and "caption_key" not in takes:
         raise UserError(f"--caption_key {caption_key}: {name} has one caption a picture and takes no key")
     if kinds is not None and "kinds" not in takes:
@@ -184,6 +182,14 @@ def open_named_source(
         return module.open_pictures(**{key: value for key, value in given.items() if key in takes})
     except OSError as error:
         raise UserError(f"--source {name}: cannot read {root}: {explain(error)}") from None
+
+
+def splits_of(name: str) -> tuple[str, ...]:
+    """The splits that one of SOURCES can be asked for. Raises UserError for another name."""
+    check_name(name)
+    module = importlib.import_module(f"mdit.sources.{name}")
+    takes = inspect.signature(module.open_pictures).parameters
+    return getattr(module, "SPLITS", ("train", "validation") if "split" in takes else ("train",))
 
 
 def check_name(name: str) -> None:

@@ -1,4 +1,9 @@
-"""Encoded pictures to upright RGB ones: the one judgement of what is a picture."""
+"""Encoded pictures to upright RGB ones, the one judgement of what is a picture, and to squares of them.
+
+The crop is that of torchvision's Resize(size, bicubic) and CenterCrop(size), which the paper's code uses: the shorter
+side is resized to `size` with an antialiased bicubic filter, then the middle square is cut out; bit for bit what
+torchvision gives on Pillow pictures.
+"""
 
 import io
 
@@ -6,6 +11,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mdit.sources.storage import is_damage
+
+# Beyond this ratio of the sides only the middle of a picture is resized, lest a strip of 1 x 100,000 fill the memory.
+STRIP = 32
 
 
 def open_header(picture: bytes | Image.Image) -> Image.Image:
@@ -38,3 +46,29 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def placement(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """(width, height) of a picture resized so that its shorter side is `size`, and (left, top) of the square in its
+    middle; rounded as torchvision does."""
+    if width <= height:
+        resized = size, int(size * height / width)
+    else:
+        resized = int(size * width / height), size
+    left, top = (int(round((side - size) / 2)) for side in resized)
+    return *resized, left, top
+
+
+def source_box(width: int, height: int, size: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of that square in the picture's own pixels."""
+    new_width, new_height, left, top = placement(width, height, size)
+    x, y = width / new_width, height / new_height
+    return left * x, top * y, (left + size) * x, (top + size) * y
+
+
+def crop(image: Image.Image, size: int) -> Image.Image:
+    """The square in the middle, `size` x `size`; of a picture that is this square already, its very pixels."""
+    if max(image.size) > STRIP * min(image.size):
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=source_box(*image.size, size))
+    width, height, left, top = placement(*image.size, size)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))

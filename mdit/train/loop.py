@@ -54,6 +54,8 @@ def train(run: Run, directory: RunDirectory) -> int:
                 evaluator.validate(step)
             if due(report.sample_every, step, start, done):
                 evaluator.sample(step)
+            if config.metrics is not None and due(config.metrics.every, step, start, done):
+                evaluator.score(step)
             if due(report.snapshot_every, step, start) or done:
                 checkpointer.save_snapshot(step)
             if config.averages is not None and due(config.averages.every, step, start, done):

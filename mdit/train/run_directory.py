@@ -49,8 +49,8 @@ CONFIG, STARTS, METRICS, LOCK, STOP = "config.json", "starts.jsonl", "metrics.js
 FILES = (CONFIG, STARTS, METRICS, LOCK, STOP)
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 FOLDERS = (CHECKPOINTS, SNAPSHOTS, AVERAGES, "samples", "tensorboard")
-# What may change between two starts of one run: how often it reports, how long it goes on, what steps its weights.
-CHANGEABLE = ("report.", "training.num_steps", "training.max_skipped_in_a_row", "optim.implementation")
+# What may change between two starts of one run: what it reports, how long it goes on, what steps its weights.
+CHANGEABLE = ("report.", "metrics", "training.num_steps", "training.max_skipped_in_a_row", "optim.implementation")
 TRIAL = "preflight"
 SEEN_WITHIN = 20.0  # seconds in which a shared file system shows to one node what another wrote
 

@@ -20,6 +20,7 @@ from mdit.parallel.fuse import fuse
 from mdit.parallel.recompute import recompute
 from mdit.precompute import precompute
 from tests.recipes import tiny_config, tiny_model
+from tests.towers import save_dinov2
 from tests.training import write_recipe
 
 ALIGN = {"tower": "tower", "channels": 20, "block": 2, "weight": 0.5, "stop_step": 6, "width": 24}
@@ -126,13 +127,9 @@ def test_costs_are_those_of_three_matrices():
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
     """Small, with random weights, as transformers saves the real ones. Without layers a patch sees itself alone."""
-    transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_attention_heads=2, image_size=42, patch_size=14)
     for layers in (0, 2):
-        config = transformers.Dinov2Config(num_hidden_layers=layers, **shape)
-        transformers.Dinov2Model(config).save_pretrained(folder / str(layers))
+        save_dinov2(folder / str(layers), num_hidden_layers=layers)
     return folder
 
 

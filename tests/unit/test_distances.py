@@ -1,9 +1,12 @@
-"""The Frechet distance against its formula with a root of a matrix, as scipy takes it."""
+"""The Frechet distance against its formula with a root of a matrix, as scipy takes it; CMMD pair by pair."""
+
+import math
 
 import pytest
 import torch
 
-from mdit.eval.frechet import frechet_distance
+from mdit.eval import distances
+from mdit.eval.distances import cmmd, frechet_distance
 
 linalg = pytest.importorskip("scipy.linalg")
 
@@ -30,3 +33,22 @@ def test_fewer_pictures_than_features():
     one = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     assert frechet_distance(one, one.flip(0)) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(one, one + 0.5) == pytest.approx(64 * 0.25, rel=1e-5)
+
+
+def test_cmmd_is_the_papers_formula(monkeypatch):
+    """Its equation 3 by pairs, with sigma 10 and the factor of 1000 of its code."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (
+        torch.nn.functional.normalize(torch.randn(n, 6, generator=generator) + shift, dim=1)
+        for n, shift in ((7, 0), (5, 1))
+    )
+
+    def kernel(xs, ys):
+        pairs = [math.exp(-float((x - y).double().square().sum()) / 200) for x in xs for y in ys]
+        return math.fsum(pairs) / len(pairs)
+
+    expected = 1000 * (kernel(one, one) + kernel(other, other) - 2 * kernel(one, other))
+    for rows in (1024, 3):
+        monkeypatch.setattr(distances, "ROWS", rows)
+        assert cmmd(one, other) == pytest.approx(expected, rel=1e-6)
+    assert cmmd(one, one.flip(0)) == pytest.approx(0, abs=1e-9)
