@@ -25,7 +25,7 @@ from mdit.files import write_json
 from mdit.stages import paper_stages
 
 REPORTS = {"throughput": SCHEMA, "kernels": KERNELS_SCHEMA, "reductions": "mdit-reductions/1"}
-STATE, METRICS, SAMPLES = "first_contact.json", "metrics.jsonl", "samples.png"
+STATE, METRICS, SAMPLES, LOSSES = "first_contact.json", "metrics.jsonl", "samples.png", "losses.png"
 REGION = re.compile(r"(<!-- measured: (\w+) -->)(.*?)(<!-- /measured -->)", re.S)
 
 
@@ -107,7 +107,7 @@ def keep(figures: Figures, source: Path, directory: Path) -> None:
     if figures.metrics:
         lines = "".join(f"{json.dumps(line)}\n" for line in figures.metrics)
         (directory / METRICS).write_text(lines, encoding="utf-8")
-        draw_losses(figures.metrics, directory, figures.source)
+        draw_losses({"": figures.metrics}, directory / LOSSES, f"Losses: {figures.source}")
     if grids := sorted((source / "training" / "samples").glob("*.png")):
         (directory / SAMPLES).write_bytes(grids[-1].read_bytes())
 

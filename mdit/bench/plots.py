@@ -55,20 +55,26 @@ def draw(report: Report, directory: Path) -> list[Path]:
     return drawn
 
 
-def draw_losses(metrics: Sequence[dict[str, Any]], directory: Path, where: str) -> Path:
-    """losses.png: training and validation losses over steps, of the lines of a run's metrics.jsonl.
-
-    Raises UserError where matplotlib is not installed.
-    """
+def draw_losses(stages: Mapping[str, Sequence[dict[str, Any]]], path: Path, title: str) -> None:
+    """Training and validation losses over steps, of the lines of a run's metrics.jsonl; of several stages, by name, one
+    behind the other. Raises UserError where matplotlib is not installed."""
     figure, (axes,) = _figure(1, 0.6 * PANEL)
-    for key, colour, mark in (("loss", BLUE, ""), ("validation_loss", ORANGE, "o")):
-        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points), color=colour, marker=mark, markersize=4, label=key.replace("_", " "))
+    began = 0
+    for name, lines in stages.items():
+        for key, colour, mark in (("loss", BLUE, ""), ("validation_loss", ORANGE, "o")):
+            points = [(began + line["step"], line[key]) for line in lines if line.get(key) is not None]
+            if points:
+                label = key.replace("_", " ") if began == 0 else None
+                axes.plot(*zip(*points), color=colour, marker=mark, markersize=4, label=label)
+        if len(stages) > 1:
+            axes.axvline(began, color="gray", linestyle=":", linewidth=0.8)
+            axes.annotate(name, (began, 1), (3, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                          rotation=90, va="top", fontsize=7)  # fmt: skip
+            axes.set_yscale("log")
+        began += max((line["step"] for line in lines), default=0)
     axes.set_xlabel("step")
     axes.legend(fontsize=8, frameon=False)
-    _save(figure, directory / "losses.png", f"Losses: {where}", [])
-    return directory / "losses.png"
+    _save(figure, path, title, [])
 
 
 def draw_curves(curves: Mapping[str, Sequence[Sequence[float]]], baseline: str, path: Path, title: str) -> None:
