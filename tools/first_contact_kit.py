@@ -39,15 +39,13 @@ SCENES = (
     "data.precompute.source.scenes=3500",
     "data.precompute.source.validation_scenes=256",
     'data.precompute.embeddings="i8b64"',
-    "training.num_steps=20000",  # until time is up
-    'optim.schedule="constant"',
-    "optim.final_lr_ratio=1.0",
+    "training.num_steps=100000",  # until time is up: neither learning rate nor mask comes to fall
     "ema.start_step=250",
     "report.log_every=25",
     "report.validate_every=500",
     "report.sample_every=250",
     "report.snapshot_every=0",
-    "report.checkpoint_every=20000",
+    "report.checkpoint_every=100000",
 )
 
 

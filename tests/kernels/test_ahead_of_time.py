@@ -244,7 +244,7 @@ def test_a_run_finds_all_that_a_cache_was_filled_with_in_another_place(tmp_path)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
-    told = run(FILL, built, ROOT / "configs" / "emoji_64.toml")
+    told = run(FILL, built, ROOT / "configs" / "paper_64.toml")
     assert "2 kernels, of which 2 were built and 0 were there already" in told
     # Of 512 px and of a recipe of 64 pixels: what a run takes, what was asked for, and the recipe's evaluation.
     assert "[(16, 0.0), (48, 0.0), (48, 0.5), (48, 0.75), (64, 0.0), (64, 0.75), (128, 0.5)]" in told
