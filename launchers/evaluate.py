@@ -71,8 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def score_by_metrics(args: argparse.Namespace) -> None:
-    from mdit.checkpoint.snapshot import load_snapshot
-    from mdit.dist import configure_logging, world_from_env
+    from mdit.checkpoint.snapshot import Snapshot, load_snapshot
+    from mdit.dist import configure_logging, on_rank_zero, world_from_env
     from mdit.eval.metrics import METRICS
     from mdit.eval.scores import Scoring, read_prompts, score
     from mdit.meeting import joined
@@ -80,7 +80,7 @@ def score_by_metrics(args: argparse.Namespace) -> None:
     world = world_from_env()
     configure_logging(world)
 
-    def resolve() -> Scoring:
+    def resolve() -> tuple[Snapshot, int, MetricsConfig | None]:
         snapshot, names = load_snapshot(args.snapshot), [name.strip() for name in args.metrics.split(",")]
         if unknown := [name for name in names if name not in (VAL_LOSS, *METRICS)]:
             hint = near_key(unknown[0], METRICS) or f"; there are {VAL_LOSS}, {', '.join(METRICS)}"
@@ -90,23 +90,13 @@ def score_by_metrics(args: argparse.Namespace) -> None:
         count = args.num_pictures or config.get("num_pictures", 64)
         given = {name: getattr(args, name) for name in ("reference", *TOWERS) if getattr(args, name) is not None}
         config |= {"names": [name for name in names if name != VAL_LOSS], "num_pictures": count, **given}
-        scoring = Scoring(
-            snapshot,
-            args.weights,
-            parse_section(MetricsConfig, config, "command line") if config["names"] else None,
-            read_prompts(args.prompts, snapshot, count),
-            args.out,
-            args.guidance,
-            args.num_steps,
-            args.seed,
-            args.batch_size,
-            VAL_LOSS in names,
-        )
-        scoring.check()
-        (args.out / "pictures").mkdir(parents=True, exist_ok=True)
-        return scoring
+        return snapshot, count, parse_section(MetricsConfig, config, "command line") if config["names"] else None
 
-    with joined(world, resolve) as scoring:
+    with joined(world, resolve) as (snapshot, count, metrics):
+        prompts = on_rank_zero(world, lambda: read_prompts(args.prompts, snapshot, count))
+        sampler = {"guidance": args.guidance, "steps": args.num_steps, "seed": args.seed, "batch_size": args.batch_size}
+        val_loss = VAL_LOSS in args.metrics
+        scoring = Scoring(snapshot, args.weights, metrics, prompts, args.out, **sampler, val_loss=val_loss)
         lines = score(scoring, world)
     if world.is_rank_zero:
         print(*lines, sep="\n")

@@ -66,12 +66,13 @@ class Scoring:
             **sampling_options(self.snapshot.config, self.guidance, self.steps),
         }
 
-    def check(self) -> None:
-        """Raise UserError where OUT has pictures of something else."""
-        if not (path := self.out / SETTINGS).exists():
-            return
-        for key, there, asked in differences(read_json(path), self.settings):
+    def begin(self) -> None:
+        """Write down what is drawn to OUT. Raises UserError where it has pictures of something else."""
+        path = self.out / SETTINGS
+        for key, there, asked in differences(read_json(path), self.settings) if path.exists() else ():
             raise UserError(f"{path}: {key} is {there}, now it is {asked}; choose another --out")
+        (self.out / PICTURES).mkdir(parents=True, exist_ok=True)
+        write_json(path, self.settings)
 
 
 def read_prompts(place: str | None, snapshot: Snapshot, count: int) -> list[str]:
@@ -128,7 +129,7 @@ def score(scoring: Scoring, world: World) -> list[str]:
         metrics = PictureMetrics(scoring.metrics, world.device)
         if metrics.compared:
             reference = Reference(metrics, scoring.metrics.reference or config.data.validation, world.device)
-    on_rank_zero(world, lambda: write_json(out / SETTINGS, scoring.settings))
+    on_rank_zero(world, scoring.begin)
     painter = Painter(scoring.snapshot, scoring.weights)
     losses = losses_on_set(painter.model, config, world.device, world=world) if scoring.val_loss else []
     options = {"guidance": scoring.guidance, "steps": scoring.steps, "seed": scoring.seed}
