@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export DS_BUILD_OPS := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: train lint quick test announce test-kernels-triton-3.6 slurm install clean
+.PHONY: train lint quick test announce test-kernels-triton-3.6 slurm-and-chromium install clean
 
 train: install
 	$(BIN)/deepspeed launchers/train.py --ds_config configs/zero2.json
@@ -33,18 +33,19 @@ quick: .venv/test-installed
 	$(PYTEST) -m quick
 
 test: announce
-	$(MAKE) --no-print-directory --jobs .venv/test-installed $(TRITON_3.6) .venv/fidelity slurm
+	$(MAKE) --no-print-directory --jobs .venv/test-installed $(TRITON_3.6) .venv/fidelity slurm-and-chromium
 	$(PYTEST)
 ifeq ($(shell uname -s),Linux)
 	$(MAKE) --no-print-directory test-kernels-triton-3.6
 endif
 
 TRITON_3.6 = $(if $(filter Linux,$(shell uname -s)),.venv/triton-3.6/installed)
-HAVE_SLURM = command -v slurmctld >/dev/null && command -v munged >/dev/null
+DEBIANS = slurm-wlm munge chromium chromium-driver
+HAVE_DEBIANS = which slurmctld munged chromium chromedriver >/dev/null 2>&1
 
 announce:
 	@test -e .venv/test-installed || echo "make lint and make test install into .venv the Python packages of constraints.txt, 4.4 GB"
-	@$(HAVE_SLURM) || echo "make test installs Debian's packages slurm-wlm and munge, if this is Debian and its root"
+	@$(HAVE_DEBIANS) || echo "make test installs Debian's packages $(DEBIANS), if this is Debian and its root"
 
 # The kernels once more with the Triton that torch 2.11 brings (its interpreter knows no newer numpy): their builds, and
 # each one's values and gradients.
@@ -64,15 +65,15 @@ test-kernels-triton-3.6: .venv/test-installed .venv/triton-3.6/installed
 		-c constraints.txt torch-fidelity torchvision && mv $@.partial $@ \
 		|| { rm -rf $@.partial; echo "no torch-fidelity for the tests: pip install failed"; }
 
-# A real Slurm for tests/end_to_end/test_slurm.py, which is skipped without one, for the reason said here. From Debian's
-# packages and only for root, as its daemons need that too.
-slurm: | $(BIN)/pip
-	@if $(HAVE_SLURM); then exit 0; \
-	elif [ "$$(id -u)" != 0 ]; then echo "no Slurm for the tests: installing it needs root"; \
-	elif [ ! -e /etc/debian_version ]; then echo "no Slurm for the tests: this is no Debian"; \
+# A real Slurm for tests/end_to_end/test_slurm.py and a browser for test_demo.py, which are skipped without them, for the
+# reason said here. From Debian's packages and only for root, as Slurm's daemons need that too.
+slurm-and-chromium: | $(BIN)/pip
+	@if $(HAVE_DEBIANS); then exit 0; \
+	elif [ "$$(id -u)" != 0 ]; then echo "no Slurm and no Chromium for the tests: installing them needs root"; \
+	elif [ ! -e /etc/debian_version ]; then echo "no Slurm and no Chromium for the tests: this is no Debian"; \
 	else export DEBIAN_FRONTEND=noninteractive; \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >.venv/slurm.log 2>&1 \
-			|| echo "no Slurm for the tests: apt-get failed, see .venv/slurm.log"; fi
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(DEBIANS); } >.venv/apt.log 2>&1 \
+			|| echo "no Slurm and no Chromium for the tests: apt-get failed, see .venv/apt.log"; fi
 
 .venv/lint-installed: .venv/test-installed
 	$(PIP) -e '.[lint]'

@@ -48,6 +48,7 @@ ONLY_IN = {  # package: the files that may name it; tests may name all
     "open_clip": ["mdit/encoders/*"],
     "torch_fidelity": ["mdit/encoders/judges.py", "mdit/eval/distances.py"],
     "matplotlib": ["mdit/bench/plots.py"],
+    "gradio": ["launchers/demo.py"],
     "nvidia.dali": ["mdit/data/dali.py", "mdit/precompute/dali.py"],
     "tools": ["tools/first_contact.py"],  # run by their paths they do not see each other; this one runs by its name
     # Predictions: no run imports them, but for the lines that say what it would compute and cost.
