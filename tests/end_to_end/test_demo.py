@@ -51,10 +51,10 @@ def served(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ["--snapshot", str(snapshot), "--port", str(port)]
-    log = folder / "log"
+    (log := folder / "log").touch()
     process = start_forked(launch, str(REPOSITORY / "launchers/demo.py"), arguments, log=log)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200  # of a busy machine
         while "draws; Ctrl-C ends it" not in log.read_text():
             assert process.is_alive() and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
