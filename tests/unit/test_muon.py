@@ -46,6 +46,15 @@ def test_nothing_comes_of_nothing():
     assert not newton_schulz(torch.zeros(2, 3, 4), 5, 1e-7).any()
 
 
+def test_next_to_nothing_counts_as_nothing():
+    """Each matrix by itself. What is small beside eps, and not that small, grows by the slope at 0 in each step."""
+    x_CR = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    large, small, nothing = newton_schulz(torch.stack([x_CR, 1e-13 * x_CR, 1e-16 * x_CR]), 5, 1e-7)
+    assert torch.equal(large, newton_schulz(x_CR[None], 5, 1e-7)[0]) and large.norm() > 1
+    torch.testing.assert_close(small, 1e-13 * x_CR / 1e-7 * 3.4445**5, rtol=1e-3, atol=1e-8)
+    assert not nothing.any()
+
+
 def test_muon_takes_attention_and_feed_forward_of_the_blocks():
     model = meta_model(tiny_config().model)
     blocks = [*model.blocks, *model.patch_mixer]
