@@ -59,7 +59,7 @@ def build_page(gradio: Any, painter: Any, folder: Path) -> Any:
     report, name = snapshot.config.report, snapshot.config.name
 
     def draw(prompt: str, count: float, guidance: float, steps: float, seed: float, history: list) -> Iterator[tuple]:
-        """What the page shows, again after every picture."""
+        """Show all pictures so far, again after every one."""
         shown: list[tuple[str, str]] = []
         try:
             prompt, count, settings = checked(prompt, count, guidance, steps, seed)
