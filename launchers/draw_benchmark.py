@@ -16,16 +16,11 @@ from mdit.config import UserError
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
+    cli.add_sampling(parser)
     add = parser.add_argument
     add("--benchmark", required=True, choices=("geneval", "geneval2", "dpg", "parti"))
     add("--prompts", type=Path, required=True, help="the benchmark's own file, or directory, of prompts")
-    add("--snapshot", type=Path, required=True, help="a run's snapshots/latest, or one step of it")
     add("--out", type=Path, required=True, help="the directory to write")
-    add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
-    add("--num_steps", type=int, help="steps of the Heun sampler; default: the recipe's")
-    add("--seed", type=cli.whole(0), default=0)
-    add("--weights", choices=("ema", "raw"), default="ema")
-    add("--batch_size", type=cli.whole(1, 10_000), default=16, help="pictures at a time; default: 16")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args(arguments)
 

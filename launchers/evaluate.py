@@ -22,21 +22,16 @@ TOWERS = ("inception", "dinov2", "cmmd_clip", "clip")
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
+    cli.add_sampling(parser)
     add = parser.add_argument
-    add("--snapshot", type=Path, required=True, help="a run's snapshots/latest, or one step of it")
     add("--out", type=Path, required=True, help="the directory to write")
     add("--num_pictures", type=cli.whole(1, 1_000_000), help="or validation samples; default: 64")
-    add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
-    add("--num_steps", type=int, help="steps of the Heun sampler; default: the recipe's")
-    add("--seed", type=cli.whole(0), default=0)
-    add("--weights", choices=("ema", "raw"), default="ema")
     add("--metrics", help="val_loss, fid, fd_dinov2, fd_efflite0, cmmd, clip_score, with commas between them")
     add("--prompts", help="a file of one a line, or SOURCE:DIR as coco:DIR; default: the validation set's captions")
     add("--reference", help="pictures to compare with: DIR, SOURCE:DIR, an earlier OUT/reference.safetensors, or .npz "
         "statistics for fid; default: the recipe's, or its validation set")  # fmt: skip
     for name in TOWERS:
         add(f"--{name}", help="a local path or hub id; default: the recipe's, or the metric's own")
-    add("--batch_size", type=cli.whole(1, 10_000), default=16, help="pictures drawn at a time; default: 16")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args(arguments)
 
@@ -80,8 +75,10 @@ def score_by_metrics(args: argparse.Namespace) -> None:
     world = world_from_env()
     configure_logging(world)
 
+    names = [name.strip() for name in args.metrics.split(",")]
+
     def resolve() -> tuple[Snapshot, int, MetricsConfig | None]:
-        snapshot, names = load_snapshot(args.snapshot), [name.strip() for name in args.metrics.split(",")]
+        snapshot = load_snapshot(args.snapshot)
         if unknown := [name for name in names if name not in (VAL_LOSS, *METRICS)]:
             hint = near_key(unknown[0], METRICS) or f"; there are {VAL_LOSS}, {', '.join(METRICS)}"
             raise UserError(f"--metrics {unknown[0]}: is not known{hint}")
@@ -95,7 +92,7 @@ def score_by_metrics(args: argparse.Namespace) -> None:
     with joined(world, resolve) as (snapshot, count, metrics):
         prompts = on_rank_zero(world, lambda: read_prompts(args.prompts, snapshot, count))
         sampler = {"guidance": args.guidance, "steps": args.num_steps, "seed": args.seed, "batch_size": args.batch_size}
-        val_loss = VAL_LOSS in args.metrics
+        val_loss = VAL_LOSS in names
         scoring = Scoring(snapshot, args.weights, metrics, prompts, args.out, **sampler, val_loss=val_loss)
         lines = score(scoring, world)
     if world.is_rank_zero:

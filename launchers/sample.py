@@ -19,15 +19,10 @@ from mdit.config import UserError
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--snapshot", type=Path, required=True, help="a run's snapshots/latest, or one step of it")
+    cli.add_sampling(parser)
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts_file", type=Path, help="one prompt a line, UTF-8")
     parser.add_argument("--out", type=Path, required=True, help="the .png, or the directory, to write")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
-    parser.add_argument("--num_steps", type=int, help="steps of the Heun sampler; default: the recipe's")
-    parser.add_argument("--seed", type=cli.whole(0), default=0)
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    parser.add_argument("--batch_size", type=cli.whole(1, 10_000), default=16, help="pictures at a time; default: 16")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,5 @@
-"""The launchers as one command: mdit train | train_recipe | sample | evaluate | precompute, each with its own --help.
+"""The launchers as one command: mdit train | train_recipe | sample | evaluate | draw_benchmark | demo | precompute,
+each with its own --help.
 
 Also as a module, so that launchers of several processes can start it: torchrun -m mdit train, deepspeed --module mdit
 train.
@@ -10,7 +11,7 @@ import sys
 
 from mdit import cli
 
-COMMANDS = ("train", "train_recipe", "sample", "evaluate", "precompute")
+COMMANDS = ("train", "train_recipe", "sample", "evaluate", "draw_benchmark", "demo", "precompute")
 
 
 def main() -> None:

@@ -97,6 +97,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"error: {one_line(message)}\n")
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that draws into files: snapshot, which of its weights, sampler."""
+    add = parser.add_argument
+    add("--snapshot", type=Path, required=True, help="a run's snapshots/latest, or one step of it")
+    add("--weights", choices=("ema", "raw"), default="ema")
+    add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
+    add("--num_steps", type=int, help="steps of the Heun sampler; default: the recipe's")
+    add("--seed", type=whole(0), default=0)
+    add("--batch_size", type=whole(1, 10_000), default=16, help="pictures at a time; default: 16")
+
+
 def whole(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
     """A type for argparse: integers of a range."""
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mdit.__main__ import COMMANDS
 from mdit.cli import Parser, path, positive, run, whole
 from mdit.documents import UserError
+from tests.training import REPOSITORY
 
 
 def ending(function, capsys, **options):
@@ -157,3 +159,8 @@ def test_a_working_directory_that_is_gone_is_named(tmp_path):
     env = {**os.environ, "PWD": str(here)}
     ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (2, f"error: the working directory {here} is gone; change to another\n")
+
+
+def test_every_launcher_is_a_command():
+    """What a wheel is started by."""
+    assert sorted(COMMANDS) == sorted(path.stem for path in (REPOSITORY / "launchers").glob("*.py"))
