@@ -127,7 +127,7 @@ def _one_each(prompts: Iterable[str], out: Path) -> list[Sheet]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Lines, and the objects that they are. Raises UserError naming the line."""
-    for number, line in enumerate(path.read_text(encoding=ENCODING).splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding=ENCODING).removesuffix("\n").split("\n"), 1):
         try:
             yield line, parse_foreign_json(line)
         except ValueError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mdit.config import MetricsConfig, UserError
-from mdit.encoders.judges import LOADERS, Judge
+from mdit.encoders.judges import INCEPTION_FEATURES, LOADERS, Judge
 from mdit.eval.distances import FRECHET, Statistics, cmmd, fid, frechet_distance
 from mdit.files import replacing, save_tensors
 
@@ -49,7 +50,6 @@ class PictureMetrics:
     loaded."""
 
     def __init__(self, config: MetricsConfig, device: torch.device) -> None:
-        self.config = config
         self.metrics = {name: METRICS[name] for name in config.names}
         self.judges: dict[str, Judge] = {}
         for name, metric in self.metrics.items():
@@ -110,11 +110,11 @@ class PictureMetrics:
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = {name: np.asarray(file[name], dtype=np.float64) for name in ("mu", "sigma")}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:  # TypeError: an .npy
             raise UserError(f"{path}: no statistics of FID: {error}") from None
-        (width,) = found["mu"].shape or (0,)
-        if found["sigma"].shape != (width, width):
-            raise UserError(f"{path}: mu of shape {found['mu'].shape}, sigma of {found['sigma'].shape}")
+        shapes, width = tuple(each.shape for each in found.values()), int(INCEPTION_FEATURES)
+        if shapes != ((width,), (width, width)):
+            raise UserError(f"{path}: mu and sigma have shapes {shapes}, not {((width,), (width, width))}")
         return {"inception": found}
 
     def lines(self, scores: dict[str, float], drawn: int, reference: str) -> list[str]:

@@ -76,8 +76,10 @@ def open_pictures(place: str, device: torch.device | str) -> Sequence[Part]:
         raise UserError(f"{place}: there is no such file or directory")
     archives = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".tar", ".zip"))
     parts = [PicturesOnly(part_name(archive, path.parent), archive) for archive in archives]
-    for folder, names in sorted(walk(path)) if not archives else []:
+    for folder, names in sorted(walk(path)):
         names = sorted(filter(is_picture, names))
+        if names and archives:
+            raise UserError(f"{place}: has pictures in {archives[0]} and in {folder}; name one of both")
         some = [frozenset(names[start : start + PER_PART]) for start in range(0, len(names), PER_PART)]
         parts += [PicturesOnly(part_name(folder, path.parent), folder, each) for each in some]
     if not parts:

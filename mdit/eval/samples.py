@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -35,6 +36,13 @@ def sampling_options(config: TrainConfig, guidance: float | None, num_steps: int
     values = config.report.model_dump() | {key: value for key, value in given.items() if value is not None}
     report = parse_section(ReportConfig, values, "command line")
     return {"guidance": report.guidance, "num_steps": report.sampler_steps}
+
+
+def drawn_by(snapshot: Snapshot, kind: WeightKind, guidance: float | None, num_steps: int | None) -> dict[str, Any]:
+    """Sampler and weights of pictures, as files tell them."""
+    options, file = sampling_options(snapshot.config, guidance, num_steps), snapshot.weights_file(kind).name
+    weights = {"weights": file, "step": snapshot.step, "xxh3": snapshot.checksums[file]["xxh3"]}
+    return {**options, **weights, "recipe": snapshot.config.name}
 
 
 def sampling_model(
@@ -175,10 +183,7 @@ class Painter:
         self, prompt: str, *, guidance: float | None, steps: int | None, seed: int, number: int
     ) -> dict[str, str]:
         """Prompt, settings and weights of a picture, as texts for `save_png`."""
-        options = sampling_options(self.snapshot.config, guidance, steps)
-        weights = self.snapshot.weights_file(self.weights).name
-        told = {"seed": seed, "number": number, **options, "weights": weights, "step": self.snapshot.step}
-        told |= {"xxh3": self.snapshot.checksums[weights]["xxh3"], "recipe": self.snapshot.config.name}
+        told = {"seed": seed, "number": number, **drawn_by(self.snapshot, self.weights, guidance, steps)}
         return {"prompt": prompt, "mdit": json.dumps(told)}
 
 

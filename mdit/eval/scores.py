@@ -25,7 +25,7 @@ from mdit.documents import differences, read_json
 from mdit.eval.distances import Statistics
 from mdit.eval.metrics import Features, PictureMetrics
 from mdit.eval.picture_sets import draw_set, open_drawn, open_pictures, open_public, read_batches, side_of
-from mdit.eval.samples import Painter, grid, sampling_options, save_png
+from mdit.eval.samples import Painter, drawn_by, grid, save_png
 from mdit.eval.validation import losses_on_set
 from mdit.files import write_json
 from mdit.sources import Part, Picture
@@ -54,16 +54,11 @@ class Scoring:
 
     @property
     def settings(self) -> dict[str, Any]:
-        file = self.snapshot.weights_file(self.weights).name
         return {
-            "recipe": self.snapshot.config.name,
-            "step": self.snapshot.step,
-            "weights": file,
-            "xxh3": self.snapshot.checksums[file]["xxh3"],
             "pictures": len(self.prompts),
             "prompts_xxh3": xxhash.xxh3_64_hexdigest("\n".join(self.prompts).encode()),
             "seed": self.seed,
-            **sampling_options(self.snapshot.config, self.guidance, self.steps),
+            **drawn_by(self.snapshot, self.weights, self.guidance, self.steps),
         }
 
     def begin(self) -> None:
@@ -88,7 +83,7 @@ def read_prompts(place: str | None, snapshot: Snapshot, count: int) -> list[str]
         found = [every[number] for number in sorted(chosen)]
     else:
         try:
-            lines = Path(place).read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(place).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{place}: not UTF-8: {error}") from None
         source, found = place, [line.strip() for line in lines if line.strip()][:count]
@@ -109,7 +104,7 @@ class Reference:
 
     @property
     def pictures(self) -> int | None:
-        """How many there are; None of statistics, and before they are judged."""
+        """Number of its pictures; None of statistics, and before they are judged."""
         return min((len(each) for each in self.features.values() if isinstance(each, Tensor)), default=None)
 
     def judge(self, size: int, world: World) -> None:

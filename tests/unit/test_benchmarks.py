@@ -69,6 +69,14 @@ def test_geneval2(tmp_path):
     assert [*json.loads(text)] == ["two cows", "a bench"]
 
 
+def test_a_prompt_may_have_any_letter(tmp_path):
+    """U+2028 parts lines for Python, not for JSON lines."""
+    prompts = tmp_path / "geneval2_data.jsonl"
+    prompts.write_text('{"prompt": "two\u2028cows"}\n', encoding="utf-8")
+    (sheet,) = BENCHMARKS["geneval2"](prompts, tmp_path / "out").sheets
+    assert sheet.prompt == "two\u2028cows"
+
+
 def test_dpg(tmp_path):
     (tmp_path / "prompts").mkdir()
     for name in ("b1", "a2"):

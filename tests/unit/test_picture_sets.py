@@ -70,7 +70,7 @@ def test_a_set_of_latents_gives_what_it_decodes_to(tmp_path):
 
 
 def test_a_public_set_is_read_as_it_was_downloaded(folder):
-    """Of COCO's layout, in the order of its files."""
+    """COCO's layout, in the order of its files."""
     (folder / "annotations").mkdir()
     (folder / "files/a").rename(folder / "val2017")
     files = sorted(path.name for path in (folder / "val2017").iterdir())
@@ -89,6 +89,7 @@ def test_a_public_set_is_read_as_it_was_downloaded(folder):
         ("empty", "empty: has neither manifest.json nor pictures in tars or folders"),
         ("damaged", "damaged/1.png: is no picture"),
         ("cut.tar", "cut.tar: "),
+        ("both", "both: has pictures in {folder}/both/0.tar and in {folder}/both; name one of both"),
     ],
 )
 def test_what_cannot_be_compared_with_is_one_line(folder, what, message):
@@ -96,9 +97,12 @@ def test_what_cannot_be_compared_with_is_one_line(folder, what, message):
     (folder / "damaged").mkdir()
     (folder / "damaged/1.png").write_bytes(png(1)[:100])
     (folder / "cut.tar").write_bytes((folder / "tars/0.tar").read_bytes()[:3000])
+    (folder / "both").mkdir()
+    (folder / "both/1.png").write_bytes(png(1))
+    (folder / "both/0.tar").write_bytes((folder / "tars/0.tar").read_bytes())
     with pytest.raises(UserError) as error:
         squares(folder / what)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message.format(folder=folder) in str(error.value) and "\n" not in str(error.value)
 
 
 class Colours:
