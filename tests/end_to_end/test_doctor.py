@@ -92,3 +92,18 @@ def test_a_directory_without_room_fails(tmp_path, monkeypatch):
         ALONE, tmp_path / "recipe.json", write_ds_json(tmp_path / "ds.json"), run_dir=tmp_path / "run"
     )
     assert (last.what, last.state) == ("run directory", "fails") and "are free, but two checkpoints" in last.told
+
+
+@pytest.mark.parametrize(
+    "most, state", [(64, "fails"), (512, "slow"), (4096, "ok"), (doctor.resource.RLIM_INFINITY, "ok")]
+)
+def test_open_files_are_counted_as_far_as_they_may_be_raised(monkeypatch, most, state):
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda what: (32, most))
+    assert doctor._examined(ALONE, "open files", doctor._open_files).state == state
+
+
+def test_processes_beyond_the_cores_are_slow(monkeypatch):
+    monkeypatch.setattr(doctor, "processes_here", lambda world: 2)
+    for cores, state in ((1, "slow"), (2, "ok")):
+        monkeypatch.setattr(doctor, "cores", lambda cores=cores: cores)
+        assert doctor._examined(ALONE, "cores", lambda: doctor._cores(ALONE)).state == state
