@@ -28,12 +28,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among all: `device` is where its tensors live."""
+    """Who this process is among all: `device` is where its tensors live, `group` by what the ranks speak with each
+    other (None: the default group)."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    group: torch.distributed.ProcessGroup | None = None
 
     @property
     def is_rank_zero(self) -> bool:
@@ -162,7 +164,7 @@ def gather(value: Any, world: World) -> list:
         # more threads than cores and lets all of them sleep between operations: a CPU's steps take half as long again.
         return [value]
     values = [None] * world.size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=world.group)
     return values
 
 

@@ -206,15 +206,16 @@ def follow(link: Path) -> Path:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file and wait until it is on disk. Others may read it as far as the umask lets them:
     safetensors itself makes files that only their owner can read. Raises OSError where safetensors has its own."""
+    path.touch()  # with the mode that the umask gives: to ask for that one is to change it, for all threads
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         raise
-    os.umask(mask := os.umask(0))
     try:
-        path.chmod(0o666 & ~mask)
+        path.chmod(mode & 0o777)
     except OSError as error:  # a file system without modes
         if error.errno not in UNSUPPORTED | {errno.EACCES}:
             raise

@@ -111,6 +111,13 @@ def init_distributed(world: World, failed: Exception | None = None) -> None:
     )
 
 
+def own_store() -> Store:
+    """The store at which several processes have met, by a connection that no other thread's waiting blocks."""
+    address = _met().address
+    assert address is not None
+    return PrefixStore(_prefix(), TCPStore(*address, None, is_master=False, wait_for_workers=False))
+
+
 def processes_here(world: World) -> int:
     """Number of the run's processes on this node."""
     name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"  # torchrun's, deepspeed's
@@ -197,7 +204,12 @@ def open_store(world: World, seconds: float) -> tuple[tuple[str, int], PrefixSto
     opening.join(seconds)
     if not opened:
         raise UserError(f"MASTER_ADDR = {address}, MASTER_PORT = {port}: what answers there is no process of this run")
-    return (address, port), PrefixStore(f"mdit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", opened[0])
+    return (address, port), PrefixStore(_prefix(), opened[0])
+
+
+def _prefix() -> str:
+    """Before all keys: torchrun's store outlives the processes."""
+    return f"mdit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 def listen(port: int) -> socket.socket:

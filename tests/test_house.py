@@ -275,6 +275,7 @@ def test_text_is_utf_8_under_any_locale():
 # Files whose threads touch no CUDA, and what they do instead.
 WITHOUT_CUDA = {
     "mdit/train/lock.py": "keeps a lock's file young",
+    "mdit/train/watchdog.py": "looks at stacks and speaks with the store",
     "mdit/sources/folder.py": "reads the headers of pictures",
     "mdit/precompute/build.py": "looks at files",
     "mdit/precompute/decode.py": "decodes in Pillow",

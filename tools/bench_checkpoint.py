@@ -5,7 +5,9 @@
 
 The first line saves made-up numbers in the recipe's shapes (masters, two moments, an EMA where the recipe has one), cut
 over the processes as ZeRO cuts them, and reads them back; the second reads what the first wrote, in its own layout.
-`--expert_parallel` cuts the experts first. Every number that is read is checked.
+`--expert_parallel` cuts the experts first. Every number that is read is checked. `--copy` measures what steps wait for,
+the copy into host memory from which a thread writes, three times; all kinds of tensors are then one and the same, so
+that a machine with memory for four in place of six will do.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from mdit.meeting import init_distributed
 from mdit.models import meta_model
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.shard import WHOLE, Shard
+from mdit.train.saver import HostCopy
 
 GIB = 2**30
 T = TypeVar("T")
@@ -116,10 +119,20 @@ def run(arguments: argparse.Namespace, world: World) -> None:
     numel = sum(fragment.numel for fragment in fragments)
     # Zeros that are written, so that their memory counts as the state's.
     kinds = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if config.ema else ()))
-    tensors = {kind: [torch.empty(numel).zero_()] for kind in kinds}
+    if arguments.copy:
+        tensors = dict.fromkeys(kinds, [torch.arange(numel) % 8191.0])
+    else:
+        tensors = {kind: [torch.empty(numel).zero_()] for kind in kinds}
     total = torch.tensor(4 * numel * len(kinds))
     torch.distributed.all_reduce(total)
     size, layout = int(total), {"world_size": world.size, "expert_parallel": ep}
+    if arguments.copy:
+        copy = timed("memory for a copy", size, lambda: HostCopy(tensors), world)
+        for _ in range(3):
+            filled = timed("copy", size, lambda: copy.fill(tensors), world)
+        if not all(torch.equal(filled[kind][0], flat) for kind, (flat,) in tensors.items()):
+            raise UserError("the copy is not what was copied")
+        return
     if not arguments.load:
         for kind, fragment, values in numbers(kinds, fragments):
             fragment.of(tensors[kind]).copy_(values)
@@ -140,10 +153,13 @@ def run(arguments: argparse.Namespace, world: World) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--recipe", type=Path, required=True, help="for the model's shapes and whether it has an EMA")
-    parser.add_argument("--dir", type=Path, required=True, help="where the checkpoint goes, in place of one there")
+    parser.add_argument("--dir", type=Path, help="where the checkpoint goes, in place of one there")
     parser.add_argument("--expert_parallel", type=cli.whole(1), default=1)
+    parser.add_argument("--copy", action="store_true", help="measure the copy into host memory, write nothing")
     parser.add_argument("--load", action="store_true", help="read what an earlier run wrote, whatever its layout was")
     args = parser.parse_args(arguments)
+    if not args.dir and not args.copy:
+        raise UserError("--dir: has to say where the checkpoint goes")
     world = replace(world_from_env(), device=torch.device("cpu"))
     init_distributed(world)
     run(args, world)

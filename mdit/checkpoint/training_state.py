@@ -111,9 +111,7 @@ def save_training_state(
         gathered = gather({"files": written, "numbers": finite(numbers)}, world)
         on_rank_zero(world, write_state)
         on_rank_zero(world, publishing.close)
-    if world.is_rank_zero:
-        remove_beyond(directory, keep)
-    torch.distributed.barrier()
+    on_rank_zero(world, partial(remove_beyond, directory, keep))
 
 
 def remove_beyond(directory: Path, keep: int) -> None:
@@ -143,7 +141,7 @@ def write_fragments(
     """File after file, so that host memory holds one of them at a time. At least one file, were it empty."""
     for number, chunk in enumerate(chunks(fragments, kinds=len(tensors))):
         path = directory / f"{rank_prefix(rank)}{number:03d}.safetensors"
-        content = {f"{kind}/{p.name}": part.to("cpu", copy=True) for p in chunk for kind, part in p.kinds(tensors)}
+        content = {f"{kind}/{p.name}": part.cpu() for p in chunk for kind, part in p.kinds(tensors)}
         save_tensors(content, path, {"fragments": FRAGMENTS.dump_json(chunk).decode()})
         yield path
 

@@ -152,7 +152,9 @@ class RunSettings(Section):
     run again in the backward pass: nothing, all ("block"), or all but matmuls and attention ("selective").
     `fp8`: the blocks' matmuls and their inputs' gradients in float8 (mdit.parallel.fp8).
     `kernels`: what the fused operations run in (mdit.kernels.selection). `data_engine`: what moves latents to the
-    device; "auto" takes DALI where it is installed and a GPU is there.
+    device; "auto" takes DALI where it is installed and a GPU is there. `async_checkpoints`: what is saved is copied
+    into host memory and written while training goes on. `watchdog_s`: seconds in which nothing moves on any rank, after
+    which the run ends (mdit.train.watchdog); 0 is for ever.
     """
 
     expert_parallel: PositiveInt = 1
@@ -162,6 +164,8 @@ class RunSettings(Section):
     fp8: bool = False
     kernels: Kernels = "auto"
     data_engine: Literal["auto", "native", "dali"] = "auto"
+    async_checkpoints: bool = True
+    watchdog_s: Annotated[int, Field(ge=0, le=10**6)] = 600
 
 
 class DeepSpeedJson(Section):

@@ -18,24 +18,39 @@ from mdit.train.engine import MOMENTS, Engine
 from mdit.train.meter import Meter
 from mdit.train.run import Run
 from mdit.train.run_directory import CHECKPOINTS, CONFIG, SNAPSHOTS, RunDirectory
+from mdit.train.saver import Saver
 from mdit.train.skipped import SkippedSteps, require_finite
 
 
 class Checkpointer:
     """Saves all that a run has to remember and loads it again; randomness and the order of samples are functions of the
     step. Each part has `state_dict`, of flat tensors laid out as the engine's master weights and of numbers, and
-    `load_state_dict`. Saves are collectives; a full disk does not end the run (RunDirectory.attempt).
+    `load_state_dict`. Saves are collectives; `saver` writes them while training goes on.
     """
 
     def __init__(
-        self, run: Run, directory: RunDirectory, *, engine: Engine, ema: EMA, meter: Meter, skipped: SkippedSteps
+        self,
+        run: Run,
+        directory: RunDirectory,
+        saver: Saver,
+        *,
+        engine: Engine,
+        ema: EMA,
+        meter: Meter,
+        skipped: SkippedSteps,
     ) -> None:
-        self.run, self.directory, self.engine, self.ema, self.meter = run, directory, engine, ema, meter
+        self.run, self.directory, self.saver = run, directory, saver
+        self.engine, self.ema, self.meter = engine, ema, meter
         self.parts = (engine, ema, meter, skipped)
 
     def load_latest(self) -> int:
         """Load the checkpoint that the run goes on from -> its step; 0 for a new run, which begins with the moments of
         another where it is asked to. A collective."""
+        step = self._load_latest()
+        self.saver.prepare(self._state()[0])
+        return step
+
+    def _load_latest(self) -> int:
         if (found := self.directory.checkpoint) is not None:
             state = self._read(found, self._state()[0])
             for part in self.parts:
@@ -59,25 +74,41 @@ class Checkpointer:
             save_training_state,
             self.directory.path / CHECKPOINTS,
             step,
-            tensors,
-            self.engine.fragments(),
+            fragments=self.engine.fragments(),
             numbers=numbers,
             run=self.directory.run,
             layout=self.run.execution.layout(self.run.world.size),
-            world=self.run.world,
+            world=self.saver.world,
             keep=self.run.config.report.keep_checkpoints,
         )
-        self.directory.attempt("checkpoint", step, write)
+        self.saver.start_with_copy("checkpoint", step, tensors, write)
 
     def save_snapshot(self, step: int) -> None:
         """Save a snapshot. Raises UserError where the state holds NaN or infinities."""
         self._checked_state(step)
-        self.directory.attempt("snapshot", step, partial(self._write_snapshot, step))
+        config, raw = self.run.config, self._whole_weights(None)
+        averaged = self._whole_weights(self.ema.partitions) if self.ema.partitions is not None else None
+        snapshots = self.directory.path / SNAPSHOTS
+        write = partial(
+            save_snapshot,
+            snapshots / step_name(step),
+            step=step,
+            config_json={"recipe": portable(config, self.directory.path / CONFIG)},
+            raw=raw,
+            ema=averaged,
+            encoders=open_dataset(config.data.validation).encoders,
+            latest=snapshots / "latest",
+        )
+        self.saver.start("snapshot", step, partial(on_rank_zero, self.saver.world, write))
 
     def save_averages(self, step: int) -> None:
         """Store the averages from which one of any length is made after training."""
         self.meter.pause()
-        self.directory.attempt("averages", step, partial(self._write_averages, step))
+        config, path = self.run.config.averages, self.directory.path / AVERAGES / step_name(step)
+        assert config is not None, "called by a recipe that has them"
+        averages = [self._whole_weights(average) for average in self.ema.of_lengths]
+        write = partial(save_averages, path, config.lengths, averages)
+        self.saver.start("averages", step, partial(on_rank_zero, self.saver.world, write))
 
     def _state(self) -> tuple[dict[str, Partitions], dict[str, float]]:
         """Tensors, views of the parts' own, and numbers."""
@@ -92,28 +123,6 @@ class Checkpointer:
         tensors, numbers = self._state()
         require_finite(step, tensors, self.engine.fragments(), self.directory.path / CHECKPOINTS, self.run.world)
         return tensors, numbers
-
-    def _write_snapshot(self, step: int) -> None:
-        config, raw = self.run.config, self._whole_weights(None)
-        averaged = self._whole_weights(self.ema.partitions) if self.ema.partitions is not None else None
-        snapshots = self.directory.path / SNAPSHOTS
-        write = partial(
-            save_snapshot,
-            snapshots / step_name(step),
-            step=step,
-            config_json={"recipe": portable(config, self.directory.path / CONFIG)},
-            raw=raw,
-            ema=averaged,
-            encoders=open_dataset(config.data.validation).encoders,
-            latest=snapshots / "latest",
-        )
-        on_rank_zero(self.run.world, write)
-
-    def _write_averages(self, step: int) -> None:
-        config, path = self.run.config.averages, self.directory.path / AVERAGES / step_name(step)
-        assert config is not None, "called by a recipe that has them"
-        averages = [self._whole_weights(average) for average in self.ema.of_lengths]
-        on_rank_zero(self.run.world, partial(save_averages, path, config.lengths, averages))
 
     def _whole_weights(self, partitions: list[Tensor] | None) -> dict[str, Tensor]:
         """Float32 weights and buffers in host memory, on rank 0; nothing elsewhere. A collective."""

@@ -35,6 +35,7 @@ from mdit.train.optim import (
     set_moments,
     step_count,
 )
+from mdit.train.pace import Stopwatch
 from mdit.train.zero_step import improve
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of a state, by the optimizer's own names
@@ -52,13 +53,15 @@ def check_ds_config(ds_config: dict, path) -> None:
 
 
 class Engine:
-    """A MicroDiT under DeepSpeed, called like the model. `master_weights`: this rank's float32 partitions of them."""
+    """A MicroDiT under DeepSpeed, called like the model. `master_weights`: this rank's float32 partitions of them;
+    `forward`: the time of its forward passes."""
 
     def __init__(self, model: MicroDiT, config: TrainConfig, execution: Execution, plan: ParallelPlan) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
         expert.join_deepspeed()
         self.plan, self.world, self.execution = plan, plan.world, execution
+        self.forward = Stopwatch(self.world.device)
         self.projection = projection_of(model)  # for representation alignment, where the recipe asks for it
         bf16 = execution.dtype == torch.bfloat16
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if bf16 else {}
@@ -87,7 +90,8 @@ class Engine:
                 safe_set_full_fp32_param(parameter, exact.pop(name).to(self.world.device))
 
     def __call__(self, *args, **kwargs) -> Tensor:
-        return self.deepspeed(*args, **kwargs)
+        with self.forward.running():
+            return self.deepspeed(*args, **kwargs)
 
     def micro_batches(self, share: int) -> Iterator[slice]:
         """Rows of each micro-batch in this rank's share of a global batch."""

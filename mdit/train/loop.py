@@ -21,6 +21,7 @@ from mdit.train.meter import Meter
 from mdit.train.optim import learning_rate
 from mdit.train.run import Run, describe
 from mdit.train.run_directory import STOP, RunDirectory
+from mdit.train.saver import Saver
 from mdit.train.skipped import SkippedSteps
 
 
@@ -36,20 +37,21 @@ def train(run: Run, directory: RunDirectory) -> int:
     parallelize(model, run.execution.settings, plan)
     engine = Engine(model, config, run.execution, plan)
     ema = EMA(config.ema, engine.master_weights, config.averages)
-    meter = Meter(config, run.run_dir, world)  # loss, images/s, memory
+    meter = Meter(config, run.run_dir, world)  # loss, images/s, memory, the pace of each rank
     skipped = SkippedSteps(config.training.max_skipped_in_a_row, run.run_dir, world)  # losses that are not finite
-    checkpointer = Checkpointer(run, directory, engine=engine, ema=ema, meter=meter, skipped=skipped)
+    saver = Saver(directory, world, background=run.execution.settings.async_checkpoints)
+    checkpointer = Checkpointer(run, directory, saver, engine=engine, ema=ema, meter=meter, skipped=skipped)
     step = start = checkpointer.load_latest()
     evaluator = Evaluator(run, engine, ema, meter)
     logger.info(describe(run, start))
 
     loader = open_batches(config, run.execution, plan, start)
     stop = StopSignal(run.run_dir / STOP, world)
-    with loader as batches, meter.recording(start):
+    with loader as batches, saver, meter.recording(start):
         while True:
             done, stopping = step >= config.training.num_steps, stop.requested()
             if due(report.log_every, step, start, done):
-                meter.report(step, engine.gradient_norm(), skipped.total)
+                meter.report(step, engine.gradient_norm(), skipped.total, engine.forward)
             if due(report.validate_every, step, start, done):
                 evaluator.validate(step)
             if due(report.sample_every, step, start, done):
@@ -76,10 +78,10 @@ def train(run: Run, directory: RunDirectory) -> int:
                 skipped.add(step, batch, losses["loss"])
             meter.count_step()
             if skipped.too_many:
-                meter.report(step, engine.gradient_norm(), skipped.total)
+                meter.report(step, engine.gradient_norm(), skipped.total, engine.forward)
                 raise skipped.error(step)
 
-    directory.check_saved(step)
+    saver.check_saved(step)
     if done:
         counted = f" ({skipped.total} of them skipped: not finite)" if skipped.total else ""
         logger.info(f"finished at step {step}{counted}: {run.run_dir / 'snapshots' / 'latest'}")

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import socket
 import sys
 import threading
 import time
@@ -19,11 +20,12 @@ from tqdm import tqdm
 
 from mdit.config import TrainConfig
 from mdit.data.loader import Batch
-from mdit.dist import World, logger, on_rank_zero
+from mdit.dist import World, gather, logger, on_rank_zero
 from mdit.documents import UserError, parse_json
 from mdit.files import append_line, optional, write_text
 from mdit.masking import mask_ratio
 from mdit.train.optim import learning_rate
+from mdit.train.pace import RankPace, Stopwatch, slow_ranks, spread
 
 
 class Meter:
@@ -83,9 +85,14 @@ class Meter:
             self.seconds += time.perf_counter() - self.started
             self.started = None
 
-    def report(self, step: int, gradient_norm: float, skipped_steps: int) -> None:
-        """Write the means since the last report; NaN where every step was skipped. A collective."""
+    def report(self, step: int, gradient_norm: float, skipped_steps: int, forward: Stopwatch) -> None:
+        """Write the means since the last report, NaN where every step was skipped, and name ranks that hold others up;
+        `forward` has the time of this rank's forward passes. A collective."""
         self.pause()
+        paces = gather(RankPace(socket.gethostname(), forward.take(), self.waited), self.world)
+        if self.world.is_rank_zero:
+            for line in slow_ranks(paces, self.seconds):
+                logger.warning(f"step {step}: {line}")
         totals = torch.stack([*self.losses.values()])
         torch.distributed.all_reduce(totals)
         summed = zip(self.losses, totals.tolist(), strict=True)
@@ -102,7 +109,8 @@ class Meter:
             "skipped_steps": skipped_steps,
             "images_per_second": images_per_second,
             "step_seconds": self.seconds / self.steps,
-            "data_wait_share": self.waited / self.seconds,
+            "data_wait_share": max(pace.data for pace in paces) / self.seconds,
+            "slowest_rank": spread(paces),
             "memory_gib": memory_gib(self.world.device),
         }
         self.write(step, "train", values)

@@ -37,6 +37,7 @@ from mdit.train.run_directory import (
     check_same_recipe,
     finished_at,
 )
+from mdit.train.watchdog import Watchdog
 
 # Variables that count how often Slurm and torchrun gave the same command again: a --restart in it was for the first.
 STARTED_AGAIN = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
@@ -156,9 +157,10 @@ def check_data(run: Run) -> None:
 @contextmanager
 def opened(run: Run, began: float | None = None) -> Iterator[RunDirectory]:
     """The run's directory in the hands of this run: tried out, locked, its checkpoint found, config.json and a line of
-    starts.jsonl written. `began` is when this process did, by time.time(): a STOP file that is older goes. A
-    collective; raises on all ranks alike."""
-    with RunDirectory(run.run_dir, run.world, restart=run.restart, began=began) as directory:
+    starts.jsonl written; the watchdog is awake. `began` is when this process did, by time.time(): a STOP file that is
+    older goes. A collective; raises on all ranks alike."""
+    watchdog = Watchdog(run.run_dir, run.world, run.execution.settings.watchdog_s)
+    with RunDirectory(run.run_dir, run.world, restart=run.restart, began=began) as directory, watchdog:
         directory.begin(run.config, description(run), run.init_from, has_weights=run.initial_weights is not None)
         yield directory
 

@@ -13,7 +13,6 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,13 @@ from mdit.checkpoint.training_state import (
     Damaged,
     complete_checkpoints,
     find_latest,
-    latest_step,
     read_state,
     step_in,
 )
 from mdit.config import TrainConfig, UserError, parse_recipe
 from mdit.data.manifest import MANIFEST
 from mdit.dist import World, forget_stop, gather, logger, on_all_ranks, on_rank_zero, shared
-from mdit.documents import differences, explain, read_json
+from mdit.documents import differences, read_json
 from mdit.files import append_line, checksum, clean_leftovers, follow, sync, write_json, write_text
 from mdit.masking import mask_ratio
 from mdit.meeting import Patience
@@ -68,7 +66,6 @@ class RunDirectory:
         self.lock = Lock(path / LOCK)
         self.checkpoint: Checkpoint | None = None
         self.run: dict[str, Any] = {}
-        self._failed: list[tuple[int, str, OSError]] = []
 
     def __enter__(self) -> "RunDirectory":
         with ExitStack() as held:
@@ -90,25 +87,6 @@ class RunDirectory:
         needed = self.checkpoint is None and init_from is not None
         if needed and not all(gather(has_weights, self.world)):  # a rank saw a checkpoint that rank 0 does not see
             raise shared(f"{self.path / CHECKPOINTS}: changed while the run was starting; start again")
-
-    def attempt(self, what: str, step: int, save: Callable[[], None]) -> None:
-        """Call `save`, a collective that raises on all ranks alike. Where the disk does not take it, what was saved
-        before is still there and training goes on: that is said, and `check_saved` knows it."""
-        on_rank_zero(self.world, self.lock.check)
-        try:
-            save()
-        except OSError as error:
-            self._failed.append((step, what, error))
-            if self.world.is_rank_zero:
-                logger.warning(f"{what} of step {step} not saved: {explain(error)}; the next one that is due is tried")
-
-    def check_saved(self, step: int) -> None:
-        """Raise UserError where something of `step`, the last one, is not saved."""
-        for failed, what, error in self._failed:
-            if failed == step:
-                last = latest_step(self.path / CHECKPOINTS)
-                there = f"the same command goes on from step {last}" if last else "there is no checkpoint"
-                raise shared(f"stopped at step {step}, but its {what} is not saved: {explain(error)}; {there}")
 
     def _take(self, held: ExitStack) -> str:
         """Take the directory and tidy it up -> the lock's token."""

@@ -76,6 +76,7 @@ def test_tensorboard_has_every_scalar_and_the_grid(trained):
     assert set(events.Tags()["scalars"]) == {
         "train/loss", "train/learning_rate", "train/mask_ratio", "train/gradient_norm", "train/skipped_steps",
         "train/images_per_second", "train/step_seconds", "train/data_wait_share", "train/memory_gib",
+        "train/slowest_rank",
         "validation/validation_loss", "validation/tokens_without_expert", "validation/expert_imbalance",
         "validation/router_weight",
     }  # fmt: skip

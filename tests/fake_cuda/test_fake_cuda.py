@@ -65,7 +65,7 @@ ALLOWED = {
     "mdit/train/evaluator.py:validate": "data to the device, sums to a file",
     "mdit/train/evaluator.py:sample": "captions to the device, pictures to a file",
     "mdit/train/skipped.py:require_finite": "nothing is saved that is not finite",
-    "mdit/train/checkpointer.py:_write_snapshot": "weights to a file",
+    "mdit/train/checkpointer.py:save_snapshot": "weights to a file",
     "mdit/train/checkpointer.py:_state": "the loss so far, and the steps that Adam took",
     "mdit/train/checkpointer.py:save": "state to files",
 }

@@ -70,7 +70,7 @@ def test_a_run_is_evaluated_in_the_format_that_it_trains_in(config, tmp_path, mo
 def test_snapshots_hold_float32_whatever_is_evaluated(config, tmp_path):
     engine, run = Weights(config), run_of(config, tmp_path, torch.bfloat16)
     parts = dict(engine=engine, ema=EMA(None, []), meter=None, skipped=None)
-    found = Checkpointer(run, SimpleNamespace(path=tmp_path), **parts)._whole_weights(None)
+    found = Checkpointer(run, SimpleNamespace(path=tmp_path), None, **parts)._whole_weights(None)
     wanted = engine.model.state_dict()
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from mdit.dist import World
 from mdit.meeting import init_distributed
+from mdit.train import pace
 from mdit.train.meter import Meter, forget_after, step_of
+from mdit.train.pace import RankPace, Stopwatch, slow_ranks, spread
 from tests.processes import run_forked
 from tests.recipes import tiny_config
 from tests.training import command, read_metrics, write_ds_json, write_recipe
@@ -108,7 +110,7 @@ def test_without_a_terminal_a_report_is_a_line(tmp_path, meter, caplog, capsys):
             meter.add({"loss": torch.tensor([step / 2, step / 2])})
             meter.count_step()
         time.sleep(0.01)
-        meter.report(2, gradient_norm=1.0, skipped_steps=0)
+        meter.report(2, gradient_norm=1.0, skipped_steps=0, forward=Stopwatch(meter.world.device))
     (line,) = caplog.messages
     assert re.fullmatch(r"step 2 of 3: loss 0\.7500, \d+ images/s", line)
     assert "\r" not in "".join(capsys.readouterr())
@@ -132,3 +134,26 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):
     _, *arguments = command(recipe, write_ds_json(tmp_path / "ds.json"), tmp_path / "run")
     assert run_forked(launch_unread, arguments).returncode == 0
     assert sorted(read_metrics(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+def test_a_rank_that_holds_the_others_up_is_named():
+    even = [RankPace("a", 6.0, 0.1), RankPace("a", 6.1, 0.0), RankPace("b", 6.2, 0.1)]
+    assert slow_ranks(even, 20.0) == [] and spread(even) == pytest.approx(6.3 / 6.1)
+    slow, starved = [*even, RankPace("c", 9.0, 0.1)], [RankPace("d", 6.0, 8.0), *even]
+    assert slow_ranks(slow, 20.0) == [
+        "rank 3 on c holds the others up: its own work takes 1.49 times the median; its forward passes are slow"
+    ]
+    assert (
+        slow_ranks(starved, 20.0)[0].startswith("rank 0 on d ") and "it waits for data" in slow_ranks(starved, 20.0)[0]
+    )
+    assert slow_ranks(slow, 9.0) == [], "too short to tell"
+    assert slow_ranks(slow, 100.0) == [], "it costs 3 % of the time"
+
+
+def test_a_stopwatch_runs_inside_alone(monkeypatch):
+    monkeypatch.setattr(pace.time, "perf_counter", iter([10.0, 12.0, 20.0, 23.0]).__next__)
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch.running():
+            pass
+    assert watch.take() == 5.0 and watch.take() == 0.0

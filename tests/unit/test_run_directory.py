@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mdit.files import clean_leftovers, replacing_directory
 from mdit.parallel.shard import WHOLE
 from mdit.train import run_directory
 from mdit.train.run_directory import RunDirectory, check_place
+from mdit.train.saver import Saver
 from tests.recipes import tiny_config
 from tests.training import ENCODERS, run_in_processes
 
@@ -339,16 +341,16 @@ def save_with_a_full_disk(world: World, folder: Path) -> tuple[str, list[str]]:
         write(tensors, path, metadata)
 
     training_state.save_tensors = full
-    with directory:
+    with directory, Saver(directory, world, background=True) as saver:
         for step in (2, 4, 6):
-            directory.attempt("checkpoint", step, lambda: save(directory, step, world))  # noqa: B023
+            saver.start("checkpoint", step, partial(save, directory, step, saver.world))
             try:
-                directory.check_saved(step)
+                saver.check_saved(step)
             except UserError as error:
                 told.append(str(error))
             found = find_latest(folder / "checkpoints", world)
             told.append(str(found.step))
-        directory.check_saved(6)
+        saver.check_saved(6)
     return told
 
 
