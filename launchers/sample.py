@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mdit import cli
 from mdit.config import UserError
+from mdit.documents import read_text
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,14 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
     """Prompts of the command line, then the lines of `file`. Raises UserError."""
+    prompts = given + (read_text(file).removesuffix("\n").split("\n") if file else [])
     try:
-        prompts = given + (file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") if file else [])
         for i, prompt in enumerate(prompts, start=1):
             prompt.encode()
             if not prompt.strip():
                 raise UserError(f"prompt {i} of {len(prompts)} is empty")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts_file {file}: not UTF-8: {error}") from None
     except UnicodeEncodeError:
         raise UserError(f"prompt {i} of {len(prompts)} is not Unicode text: {ascii(prompt)}") from None
     if not prompts:

@@ -34,7 +34,7 @@ def tells(error: BaseException) -> bool:
 def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], bool] = tells) -> NoReturn:
     """Call `command` and exit with what it returns (None is 0), or, after one line on stderr, with
 
-        2    for UserError, and for OSError: the machine, a file or a disk is not as it should be
+        2    for UserError, and for OSError and MemoryError: the machine, a file or a disk is not as it should be
         130  for Ctrl-C (what a KeyboardInterrupt says is told as well); a second one ends the process at once
 
     and silently with 141 when nobody reads stdout any more, as under `| head`. `tells` says whether this process is the
@@ -61,11 +61,12 @@ def run(command: Callable[[], int | None], *, tells: Callable[[BaseException], b
         _tell("; ".join(["interrupted", *map(str, error.args)]), error, tells)
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         if os.environ.get("MDIT_TRACEBACK"):
             raise
         code = USER_ERROR
-        _tell(f"error: {explain(error)}", error, tells)
+        out_of_memory = "out of memory: " if isinstance(error, MemoryError) else ""
+        _tell(f"error: {out_of_memory}{explain(error)}", error, tells)
     finally:
         _give_up_on_stdout()
     sys.exit(code)

@@ -2,12 +2,15 @@
 
 Everything a person or another program may have written (recipes, DeepSpeed JSONs, manifests, states, plans) comes
 through here. Twice the same key, NaN, a number beyond 64 bits, text that is not Unicode, a date, or nesting without end
-is an error in one line that names the file; nothing reaches a parser or a printer that would choke on it.
+is an error in one line that names the file; nothing reaches a parser or a printer that would choke on it. A file is
+read as far as MAX_BYTES, and parsed where its values take no more memory than MAX_MEMORY.
 """
 
+import errno
 import json
 import math
 import os
+import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,6 +19,11 @@ from typing import Any
 
 MAX_DEPTH = 64
 MAX_MESSAGE = 2000  # characters
+MAX_BYTES = 2**26  # of a document
+MAX_TOML_BYTES = 2**20  # tomllib is slow
+MAX_MEMORY = 2**28  # bytes of what JSON becomes, by MEMORY_OF
+# Bytes that CPython needs at most for the values that begin with, or end at, each of these letters.
+MEMORY_OF = {b"[": 80, b"{": 80, b",": 40, b":": 60, b'"': 16}
 
 
 class UserError(Exception):
@@ -65,14 +73,14 @@ def read_toml(path: str | Path, what: str = "the file") -> dict[str, Any]:
 def parse_json(content: bytes | str, source: object) -> Any:
     """Raises UserError, beginning with `source`, for what is not JSON or not fit for use (`check`)."""
     loads = partial(json.loads, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
-    return _parse(loads, "JSON", content, source)
+    return _parse(lambda text: loads(_small(text, MAX_MEMORY)), "JSON", content, source)
 
 
-def parse_foreign_json(content: bytes | str) -> Any:
+def parse_foreign_json(content: bytes | str, most: int = MAX_MEMORY) -> Any:
     """JSON of other programs' data, which may hold NaN, a key twice and any numbers and texts. Raises ValueError for
-    what is not JSON, not UTF-8, or nested deeper than MAX_DEPTH."""
+    what is not JSON, not UTF-8, nested deeper than MAX_DEPTH, or takes more than `most` bytes of memory."""
     try:
-        values = json.loads(_text(content))
+        values = json.loads(_small(_text(content), most))
     except RecursionError as error:
         raise ValueError(_reason(error)) from None
     if any(depth > MAX_DEPTH for depth, _, _ in _walk(values)):
@@ -82,6 +90,8 @@ def parse_foreign_json(content: bytes | str) -> Any:
 
 def parse_toml(content: bytes | str, source: object) -> dict[str, Any]:
     """Raises UserError, beginning with `source`, for what is not TOML or not fit for use (`check`)."""
+    if len(content) > MAX_TOML_BYTES:
+        raise UserError(f"{source}: not valid TOML: longer than {MAX_TOML_BYTES} bytes")
     return _parse(tomllib.loads, "TOML", content, source)
 
 
@@ -135,23 +145,90 @@ def to_json(values: Any) -> str:
 
 def _walk(values: Any) -> Iterator[tuple[int, str, Any]]:
     """(depth, key, value) of all that is inside, without recursion; keys themselves as values too."""
-    waiting = [(0, "the value", values)]
+    yield 0, "the value", values
+    waiting = [_inside("the value", values)]
     while waiting:
-        depth, key, value = waiting.pop()
-        yield depth, key, value
-        if isinstance(value, dict):
-            for name, inside in value.items():
-                yield depth, "a key", name
-                waiting.append((depth + 1, name, inside))
-        elif isinstance(value, list | tuple):
-            waiting += [(depth + 1, key, inside) for inside in value]
+        found = next(waiting[-1], None)
+        if found is None:
+            waiting.pop()
+            continue
+        key, value, is_key = found
+        yield len(waiting) - is_key, "a key" if is_key else key, value
+        if isinstance(value, dict | list | tuple):
+            waiting.append(_inside(key, value))
+
+
+def _inside(key: str, value: Any) -> Iterator[tuple[str, Any, bool]]:
+    """(key, value, is it a key itself) of what is in a table or list."""
+    if isinstance(value, dict):
+        for name, inside in value.items():
+            yield name, name, True
+            yield name, inside, False
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            yield key, inside, False
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor of a file to read from. Raises OSError, also for what is no regular file: a pipe would block, a
+    device has no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        number = errno.EISDIR if os.path.isdir(path) else errno.EINVAL
+        raise OSError(number, "no regular file" if number == errno.EINVAL else os.strerror(number), str(path))
+    return descriptor
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file of at most MAX_BYTES. A pipe is read where it is named as one: /dev/stdin, /dev/fd/63. Raises OSError and
+    ValueError."""
+    is_stream = str(path).startswith("/dev/") and not os.path.isfile(path)
+    with open(path, "rb") if is_stream else open(open_regular(path), "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"has more than {MAX_BYTES} bytes")
+    return content
+
+
+def read_text(path: str | Path) -> str:
+    """A text file of at most MAX_BYTES, UTF-8, with or without the mark that some editors put first, its lines ended by
+    line feeds. Raises UserError naming it."""
+    try:
+        return _text(_read(path, "the file")).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error}") from None
+
+
+def plain_name(name: str) -> str:
+    """`name`, the name of a file beside the one that names it. Raises ValueError where it leads elsewhere."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file in this directory")
+    return name
+
+
+def path_below(folder: Path, name: str) -> Path:
+    """The file that a document in `folder` means by `name`. Raises ValueError where the name leads out of the folder;
+    whether there is a link on the way is the folder's own matter."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise ValueError(f"{name!r} leads out of {folder}")
+    return folder / name
 
 
 def _read(path: str | Path, what: str) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return read_bytes(path)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have, or too much
         raise UserError(f"{path}: cannot read {what}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _small(text: str, most: int) -> str:
+    """`text`, JSON that takes at most so many bytes when it is parsed. Raises ValueError."""
+    if 80 * len(text) > most:  # else it cannot be more
+        needed = len(text) + sum(text.count(letter.decode()) * size for letter, size in MEMORY_OF.items())
+        if needed > most:
+            raise ValueError(f"would take about {needed / 2**20:,.0f} MiB of memory, more than {most / 2**20:,.0f}")
+    return text
 
 
 def _text(content: bytes | str) -> str:

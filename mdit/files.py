@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mdit.dist import logger
-from mdit.documents import to_json
+from mdit.documents import open_regular, to_json
 
 # What a file system answers to a request that it does not know.
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EPERM}
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 def checksum(path: Path) -> str:
     """xxh3 (64 bits) of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
@@ -80,6 +80,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = partial_name(path)
     try:
         with in_the_name_of(path, partial):
+            partial.unlink(missing_ok=True)  # a link there would be written through
             yield partial
             sync(partial)
             partial.replace(path)
@@ -118,6 +119,7 @@ def try_to_write(path: Path) -> None:
         path = _linked(path)
         partial = partial_name(path)
         with in_the_name_of(path, partial):
+            partial.unlink(missing_ok=True)
             partial.touch()
             partial.unlink()
 
@@ -134,7 +136,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     if replaced.exists() and not path.exists():
         replaced.rename(path)
     for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     try:
         with in_the_name_of(path, partial):
             partial.mkdir(parents=True)
@@ -143,18 +145,21 @@ def replacing_directory(path: Path) -> Iterator[Path]:
                 sync(file)
             old = _take_the_place_of(path, partial, replaced)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def remove_directory(path: Path) -> None:
     """Remove a directory so that under its name all of it is there or nothing."""
     removed = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
+    _remove(removed)
     path.rename(removed)
-    shutil.rmtree(removed)
+    if removed.is_symlink():
+        removed.unlink()
+    else:
+        shutil.rmtree(removed)
 
 
 def clean_leftovers(directory: Path, ours: Callable[[str], bool]) -> None:
@@ -245,6 +250,15 @@ def optional(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         _say_once(f"{path}: cannot be written ({error.strerror or error}); the run goes on without")
+
+
+def _remove(path: Path) -> None:
+    """Remove what is under a name, as far as that is possible: a directory with all in it, of a link the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _linked(path: Path) -> Path:

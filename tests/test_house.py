@@ -185,14 +185,24 @@ def test_an_import_that_keeps_the_rules_is_left_alone(path, source):
     assert complaints(source, path) == []
 
 
-def unpickling(source: str) -> list[str]:
-    """Calls that could run code out of a file: torch.load unless weights_only=True, numpy's with pickles, pickle's."""
+UNPICKLE = ("load", "loads", "Unpickler", "open", "read_pickle")  # of the packages:
+PICKLES = ("pickle", "joblib", "dill", "cloudpickle", "marshal", "shelve", "pandas", "pd")
+
+
+def trusting(source: str) -> list[str]:
+    """Calls that could run code out of a file, or write where it says: torch.load unless weights_only=True, numpy's
+    with pickles, pickle's, yaml's, eval, a shell's, models' with code, archives unpacked, pictures of every format."""
     found = []
     for node in calls_in(source):
         call, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
         unsafe = call == "torch.load" and keywords.get("weights_only") != "True"
         unsafe |= keywords.get("allow_pickle", "False") != "False"
-        unsafe |= call in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "dill.load")
+        package, _, name = call.rpartition(".")
+        unsafe |= package in PICKLES and name in UNPICKLE
+        unsafe |= call in ("eval", "exec", "os.system", "os.popen") or (package == "yaml" and name != "safe_load")
+        unsafe |= keywords.get("trust_remote_code", "False") != "False" or keywords.get("shell", "False") != "False"
+        unsafe |= name in ("extractall", "extract", "unpack_archive") and keywords.get("filter") != "'data'"
+        unsafe |= call == "Image.open" and "formats" not in keywords
         found += [ast.unparse(node)] if unsafe else []
     return found
 
@@ -207,14 +217,28 @@ def unpickling(source: str) -> list[str]:
         ("np.load(path, allow_pickle=False)", 0),
         ("pickle.loads(data)", 1),
         ("json.loads(data)", 0),
+        ("shelve.open(path)", 1),
+        ("yaml.load(text, Loader=loader)", 1),
+        ("yaml.safe_load(text)", 0),
+        ("eval(text)", 1),
+        ("model.eval()", 0),
+        ("subprocess.run(command, shell=True)", 1),
+        ("subprocess.run(command)", 0),
+        ("Auto.from_pretrained(name, trust_remote_code=True)", 1),
+        ("Auto.from_pretrained(name, trust_remote_code=trusted)", 1),
+        ("Auto.from_pretrained(name, trust_remote_code=False)", 0),
+        ("archive.extractall(folder)", 1),
+        ("archive.extractall(folder, filter='data')", 0),
+        ("Image.open(file)", 1),
+        ("Image.open(file, formats=FORMATS)", 0),
     ],
 )
-def test_calls_that_unpickle_are_found(source, count):
-    assert len(unpickling(source)) == count
+def test_calls_that_trust_a_file_are_found(source, count):
+    assert len(trusting(source)) == count
 
 
-def test_nothing_is_unpickled():
-    assert not found_outside_tests(unpickling)
+def test_no_file_is_trusted():
+    assert not found_outside_tests(trusting)
 
 
 def in_the_locales_encoding(source: str) -> list[str]:
@@ -237,7 +261,7 @@ def in_the_locales_encoding(source: str) -> list[str]:
     return found
 
 
-BINARY_OPEN = {"os", "Image", "tarfile", "zipfile", "zstandard", "gzip", "self"}  # or no files at all
+BINARY_OPEN = {"os", "Image", "tarfile", "zipfile", "archive", "zstandard", "gzip", "self"}  # or no files at all
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mdit.checkpoint.training_state import step_in
 from mdit.config import UserError
-from mdit.documents import read_json
+from mdit.documents import plain_name, read_json
 from mdit.files import measure, replacing_directory, save_tensors, write_json
 
 AVERAGES = "averages"  # in a run's directory
@@ -77,7 +77,14 @@ def stored_averages(run_dir: Path, until: int) -> list[StoredAverage]:
         if step is None or step > until:
             continue
         content = read_json(path / CONTENT)
-        for length, (name, written) in zip(content["lengths"], content["files"].items(), strict=True):
+        try:
+            listed = [
+                (float(length), plain_name(name), written)
+                for length, (name, written) in zip(content["lengths"], content["files"].items(), strict=True)
+            ]
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"{path / CONTENT}: is not as it was written: {error}") from None
+        for length, name, written in listed:
             if not (path / name).is_file() or measure(path / name) != written:
                 raise UserError(f"{path / name}: damaged or missing: not as {CONTENT} says")
             found.append(StoredAverage(length, step, path / name))
@@ -89,9 +96,12 @@ def stored_averages(run_dir: Path, until: int) -> list[StoredAverage]:
 def reconstruct(stored: Sequence[StoredAverage], length: float, step: int) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 tensor) of every parameter's average of any length after `step`, summed in float64."""
     factors = combination([(each.length, each.step) for each in stored], length, step)
-    files = [safe_open(each.file, "pt") for each in stored]
-    for name in files[0].keys():  # noqa: SIM118  (no dict)
-        total = torch.zeros_like(files[0].get_tensor(name), dtype=torch.float64)
-        for factor, file in zip(factors.tolist(), files, strict=True):
-            total.add_(file.get_tensor(name).double(), alpha=factor)
-        yield name, total.float()
+    try:
+        files = [safe_open(each.file, "pt") for each in stored]
+        for name in files[0].keys():  # noqa: SIM118  (no dict)
+            total = torch.zeros_like(files[0].get_tensor(name), dtype=torch.float64)
+            for factor, file in zip(factors.tolist(), files, strict=True):
+                total.add_(file.get_tensor(name).double(), alpha=factor)
+            yield name, total.float()
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: of another shape
+        raise UserError(f"{stored[0].file.parent}: averages are not as they were written: {error}") from None

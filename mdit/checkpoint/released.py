@@ -39,6 +39,8 @@ def import_released(source: Path, out: Path) -> str:
         raise UserError(f"{out}: exists already")
     weights, dropped = _network_weights(_load_tensors(source), source)
     name, model = recognise(weights, source)
+    if (claimed := sum(value.nbytes for value in weights.values())) > (size := source.stat().st_size):
+        raise UserError(f"{source}: has {size} bytes, and its tensors would take {claimed}")
     check_numbers(weights, source, DTYPES)
     if model.latent_channels not in IMAGE_ENCODERS:
         raise UserError(f"no autoencoder of {model.latent_channels} channels is known, only of {list(IMAGE_ENCODERS)}")
@@ -53,8 +55,12 @@ def import_released(source: Path, out: Path) -> str:
 def _load_tensors(source: Path) -> dict[str, Any]:
     """The file's content, by PyTorch's loader that builds tensors and containers and runs nothing."""
     try:
-        if zipfile.is_zipfile(source) and (member := zipfile.ZipFile(source).testzip()):  # PyTorch compares no checksum
-            raise ValueError(f"checksum of {member}")
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:  # as torch.save packs it: another one may unpack to anything
+                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                    raise ValueError("compressed")
+                if member := archive.testzip():  # PyTorch compares no checksum
+                    raise ValueError(f"checksum of {member}")
         with warnings.catch_warnings(action="ignore"):  # of formats that PyTorch will give up
             content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # damage can raise whatever the loader stumbles over

@@ -15,6 +15,7 @@ one tensor in memory at a time. Nothing here is ever unpickled.
 
 import json
 import math
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,13 +29,13 @@ from typing import Any
 import torch
 import torch.distributed
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mdit.checkpoint.fragments import FRAGMENTS, Fragment, Partitions
 from mdit.config import UserError
 from mdit.dist import World, gather, logger, on_all_ranks, on_rank_zero, shared
-from mdit.documents import parse_json
+from mdit.documents import parse_json, read_bytes
 from mdit.files import (
     DEFINITE,
     in_the_name_of,
@@ -222,18 +223,30 @@ def read_state(path: Path) -> Checkpoint:
     for a checkpoint of another format."""
     file = path / "state.json"
     try:
-        state = parse_json(patiently(file.read_bytes), file)
+        state = parse_json(patiently(partial(read_bytes, file)), file)
     except DEFINITE:
         raise Damaged("state.json is missing") from None
-    except UserError:
+    except (UserError, ValueError):
         raise Damaged("state.json is not as it was written") from None
     if isinstance(state, dict) and state.get("format") != FORMAT:
         raise UserError(f"{file}: format is {state.get('format')!r}, this version reads {FORMAT!r}")
-    if not isinstance(state, dict) or seal(state) != state:
+    if not isinstance(state, dict) or seal(state) != state or not _is_state(state):
         raise Damaged("state.json is not as it was written")
     if path.name != step_name(state["step"]):
         raise Damaged(f"state.json is that of {step_name(state['step'])}")
     return Checkpoint(path, state)
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """Whether a state, whoever sealed it, has all that a checkpoint is read by, and names no files but its own."""
+    files, numbers = state.get("files"), state.get("numbers")
+    return (
+        type(state.get("step")) is int
+        and isinstance(files, dict)
+        and all(re.fullmatch(r"rank_\d{5}_\d{3,}\.safetensors", name) for name in files)
+        and isinstance(numbers, list)
+        and all(isinstance(each, dict) for each in (state.get("run"), state.get("layout"), *numbers))
+    )
 
 
 def load_into(
@@ -263,18 +276,32 @@ class Reader:
     """The tensors of a checkpoint by name, as `ranks` wrote them."""
 
     def __init__(self, checkpoint: Checkpoint, ranks) -> None:
-        self.path = checkpoint.path
-        names = [name for name in sorted(checkpoint.state["files"]) if rank_in(name) in ranks]
-        self.files = [safe_open(checkpoint.path / name, "pt") for name in names]
+        self.path, files = checkpoint.path, sorted(checkpoint.state["files"])
+        self.ranks = 1 + max(map(rank_in, files), default=0)  # that wrote it: each has a file
+        names = [name for name in files if rank_in(name) in ranks]
+        try:
+            self.files = [safe_open(checkpoint.path / name, "pt") for name in names]
+        except SafetensorError as error:
+            raise self._not_as_written(error) from None
 
     @cached_property
     def stored(self) -> dict[str, list[tuple[Any, Fragment]]]:
         """Parameter name -> (file, fragment in it)."""
         found = defaultdict(list)
         for file in self.files:
-            for fragment in FRAGMENTS.validate_json(file.metadata()["fragments"]):
+            try:
+                fragments = FRAGMENTS.validate_json((file.metadata() or {}).get("fragments", ""))
+                for shard in {fragment.shard for fragment in fragments}:
+                    if not (0 <= shard.index < shard.count <= self.ranks and 0 < shard.blocks <= 3 and shard.dim >= 0):
+                        raise ValueError(f"{shard} of {self.ranks} processes")
+            except ValueError as error:  # also pydantic's
+                raise self._not_as_written(error) from None
+            for fragment in fragments:
                 found[fragment.name].append((file, fragment))
         return found
+
+    def _not_as_written(self, error: Exception) -> UserError:
+        return UserError(f"{self.path}: is not as it was written: {error}")
 
     def fill(self, kind: str, fragment: Fragment, out: Tensor) -> None:
         """Set `out` (numel,) to the elements of a fragment, whoever wrote them."""
@@ -309,8 +336,11 @@ class Reader:
         for file, other in {place(other): (file, other) for file, other in stored}.values():
             low, high = max(begin, place(other)), min(end, place(other) + other.numel)
             if low < high:
-                run = file.get_slice(f"{kind}/{fragment.name}")[low - place(other) : high - place(other)]
-                out[low - begin : high - begin].copy_(run)
+                try:
+                    run = file.get_slice(f"{kind}/{fragment.name}")[low - place(other) : high - place(other)]
+                    out[low - begin : high - begin].copy_(run)
+                except (SafetensorError, RuntimeError) as error:  # RuntimeError: fewer elements than it says
+                    raise self._not_as_written(error) from None
                 held += high - low
         if held != fragment.numel:
             name = f"{kind}/{fragment.name}"

@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from mdit.captions import CaptionWeights
 from mdit.config import AnySection, Embeddings, NonNegativeInt, PositiveInt, Section, UserError, parse_section
 from mdit.data.quantise import BLOCK, dequantise, stored_bytes
 from mdit.descriptions import Encoders
-from mdit.documents import parse_json, read_json
+from mdit.documents import parse_json, plain_name, read_bytes, read_json
 
 FORMATS = ("mdit-latents/1", "mdit-latents/2")  # with one caption a sample, with several
 MANIFEST = "manifest.json"
 TAR_BLOCK = 512
+MOST_ROW_BYTES = 2**28  # of a sample: a T5-XXL embedding of 512 tokens is 4 MiB
 
 
 class ShardError(UserError):
@@ -118,7 +119,9 @@ class SampleLayout(Section):
         return dequantise(stored, *self.features_shape)
 
     def check(self) -> None:
-        """Raise UserError when 8-bit blocks do not fit."""
+        """Raise UserError when 8-bit blocks do not fit, or a sample takes more than MOST_ROW_BYTES."""
+        if self.row_bytes > MOST_ROW_BYTES:
+            raise UserError(f"a sample takes {self.row_bytes} bytes, more than the {MOST_ROW_BYTES} that are read")
         patches, width = self.features_shape or (0, 0)
         if patches * width % BLOCK:
             raise UserError(
@@ -147,7 +150,7 @@ class StoredCaptions(Section):
 
 
 class FileEntry(Section):
-    file: str
+    file: Annotated[str, AfterValidator(plain_name)]
     samples: PositiveInt
     bytes: NonNegativeInt
     xxh3: str
@@ -184,9 +187,12 @@ def read_manifest(directory: str | Path) -> Manifest:
         if (found := values.get("format") if isinstance(values, dict) else values) not in FORMATS:
             raise UserError(f"{path}: format is {found!r}, expected {' or '.join(map(repr, FORMATS))}")
         manifest = parse_section(Manifest, values, path)
-        manifest.layout.check()
     except UserError as error:
         raise ShardError(error) from None
+    try:
+        manifest.layout.check()
+    except UserError as error:
+        raise ShardError(f"{path}: {error}") from None
     if len(manifest.shards) != len(manifest.dali_indexes):
         raise ShardError(f"{path}: has {len(manifest.shards)} shards, but {len(manifest.dali_indexes)} DALI indexes")
     return manifest
@@ -195,7 +201,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 def read_section(section: type[AnySection], path: Path) -> AnySection | None:
     """A document of a set; None where there is no such file. Raises UserError naming the file, or OSError."""
     try:
-        return parse_section(section, parse_json(path.read_bytes(), path), path)
+        return parse_section(section, parse_json(read_bytes(path), path), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -42,9 +42,11 @@ from mdit.data.manifest import (
     StoredCaptions,
     read_manifest,
 )
+from mdit.documents import open_regular
 from mdit.files import checksum
 
 INDEX = "index.npy"
+MOST_TEXT_BYTES = 2**24  # of a sample
 # Where a sample's first header is in its shard, the length of its caption in bytes, and the xxh3 of all bytes from that
 # header to the caption's last. With several captions, their number; the length is that of texts.json, and the xxh3 is
 # of all bytes behind the embeddings.
@@ -82,7 +84,7 @@ class Index:
         if mapped.dtype != dtype or mapped.ndim != 1:
             raise ShardError(f"{path}: has rows of {mapped.dtype.descr}, expected {dtype.descr}")
         self._start, self._length = mapped.offset, len(mapped)
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(open_regular(path), "rb", buffering=0)
 
     def __len__(self) -> int:
         return self._length
@@ -114,7 +116,7 @@ class OpenShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_regular(path)
         self.identity = _identity(os.fstat(self.descriptor))
         self.checked = time.monotonic()
 
@@ -197,7 +199,7 @@ class LatentSet:
         rows = self.index.entries(samples)
         shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
         last_offsets = self._shard_bytes[shards] - self._sample_bytes(rows)
-        possible = (rows["shard"] == shards) & (rows["text_bytes"] >= 0)
+        possible = (rows["shard"] == shards) & (rows["text_bytes"] >= 0) & (rows["text_bytes"] <= MOST_TEXT_BYTES)
         possible &= (rows["offset"] >= 0) & (rows["offset"] <= last_offsets)
         if self.weights is not None:
             possible &= (rows["captions"] > 0) & (rows["captions"] <= self._shard_bytes[shards])

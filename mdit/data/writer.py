@@ -33,7 +33,7 @@ from mdit.data.quantise import quantise
 from mdit.data.report import PartReport, new_report
 from mdit.data.shards import INDEX, LatentSet, index_dtype
 from mdit.descriptions import Encoders
-from mdit.documents import parse_json
+from mdit.documents import parse_json, read_bytes
 from mdit.files import measure, replacing, write_json, write_text
 
 SHARD_BYTES = 10**9
@@ -331,7 +331,7 @@ def _write_record(directory: Path, part: int, record: PartRecord, rows: np.ndarr
 
 
 def _read_record(path: Path) -> PartRecord:
-    return parse_section(PartRecord, parse_json(path.read_bytes(), path), path)
+    return parse_section(PartRecord, parse_json(read_bytes(path), path), path)
 
 
 def _read_entries(directory: Path, part: int, record: PartRecord, dtype: np.dtype) -> np.ndarray:

@@ -7,10 +7,20 @@ import torch
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.encoders.loading import described, digest, dtype_of, local_folder, reason, require_complete, require_weights
+from mdit.encoders.loading import (
+    check_config,
+    described,
+    digest,
+    dtype_of,
+    local_folder,
+    refusing,
+    require_complete,
+    require_weights,
+)
 
 # Brings emoji scenes, of standard deviation 0.6 in [-1, 1], near the sigma_data of 0.9 that the recipes use.
 PIXEL_SCALE = 1.5
+MOST_PARAMETERS = 2**28  # of an autoencoder, which takes its memory before it reads its file; FLUX's has 84 million
 
 
 class ImageEncoder(Protocol):
@@ -140,9 +150,17 @@ def load_autoencoder(name: str, key: str, dtype: torch.dtype):
         subfolders = ("vae",) if (local / "vae").is_dir() else (None,)
     for subfolder in subfolders:
         try:
-            loaded: Any = AutoencoderKL.from_pretrained(local or name, subfolder=subfolder, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            problem = reason(error)
+            with refusing(""):
+                config: Any = AutoencoderKL.load_config(local or name, subfolder=subfolder)
+                check_config(config, "config.json")
+                with torch.device("meta"):
+                    built: Any = AutoencoderKL.from_config(config)
+                needed = sum(parameter.numel() for parameter in built.parameters())
+                if needed > MOST_PARAMETERS:
+                    raise UserError(f"config.json: {needed} parameters are more than {MOST_PARAMETERS}")
+                loaded: Any = AutoencoderKL.from_pretrained(local or name, subfolder=subfolder, **options)
+        except UserError as error:
+            problem = str(error).removeprefix(": ")
             continue
         autoencoder, found = loaded
         require_complete(key, found)

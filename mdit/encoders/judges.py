@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from mdit.config import UserError
 from mdit.encoders.efficientnet import IMAGENET_MEAN, IMAGENET_STD, image_features, load_efficientnet
-from mdit.encoders.loading import digest, import_transformers, load_family, local_folder, reason
+from mdit.encoders.loading import digest, import_transformers, load_family, local_folder, reason, refusing
 
 DINOV2_SIZE = 224  # pixels
 INCEPTION_FEATURES = "2048"
@@ -59,7 +58,7 @@ def load_inception(place: str, key: str, device: torch.device) -> Judge:
         if path is not None:  # the package would run the code of a pickle
             torch.load(path, map_location="cpu", weights_only=True)
         model = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", [INCEPTION_FEATURES], path, verbose=False)
-    except (OSError, RuntimeError, AttributeError, TypeError, UnpicklingError) as error:
+    except Exception as error:  # damage can raise whatever the loader stumbles over
         expected = f"expected {OWN_DOWNLOAD}, or the path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
         raise UserError(f"{key}: {expected}: {reason(error)}") from None
     model.to(device)
@@ -94,11 +93,9 @@ def load_clip(place: str, key: str, device: torch.device, *, scores: bool = Fals
     name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
     processor = getattr(transformers, name)
     source = local_folder(place, key) or place
-    try:
+    with refusing(key):
         pixels_of = processor.from_pretrained(source)
         tokens_of = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False) if scores else None
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{key}: {reason(error)}") from None
 
     def embeddings(images_NHWC: Tensor, captions: Sequence[str]) -> Tensor:
         pixels = pixels_of(images=list(images_NHWC.numpy()), return_tensors="pt")

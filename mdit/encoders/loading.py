@@ -1,6 +1,8 @@
 """Frozen towers from a path or hub id: number format, files, digest of the weights. Their outputs are float32."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ from torch import Tensor
 
 from mdit.config import UserError
 
+# Of a tower's config: what its numbers may be, lest a few bytes of JSON make a model that no machine holds.
+LARGEST_SIZE, MOST_LAYERS = 2**20, 128
+LAYERS = re.compile("layers|depth|per_block")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,18 +59,46 @@ def require_complete(key: str, found: dict[str, Any]) -> None:
         raise UserError(f"{key}: its weights lack {min(found['missing_keys'])}, and maybe more")
 
 
+@contextmanager
+def refusing(key: str) -> Iterator[None]:
+    """Around loading what strangers made: whatever a library stumbles over is a UserError that begins with `key`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{key}: {reason(error)}") from None
+
+
+def check_config(config: Any, key: str, name: str = "") -> None:
+    """Raise UserError, beginning with `key`, for numbers beyond LARGEST_SIZE or MOST_LAYERS in a tower's config, and
+    for an attention that would be code of the hub."""
+    most = MOST_LAYERS if LAYERS.search(name) else LARGEST_SIZE
+    if isinstance(config, int) and config > most:
+        raise UserError(f"{key}: {name} is {config} in its config, more than {most}")
+    if isinstance(config, list) and len(config) > MOST_LAYERS and not isinstance(config[0], str):
+        raise UserError(f"{key}: {name} has {len(config)} values in its config, more than {MOST_LAYERS}")
+    if "attn_implementation" in name and isinstance(config, str) and "/" in config:
+        raise UserError(f"{key}: {name} is {config} in its config, which is code of the hub and is not run")
+    for inside, value in config.items() if isinstance(config, dict) else ((name, each) for each in _listed(config)):
+        check_config(value, key, str(inside))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def load_family(name: str, key: str, families: dict[str, str], expected: str) -> torch.nn.Module:
     """A model of one of the `families` (model_type -> class of transformers) by local path or hub id, in float32, read
     from safetensors. Raises UserError, beginning with `key`, that says what was `expected`."""
     local, transformers = local_folder(name, key), import_transformers(key)
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    try:
+    with refusing(f"{key}: {expected}"):
+        check_config(transformers.PreTrainedConfig.get_config_dict(local or name)[0], key)
         kind = transformers.AutoConfig.from_pretrained(local or name, trust_remote_code=False).model_type
         if kind not in families:
             raise UserError(f"{key}: is a {kind} model; {expected}")
         model, found = getattr(transformers, families[kind]).from_pretrained(local or name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{key}: {expected}: {reason(error)}") from None
     require_complete(key, found)
     return model.float().eval().requires_grad_(False)
 

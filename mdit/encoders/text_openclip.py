@@ -1,6 +1,5 @@
 """The text tower of an open_clip model, as the paper's code uses it: every token after the final norm, none pooled."""
 
-import pickle
 from typing import Any
 
 import torch
@@ -8,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdit.config import UserError
-from mdit.encoders.loading import reason
+from mdit.encoders.loading import check_config, refusing
 
 PREFIX = "openclip:"
 INSTALL = "pip install 'open_clip_torch>=3', with the torchvision that belongs to your torch"
 HAVE_WEIGHTS = ("hf-hub:", "local-dir:")
+# Of a model's own arguments for its tokenizer: open_clip hands them on to transformers, trust_remote_code among them.
+TOKENIZER_ARGUMENTS = {"clean", "strip_sep_token", "language", "reduction_mask"}
 
 
 class OpenClipTower:
@@ -49,13 +50,24 @@ def load_openclip(identifier: str, key: str, device: torch.device | str, dtype: 
         tags = open_clip.list_pretrained_tags_by_model(name)
         known = f"one of {', '.join(tags)}" if tags else "but open_clip knows no weights of that model"
         raise UserError(f"{key}: expected {PREFIX}hf-hub:ID, {PREFIX}local-dir:PATH or {PREFIX}{name}:TAG, {known}")
-    try:
+    with refusing(f"{key}: open_clip cannot load it"):
+        _check_model(open_clip.get_model_config(name), key)
         load: Any = open_clip.create_model_from_pretrained
         model = load(name, tag or None, return_transform=False, weights_only=True)
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{key}: open_clip cannot load it: {reason(error)}") from None
     if not hasattr(getattr(model, "text", model), "forward_intermediates"):
         raise UserError(f"{key}: its text tower is a model of transformers; give the id of that one")
     model.visual = None  # gives its memory back
     return OpenClipTower(model.to(device, dtype).eval().requires_grad_(False), tokenizer)
+
+
+def _check_model(config: Any, key: str) -> None:
+    """Raise UserError for a model whose config would have another one loaded, or code run that comes with it."""
+    check_config(config, key)
+    text, vision = ((config or {}).get(part) or {} for part in ("text_cfg", "vision_cfg"))
+    if more := sorted({*(text.get("tokenizer_kwargs") or {})} - TOKENIZER_ARGUMENTS):
+        raise UserError(
+            f"{key}: its config gives its tokenizer {more[0]}; only {sorted(TOKENIZER_ARGUMENTS)} are taken"
+        )
+    if ":" in str(vision.get("timm_model_name") or "") or vision.get("timm_model_pretrained"):
+        raise UserError(f"{key}: its config has the vision tower of another place loaded, which is not done")

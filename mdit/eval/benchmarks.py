@@ -10,6 +10,7 @@ google-research/parti). Their scorers have towers and versions of their own and 
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,10 @@ from PIL import Image
 
 from mdit.config import UserError
 from mdit.dist import World
-from mdit.documents import parse_foreign_json, to_json
+from mdit.documents import parse_foreign_json, read_text, to_json
 from mdit.eval.samples import Painter, missing, save_png
 
 PICTURES = 4  # of a prompt in GenEval and DPG-Bench
-ENCODING = "utf-8-sig"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def dpg(prompts: Path, out: Path) -> Benchmark:
     files = sorted(prompts.glob("*.txt"))
     if not files:
         raise UserError(f"{prompts}: has no *.txt; expected ELLA's dpg_bench/prompts")
-    texts = [file.read_text(encoding=ENCODING).strip() for file in files]
+    texts = [read_text(file).strip() for file in files]
     sheets = [
         Sheet(out / f"{file.stem}.png", text, range(PICTURES * n, PICTURES * (n + 1)))
         for n, (file, text) in enumerate(zip(files, texts, strict=True))
@@ -83,8 +83,8 @@ def dpg(prompts: Path, out: Path) -> Benchmark:
 
 
 def parti(prompts: Path, out: Path) -> Benchmark:
-    with prompts.open(encoding=ENCODING, newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    lines = io.StringIO(read_text(prompts), newline="")
+    rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     if not rows or not rows[0].get("Prompt"):
         raise UserError(f"{prompts}: expected a table with tabs and a column Prompt")
     sheets = _one_each([row["Prompt"] for row in rows], out)
@@ -127,7 +127,7 @@ def _one_each(prompts: Iterable[str], out: Path) -> list[Sheet]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Lines, and the objects that they are. Raises UserError naming the line."""
-    for number, line in enumerate(path.read_text(encoding=ENCODING).removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
         try:
             yield line, parse_foreign_json(line)
         except ValueError as error:

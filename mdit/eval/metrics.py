@@ -4,12 +4,12 @@ A metric is a distance between what one tower makes of the drawn pictures and of
 the mean over the drawn ones. docs/evaluation.md says how figures are made that others can be compared with.
 """
 
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -99,7 +99,9 @@ class PictureMetrics:
                         raise UserError(f"{path}: has features of {', '.join(sorted(there))}, not of {name}")
                     if weights.get(name) != (ours := self.judges[name].weights):
                         raise UserError(f"{path}: {name} had weights of xxh3 {weights.get(name)}, now it has {ours}")
-                    found[name] = file.get_tensor(name)
+                    found[name] = features = file.get_tensor(name)
+                    if features.ndim != 2 or features.dtype != torch.float32:
+                        raise UserError(f"{path}: {name} is {features.dtype} of shape {tuple(features.shape)}")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: no features of a reference: {error}") from None
         return found
@@ -107,15 +109,20 @@ class PictureMetrics:
     def _statistics(self, path: Path) -> dict[str, Tensor | Statistics]:
         if others := [name for name in self.compared if name != "inception"]:
             raise UserError(f"{path}: has statistics for FID alone, not features of {', '.join(others)}")
+        width = int(INCEPTION_FEATURES)
+        wanted = {"mu": (width,), "sigma": (width, width)}
         try:
+            with zipfile.ZipFile(path) as archive:
+                shapes = {name: _shape_in(archive, f"{name}.npy") for name in wanted}
+            if shapes != wanted:
+                both = [tuple(each.values()) for each in (shapes, wanted)]
+                raise UserError(f"{path}: mu and sigma have shapes {both[0]}, not {both[1]}")
             with np.load(path, allow_pickle=False) as file:
-                found = {name: np.asarray(file[name], dtype=np.float64) for name in ("mu", "sigma")}
-        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:  # TypeError: an .npy
+                return {"inception": {name: np.asarray(file[name], dtype=np.float64) for name in wanted}}
+        except UserError:
+            raise
+        except Exception as error:  # the parser of a header raises what its tokenizer raises
             raise UserError(f"{path}: no statistics of FID: {error}") from None
-        shapes, width = tuple(each.shape for each in found.values()), int(INCEPTION_FEATURES)
-        if shapes != ((width,), (width, width)):
-            raise UserError(f"{path}: mu and sigma have shapes {shapes}, not {((width,), (width, width))}")
-        return {"inception": found}
 
     def lines(self, scores: dict[str, float], drawn: int, reference: str) -> list[str]:
         """Lines for a reader: what each figure is, and of what."""
@@ -124,3 +131,11 @@ class PictureMetrics:
             against = f"{drawn} pictures against {reference}" if metric.distance else f"{drawn} pictures"
             told.append(f"{metric.label} {scores[name]:.4g} of {against}")
         return told
+
+
+def _shape_in(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    """Shape that an array in an .npz file claims, before numpy takes the memory for it. Raises KeyError, ValueError."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(file)[0]

@@ -247,7 +247,7 @@ def save_png(picture: Image.Image, path: Path, about: Mapping[str, str] | None =
 
 def read_about(path: Path) -> dict[str, str]:
     """The texts that a PNG file carries. Raises OSError where it is no picture."""
-    with Image.open(path) as picture:
+    with Image.open(path, formats=["PNG"]) as picture:
         picture.load()
         return {key: str(text) for key, text in getattr(picture, "text", {}).items()}
 

@@ -21,7 +21,7 @@ from mdit.checkpoint.snapshot import Snapshot, WeightKind
 from mdit.config import MetricsConfig, UserError
 from mdit.data.shards import open_dataset, read_samples
 from mdit.dist import World, gather, on_all_ranks, on_rank_zero
-from mdit.documents import differences, read_json
+from mdit.documents import differences, read_json, read_text
 from mdit.eval.distances import Statistics
 from mdit.eval.metrics import Features, PictureMetrics
 from mdit.eval.picture_sets import draw_set, open_drawn, open_pictures, open_public, read_batches, side_of
@@ -82,10 +82,7 @@ def read_prompts(place: str | None, snapshot: Snapshot, count: int) -> list[str]
         chosen = random.Random(PROMPTS_SEED).sample(range(len(every)), min(count, len(every)))
         found = [every[number] for number in sorted(chosen)]
     else:
-        try:
-            lines = Path(place).read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not UTF-8: {error}") from None
+        lines = read_text(place).split("\n")
         source, found = place, [line.strip() for line in lines if line.strip()][:count]
     if len(found) < count:
         raise UserError(f"{source}: has {len(found)} captions for --num_pictures {count}")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mdit.dist import cores
-from mdit.sources.pictures import crop, open_header, upright_rgb
+from mdit.sources.pictures import crop, open_header, room_for, upright_rgb
 from mdit.sources.storage import is_damage
 
 TOO_SMALL = "too small"
@@ -53,12 +53,13 @@ class PillowDecoder:
             image = open_header(picture)
             if min(image.size) < self.min_side:
                 return TOO_SMALL
-            image = upright_rgb(image)
+            with room_for(image):
+                image = upright_rgb(image)
+                return {size: np.array(crop(image, size)) for size in self.image_sizes}
         except Exception as error:
             if not is_damage(error):
                 raise
             return NOT_DECODABLE
-        return {size: np.array(crop(image, size)) for size in self.image_sizes}
 
     def gather(self, results: Sequence[dict[int, Any] | str]) -> Decoded:
         """One batch of what was made of each picture: image size -> array or tensor, or the reason of rejection."""

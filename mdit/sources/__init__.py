@@ -41,6 +41,7 @@ Reason = Literal[
     "missing picture",  # the captions name it, but it is not there
     "unreadable picture",  # its file or archive member cannot be read
     "link",  # an archive holds no picture or caption there, but the name of another file
+    "leads outside",  # the captions name a file outside of the set's folder
     "encrypted",  # a member of a zip
     "name twice",  # files of one name, and it cannot be told which of them belong together
     "unsafe",  # rated above the limit (diffusiondb)

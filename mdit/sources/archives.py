@@ -2,25 +2,35 @@
 
 import bz2
 import gzip
-import io
-import lzma
 import os
+import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from mdit.dist import logger
 from mdit.sources import Rejected
-from mdit.sources.storage import BUFFER, LARGEST, NOT_THERE, OF_ONE_NAME, is_damage, opened, read_file
+from mdit.sources.storage import (
+    LARGEST,
+    NOT_THERE,
+    OF_ONE_NAME,
+    Bounded,
+    Unpacked,
+    UnpackedXz,
+    is_damage,
+    opened,
+    read_file,
+)
 
 # In the order in which they are taken where a sample has several.
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jp2", ".ppm")
-COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by how they begin
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": UnpackedXz}  # by how they begin
 ENCRYPTED = 1  # a flag of zip
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what zipfile unpacks of the others it does not bound
+LARGEST_HEADER, LARGEST_LISTING = 2**20, 2**25  # bytes: of a member in a tar, of all members of a zip
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,9 @@ def read_member(path: Path, name: str) -> bytes | None:
     try:
         if path.is_dir():
             return read_file(path / name)
-        with opened(path) as file, zipfile.ZipFile(file) as archive:
-            return archive.read(name)
+        with opened(path) as file, _opened_zip(file) as archive:
+            info = archive.getinfo(name)
+            return None if _judged(info, "", name) else archive.read(info)
     except Exception as error:
         if not (is_damage(error) or (path.is_dir() and getattr(error, "errno", None) in OF_ONE_NAME)):
             raise
@@ -79,14 +90,26 @@ def read_member(path: Path, name: str) -> bytes | None:
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """The directories below and their files' names; nothing where there is no `root`. Raises OSError, where os.walk
-    would leave out what it cannot read."""
+    would leave out what it cannot read. Links are followed, each directory is visited once, and none that `root` itself
+    is in."""
 
     def fail(error: OSError) -> None:
         raise error
 
     if root.is_dir():
-        for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
+        seen = {_identity(folder) for folder in root.resolve().parents}
+        for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
+            below.sort()  # which of two links to one directory counts
+            if (identity := _identity(Path(folder))) in seen:
+                below.clear()
+                continue
+            seen.add(identity)
             yield Path(folder), names
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def without_unpacked(archives: Iterable[Path], directories: Iterable[Path]) -> list[Path]:
@@ -109,12 +132,11 @@ class _TarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"at byte {archive.offset}: {error}") from None
 
 
-def _read_tar(
-    file: io.BufferedReader, origin: str, wanted: Callable[[str], bool]
-) -> Iterator[ArchiveMember | Rejected]:
+def _read_tar(file: Bounded, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:
     begins = file.peek(8)
     unpack = next((unpack for magic, unpack in COMPRESSED.items() if begins.startswith(magic)), None)
-    content = file if unpack is None else io.BufferedReader(unpack(file), BUFFER)
+    content = file if unpack is None else Bounded(Unpacked(unpack(file), os.fstat(file.fileno()).st_size))
+    content.largest = LARGEST_HEADER
     with tarfile.open(fileobj=content, mode="r:", tarinfo=_TarInfo) as archive:
         before = -1
         while (entry := archive.next()) is not None:
@@ -128,30 +150,48 @@ def _read_tar(
             where = f"{origin}/{name}"
             if entry.islnk() or entry.issym():
                 yield Rejected(where, "link", f"{name} is a link to {entry.linkname}", name)
-            elif not entry.isfile() or entry.size > LARGEST:
-                yield Rejected(where, "unreadable picture", f"{name} has {entry.size} bytes", name)
+            elif not entry.isfile() or entry.issparse() or entry.size > LARGEST:
+                what = f"has {entry.size} bytes" if entry.isfile() and not entry.issparse() else "is no regular file"
+                yield Rejected(where, "unreadable picture", f"{name} {what}", name)
             else:
                 data = archive.extractfile(entry)
                 assert data is not None  # a file has data
+                content.largest = LARGEST
                 yield ArchiveMember(name, data.read())
+                content.largest = LARGEST_HEADER
         # A download that was cut off may have left zeros, which look like an end: not more of them than tar pads with.
         rest = content.read(tarfile.RECORDSIZE + 1)
         if len(rest) > tarfile.RECORDSIZE or rest.strip(b"\0"):
             raise tarfile.ReadError(f"ends at byte {archive.offset}, but the file goes on")
 
 
-def _read_zip(file: BinaryIO, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:
-    with zipfile.ZipFile(file) as archive:
+def _opened_zip(file: Bounded) -> zipfile.ZipFile:
+    file.largest = LARGEST_LISTING
+    archive = zipfile.ZipFile(file)
+    file.largest = LARGEST
+    return archive
+
+
+def _judged(info: zipfile.ZipInfo, origin: str, name: str) -> Rejected | None:
+    """The reject for a member that must not be unpacked."""
+    if info.flag_bits & ENCRYPTED:
+        return Rejected(origin, "encrypted", f"{name} is encrypted", name)
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return Rejected(origin, "link", f"{name} is a link", name)
+    if info.file_size > LARGEST:
+        return Rejected(origin, "unreadable picture", f"{name} has {info.file_size} bytes", name)
+    if info.compress_type not in METHODS:
+        return Rejected(origin, "unreadable picture", f"{name} is packed by method {info.compress_type}", name)
+    return None
+
+
+def _read_zip(file: Bounded, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:
+    with _opened_zip(file) as archive:
         for info in sorted(archive.infolist(), key=lambda info: info.filename):
             name = info.filename
             if info.is_dir() or not wanted(name):
                 continue
-            if info.flag_bits & ENCRYPTED:
-                yield Rejected(f"{origin}/{name}", "encrypted", f"{name} is encrypted", name)
-            elif info.file_size > LARGEST:
-                yield Rejected(f"{origin}/{name}", "unreadable picture", f"{name} has {info.file_size} bytes", name)
-            else:
-                yield _read_one(name, origin, partial(archive.read, info))
+            yield _judged(info, f"{origin}/{name}", name) or _read_one(name, origin, partial(archive.read, info))
 
 
 def _read_directory(path: Path, origin: str, wanted: Callable[[str], bool]) -> Iterator[ArchiveMember | Rejected]:

@@ -116,7 +116,7 @@ class EmojiScenes:
         return picture
 
     def _sprite(self, name: str, style: str) -> Image.Image:
-        sprite = Image.open(io.BytesIO(self._png(name, style)))
+        sprite = Image.open(io.BytesIO(self._png(name, style)), formats=["PNG"])
         sprite.load()
         return sprite
 
@@ -127,7 +127,7 @@ class EmojiScenes:
         side = 2 * self.image_size
         svg = self.art[name][style].read_text(encoding="utf-8")
         png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)
-        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        image = Image.open(io.BytesIO(bytes(png)), formats=["PNG"]).convert("RGBA")
         image = image.crop(image.getbbox())
         largest = LARGEST * self.image_size
         image.thumbnail((largest, largest), Image.Resampling.LANCZOS)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import UserError
-from mdit.documents import parse_foreign_json
+from mdit.documents import parse_foreign_json, path_below
 from mdit.sources import Picture, Rejected, Source, captioned, slices
 from mdit.sources.archives import rejected_file
 from mdit.sources.fields import Found
 from mdit.sources.storage import opened, read_file
 
 PICTURES_PER_PART = 4000
+LARGEST_TABLE, TABLE_MEMORY = 2**30, 2**31  # bytes: of a set's captions in one JSON file, of what it becomes
 PEEKED = 100  # objects in which a caption's key must be found
 
 
@@ -38,7 +39,7 @@ class CaptionedFiles:
 
     def __getitem__(self, index: int) -> Picture | Rejected:
         entry = self.entries[index]
-        return read_picture(self.directory / entry.file, entry.origin, entry.caption, self.there)
+        return read_picture(self.directory, entry, self.there)
 
     def inputs(self, indices: Iterable[int]) -> bytes:
         return repr([(self.entries[index].file, self.entries[index].caption) for index in indices]).encode()
@@ -57,20 +58,25 @@ def captioned_files(
     return Source(slices(pictures, PICTURES_PER_PART), len(pictures))
 
 
-def read_picture(path: Path, origin: str, caption: Found, there: Path) -> Picture | Rejected:
-    """A picture in a file of its own. `there` is a file or directory that is there as long as the storage is. Raises
-    OSError when the machine fails."""
+def read_picture(directory: Path, entry: Entry, there: Path) -> Picture | Rejected:
+    """A picture in a file of its own, which is below `directory`: a name that leads out of it is Rejected. `there` is a
+    file or directory that is there as long as the storage is. Raises OSError when the machine fails."""
     try:
-        return captioned(origin, read_file(path), caption)
+        path = path_below(directory, entry.file)
+    except ValueError as error:
+        return Rejected(entry.origin, "leads outside", str(error))
+    try:
+        return captioned(entry.origin, read_file(path), entry.caption)
     except Exception as error:
-        return rejected_file(error, origin, str(path), there)
+        return rejected_file(error, entry.origin, str(path), there)
 
 
 def read_json(path: Path) -> Any:
     """Raises UserError naming the file."""
     try:
         with opened(path) as file:
-            return parse_foreign_json(file.read())
+            file.largest = LARGEST_TABLE
+            return parse_foreign_json(file.read(), TABLE_MEMORY)
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror}") from None
     except ValueError as error:

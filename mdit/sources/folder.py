@@ -22,7 +22,7 @@ from mdit.sources import Picture, Rejected, Source, captioned, not_found, part_n
 from mdit.sources.archives import is_picture, rejected_file, walk
 from mdit.sources.fields import CaptionFields, all_texts, caption_fields, check_kinds, require_fields
 from mdit.sources.files import PEEKED, CaptionedFiles, Entry, read_object, read_picture
-from mdit.sources.pictures import open_header, upright_rgb
+from mdit.sources.pictures import open_header, room_for, upright_rgb
 from mdit.sources.samples import SampleFiles, require_caption
 from mdit.sources.storage import opened
 
@@ -82,7 +82,7 @@ class Lines:
             for number, line in enumerate(islice(lines, LINES_PER_PART), start=first):
                 entry = parse_line(number, line, self.fields)
                 if isinstance(entry, Entry):
-                    entry = read_picture(self.captions.parent / entry.file, entry.origin, entry.caption, self.captions)
+                    entry = read_picture(self.captions.parent, entry, self.captions)
                 yield entry
 
     def inputs(self) -> list[bytes]:
@@ -154,7 +154,9 @@ class Pictures(CaptionedFiles):
     def check(self, index: int) -> None:
         """Decode a picture and forget it."""
         try:
-            upright_rgb(open_header(self[index].image))
+            image = open_header(self[index].image)
+            with room_for(image):
+                upright_rgb(image)
         except Exception as error:
             entry = self.entries[index]
             file = str(self.directory / entry.file)

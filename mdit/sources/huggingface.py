@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from mdit.config import UserError
+from mdit.documents import plain_name
 from mdit.sources import FilePart, Picture, Rejected, Source, captioned, check_split, part_name
 from mdit.sources.archives import damaged
-from mdit.sources.fields import CaptionFields, caption_fields
-from mdit.sources.files import read_picture
+from mdit.sources.fields import CaptionFields, Found, caption_fields
+from mdit.sources.files import Entry, read_json, read_picture
 from mdit.sources.storage import is_damage
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "image")  # img2dataset names the column by its encode_format
@@ -40,9 +41,10 @@ def open_pictures(root: Path, split: str, caption_key: str | None, kinds: Sequen
         raise UserError(f"{root}: there is no such directory, and no set of the Hugging Face hub has such a name")
     try:
         if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            _check_names(root)
             saved = library.load_from_disk(str(root))
             splits = saved if isinstance(saved, library.DatasetDict) else {"train": saved}
-            return _table_source(root, _of_split(root, splits, split), asked)
+            return _table_source(root, _of_split(root, splits, split), asked, own=True)
         if written := _of_img2dataset(root):
             return _parquet_files(root, _of_split(root, {"train": written}, split), asked)
         builder = library.load_dataset_builder(str(root), **_no_code_of_others(library.load_dataset_builder))
@@ -59,8 +61,11 @@ def open_pictures(root: Path, split: str, caption_key: str | None, kinds: Sequen
 
 @dataclass(frozen=True)
 class Columns:
+    """`places` are the directories that pictures in files of their own may be in, the first that of relative names."""
+
     picture: str
     captions: CaptionFields
+    places: tuple[Path, ...]
 
     @property
     def names(self) -> list[str]:
@@ -71,13 +76,18 @@ class Columns:
         picture, caption = row.get(self.picture), self.captions.read(row)
         if isinstance(picture, Mapping) and picture.get("bytes") is None:
             if path := picture.get("path"):
-                return read_picture(Path(path), origin, caption, Path())
+                return self._in_a_file(str(path), origin, caption)
         elif picture is not None:
             data = picture["bytes"] if isinstance(picture, Mapping) else picture
             if not isinstance(data, bytes):
                 return Rejected(origin, "unreadable picture")
             return captioned(origin, data, caption)
         return Rejected(origin, "missing picture")
+
+    def _in_a_file(self, path: str, origin: str, caption: Found) -> Picture | Rejected:
+        place = next((place for place in self.places if Path(path).is_relative_to(place)), self.places[0])
+        name = os.path.relpath(path, place) if Path(path).is_relative_to(place) else path
+        return read_picture(place, Entry(origin, name, caption), Path())
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,8 @@ class ParquetFile(FilePart):
         return self.columns.read(origin, values)
 
 
-def _table_source(root: Path, dataset: Any, asked: CaptionFields | None) -> Source:
-    columns = _columns(root, dataset.features, asked)
+def _table_source(root: Path, dataset: Any, asked: CaptionFields | None, own: bool = False) -> Source:
+    columns = _columns(root, dataset.features, asked, own)
     undecoded = dataset.select_columns(columns.names)
     undecoded = undecoded.cast_column(columns.picture, _library().Image(decode=False))
     starts = range(0, len(dataset), ROWS_PER_PART)
@@ -137,6 +147,14 @@ def _table_source(root: Path, dataset: Any, asked: CaptionFields | None) -> Sour
         for number, start in enumerate(starts)
     ]
     return Source(parts, len(dataset))
+
+
+def _check_names(root: Path) -> None:
+    """Raise ValueError where what `save_to_disk` wrote names files that are not its own."""
+    splits = read_json(root / "dataset_dict.json")["splits"] if (root / "dataset_dict.json").is_file() else None
+    for folder in [root] if splits is None else [root / plain_name(split) for split in splits]:
+        for file in read_json(folder / "state.json")["_data_files"]:
+            plain_name(file["filename"])
 
 
 def _parquet_files(root: Path, files: list[Path], asked: CaptionFields | None) -> Source:
@@ -153,7 +171,7 @@ def _parquet_files(root: Path, files: list[Path], asked: CaptionFields | None) -
             continue  # its part says so
     if schema is None:
         raise UserError(f"{root}: none of its {len(files)} parquet files can be read")
-    columns = _columns(root, _library().Features.from_arrow_schema(schema), asked)
+    columns = _columns(root, _library().Features.from_arrow_schema(schema), asked, own=True)
     names = [os.path.relpath(path, root) for path in sorted(files)]
     return Source([ParquetFile(part_name(Path(name), Path()), root / name, columns) for name in names], pictures)
 
@@ -165,8 +183,9 @@ def _of_img2dataset(root: Path) -> list[Path]:
     return [path for path in tables if path.is_file()]
 
 
-def _columns(root: Path, features: Mapping[str, Any], asked: CaptionFields | None) -> Columns:
-    """Raises UserError naming the columns that are there."""
+def _columns(root: Path, features: Mapping[str, Any], asked: CaptionFields | None, own: bool) -> Columns:
+    """Pictures in files of their own are below `root`, and unless all is its `own` in the cache of the library. Raises
+    UserError naming the columns that are there."""
     image = _library().Image
     # Files that were not written by `datasets` say only that a column holds bytes and paths.
     pictures = [name for name, kind in features.items() if isinstance(kind, image) or _holds_files(name, kind)]
@@ -179,7 +198,8 @@ def _columns(root: Path, features: Mapping[str, Any], asked: CaptionFields | Non
     if found is None or missing:
         hint = "" if asked else "; name one by --caption_key"
         raise UserError(f"{root}: has no column {missing[0]} for captions; {there}{hint}")
-    return Columns(pictures[0], found)
+    cache = Path(_library().config.HF_CACHE_HOME)  # what was downloaded, or unpacked from archives
+    return Columns(pictures[0], found, (root.absolute(), root.resolve(), *([] if own else [cache.absolute()])))
 
 
 def _holds_files(name: str, kind: Any) -> bool:

@@ -31,7 +31,7 @@ import numpy as np
 
 from mdit.config import UserError
 from mdit.dist import logger
-from mdit.documents import parse_foreign_json
+from mdit.documents import parse_foreign_json, path_below
 from mdit.sources import FilePart, Picture, Rejected, Source, captioned, not_found, part_name
 from mdit.sources.archives import damaged
 from mdit.sources.fields import CaptionFields, caption_fields, text
@@ -238,9 +238,9 @@ def _shard(root: Path, folder: Path, entry: dict) -> MdsShard:
         raise ValueError
     encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
     sizes = tuple(size for _, size in zip(encodings, entry["column_sizes"], strict=True))
-    path, compression = folder / entry["raw_data"]["basename"], ""
+    path, compression = path_below(folder, entry["raw_data"]["basename"]), ""
     if not path.is_file() and entry["zip_data"]:
-        path, compression = folder / entry["zip_data"]["basename"], entry["compression"].split(":")[0]
+        path, compression = path_below(folder, entry["zip_data"]["basename"]), entry["compression"].split(":")[0]
     return MdsShard(part_name(path, root), path, compression, int(entry["samples"]), encodings, sizes)
 
 

@@ -6,6 +6,9 @@ torchvision gives on Pillow pictures.
 """
 
 import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -14,13 +17,30 @@ from mdit.sources.storage import is_damage
 
 # Beyond this ratio of the sides only the middle of a picture is resized, lest a strip of 1 x 100,000 fill the memory.
 STRIP = 32
+# What Pillow is asked to read: of others, an EPS would be run by Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "MPO")
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # about 89 million, 4 bytes each and twice at once
+MANY_PIXELS = 2**24  # of such pictures one at a time is decoded
+BAND_PIXELS = 2**22  # laid on white at once
+_alone = threading.Lock()
 
 
 def open_header(picture: bytes | Image.Image) -> Image.Image:
-    """Size, mode and format; pixels are decoded when they are asked for. Raises what Pillow raises."""
+    """Size, mode and format; pixels are decoded when they are asked for. Raises what Pillow raises, and ValueError for
+    more than MOST_PIXELS."""
     if isinstance(picture, Image.Image):
         return picture
-    return Image.open(io.BytesIO(picture))
+    image = Image.open(io.BytesIO(picture), formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
+    return image
+
+
+@contextmanager
+def room_for(image: Image.Image) -> Iterator[None]:
+    """Around what needs a picture's pixels: only one of MANY_PIXELS is there at a time, whatever the threads."""
+    with _alone if image.width * image.height > MANY_PIXELS else nullcontext():
+        yield
 
 
 def orientation(image: Image.Image) -> int:
@@ -43,9 +63,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no range")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        return _on_white(image)
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    laid, height = Image.new("RGB", image.size), max(BAND_PIXELS // image.width, 1)
+    for top in range(0, image.height, height):
+        band = image.crop((0, top, image.width, min(top + height, image.height))).convert("RGBA")
+        laid.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return laid
 
 
 def placement(width: int, height: int, size: int) -> tuple[int, int, int, int]:

@@ -67,10 +67,12 @@ def _is_picture(name: str) -> bool:
     return PurePosixPath(name).name.startswith("sa_") and is_picture(name)
 
 
-def _text_folders(folder: Path) -> Iterator[Path]:
-    """Directories with captions. The first one that is met settles a directory: it may hold ten million more."""
+def _text_folders(folder: Path, inside: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Directories with captions. The first one that is met settles a directory: it may hold ten million more. Those
+    that a link leads back to are not looked at again."""
     below = []
-    if folder.is_dir():
+    if folder.is_dir() and (real := folder.resolve()) not in inside:
+        inside |= {real}
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("sa_") and entry.name.endswith(".txt"):
@@ -79,4 +81,4 @@ def _text_folders(folder: Path) -> Iterator[Path]:
                 if entry.is_dir():
                     below.append(Path(entry.path))
     for path in sorted(below):
-        yield from _text_folders(path)
+        yield from _text_folders(path, inside)

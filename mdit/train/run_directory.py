@@ -159,9 +159,11 @@ def check_place(path: Path) -> None:
         if os.path.lexists(place) and not place.is_dir():
             what = f"a link to {os.readlink(place)}, which is no directory" if place.is_symlink() else "not a directory"
             raise UserError(f"{place}: is {what}; a run keeps files in it: move it away or choose another --run_dir")
-    for name in FILES:
-        if (path / name).is_dir():
-            raise UserError(f"{path / name}: is a directory, where a run keeps a file; choose another --run_dir")
+    samples = path / "samples"
+    for place in (*(path / name for name in (*FILES, f"{METRICS}.damaged")), *samples.glob("*")):
+        if os.path.lexists(place) and (place.is_symlink() or not place.is_file()):
+            what = "a link" if place.is_symlink() else "a directory" if place.is_dir() else "no regular file"
+            raise UserError(f"{place}: is {what}, where a run keeps a file; choose another --run_dir")
     nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{nearest}: cannot be written; choose another --run_dir")

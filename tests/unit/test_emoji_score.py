@@ -176,9 +176,12 @@ def test_sample_draws_the_prompts(snapshot, tmp_path):
         (["--out", "x.png", "--prompt", "a", "--num_steps", "1000000000"], "sampler_steps = 1000000000"),
         (["--out", "x.png", "--prompt", "a", "--guidance", "nan"], "guidance = nan"),
         (["--out", "x.png", "--prompt", "\udcff"], "prompt 1 of 1 is not Unicode text: '\\udcff'"),
-        (["--out", "x.png", "--prompts_file", "utf16.txt"], "--prompts_file utf16.txt: not UTF-8"),
+        (["--out", "x.png", "--prompts_file", "utf16.txt"], "utf16.txt: not UTF-8"),
         (["--out", "x.png", "--prompt", "a", "--num_steps", "1"], "command line: sampler_steps = 1"),
-        (["--out", "x.png", "--prompt", "a", "--prompts_file", "none.txt"], "none.txt: No such file or directory"),
+        (
+            ["--out", "x.png", "--prompt", "a", "--prompts_file", "none.txt"],
+            "none.txt: cannot read the file: No such file or directory",
+        ),
     ],
 )
 def test_sample_refuses_before_the_work(snapshot, tmp_path, monkeypatch, capsys, arguments, message):

@@ -125,14 +125,14 @@ def test_killed_before_its_first_checkpoint_it_begins_again(tmp_path, config, re
 
 def test_a_passing_error_of_the_disk_loses_no_checkpoint(tmp_path, config, monkeypatch):
     path = begun(tmp_path / "run", config, 2, 4)
-    read, failures = Path.read_bytes, [errno.EIO, errno.EACCES]
+    read, failures = training_state.read_bytes, [errno.EIO, errno.EACCES]
 
     def failing(file):
         if file.name == "state.json" and "step_00000004" in str(file) and failures:
             raise OSError(failures.pop(), "fails", str(file))
         return read(file)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr(training_state, "read_bytes", failing)
     assert opened(path, config).checkpoint.step == 4
     failures += [errno.EIO] * 9
     with pytest.raises(UserError, match="step_00000004/state.json: cannot be read"):
