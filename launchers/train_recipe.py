@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from mdit import cli
-from mdit.config import CONFIGS, DEFAULT_DS_CONFIG, UserError, near_key
+from mdit.config import CONFIGS, DEFAULT_DS_CONFIG
 
 BEGAN = time.time()  # before anything slow is imported
 PLAN = CONFIGS / "micro_budget.toml"
@@ -47,12 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     def resolve():
         recipe = load_stages(args.plan)
-        names = {stage.name: stage for stage in recipe.stages}
-        if args.stage is not None and args.stage not in names:
-            raise UserError(f"--stage {args.stage}: {args.plan} has {', '.join(names)}{near_key(args.stage, names)}")
+        only = None if args.stage is None else recipe.stage(args.stage, args.plan)
         root = args.run_dir or Path("runs") / recipe.name
         staged = StagedRun(recipe, args.ds_config, root, world, args.restart)
-        return staged, staged.check(), names.get(args.stage)
+        return staged, staged.check(), only
 
     if args.dry_run:
         if world.is_rank_zero:

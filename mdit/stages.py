@@ -78,6 +78,13 @@ class StagedRecipe:
     name: str
     stages: tuple[RecipeStage, ...]
 
+    def stage(self, name: str | None, path: Path) -> RecipeStage:
+        """The stage of this name; without one, the first. Raises UserError naming `path`."""
+        names = {stage.name: stage for stage in self.stages}
+        if name is not None and name not in names:
+            raise UserError(f"--stage {name}: {path} has {', '.join(names)}{near_key(name, names)}")
+        return self.stages[0] if name is None else names[name]
+
 
 def load_stages(path: Path) -> StagedRecipe:
     """Raises UserError, naming the file and the stage, for what cannot be run."""

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ from mdit.files import sync
 from mdit.meeting import processes_here
 from mdit.precompute import is_precomputed
 from mdit.provenance import package_versions
-from mdit.train.run import Run, check_data, resolve_run
+from mdit.train.run import Run, check_data
 from mdit.train.run_directory import check_space
 
 State = Literal["ok", "slow", "fails"]
@@ -60,19 +60,16 @@ class Slow(Exception):
     """Raised by a look at something that works, but not as it could."""
 
 
-def examine(
-    world: World, recipe: Path, ds_config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None
-) -> Iterator[Finding]:
-    """Findings, from the processes to the run that they would do. A collective: every rank gives the same ones."""
+def examine(world: World, resolve: Callable[[], Run]) -> Iterator[Finding]:
+    """Findings, from the processes to the run that they would do, which `resolve` returns or raises UserError. A
+    collective: every rank gives the same ones."""
     runs: list[Run] = []
 
     def resolved() -> str:
-        run = resolve_run(
-            recipe, ds_config, overrides=overrides, run_dir=run_dir, init_from=None, restart=False, world=world
-        )
+        run = resolve()
         runs.append(run)
         ops = ", ".join(sorted(run.execution.triton_ops)) or "none"
-        return f"{run.config.name} under {ds_config}; kernels in Triton: {ops} ({run.execution.kernels_reason})"
+        return f"{run.config.name} in {run.run_dir}; kernels in Triton: {ops} ({run.execution.kernels_reason})"
 
     looks: dict[str, Callable[[], str]] = {
         "processes": lambda: _processes(world),

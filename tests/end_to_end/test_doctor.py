@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from mdit.bench import doctor
+from mdit.config import load_config
 from mdit.dist import World
+from mdit.train.run import resolve_run
 from tests.processes import run_forked
-from tests.training import REPOSITORY, launch, write_ds_json, write_recipe
+from tests.training import REPOSITORY, launch, write_ds_json, write_recipe, write_toml
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 LOOKS = ("processes", "versions", "device", "cores", "clocks", "gloo", "NCCL", "open files", "locked memory")
@@ -44,6 +46,21 @@ def test_a_recipe_that_cannot_run_is_named_and_all_else_is_told(tmp_path):
         f"{tmp_path / 'recipe.json'}: model: dim 7 is not a multiple of head_dim 8",
     )
     assert "data" not in found and found["caches"][0] == "ok"
+
+
+def test_a_run_is_looked_at_with_the_arguments_of_its_launcher(tmp_path):
+    """Weights to start from, a stage of a plan: what the trainer would refuse is found before."""
+    written = write_recipe(tmp_path)
+    code, found = examined(tmp_path, "--init_from", str(tmp_path / "nothing"), "--with_moments")
+    assert code == 1 and found["recipe"][0] == "fails" and str(tmp_path / "nothing") in found["recipe"][1]
+    write_toml(tmp_path / "first.toml", load_config(written, ["name=first"]))
+    (tmp_path / "plan.toml").write_text(
+        'name = "plan"\nstages = ["first.toml", { name = "second", recipe = "first.toml" }]\n'
+    )
+    code, found = examined(tmp_path, "--plan", str(tmp_path / "plan.toml"), "--stage", "second")
+    assert code == 1 and found["recipe"][1].startswith(f"{tmp_path / 'run' / 'first'}: first has not ended")
+    code, found = examined(tmp_path, "--plan", str(tmp_path / "plan.toml"), "--stage", "first")
+    assert code == 0 and str(tmp_path / "run" / "first") in found["recipe"][1]
 
 
 def spoil_rank_1(script, arguments):
@@ -88,9 +105,9 @@ def test_a_directory_without_room_fails(tmp_path, monkeypatch):
     write_recipe(tmp_path)
     usage = doctor.shutil.disk_usage(tmp_path)
     monkeypatch.setattr("mdit.train.run_directory.shutil.disk_usage", lambda place: usage._replace(free=1000))
-    *_, last = doctor.examine(
-        ALONE, tmp_path / "recipe.json", write_ds_json(tmp_path / "ds.json"), run_dir=tmp_path / "run"
-    )
+    given = dict(overrides=(), run_dir=tmp_path / "run", init_from=None, restart=False, world=ALONE)
+    run = resolve_run(tmp_path / "recipe.json", write_ds_json(tmp_path / "ds.json"), **given)
+    *_, last = doctor.examine(ALONE, lambda: run)
     assert (last.what, last.state) == ("run directory", "fails") and "are free, but two checkpoints" in last.told
 
 
