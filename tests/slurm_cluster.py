@@ -1,20 +1,23 @@
-"""A real Slurm of two nodes on this host, for tests: munged, slurmctld and two slurmd in a directory of their own."""
+"""A real Slurm of five nodes on this host, for tests: munged, slurmctld and five slurmd in a directory of their own."""
 
 import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-NODES = ("127.0.0.1", "127.0.0.2")
+NODES = tuple(f"127.0.0.{number}" for number in range(1, 6))
+QUIET, DISTURBED = NODES[:2], NODES[2:]  # of these one fails
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -34,12 +37,14 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=10
+SlurmdTimeout=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1
 FirstJobId={first_job}
 GresTypes=gpu
-NodeName={nodes[0]} NodeHostname={nodes[0]} NodeAddr={nodes[0]} Port={ports[1]} CPUs=8 RealMemory=2000 Gres=gpu:2
-NodeName={nodes[1]} NodeHostname={nodes[1]} NodeAddr={nodes[1]} Port={ports[2]} CPUs=8 RealMemory=2000 Gres=gpu:2
-PartitionName=all Nodes=ALL Default=YES
+PartitionName=all Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=2
 """
 
 
@@ -62,24 +67,28 @@ def wait_for(happens: Callable[[], object], what: str, seconds: float = 60):
     end = time.monotonic() + seconds
     while not (found := happens()):
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.2)
+        time.sleep(0.4)
     return found
 
 
 class Cluster:
-    """Two nodes of eight made-up cores and two made-up GPUs each. `folder` gets keys, state, logs; `close` ends it."""
+    """Five nodes of eight made-up cores and two made-up GPUs each; jobs of the partition `urgent` preempt those of
+    `all`. `folder` gets keys, state, logs; `close` ends it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.daemons = folder, []
+        self.folder, self.daemons, self.nodes = folder, [], {}
         (folder / "state").mkdir()
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        controller, *ports = free_ports(1 + len(NODES))
         text = CONFIGURATION.format(
             folder=folder,
             host=socket.gethostname().split(".")[0],
-            nodes=NODES,
-            ports=free_ports(3),
+            port=controller,
             first_job=random.SystemRandom().randrange(1000, 50000),  # ports of jobs come from their numbers
         )
+        for node, port in zip(NODES, ports, strict=True):
+            where = f"NodeName={node} NodeHostname={node} NodeAddr={node} Port={port}"
+            text += f"{where} CPUs=8 RealMemory=2000 Gres=gpu:2\n"
         (folder / "slurm.conf").write_text(text)
         (folder / "gres.conf").write_text("Name=gpu File=/dev/null,/dev/zero\n")
         try:
@@ -100,16 +109,42 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             (self.folder / f"spool.{node}").mkdir()
-            self._daemon("slurmd", "-D", "-N", node)
+            self.start_node(node)
         idle = ["sinfo", "--partition=all", "--noheader", "--Node", "--states=idle", "--format=%N"]
-        wait_for(lambda: self.run(*idle, check=False).split() == [*NODES], "two idle nodes")
+        wait_for(lambda: self.run(*idle, check=False).split() == [*NODES], "idle nodes")
 
-    def _daemon(self, name: str, *arguments: str) -> None:
+    def start_node(self, node: str) -> None:
+        self.nodes[node] = self._daemon("slurmd", "-D", "-N", node)
+
+    def fail_node(self, node: str) -> None:
+        """Kill all that runs on a node at once, as when its power is lost."""
+        self.nodes.pop(node).kill()
+        mine = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder / 'slurm.conf'}"}
+        tasks, parents = [], set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # ended meanwhile
+                if mine <= {*(process / "environ").read_text(errors="replace").split("\0")}:
+                    tasks.append(int(process.name))
+                    parent = re.search(r"PPid:\t(\d+)", (process / "status").read_text())[1]
+                    if Path("/proc", parent, "comm").read_text() == "slurmstepd\n":
+                        parents.add(int(parent))
+        for number in (*parents, *tasks):  # a slurmstepd would tell of its tasks' end
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
+    def revive(self) -> None:
+        """Start what has ended by itself: slurmd 22.05 may crash ("double free") when two jobs begin at once."""
+        for node, daemon in self.nodes.items():
+            if daemon.poll() is not None:
+                self.start_node(node)
+
+    def _daemon(self, name: str, *arguments: str) -> subprocess.Popen:
         """In the foreground and gone with us, however we go."""
         path = shutil.which(name)
         log = (self.folder / f"{name}.log").open("a")
         command = ["setpriv", "--pdeathsig", "TERM", path, *arguments]
-        self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+        self.daemons.append(subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log))
+        return self.daemons[-1]
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """-> what a command printed, with this cluster's Slurm around it. AssertionError when it fails."""
@@ -120,6 +155,7 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` knows of it: JobState, Restarts, ExitCode, ..."""
+        self.revive()
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", number)))
 
     def wait_until(self, number: str, state: str, seconds: float = 60) -> dict[str, str]:
