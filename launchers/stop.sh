@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # How a run is told to end, for batch scripts and pods: it saves a checkpoint, ends with 0, and another start goes on.
 # Sourced by bash from the repository's root, with RUN_DIR set:
 #

@@ -62,12 +62,12 @@ def why_not() -> str:
     return ""
 
 
-def wait_for(happens: Callable[[], object], what: str, seconds: float = 60):
+def wait_for(happens: Callable[[], object], what: str, seconds: float = 60, pause: float = 0.1):
     """Poll until `happens()` is true and return that; AssertionError that names `what` after so many seconds."""
     end = time.monotonic() + seconds
     while not (found := happens()):
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.4)
+        time.sleep(pause)
     return found
 
 
@@ -159,8 +159,15 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", number)))
 
     def wait_until(self, number: str, state: str, seconds: float = 60) -> dict[str, str]:
-        wait_for(lambda: self.job(number)["JobState"] == state, f"job {number} to be {state}", seconds)
+        self.wait_for_job(number, seconds, JobState=state)
         return self.job(number)
+
+    def wait_for_job(self, number: str, seconds: float = 90, **expected: str) -> None:
+        def happens():
+            told = self.job(number)
+            return all(told.get(name) == value for name, value in expected.items())
+
+        wait_for(happens, f"job {number} to be {expected}", seconds, pause=0.5)  # asking costs more than looking
 
     def close(self) -> None:
         if len(self.daemons) > 1:

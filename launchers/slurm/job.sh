@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the batch scripts share: elements of arrays, the look before a start, and what follows a job's last step. Sourced
 # from the repository's root.
 
