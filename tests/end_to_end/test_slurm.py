@@ -194,6 +194,7 @@ def make_set(cluster: Cluster, source: Path, out: Path) -> Path:
     options = (ON_QUIET, "--array=0-1", "--gpus-per-node=2")  # a node for each
     job = submit(cluster, "precompute.sbatch", out.with_name("log_%a"), *arguments, options=options)
     wait_for(lambda: [*out.glob(".16.partial/part_*.json")], "a part", 90)
+    cluster.run("scancel", "--signal=STOP", f"{job}_0")  # it has not ended when it is told to
     preempt(cluster, cluster.job(f"{job}_0")["NodeList"], 1)
     cluster.wait_for_job(f"{job}_0", Restarts="1")
     for element in (0, 1):
