@@ -33,5 +33,6 @@ requeue() {
 end_job() {
     if [ "$1" = 0 ] && goes_on; then requeue "told to stop"; fi
     if [ "$1" != 0 ] && preempted; then requeue "preempted"; fi
+    if [ "$1" = 142 ] && came_further; then requeue "it hung"; fi # the watchdog's; not where it hangs at once, again
     exit "$1"
 }

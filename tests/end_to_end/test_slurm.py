@@ -81,6 +81,7 @@ case "$*" in
     ;;
 esac
 echo "$SLURM_JOB_ID $*" >>"$RUN_DIR/arguments.$SLURM_PROCID"
+mkdir -p "$RUN_DIR/checkpoints/step_00000007"
 [ "$AT_ONCE" ] || until_stopped
 exit "$CODE"
 """
@@ -259,6 +260,14 @@ def test_a_stop_while_the_doctor_looks(cluster, stand_in, tmp_path):
     assert recorded(requeued)
     (requeued / "STOP").touch()
     assert cluster.wait_until(jobs[requeued], "COMPLETED")["Restarts"] == "1"
+
+
+def test_a_run_that_hung_is_requeued_if_it_has_come_further(cluster, stand_in, tmp_path):
+    """The first start saves a checkpoint, the second one none."""
+    given = {**stand_in, "CODE": "142", "AT_ONCE": "yes", "DOCTOR": "0"}
+    job = submit_run(cluster, "train.sbatch", tmp_path / "run", **given)
+    told = cluster.wait_until(job, "FAILED")
+    assert (told["Restarts"], told["ExitCode"]) == ("1", "142:0"), log_of(tmp_path / "run")
 
 
 def test_elements_of_an_array_are_runs_of_their_own(cluster, stand_in, tmp_path):
