@@ -187,8 +187,9 @@ def point_to(link: Path, name: str) -> None:
     except OSError as error:  # a full or broken disk says so again when the file is written
         what = f"has no symbolic links ({error.strerror}); {link.name} is a file that names the newest"
         _say_of_file_system(link.parent, what)
-        partial.write_text(name + "\n", encoding="utf-8")
-        sync(partial)
+        with in_the_name_of(link, partial):
+            partial.write_text(name + "\n", encoding="utf-8")
+            sync(partial)
     if link.is_dir() and not link.is_symlink():
         names = (link.with_name(f"{link.name}.old{i or ''}") for i in itertools.count())
         old = next(name for name in names if not name.exists())

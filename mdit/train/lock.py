@@ -107,8 +107,14 @@ class Lock:
     def _take_over(self, holder: dict[str, Any]) -> None:
         logger.warning(f"{self.path}: left behind by {_describe(holder)}; taken over")
         partial = self.path.with_name(f".{self.path.name}.{self.token}.partial")
-        partial.write_bytes(self._content())
-        partial.replace(self.path)
+        try:
+            with in_the_name_of(self.path, partial):
+                partial.write_bytes(self._content())
+                partial.replace(self.path)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
         time.sleep(SETTLE)
         if (found := self._holder()) != self.token:
             raise UserError(f"{self.path.parent}: another process ({found}) took the lock over at the same moment")

@@ -1,6 +1,7 @@
 """The lock of a run directory: one holder at a time, refused while it lives, taken over when it does not."""
 
 import os
+import resource
 import signal
 import time
 
@@ -77,6 +78,22 @@ def test_another_machines_is_watched(tmp_path, monkeypatch):
 def test_what_is_no_lock_of_ours_is_waited_for_once(tmp_path, content):
     (tmp_path / "run.lock").write_bytes(content)
     take(tmp_path / "run.lock")
+
+
+def test_one_that_cannot_be_taken_over_names_the_lock_and_leaves_it(tmp_path, holder):
+    """A full disk; here no file may grow."""
+    path, limits = tmp_path / "run.lock", resource.getrlimit(resource.RLIMIT_FSIZE)
+    holder.kill()
+    holder.join()
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            take(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
 
 
 def test_a_holder_that_lost_it_says_so_and_leaves_it_alone(tmp_path):
