@@ -10,12 +10,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch.distributed
 
 from mdit import meeting
+from mdit.bench.tiny import write_shards
 from mdit.config import TrainConfig
-from mdit.data.writer import ShardWriter
 from mdit.differences import toml
 from mdit.dist import world_from_env
 from tests.processes import run_forked, start_forked
@@ -23,26 +22,6 @@ from tests.recipes import tiny_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER = REPOSITORY / "launchers" / "train.py"
-# Decodes by itself and embeds nothing: enough for runs whose prompts are the validation set's.
-ENCODERS = {"image": {"id": "pixels", "scale": 1.0}, "text": {"id": "none", "max_tokens": 3, "channels": 64}}
-
-
-def write_shards(directory: Path, config, samples: int, seed: int) -> None:
-    """Random latents whose mean depends on the caption, so that there is something to learn."""
-    model, rng = config.model, np.random.default_rng(seed)
-    latent_shape = (model.latent_channels, model.latent_size, model.latent_size)
-    embedding_shape = (model.caption_length, model.caption_channels)
-    features_shape, encoders = None, dict(ENCODERS)
-    if config.align is not None:
-        features_shape, encoders["features"] = (model.num_patches, config.align.channels), {"id": config.align.tower}
-    shapes = dict(latent_shape=latent_shape, embedding_shape=embedding_shape, features_shape=features_shape)
-    with ShardWriter(directory, **shapes, encoders=encoders, fingerprint={}) as writer:
-        for i in range(samples):
-            kind = i % 3
-            embedding = np.full(embedding_shape, kind - 1, dtype=np.float16)
-            latent = rng.normal(kind - 1, 0.3, latent_shape).astype(np.float16)
-            features = None if features_shape is None else np.random.default_rng(i).normal(kind, 1, features_shape)
-            writer.write(f"{i:06d}", latent, embedding, f"kind {kind}", features)
 
 
 def write_recipe(folder: Path, *, samples: int = 64, **changes) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdit.bench.tiny import ENCODERS
 from mdit.checkpoint import training_state
 from mdit.checkpoint.fragments import Fragment
 from mdit.checkpoint.snapshot import save_snapshot
@@ -23,7 +24,7 @@ from mdit.train import run_directory
 from mdit.train.run_directory import RunDirectory, check_place
 from mdit.train.saver import Saver
 from tests.recipes import tiny_config
-from tests.training import ENCODERS, run_in_processes
+from tests.training import run_in_processes
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
