@@ -1,5 +1,5 @@
 # make train: a trained MicroDiT and pictures to look at.   make test: the whole test suite.
-# make quick: its fastest minute.   make lint: style and types.
+# make quick: its fastest minute.   make slow: what takes minutes a test.   make lint: style and types.
 # All start from a bare machine with Python >= 3.11 and do nothing twice.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export DS_BUILD_OPS := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: train lint quick test announce test-kernels-triton-3.6 slurm-and-chromium install clean
+.PHONY: train lint quick test slow announce test-kernels-triton-3.6 slurm-and-chromium install clean
 
 train: install
 	$(BIN)/deepspeed launchers/train.py --ds_config configs/zero2.json
@@ -31,6 +31,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loa
 
 quick: .venv/test-installed
 	$(PYTEST) -m quick
+
+slow: .venv/test-installed
+	$(PYTEST) -m slow
 
 test: announce
 	$(MAKE) --no-print-directory --jobs .venv/test-installed $(TRITON_3.6) .venv/fidelity slurm-and-chromium

@@ -61,8 +61,10 @@ def pytest_ignore_collect(collection_path, config):
         return None if collection_path.relative_to(TESTS).as_posix() in QUICK else True
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make slow"))
         if item.path.relative_to(TESTS).as_posix() in QUICK:
             item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -39,7 +39,7 @@ def start_single_threaded(command: Sequence[str], log: Path) -> StartedProcess:
     return start_process(command, log, OMP_NUM_THREADS="1")
 
 
-def start_process(command: Sequence[str], log: Path, **environment: str) -> StartedProcess:
+def start_process(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
     """In a session of its own, where a terminal's Ctrl-C does not reach it."""
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -59,7 +59,7 @@ def side_by_side(
     """Run all tasks, `workers` at a time, and call `ended(task, exit status)` after each. On Ctrl-C or SIGTERM those
     that run are asked to stop, and waited for, before KeyboardInterrupt goes on."""
     waiting, running = list(reversed(tasks)), dict[str, tuple[CommandTask, int, StartedProcess]]()
-    with _terminate_as_interrupt():
+    with terminate_as_interrupt():
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -89,7 +89,9 @@ def last_line(log: Path) -> str:
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 

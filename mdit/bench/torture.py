@@ -1,0 +1,331 @@
+"""Rounds of random faults against a small run of mdit: nothing may be lost, and the weights come out as undisturbed.
+
+A round is a run in a directory of its own: faults strike it one after the other, the same command goes on each time,
+until it has finished. Its plan is a function of (seed, round), its moments are as good as the clock. Either all starts
+have one layout, and the weights must be those of an undisturbed run bit for bit, or each has another, and they must be
+so to rounding. In every run a sample is not a number: its steps are skipped.
+"""
+
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mdit.bench.faults import CONDITIONS, FAULTS, KINDS, Condition, Fault, PlannedFault
+from mdit.bench.report import cpu_model, table
+from mdit.bench.side_by_side import terminate_as_interrupt
+from mdit.bench.torture_start import LAYOUTS, TortureLayout, Workplace
+from mdit.bench.tortured_run import KindTally, Lost, TorturedRun, Wrong
+from mdit.config import UserError
+from mdit.dist import cores
+from mdit.documents import brief, parse_json
+from mdit.provenance import commit
+from mdit.train.run_directory import METRICS, SNAPSHOTS
+
+FAULTS_OF_A_ROUND = (3, 6)
+NAN, WEIGHTS = "nan_batch", "final weights"  # rows of the table that no fault draws: skipped steps, and rounds compared
+DISK = "64m"  # of a round whose disk is filled: some twenty times a checkpoint
+# In another layout sums are in another order. Losses are held to what tests/distributed/test_resume_layouts.py holds
+# them to. Weights of values up to 1 come out up to 7e-7 apart after 60 steps of Adam, in undisturbed runs too; a step
+# too many or too few moves them by 1e-3, the learning rate.
+LOSS_ROUNDING, WEIGHT_ROUNDING = 1e-6, 1e-5
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """All that is drawn for a round. `layouts` and `conditions` (kind or "", number) are those of one start after the
+    other, and begin anew where there are more; `one_layout` says that all are the same."""
+
+    layouts: tuple[TortureLayout, ...]
+    conditions: tuple[tuple[str, int], ...]
+    faults: tuple[PlannedFault, ...]
+
+    @property
+    def one_layout(self) -> bool:
+        return len({*self.layouts}) == 1
+
+    @classmethod
+    def draw(cls, seed: int, number: int, kinds: Sequence[str], steps: int) -> "RoundPlan":
+        rng = random.Random(f"{seed}/{number}")
+        strikes, conditions = ([kind for kind in kinds if kind in table] for table in (FAULTS, CONDITIONS))
+        layouts = [rng.choice(LAYOUTS)] * 16 if rng.random() < 0.5 else [rng.choice(LAYOUTS) for _ in range(16)]
+        share = 0.25 if strikes else 1.0
+        under = [
+            (rng.choice(conditions) if conditions and rng.random() < share else "", rng.getrandbits(32))
+            for _ in layouts
+        ]
+        faults = []
+        if strikes:
+            amount = rng.randint(*FAULTS_OF_A_ROUND)
+            for moment in rng.sample(range(2, steps - 8), amount):
+                kind = rng.choice(strikes)
+                at_startup = FAULTS[kind].at_startup and rng.random() < 0.25
+                faults.append(
+                    PlannedFault(
+                        kind=kind,
+                        step=max(moment, FAULTS[kind].not_before),
+                        at_startup=at_startup,
+                        rank=rng.randrange(2),
+                        everyone=rng.random() < 0.5,
+                        delay=rng.uniform(1, 10) if at_startup else rng.uniform(0, 0.3),
+                        number=rng.getrandbits(32),
+                    )
+                )
+        return cls(tuple(layouts), tuple(under), tuple(sorted(faults, key=lambda fault: fault.step)))
+
+
+@dataclass
+class TortureSession:
+    """Rounds of one seed in `place`, with what they have come to: `tally` by kind, `findings` in words."""
+
+    place: Workplace
+    seed: int
+    kinds: Sequence[str] = KINDS
+    tell: Callable[[str], None] = print
+    faults: Mapping[str, Fault] = field(default_factory=lambda: dict(FAULTS))
+    conditions: Mapping[str, Condition] = field(default_factory=lambda: dict(CONDITIONS))
+    tally: dict[str, KindTally] = field(init=False)
+    findings: list[str] = field(default_factory=list)
+    layouts: set[TortureLayout] = field(default_factory=set)
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        rows = [*(kind for kind in (*self.faults, *self.conditions) if kind in self.kinds), NAN, WEIGHTS]
+        self.tally = {kind: KindTally() for kind in rows}
+
+    def run(self, minutes: float, only: int | None = None) -> None:
+        """Rounds 1, 2, ... until the minutes are over, and the one then begun to its end; or one of them alone."""
+        deadline = time.monotonic() + 60 * minutes
+        with terminate_as_interrupt(), _signals_as_by_default():
+            for number in count(1) if only is None else [only]:
+                if time.monotonic() >= deadline:
+                    return
+                self.run_round(number, RoundPlan.draw(self.seed, number, self.kinds, self.place.steps), deadline)
+
+    def run_round(self, number: int, plan: RoundPlan, deadline: float = math.inf) -> None:
+        """Strike a new run as planned, as long as there is time, and compare what it has come to."""
+        self.rounds += 1
+        folder = self.place.folder / f"round_{number:04d}"
+        folder.mkdir()
+        told = plan.layouts[0] if plan.one_layout else "another layout at every start"
+        self.tell(f"round {number}: {told}; {', '.join(fault.kind for fault in plan.faults) or 'conditions alone'}")
+        run = TorturedRun(self.place, folder, self._each(plan.layouts), self._under(plan, folder), self.tally)
+        kind = WEIGHTS
+        with ExitStack() as held:
+            run.disk.mkdir()
+            if any(planned.kind == "full_disk" for planned in plan.faults):
+                held.enter_context(_mounted(run.disk))
+            held.callback(lambda: run.current and run.current.kill())
+            try:
+                for planned in plan.faults:
+                    kind = planned.kind
+                    if time.monotonic() >= deadline or not await_moment(run, planned):
+                        break
+                    began, reached = time.monotonic(), run.start.reached
+                    layout = run.start.layout
+                    if self.faults[kind].strike(run, planned, random.Random(planned.number)):
+                        run.cause = run.cause if run.current else kind
+                        self.tally[kind].faults += 1
+                        told = f"{kind} at step {reached} of {layout}: {time.monotonic() - began:.0f} s"
+                        self.tell(f"round {number}: {told}, newest checkpoint {run.saved()}")
+                said = run.must_finish()
+                kind = WEIGHTS
+                layout = plan.layouts[0] if plan.one_layout else LAYOUTS[0]
+                self._compare(run, said, layout, exactly=plan.one_layout)
+            except (Lost, Wrong) as found:
+                self._note(found, kind, number, run)
+                return
+        shutil.rmtree(folder)
+
+    def _note(self, found: Exception, kind: str, number: int, run: TorturedRun) -> None:
+        """Count what was found, and keep the round's directory."""
+        if run.current is not None:
+            run.current.kill()
+        if os.path.ismount(run.disk):
+            shutil.copytree(run.disk, run.folder / "kept", symlinks=True)
+        row, what = self.tally[kind], type(found).__name__.lower()
+        setattr(row, what, getattr(row, what) + 1)
+        line = f"{what}: {kind} in round {number} of seed {self.seed}: {found}; kept in {run.folder}"
+        self.findings.append(line)
+        self.tell(line)
+
+    def _each(self, layouts: Sequence[TortureLayout]) -> Iterator[TortureLayout]:
+        for i in count():
+            self.layouts.add(layout := layouts[i % len(layouts)])
+            yield layout
+
+    def _under(self, plan: RoundPlan, folder: Path) -> Iterator[Mapping[str, str]]:
+        for i in count():
+            kind, number = plan.conditions[i % len(plan.conditions)]
+            if kind:
+                self.tally[kind].faults += 1
+                yield self.conditions[kind].environment(folder / kind, random.Random(number))
+            else:
+                yield {}
+
+    def undisturbed(self, layout: TortureLayout) -> tuple[Path, str]:
+        """Directory, and last words, of a run of this layout that nothing strikes; made when it is asked for first.
+        Raises UserError where even that fails."""
+        folder = self.place.folder / f"undisturbed_{LAYOUTS.index(layout)}"
+        said = folder / "said"
+        if not said.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            run = TorturedRun(self.place, folder, self._each([layout]), self._each_plain(), {})
+            try:
+                said.write_text(run.must_finish(), encoding="utf-8")
+            except (Lost, Wrong) as found:
+                raise UserError(f"{folder}: an undisturbed run of {layout} fails: {found}") from None
+            finally:
+                if run.current:
+                    run.current.kill()
+        return folder / "disk" / "run", said.read_text(encoding="utf-8")
+
+    @staticmethod
+    def _each_plain() -> Iterator[Mapping[str, str]]:
+        while True:
+            yield {}
+
+    def _compare(self, run: TorturedRun, said: str, layout: TortureLayout, *, exactly: bool) -> None:
+        """Raise Wrong where the run has not learned what an undisturbed one learns, or skipped other steps."""
+        expected, there = self.undisturbed(layout)
+        skipped, expected_skips = (line.partition(": ")[0] for line in (said, there))
+        if skipped != expected_skips:
+            raise Wrong(f"says {skipped!r}, undisturbed {expected_skips!r}")
+        if "skipped" not in skipped:
+            raise Wrong(f"says {skipped!r}, though a sample is not a number")
+        self.tally[NAN].faults += int(skipped.partition("(")[2].split()[0])
+        self.tally[WEIGHTS].faults += 1
+        if difference := differs(run.run_dir, expected, exactly=exactly):
+            raise Wrong(f"{difference} (undisturbed, {layout})")
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.findings)
+
+    def report(self) -> str:
+        """The table, in Markdown, and a verdict."""
+        head = ["kind", "faults", "restarts", "steps lost", "lost", "wrong"]
+        rows = [[kind, *asdict(row).values()] for kind, row in self.tally.items()]
+        total = [sum(column) for column in zip(*(asdict(row).values() for row in list(self.tally.values())[:-2]))]
+        names = ", ".join(str(layout) for layout in LAYOUTS if layout in self.layouts)
+        verdict = f"{len(self.findings)} lost or wrong" if self.failed else "nothing lost, nothing wrong"
+        lines = [table([head, *rows[:-2], ["all faults", *total], *rows[-2:]]), f"{self.rounds} rounds; {names}."]
+        return "\n\n".join([*lines, *self.findings, f"Verdict: {verdict}."])
+
+    def markdown(self, command: str, minutes: float) -> str:
+        """The report below what made it."""
+        date = datetime.now(UTC).date().isoformat()
+        machine = f"{cpu_model()}, {cores()} cores; torch {torch.__version__}; commit {commit() or 'unknown'}; {date}"
+        return f"`{command}`, {minutes:.0f} minutes; {machine}.\n\n{self.report()}\n"
+
+
+def await_moment(run: TorturedRun, planned: PlannedFault) -> bool:
+    """Wait for the moment of a fault -> whether the run is still there."""
+    new = run.current is None
+    start = run.go_on()
+    if new and planned.at_startup:
+        return not start.wait_until(lambda: not start.running, planned.delay)
+    if not run.await_step(planned.step):
+        return False
+    time.sleep(planned.delay)
+    return start.running
+
+
+def differs(run: Path, expected: Path, *, exactly: bool) -> str:
+    """The first thing in which two runs have not learned the same: "" where they have, bit for bit or to rounding."""
+    losses, theirs = _losses(run), _losses(expected)
+    for step in sorted(losses.keys() & theirs.keys()):
+        found, true = losses[step], theirs[step]
+        if found != true if exactly else not math.isclose(found, true, rel_tol=LOSS_ROUNDING):
+            return f"the loss of step {step} is {found!r}, not {true!r}"
+    for kind in ("raw", "ema"):
+        name = f"{SNAPSHOTS}/latest/{kind}.safetensors"
+        if exactly and (run / name).read_bytes() == (expected / name).read_bytes():
+            continue
+        ours, others = load_file(run / name), load_file(expected / name)
+        if ours.keys() != others.keys():
+            return f"{name} has other parameters"
+        apart = {key: float((ours[key] - others[key]).abs().max()) for key in ours}
+        worst = max(apart, key=apart.__getitem__)
+        if exactly or not apart[worst] <= WEIGHT_ROUNDING:
+            return f"{name} differs, by {apart[worst]:.3g} in {worst}"
+    return ""
+
+
+def _losses(run: Path) -> dict[int, float]:
+    """Losses by step, of steps that were not skipped. A full disk leaves lines out, and torn ones behind."""
+    found = {}
+    for line in (run / METRICS).read_bytes().splitlines():
+        try:
+            row = parse_json(line, METRICS)
+        except UserError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("loss"), float):
+            found[row["step"]] = row["loss"]
+    return found
+
+
+def possible_kinds(asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The kinds of faults that this machine takes, and those left out. Raises UserError for a kind that is none."""
+    for kind in asked or ():
+        if kind not in KINDS:
+            raise UserError(f"--kinds {kind}: expected some of {', '.join(KINDS)}")
+    kinds = list(asked or KINDS)
+    mounts = [kind for kind in kinds if kind in FAULTS and FAULTS[kind].mounts]
+    out = mounts if mounts and not can_mount() else []
+    return [kind for kind in kinds if kind not in out], out
+
+
+def can_mount() -> bool:
+    from tempfile import TemporaryDirectory
+
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return False
+    with TemporaryDirectory() as folder:
+        try:
+            with _mounted(Path(folder)):
+                return True
+        except UserError:
+            return False
+
+
+@contextmanager
+def _mounted(folder: Path) -> Iterator[None]:
+    """A file system of DISK bytes in memory at `folder`. Raises UserError."""
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{folder}: no file system can be mounted: {brief(error)}") from None
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
+def _signals_as_by_default() -> Iterator[None]:
+    """Ctrl-C and hang-ups reach what is started, also where this process ignores them, as in a shell's background or
+    under nohup: a process inherits that."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
