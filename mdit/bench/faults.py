@@ -229,12 +229,15 @@ def bad_shard(run: TorturedRun, planned: PlannedFault, rng: random.Random, *, re
 
 def second_start(run: TorturedRun, planned: PlannedFault, rng: random.Random) -> bool:
     """Another start of the command in the same directory must be refused, while the first one trains or, with
-    `everyone`, is stopped; the first one goes on."""
+    `everyone`, is stopped; the first one goes on. It is stopped in any case until the second has come so far: steps
+    are faster than starts."""
     first = run.start
-    if planned.everyone:
-        first.send(signal.SIGSTOP)
+    first.send(signal.SIGSTOP)
     second = run.launch(layout=first.layout)
     try:
+        if not planned.everyone:
+            second.wait_until(lambda: "kernels: " in second.text(0) or not second.running, LIMIT)
+            first.send(signal.SIGCONT)
         run.await_end(second)
         over = not first.running
     finally:

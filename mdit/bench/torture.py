@@ -136,11 +136,13 @@ class TortureSession:
                         break
                     began, reached = time.monotonic(), run.start.reached
                     layout = run.start.layout
-                    if self.faults[kind].strike(run, planned, random.Random(planned.number)):
-                        run.cause = run.cause if run.current else kind
-                        self.tally[kind].faults += 1
-                        told = f"{kind} at step {reached} of {layout}: {time.monotonic() - began:.0f} s"
-                        self.tell(f"round {number}: {told}, newest checkpoint {run.saved()}")
+                    self.tally[kind].faults += 1
+                    if not self.faults[kind].strike(run, planned, random.Random(planned.number)):
+                        self.tally[kind].faults -= 1  # nothing was there to strike
+                        continue
+                    run.cause = run.cause if run.current else kind
+                    told = f"{kind} at step {reached} of {layout}: {time.monotonic() - began:.0f} s"
+                    self.tell(f"round {number}: {told}, newest checkpoint {run.saved()}")
                 said = run.must_finish()
                 kind = WEIGHTS
                 layout = plan.layouts[0] if plan.one_layout else LAYOUTS[0]
@@ -172,6 +174,7 @@ class TortureSession:
             kind, number = plan.conditions[i % len(plan.conditions)]
             if kind:
                 self.tally[kind].faults += 1
+                self.tell(f"{folder.name}: the next start under {kind}")
                 yield self.conditions[kind].environment(folder / kind, random.Random(number))
             else:
                 yield {}
@@ -284,7 +287,7 @@ def possible_kinds(asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
     for kind in asked or ():
         if kind not in KINDS:
             raise UserError(f"--kinds {kind}: expected some of {', '.join(KINDS)}")
-    kinds = list(asked or KINDS)
+    kinds = [kind for kind in KINDS if kind in (asked or KINDS)]  # in this order: plans depend on it
     mounts = [kind for kind in kinds if kind in FAULTS and FAULTS[kind].mounts]
     out = mounts if mounts and not can_mount() else []
     return [kind for kind in kinds if kind not in out], out
