@@ -28,6 +28,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def finish(session, folder: Path) -> None:
+    """Print the report; the runs stay where one of them has something to look at."""
+    print(session.report(), flush=True)
+    if not session.failed:
+        shutil.rmtree(folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     from mdit.bench.torture import TortureSession, possible_kinds
@@ -46,11 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         session.run(args.minutes, args.round)
     except KeyboardInterrupt:
-        print(session.report(), flush=True)
+        finish(session, folder)
         raise
-    print(session.report(), flush=True)
-    if not session.failed:
-        shutil.rmtree(folder)
+    finish(session, folder)
     if args.out:
         words = ["python", "tools/torture.py", *(sys.argv[1:] if arguments is None else arguments)]
         write_text(args.out, session.markdown(shlex.join(words), args.minutes))

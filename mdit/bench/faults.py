@@ -80,7 +80,7 @@ def not_written(run: TorturedRun, planned: PlannedFault, rng: random.Random, *, 
     start = run.start
     if not start.trains:
         return False
-    begun, due, before = start.reached, 2 * run.place.checkpoint_every, len(start.text(0))
+    begun, due, before = start.reached, 3 * run.place.checkpoint_every, len(start.text(0))
 
     def said() -> bool:
         return " not saved: " in start.text(0)[before:]

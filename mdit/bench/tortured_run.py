@@ -114,7 +114,7 @@ class TorturedRun:
 
     def kill(self, ranks: Collection[int] | None = None, number: int = signal.SIGKILL) -> None:
         """Send SIGKILL, or another signal that may be deadly at this moment, to the ranks, by default to all. These
-        must end by it, and the others by themselves; before they have met, as a launcher ends them."""
+        must end by it, and the others by themselves, naming them; before they have met, as a launcher ends them."""
         start = self.start
         struck = {*(range(len(start.ranks)) if ranks is None else ranks)}
         met = start.trains
@@ -122,9 +122,11 @@ class TorturedRun:
         if not start.wait_until(lambda: not start.running, LIMIT if met else ALONE) and not met:
             start.send(signal.SIGTERM)
         by_signal = {-number, 128 + number} | ({-signal.SIGTERM} if not met else set())
-        self.must_end(
+        ended = self.must_end(
             {rank: {0, 2, *(by_signal if rank in struck or not met else ())} for rank in range(len(start.ranks))}
         )
+        if met and 2 in ended.codes and not any(re.search(rf"\brank {min(struck)}\b", line) for line in ended.errors):
+            raise Wrong(f"rank {min(struck)} was killed, but the others say {ended.errors}")
 
     def must_end(self, codes: Mapping[int, Collection[int]]) -> RunStart:
         """Wait for the end of the current start. Each rank must end with one of its codes, and in lines, not in

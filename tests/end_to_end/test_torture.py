@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mdit.bench.faults import CONDITIONS, FAULTS, KINDS, Fault, PlannedFault
-from mdit.bench.torture import RoundPlan, TortureSession, differs
+from mdit.bench.torture import RoundPlan, TortureSession, differs, possible_kinds
 from mdit.bench.torture_start import TortureLayout, Workplace
 from mdit.checkpoint.training_state import complete_checkpoints, seal
+from mdit.config import UserError
 from mdit.files import measure
 from tests.processes import EACH, start_forked
 from tests.training import REPOSITORY, launch
@@ -50,6 +51,9 @@ def test_a_plan_is_a_function_of_seed_and_round():
     assert {kind for plan in plans for kind, _ in plan.conditions} == {"", *CONDITIONS}
     assert {plan.one_layout for plan in plans} == {True, False}
     assert {fault.kind for fault in RoundPlan.draw(3, 1, ["kill"], 60).faults} == {"kill"}
+    assert possible_kinds(["pause", "kill"]) == (["kill", "pause"], [])  # in the table's order
+    with pytest.raises(UserError, match="--kinds kil: expected some of kill, "):
+        possible_kinds(["kil"])
 
 
 def test_random_faults_lose_nothing(tmp_path):
