@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
@@ -60,7 +61,7 @@ class RoundPlan:
     @classmethod
     def draw(cls, seed: int, number: int, kinds: Sequence[str], steps: int) -> "RoundPlan":
         rng = random.Random(f"{seed}/{number}")
-        strikes, conditions = ([kind for kind in kinds if kind in table] for table in (FAULTS, CONDITIONS))
+        strikes, conditions = ([kind for kind in kinds if kind in known] for known in (FAULTS, CONDITIONS))
         layouts = [rng.choice(LAYOUTS)] * 16 if rng.random() < 0.5 else [rng.choice(LAYOUTS) for _ in range(16)]
         share = 0.25 if strikes else 1.0
         under = [
@@ -187,7 +188,7 @@ class TortureSession:
         if not said.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            run = TorturedRun(self.place, folder, self._each([layout]), self._each_plain(), {})
+            run = TorturedRun(self.place, folder, self._each([layout]), repeat({}), {})
             try:
                 said.write_text(run.must_finish(), encoding="utf-8")
             except (Lost, Wrong) as found:
@@ -196,11 +197,6 @@ class TortureSession:
                 if run.current:
                     run.current.kill()
         return folder / "disk" / "run", said.read_text(encoding="utf-8")
-
-    @staticmethod
-    def _each_plain() -> Iterator[Mapping[str, str]]:
-        while True:
-            yield {}
 
     def _compare(self, run: TorturedRun, said: str, layout: TortureLayout, *, exactly: bool) -> None:
         """Raise Wrong where the run has not learned what an undisturbed one learns, or skipped other steps."""
@@ -294,8 +290,7 @@ def possible_kinds(asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
 
 
 def can_mount() -> bool:
-    from tempfile import TemporaryDirectory
-
+    """Whether this process may mount file systems, found out by doing it."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return False
     with TemporaryDirectory() as folder:
