@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from itertools import count, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -34,6 +35,7 @@ from mdit.config import UserError
 from mdit.dist import cores
 from mdit.documents import brief, parse_json
 from mdit.provenance import commit
+from mdit.train.meter import step_of
 from mdit.train.run_directory import METRICS, SNAPSHOTS
 
 FAULTS_OF_A_ROUND = (3, 6)
@@ -144,10 +146,10 @@ class TortureSession:
                     run.cause = run.cause if run.current else kind
                     told = f"{kind} at step {reached} of {layout}: {time.monotonic() - began:.0f} s"
                     self.tell(f"round {number}: {told}, newest checkpoint {run.saved()}")
-                said = run.must_finish()
+                run.must_finish()
                 kind = WEIGHTS
                 layout = plan.layouts[0] if plan.one_layout else LAYOUTS[0]
-                self._compare(run, said, layout, exactly=plan.one_layout)
+                self._compare(run, layout, exactly=plan.one_layout)
             except (Lost, Wrong) as found:
                 self._note(found, kind, number, run)
                 return
@@ -180,36 +182,34 @@ class TortureSession:
             else:
                 yield {}
 
-    def undisturbed(self, layout: TortureLayout) -> tuple[Path, str]:
-        """Directory, and last words, of a run of this layout that nothing strikes; made when it is asked for first.
-        Raises UserError where even that fails."""
+    def undisturbed(self, layout: TortureLayout) -> Path:
+        """Directory of a run of this layout that nothing strikes; made when it is asked for first. Raises UserError
+        where even that fails."""
         folder = self.place.folder / f"undisturbed_{LAYOUTS.index(layout)}"
-        said = folder / "said"
-        if not said.exists():
+        if not (done := folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             run = TorturedRun(self.place, folder, self._each([layout]), repeat({}), {})
             try:
-                said.write_text(run.must_finish(), encoding="utf-8")
+                run.must_finish()
             except (Lost, Wrong) as found:
                 raise UserError(f"{folder}: an undisturbed run of {layout} fails: {found}") from None
             finally:
                 if run.current:
                     run.current.kill()
-        return folder / "disk" / "run", said.read_text(encoding="utf-8")
+            done.touch()
+        return folder / "disk" / "run"
 
-    def _compare(self, run: TorturedRun, said: str, layout: TortureLayout, *, exactly: bool) -> None:
+    def _compare(self, run: TorturedRun, layout: TortureLayout, *, exactly: bool) -> None:
         """Raise Wrong where the run has not learned what an undisturbed one learns, or skipped other steps."""
-        expected, there = self.undisturbed(layout)
-        skipped, expected_skips = (line.partition(": ")[0] for line in (said, there))
-        if skipped != expected_skips:
-            raise Wrong(f"says {skipped!r}, undisturbed {expected_skips!r}")
-        if "skipped" not in skipped:
-            raise Wrong(f"says {skipped!r}, though a sample is not a number")
-        self.tally[NAN].faults += int(skipped.partition("(")[2].split()[0])
+        expected = self.undisturbed(layout)
         self.tally[WEIGHTS].faults += 1
         if difference := differs(run.run_dir, expected, exactly=exactly):
             raise Wrong(f"{difference} (undisturbed, {layout})")
+        skipped = max(row["skipped_steps"] for row in _metrics(expected).values())
+        if not skipped:
+            raise Wrong("no step is skipped, though a sample is not a number")
+        self.tally[NAN].faults += skipped
 
     @property
     def failed(self) -> bool:
@@ -246,35 +246,32 @@ def await_moment(run: TorturedRun, planned: PlannedFault) -> bool:
 
 def differs(run: Path, expected: Path, *, exactly: bool) -> str:
     """The first thing in which two runs have not learned the same: "" where they have, bit for bit or to rounding."""
-    losses, theirs = _losses(run), _losses(expected)
-    for step in sorted(losses.keys() & theirs.keys()):
-        found, true = losses[step], theirs[step]
-        if found != true if exactly else not math.isclose(found, true, rel_tol=LOSS_ROUNDING):
-            return f"the loss of step {step} is {found!r}, not {true!r}"
+    ours, theirs = _metrics(run), _metrics(expected)
+    for step in sorted(ours.keys() & theirs.keys()):
+        for key, rounding in (("skipped_steps", 0.0), ("loss", 0.0 if exactly else LOSS_ROUNDING)):
+            found, true = ours[step][key], theirs[step][key]  # the loss of a skipped step is None
+            if found != true and (None in (found, true) or not math.isclose(found, true, rel_tol=rounding)):
+                return f"{key} of step {step} is {found!r}, not {true!r}"
     for kind in ("raw", "ema"):
         name = f"{SNAPSHOTS}/latest/{kind}.safetensors"
         if exactly and (run / name).read_bytes() == (expected / name).read_bytes():
             continue
-        ours, others = load_file(run / name), load_file(expected / name)
-        if ours.keys() != others.keys():
+        found, true = load_file(run / name), load_file(expected / name)
+        if found.keys() != true.keys():
             return f"{name} has other parameters"
-        apart = {key: float((ours[key] - others[key]).abs().max()) for key in ours}
+        apart = {key: float((found[key] - true[key]).abs().max()) for key in found}
         worst = max(apart, key=apart.__getitem__)
         if exactly or not apart[worst] <= WEIGHT_ROUNDING:
             return f"{name} differs, by {apart[worst]:.3g} in {worst}"
     return ""
 
 
-def _losses(run: Path) -> dict[int, float]:
-    """Losses by step, of steps that were not skipped. A full disk leaves lines out, and torn ones behind."""
+def _metrics(run: Path) -> dict[int, dict[str, Any]]:
+    """Rows of metrics.jsonl by step. A full disk leaves some out, and torn ones behind."""
     found = {}
     for line in (run / METRICS).read_bytes().splitlines():
-        try:
-            row = parse_json(line, METRICS)
-        except UserError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("loss"), float):
-            found[row["step"]] = row["loss"]
+        if (step := step_of(line)) is not None:
+            found[step] = parse_json(line, METRICS)
     return found
 
 

@@ -113,7 +113,7 @@ def test_weights_that_are_altered_are_wrong(place):
 
     session = strike_with(place, alter)
     (finding,) = session.findings
-    assert finding.startswith("wrong: final weights in round 1 of seed 0: the loss of step ")
+    assert finding.startswith("wrong: final weights in round 1 of seed 0: loss of step ")
     assert session.tally["own"].faults == 1 and session.tally["final weights"].wrong == 1
     assert "1 lost or wrong" in session.report()
 
@@ -157,6 +157,17 @@ def test_what_is_not_refused_is_wrong(place):
     assert finding.startswith("wrong: own in round 1 of seed 0: not refused (every checkpoint is damaged)")
 
 
+def test_a_run_that_a_fault_let_finish_is_compared_as_well(place):
+    def wait(run, planned, rng) -> bool:
+        run.must_end({0: {0}})
+        return True
+
+    session = strike_with(place, wait)
+    assert (
+        not session.findings and session.tally["final weights"].faults == 1 and session.tally["nan_batch"].faults == 3
+    )
+
+
 def test_a_hang_is_wrong(place, monkeypatch):
     def hang(run, planned, rng) -> bool:
         run.start.send(signal.SIGSTOP)
@@ -169,7 +180,7 @@ def test_a_hang_is_wrong(place, monkeypatch):
 
 
 def test_weights_are_compared_bit_for_bit_and_to_rounding(place, tmp_path):
-    expected, _ = place.undisturbed(ONE)
+    expected = place.undisturbed(ONE)
     run = shutil.copytree(expected, tmp_path / "run", symlinks=True)
     assert not differs(run, expected, exactly=True) and not differs(run, expected, exactly=False)
     file = run / "snapshots" / "latest" / "ema.safetensors"
