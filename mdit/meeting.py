@@ -134,11 +134,16 @@ def meet(world: World, failed: Exception | None = None) -> Meeting:
         if failed is None:
             raise
         raise failed from None  # nobody else is here: this process tells it itself
-    if store.add(f"number/{world.rank}", 1) > 1:
-        raise UserError(f"RANK = {world.rank} on {here}: another process has it; give each of {world.size} its own")
     line = failed and (explain(failed) if world.is_rank_zero else f"{explain(failed)} (rank {world.rank} on {here})")
-    store.set(f"here/{world.rank}", json.dumps({"host": here, "size": world.size, "error": line}))
-    outcome = _call_the_roll(world, store, line) if world.is_rank_zero else _wait_for_roll(world, store, failed)
+    try:
+        if store.add(f"number/{world.rank}", 1) > 1:
+            raise UserError(f"RANK = {world.rank} on {here}: another process has it; give each of {world.size} its own")
+        store.set(f"here/{world.rank}", json.dumps({"host": here, "size": world.size, "error": line}))
+        outcome = _call_the_roll(world, store, line) if world.is_rank_zero else _wait_for_roll(world, store, failed)
+    except DistError:
+        where = f"MASTER_ADDR = {address[0]}, MASTER_PORT = {address[1]}"
+        gone = UserError(f"rank 0 at {where} has ended, or was cut off, before all processes had met")
+        raise failed or gone from None
     if outcome["error"]:
         raise shared(outcome["error"])
     if outcome["size"] != world.size:

@@ -105,6 +105,25 @@ def join(world: World) -> None:
         pass
 
 
+def is_killed_on_rank_0_while_they_meet(world: World) -> None:
+    def die(world: World, store, line: str | None) -> None:
+        store.wait(["here/1"])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    meeting._call_the_roll = die
+    join(world)
+
+
+def test_the_end_of_rank_0_while_they_meet_is_a_line_of_the_others():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    _, lines = told(is_killed_on_rank_0_while_they_meet, **env)
+    where = f"MASTER_ADDR = 127.0.0.1, MASTER_PORT = {port}"
+    [error] = [line for line in lines if line.startswith("error: ")]
+    assert error == f"error: rank 0 at {where} has ended, or was cut off, before all processes had met"
+
+
 def test_who_does_not_come_is_named():
     code, output = told(join, WORLD_SIZE="3")
     assert code == 2 and "waiting for rank 2, not here yet; WORLD_SIZE = 3" in output
