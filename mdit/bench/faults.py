@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mdit.bench.torture_start import EPOCH, LIMIT
-from mdit.bench.tortured_run import Lost, TorturedRun, Wrong
+from mdit.bench.torture_start import EPOCH, LIMIT, WATCHDOG
+from mdit.bench.tortured_run import KILLED, Lost, TorturedRun, Wrong
 from mdit.train.run_directory import CONFIG
+from mdit.train.watchdog import HUNG
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,23 @@ def pause(run: TorturedRun, planned: PlannedFault, rng: random.Random) -> bool:
     time.sleep(rng.uniform(0.5, 4))
     start.send(signal.SIGCONT, ranks)
     run.must_go_on()
+    return True
+
+
+def hang(run: TorturedRun, planned: PlannedFault, rng: random.Random) -> bool:
+    """SIGSTOP of one of two ranks for ever: the other's watchdog must end it by a line that names the stopped one."""
+    start = run.start
+    if not start.trains or start.layout.processes == 1:
+        return False
+    stopped, other = planned.rank, 1 - planned.rank
+    start.send(signal.SIGSTOP, [stopped])
+    if not start.wait_until(lambda: start.codes[other] is not None, WATCHDOG + LIMIT):
+        start.abort()
+        raise Wrong(f"hang: rank {other} waits for a stopped one, and its watchdog does not end it")
+    start.kill()
+    run.must_end({stopped: {KILLED}, other: {HUNG}})
+    if not any(f"rank {stopped}" in line and "does not answer" in line for line in start.errors):
+        raise Wrong(f"hung, and ended with {start.errors}, which do not name rank {stopped}")
     return True
 
 
@@ -350,5 +368,6 @@ FAULTS = {
     "shard_replaced": Fault(partial(bad_shard, replaced=True)),
     "second_start": Fault(second_start),
     "other_recipe": Fault(other_recipe, at_startup=True),
+    "hang": Fault(hang),
 }
 KINDS = (*FAULTS, *CONDITIONS)

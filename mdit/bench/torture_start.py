@@ -27,6 +27,7 @@ from mdit.files import measure, write_json
 LAUNCHER = Path(mdit.__file__).resolve().parent / "launchers" / "train.py"
 POLL = 0.02  # seconds
 LIMIT = 240.0  # seconds in which a start, or an end, must have come; longer is a hang
+WATCHDOG = 20  # seconds: longer than any pause
 SAMPLES, SHARD_BYTES, BATCH, NOT_FINITE = 64, 40_000, 8, 11  # the last: the sample that is not a number
 EPOCH = SAMPLES // BATCH  # steps
 # Each process on a core's worth of threads, on CPUs, and with its Python stacks in the log when it is aborted.
@@ -99,7 +100,7 @@ class Workplace:
 
     def ds_config(self, layout: TortureLayout) -> Path:
         path = self.folder / f"zero{layout.stage}_experts{layout.expert_parallel}.json"
-        settings = {"expert_parallel": layout.expert_parallel}
+        settings = {"expert_parallel": layout.expert_parallel, "watchdog_s": WATCHDOG}
         zero = {"stage": layout.stage}
         write_json(path, {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": zero, "mdit": settings})
         return path

@@ -24,8 +24,8 @@ from tests.training import REPOSITORY, launch
 
 ONE_LAYOUT, CHANGING = 36, 76  # rounds of seed 0: second_start, flipped, all_damaged, and pause, sigint, flipped
 STEPS, ONE = 24, TortureLayout(1, 2)
-# Not those that need root, and none that is Python of a start's own.
-FORKED = [kind for kind in FAULTS if kind not in ("full_disk", "read_only")]
+# Not those that need root or the watchdog's patience, and none that is Python of a start's own.
+FORKED = [kind for kind in FAULTS if kind not in ("full_disk", "read_only", "hang")]
 
 
 class ForkedRank:
