@@ -49,6 +49,7 @@ def train(run: Run, directory: RunDirectory) -> int:
     stop = StopSignal(run.run_dir / STOP, world)
     with loader as batches, saver, meter.recording(start):
         while True:
+            directory.step = step
             done, stopping = step >= config.training.num_steps, stop.requested()
             if due(report.log_every, step, start, done):
                 meter.report(step, engine.gradient_norm(), skipped.total, engine.forward)

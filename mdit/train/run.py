@@ -159,8 +159,8 @@ def opened(run: Run, began: float | None = None) -> Iterator[RunDirectory]:
     """The run's directory in the hands of this run: tried out, locked, its checkpoint found, config.json and a line of
     starts.jsonl written; the watchdog is awake. `began` is when this process did, by time.time(): a STOP file that is
     older goes. A collective; raises on all ranks alike."""
-    watchdog = Watchdog(run.run_dir, run.world, run.execution.settings.watchdog_s)
-    with RunDirectory(run.run_dir, run.world, restart=run.restart, began=began) as directory, watchdog:
+    directory = RunDirectory(run.run_dir, run.world, restart=run.restart, began=began)
+    with directory, Watchdog(directory, run.world, run.execution.settings.watchdog_s):
         directory.begin(run.config, description(run), run.init_from, has_weights=run.initial_weights is not None)
         yield directory
 

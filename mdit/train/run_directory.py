@@ -64,6 +64,7 @@ class RunDirectory:
         self.path, self.world, self.restart = path, world, restart
         self.began = time.time() if began is None else began
         self.lock = Lock(path / LOCK)
+        self.step: int | None = None  # that training has reached, for the watchdog
         self.checkpoint: Checkpoint | None = None
         self.run: dict[str, Any] = {}
 

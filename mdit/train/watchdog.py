@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import sleep
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import psutil
@@ -29,6 +29,7 @@ import mdit
 from mdit.dist import World, enumerated
 from mdit.documents import parse_json
 from mdit.meeting import Patience, own_store
+from mdit.train.run_directory import RunDirectory
 
 HUNG = 128 + int(signal.SIGALRM)  # exit code: as of a program that an alarm ended, which may be started again
 LOGS = "logs"  # in a run's directory
@@ -54,8 +55,8 @@ class Watchdog(AbstractContextManager):
     """Inside, a run that hangs for `seconds` (0: never) leaves the stacks of all threads of all ranks in run_dir/logs
     and ends with the exit code HUNG."""
 
-    def __init__(self, run_dir: Path, world: World, seconds: float) -> None:
-        self.run_dir, self.world, self.seconds = run_dir, world, seconds
+    def __init__(self, directory: RunDirectory, world: World, seconds: float) -> None:
+        self.directory, self.world, self.seconds = directory, world, seconds
         self.tick = min(1.0, seconds / 10)
         self.main = threading.get_ident()
         # In seconds of this process's own time: one that was stopped and goes on has not waited meanwhile.
@@ -79,7 +80,7 @@ class Watchdog(AbstractContextManager):
         while not self._left.wait(self.tick):
             self.clock += self.tick
             late = self.clock - self.moved > self.seconds / 2
-            found = signature(self.main), children_seconds() if late else 0.0
+            found = (self.directory.step, stacks_of(self.main)), children_seconds() if late else 0.0
             if last is None or found[0] != last[0] or (late and found[1] > last[1] > 0):
                 self.moved = self.clock
             last = found
@@ -117,40 +118,49 @@ class Watchdog(AbstractContextManager):
     def _end_together(self, store: Any, time: str) -> None:
         """Rank 0 tells the line. It ends last: the others' main threads would take its end for the fault."""
         self._left.set()  # no watch any more
-        self._write_stacks(time)
+        written = self._write_stacks(time)
         store.set(f"hung/{self.world.rank}", _to_json(self._place()))
         if self.world.is_rank_zero:
             patience, places, ranks = Patience(FAREWELL, says=False), {}, range(self.world.size)
             while len(places) < self.world.size and not patience.over("the others"):
                 places = {r: _from_json(store.get(f"hung/{r}")) for r in ranks if store.check([f"hung/{r}"])}
             silent = {r: _from_json(store.get(f"place/{r}")) for r in ranks if r not in places}
-            self._tell(places, silent, time)
+            self._tell(places, silent, written)
         sleep(FAREWELL / 3 if self.world.is_rank_zero else FAREWELL / 6)
         os._exit(HUNG)
 
     def _end_alone(self) -> None:
-        time = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        self._write_stacks(time)
+        written = self._write_stacks(datetime.now(UTC).strftime("%Y%m%dT%H%M%S"))
         if self.world.local_rank == 0 or self.world.rank == 1:  # one or two of a host are enough
-            self._tell({self.world.rank: self._place()}, {0: None} if self.world.size > 1 else {}, time)
+            self._tell({self.world.rank: self._place()}, {0: None} if self.world.size > 1 else {}, written)
         os._exit(HUNG)
 
-    def _tell(self, places: Mapping[int, Place], silent: Mapping[int, Place | None], time: str) -> None:
-        files = self.run_dir / LOGS / f"hung_{time}_rank_*.txt"
+    def _tell(self, places: Mapping[int, Place], silent: Mapping[int, Place | None], written: str) -> None:
         told = describe_hang(places, silent, self.seconds)
-        sys.stderr.write(f"error: {self.run_dir}: {told}; stacks of all threads: {files}\n")
+        sys.stderr.write(f"error: {self.directory.path}: {told}; {written}\n")
         sys.stderr.flush()
 
-    def _write_stacks(self, time: str) -> None:
-        path = self.run_dir / LOGS / f"hung_{time}_rank_{self.world.rank:05d}.txt"
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(stacks(), encoding="utf-8")
-            if recorded := flight_record():
-                path.with_suffix(".collectives.json").write_bytes(recorded)
+    def _write_stacks(self, time: str) -> str:
+        """Write them, and say where. In a thread: what does not answer may be this very directory."""
+        path = self.directory.path / LOGS / f"hung_{time}_rank_{self.world.rank:05d}.txt"
+        content, recorded, done = all_stacks(), flight_record(), []
+
+        def write() -> None:
+            with suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content, encoding="utf-8")
+                if recorded:
+                    path.with_suffix(".collectives.json").write_bytes(recorded)
+                done.append(path)
+
+        writing = threading.Thread(target=write, name="watchdog-stacks", daemon=True)
+        writing.start()
+        writing.join(FAREWELL / 2)
+        files = path.with_name(f"hung_{time}_rank_*.txt")
+        return f"stacks of all threads: {files}" if done else f"stacks cannot be written to {path.parent}"
 
     def _place(self) -> Place:
-        return place(self.main)
+        return place(self.main, self.directory.step)
 
 
 def describe_hang(places: Mapping[int, Place], silent: Mapping[int, Place | None], seconds: float) -> str:
@@ -199,19 +209,19 @@ def state_of(known: Place) -> str | None:
     return STATES.get(letter)
 
 
-def place(main: int) -> Place:
-    """Place of this rank."""
+def place(main: int, step: int | None) -> Place:
+    """Place of this rank, which has reached `step`."""
     frames = sys._current_frames()
     chain = [*_chain(frames.get(main))]
-    step = next((f.f_locals.get("step") for f in chain if _is(f, "train/loop.py", "train")), None)
-    if any(_is(f, "train/saver.py") for f in chain):
+    modules = {_name(f) for f in chain}
+    if "mdit/train/saver.py" in modules:
         chain = _of_worker(frames, "mdit-saving") or chain
-    elif any(_is(f, "data/prefetcher.py") for f in chain):
+    elif "mdit/data/prefetcher.py" in modules:
         chain = _of_worker(frames, "mdit-reader") or _of_worker(frames, "mdit-read-ahead") or chain
     inner = next((f for f in chain if _own(f) and f.f_code.co_name.isidentifier()), chain[0] if chain else None)
     where = "" if inner is None else f"{_name(inner)}:{inner.f_lineno} ({inner.f_code.co_name})"
     waits = any("/torch/distributed/" in f.f_code.co_filename for f in chain)
-    return Place(socket.gethostname(), os.getpid(), step if isinstance(step, int) else None, where, waits)
+    return Place(socket.gethostname(), os.getpid(), step, where, waits)
 
 
 def _of_worker(frames: Mapping[int, FrameType], name: str) -> list[FrameType]:
@@ -235,16 +245,11 @@ def _name(frame: FrameType) -> str:
     return f"mdit/{file.relative_to(MODULES).as_posix()}" if _own(frame) else file.name
 
 
-def _is(frame: FrameType, file: str, function: str | None = None) -> bool:
-    return _own(frame) and _name(frame) == f"mdit/{file}" and function in (None, frame.f_code.co_name)
-
-
-def signature(main: int) -> tuple:
-    """Places of the main thread and its workers, to the instruction, and the step: equal while nothing moves."""
+def stacks_of(main: int) -> list[list[tuple[CodeType, int]]]:
+    """Stacks of the main thread and its workers, to the instruction."""
     frames = sys._current_frames()
     watched = [t.ident or 0 for t in threading.enumerate() if t.ident == main or t.name.startswith(WORKERS)]
-    found = tuple((i, tuple((f.f_code, f.f_lasti) for f in _chain(frames.get(i)))) for i in sorted(watched))
-    return found, place(main).step
+    return [[(f.f_code, f.f_lasti) for f in _chain(frames.get(thread))] for thread in sorted(watched)]
 
 
 def children_seconds() -> float:
@@ -257,8 +262,8 @@ def children_seconds() -> float:
     return found
 
 
-def stacks() -> str:
-    """Python stacks of all threads by name."""
+def all_stacks() -> str:
+    """Python stacks of all threads, for people to read."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     found = sys._current_frames().items()
     return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in found)

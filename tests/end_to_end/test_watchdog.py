@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,12 +111,12 @@ def test_the_next_start_goes_on(recipe, tmp_path):
 def ends(monkeypatch):
     """Where a watchdog of this process would have ended it."""
     found = []
-    monkeypatch.setattr(Watchdog, "_end_alone", lambda self: (found.append(place(self.main)), self._left.set()))
+    monkeypatch.setattr(Watchdog, "_end_alone", lambda self: (found.append(place(self.main, 3)), self._left.set()))
     return found
 
 
 def watched(tmp_path, seconds: float) -> Watchdog:
-    return Watchdog(tmp_path, World(0, 1, 0, torch.device("cpu")), seconds)
+    return Watchdog(SimpleNamespace(path=tmp_path, step=3), World(0, 1, 0, torch.device("cpu")), seconds)
 
 
 def test_a_wait_is_a_hang_and_leaving_ends_the_watch(tmp_path, ends):
@@ -153,11 +154,11 @@ def work(seconds: float) -> None:
         sorted(range(50))
 
 
-def test_a_process_that_was_stopped_has_not_waited(tmp_path):
+def test_a_process_that_was_stopped_has_not_waited():
     code = (
-        "import torch, threading\nfrom pathlib import Path\nfrom mdit.dist import World\n"
+        "import torch, threading\nfrom types import SimpleNamespace\nfrom mdit.dist import World\n"
         "from mdit.train.watchdog import Watchdog\n"
-        f"with Watchdog(Path({str(tmp_path)!r}), World(0, 1, 0, torch.device('cpu')), 2.0):\n"
+        "with Watchdog(SimpleNamespace(step=3), World(0, 1, 0, torch.device('cpu')), 2.0):\n"
         "    print('waits', flush=True)\n    threading.Event().wait(1.0)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
@@ -184,6 +185,14 @@ def test_the_ranks_that_are_waited_for_are_named():
     assert "ranks 2, 3 on d, e do not answer; rank 0 on a waits for them" in describe_hang(
         {0: collective}, elsewhere, 600
     )
+
+
+def test_a_directory_that_takes_no_stacks_is_told(tmp_path):
+    (tmp_path / "logs").write_text("in the way")
+    assert watched(tmp_path, 1.0)._write_stacks("now") == f"stacks cannot be written to {tmp_path / 'logs'}"
+    (tmp_path / "logs").unlink()
+    assert watched(tmp_path, 1.0)._write_stacks("now").endswith("logs/hung_now_rank_*.txt")
+    assert "test_a_directory_that_takes_no_stacks" in (tmp_path / "logs/hung_now_rank_00000.txt").read_text()
 
 
 def test_children_count_as_far_as_they_live():
