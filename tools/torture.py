@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     finish(session, folder)
     if args.out:
         words = ["python", "tools/torture.py", *(sys.argv[1:] if arguments is None else arguments)]
-        write_text(args.out, session.markdown(shlex.join(words), args.minutes))
+        write_text(args.out, session.markdown(shlex.join(words)))
     return 1 if session.failed else 0
 
 

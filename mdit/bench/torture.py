@@ -225,11 +225,11 @@ class TortureSession:
         lines = [table([head, *rows[:-2], ["all faults", *total], *rows[-2:]]), f"{self.rounds} rounds; {names}."]
         return "\n\n".join([*lines, *self.findings, f"Verdict: {verdict}."])
 
-    def markdown(self, command: str, minutes: float) -> str:
+    def markdown(self, command: str) -> str:
         """The report below what made it."""
         date = datetime.now(UTC).date().isoformat()
         machine = f"{cpu_model()}, {cores()} cores; torch {torch.__version__}; commit {commit() or 'unknown'}; {date}"
-        return f"`{command}`, {minutes:.0f} minutes; {machine}.\n\n{self.report()}\n"
+        return f"`{command}`; {machine}.\n\n{self.report()}\n"
 
 
 def await_moment(run: TorturedRun, planned: PlannedFault) -> bool:
