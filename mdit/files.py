@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -162,12 +162,15 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(removed)
 
 
-def clean_leftovers(directory: Path, ours: Callable[[str], bool]) -> None:
+LEFTOVERS = ("partial", "replaced", "removed")
+
+
+def clean_leftovers(directory: Path, ours: Callable[[str], bool], kinds: Collection[str] = LEFTOVERS) -> None:
     """Finish or undo what killed processes left half done in a directory with the functions of this module, as far as
-    it was to have a name that is `ours`."""
+    it is of these kinds and was to have a name that is `ours`."""
     for path in directory.iterdir() if directory.is_dir() else ():
-        match = re.fullmatch(r"\.(.+)\.(partial|replaced|removed)", path.name)
-        if match is None or not ours(match[1]):
+        match = re.fullmatch(r"\.(.+)\.([a-z]+)", path.name)
+        if match is None or match[2] not in kinds or not ours(match[1]):
             continue
         if match[2] == "replaced" and not (named := path.with_name(match[1])).exists():
             path.rename(named)  # between the two renames of `replacing_directory`

@@ -1,5 +1,6 @@
 """Files that a run leaves on disk: checkpoints, to resume from, and snapshots, to use."""
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from mdit.checkpoint.training_state import Checkpoint, load_into, require_whole,
 from mdit.config import portable
 from mdit.data.shards import open_dataset
 from mdit.dist import on_rank_zero
+from mdit.files import partial_name
 from mdit.models.dit import buffers
 from mdit.train.ema import EMA
 from mdit.train.engine import MOMENTS, Engine
@@ -70,9 +72,15 @@ class Checkpointer:
     def save(self, step: int) -> None:
         """Save a checkpoint. Raises UserError where the state holds NaN or infinities."""
         tensors, numbers = self._checked_state(step)
+        directory = self.directory.path / CHECKPOINTS
+        if (
+            self.run.world.is_rank_zero
+        ):  # before the next step, of which a report may tell, shows that one is on its way
+            with suppress(OSError):
+                partial_name(directory / step_name(step)).mkdir(parents=True, exist_ok=True)
         write = partial(
             save_training_state,
-            self.directory.path / CHECKPOINTS,
+            directory,
             step,
             fragments=self.engine.fragments(),
             numbers=numbers,

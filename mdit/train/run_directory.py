@@ -99,7 +99,10 @@ class RunDirectory:
             move_aside(self.path)
         clean_leftovers(self.path, lambda name: name.startswith((*FILES, TRIAL)))
         for directory in (self.path / name for name in (CHECKPOINTS, SNAPSHOTS, AVERAGES)):
-            clean_leftovers(directory, lambda name: step_in(name) is not None or name == "latest")
+            ours = lambda name: step_in(name) is not None or name == "latest"  # noqa: E731
+            clean_leftovers(directory, ours, ("replaced", "removed"))
+            if directory.name != CHECKPOINTS or complete_checkpoints(directory):  # else it tells check_unbegun why
+                clean_leftovers(directory, ours, ("partial",))
         return self.lock.token
 
     def _check_and_write(self, config: TrainConfig, description: dict[str, Any], init_from: Path | None) -> None:
@@ -114,7 +117,7 @@ class RunDirectory:
         if path.exists():
             check_same_run(before := read_json(path), config, data, path)
         if found is None:
-            check_unbegun(self.path, config, before)
+            check_unbegun(self.path, before)
         weights = self._initial_weights(before, init_from)
         check_space(self.path, config)
         self.run = {"recipe": description["recipe"], "data": data, "initial_weights": weights}
@@ -219,10 +222,18 @@ def check_same_recipe(before: TrainConfig, config: TrainConfig, source: Path) ->
             raise UserError(f"{source}: this run was started with {key} = {was!r}, now it is {is_!r}; {CHOICES}")
 
 
-def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None) -> None:
+def unfinished_steps(directory: Path) -> set[int]:
+    """Steps whose checkpoints were being written when a run ended."""
+    hidden = directory.glob(".*.partial") if directory.is_dir() else ()
+    steps = {step_in(path.name[1:].removesuffix(".partial")) for path in hidden}
+    return {step for step in steps if step is not None}
+
+
+def check_unbegun(path: Path, before: dict[str, Any] | None) -> None:
     """Raise UserError where there is no checkpoint, though one was due: starting at step 0 would write over a run.
 
-    At the step of the first checkpoint itself there may be none: a run reports that step before it saves it.
+    At the step of the first checkpoint itself there may be none: a run reports that step before it saves it. Where that
+    one has been left unfinished there may be none until the second is due, which waits for it.
     """
     damaged = [file.name for file in sorted((path / CHECKPOINTS).glob("*.damaged"))]
     metrics, snapshots = path / METRICS, path / SNAPSHOTS
@@ -231,7 +242,7 @@ def check_unbegun(path: Path, config: TrainConfig, before: dict[str, Any] | None
     steps = (*map(step_of, lines), *map(step_in, names))  # None for lines that are torn, and other names
     reached = max((step for step in steps if step is not None), default=0)
     first = before["recipe"]["report"]["checkpoint_every"] if before else 0
-    if damaged or reached > first:
+    if damaged or reached > (2 * first if first in unfinished_steps(path / CHECKPOINTS) else first):
         told = f" ({', '.join(damaged)})" if damaged else ""
         raise UserError(
             f"{path / CHECKPOINTS}: has no checkpoint to go on from{told}, though the run has been at step {reached}; "

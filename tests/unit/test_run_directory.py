@@ -124,6 +124,25 @@ def test_killed_before_its_first_checkpoint_it_begins_again(tmp_path, config, re
     assert opened(path, config).checkpoint is None
 
 
+@pytest.mark.parametrize("unfinished, reported, begins", [(2, 4, True), (2, 5, False), (4, 4, False)])
+def test_killed_while_its_first_checkpoint_is_written_it_begins_again(tmp_path, config, unfinished, reported, begins):
+    """Steps are reported meanwhile, up to the second checkpoint, which waits. A refused start changes nothing."""
+    path = begun(tmp_path / "run", config)
+    (path / f"checkpoints/.step_{unfinished:08d}.partial").mkdir(parents=True)
+    (path / "metrics.jsonl").write_text(f'{{"step": {reported}}}\n', encoding="utf-8")
+    before = content(path)
+    with pytest.raises(UserError, match="seed"):
+        opened(path, config.model_copy(update={"seed": 7}))
+    assert content(path) == before
+    if begins:
+        assert opened(path, config).checkpoint is None
+        save(opened(path, config), 2)
+        assert opened(path, config).checkpoint.step == 2
+    else:
+        with pytest.raises(UserError, match=f"has been at step {reported}.*--restart"):
+            opened(path, config)
+
+
 def test_a_passing_error_of_the_disk_loses_no_checkpoint(tmp_path, config, monkeypatch):
     path = begun(tmp_path / "run", config, 2, 4)
     read, failures = training_state.read_bytes, [errno.EIO, errno.EACCES]
