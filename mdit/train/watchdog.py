@@ -143,14 +143,14 @@ class Watchdog(AbstractContextManager):
     def _write_stacks(self, time: str) -> str:
         """Write them, and say where. In a thread: what does not answer may be this very directory."""
         path = self.directory.path / LOGS / f"hung_{time}_rank_{self.world.rank:05d}.txt"
-        content, recorded, done = all_stacks(), flight_record(), []
+        content, recorded, done = all_stacks(), flight_records(), []
 
         def write() -> None:
             with suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(content, encoding="utf-8")
-                if recorded:
-                    path.with_suffix(".collectives.json").write_bytes(recorded)
+                for backend, record in recorded.items():
+                    path.with_suffix(f".{backend}.json").write_bytes(record)
                 done.append(path)
 
         writing = threading.Thread(target=write, name="watchdog-stacks", daemon=True)
@@ -269,13 +269,17 @@ def all_stacks() -> str:
     return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in found)
 
 
-def flight_record() -> bytes | None:
-    """torch's record of the last collectives, as JSON: which of each group's were begun and which have ended."""
+def flight_records() -> dict[str, bytes]:
+    """torch's records of the last collectives, as JSON: which of each group's were begun and which have ended. Of gloo
+    and of NCCL, as far as this torch keeps them; the functions are its own affair, and their names have changed."""
     from torch._C import _distributed_c10d as recorder
 
-    with suppress(AttributeError, RuntimeError):  # its name is torch's own affair
-        return recorder._dump_fr_trace_json()  # pyright: ignore[reportAttributeAccessIssue]
-    return None
+    found = {}
+    for backend, name in (("gloo", "_dump_fr_trace_json"), ("nccl", "_dump_nccl_trace_json")):
+        if (dump := getattr(recorder, name, None)) is not None:
+            with suppress(RuntimeError):
+                found[backend] = dump()
+    return found
 
 
 def _to_json(found: Place) -> str:

@@ -93,7 +93,7 @@ def test_what_hangs_is_named_in_time(recipe, tmp_path, fault, processes, wanted)
         assert "MainThread:" in file.read_text() and "mdit/train/loop.py" in file.read_text()
         assert file.stat().st_mtime < moved + SECONDS + 10
     if processes == 2:
-        recorded = json.loads(files[0].with_suffix(".collectives.json").read_text())
+        recorded = json.loads(files[0].with_suffix(".gloo.json").read_text())
         assert any("all_reduce" in entry["profiling_name"] for entry in recorded["entries"])
 
 
