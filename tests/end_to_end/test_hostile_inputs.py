@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from mdit.bench.tiny import ENCODERS
 from mdit.checkpoint.averages import reconstruct, stored_averages
 from mdit.checkpoint.released import import_released
 from mdit.checkpoint.snapshot import load_snapshot, save_snapshot
@@ -35,7 +36,6 @@ from mdit.train.run_directory import check_place
 from tests.hostile import Case, Pickled, check, code, marker
 from tests.latent_sets import edit_manifest, write_set
 from tests.recipes import TINY, tiny_config
-from tests.training import ENCODERS
 
 CPU = torch.device("cpu")
 ONE = World(0, 1, 0, CPU)
