@@ -38,7 +38,8 @@ from mdit.provenance import commit
 from mdit.train.meter import step_of
 from mdit.train.run_directory import METRICS, SNAPSHOTS
 
-FAULTS_OF_A_ROUND = (3, 6)
+FAULTS_OF_A_ROUND = 4
+OFTEN = ("kill", "kill")  # beside once each kind
 NAN, WEIGHTS = "nan_batch", "final weights"  # rows of the table that no fault draws: skipped steps, and rounds compared
 DISK = "64m"  # of a round whose disk is filled: some twenty times a checkpoint
 # In another layout sums are in another order. Losses are held to what tests/distributed/test_resume_layouts.py holds
@@ -72,9 +73,8 @@ class RoundPlan:
         ]
         faults = []
         if strikes:
-            amount = rng.randint(*FAULTS_OF_A_ROUND)
-            for moment in rng.sample(range(2, steps - 8), amount):
-                kind = rng.choice(strikes)
+            moments = rng.sample(range(2, steps - 8), FAULTS_OF_A_ROUND)
+            for moment, kind in zip(moments, dealt(seed, number, strikes), strict=True):
                 at_startup = FAULTS[kind].at_startup and rng.random() < 0.25
                 faults.append(
                     PlannedFault(
@@ -88,6 +88,17 @@ class RoundPlan:
                     )
                 )
         return cls(tuple(layouts), tuple(under), tuple(sorted(faults, key=lambda fault: fault.step)))
+
+
+def dealt(seed: int, number: int, kinds: Sequence[str]) -> list[str]:
+    """Kinds of faults of a round: from decks that are shuffled anew when they are used up, so that every kind comes
+    about as often as the others, whatever the luck."""
+    deck = [*kinds, *(kind for kind in OFTEN if kind in kinds)]
+    first, found = FAULTS_OF_A_ROUND * (number - 1), []
+    for place in range(first, first + FAULTS_OF_A_ROUND):
+        turn, card = divmod(place, len(deck))
+        found.append(random.Random(f"{seed}/deck/{turn}").sample(deck, len(deck))[card])
+    return found
 
 
 @dataclass

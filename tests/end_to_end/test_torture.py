@@ -22,7 +22,8 @@ from mdit.files import measure
 from tests.processes import EACH, start_forked
 from tests.training import REPOSITORY, launch
 
-ONE_LAYOUT, CHANGING = 36, 76  # rounds of seed 0: second_start, flipped, all_damaged, and pause, sigint, flipped
+# Rounds of seed 0: sigint, second_start, flipped, truncated; kill, sigterm twice, all_damaged.
+ONE_LAYOUT, CHANGING = 24, 9
 STEPS, ONE = 24, TortureLayout(1, 2)
 # Not those that need root or the watchdog's patience, and none that is Python of a start's own.
 FORKED = [kind for kind in FAULTS if kind not in ("full_disk", "read_only", "hang")]
