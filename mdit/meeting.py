@@ -27,8 +27,7 @@ NOTICE = 10.0  # seconds
 PATIENCE = 300.0  # for processes that are still to come: nodes start, and read their packages, at different speeds
 FAREWELL = 5.0  # for the others to notice that one has ended
 COLLECTIVE = timedelta(minutes=30)
-# Collectives that torch's flight recorder remembers, for the watchdog; releases differ in name and default.
-RECORDED = dict.fromkeys(("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000")
+RECORDED = "2000"  # collectives that torch's flight recorder remembers, for the watchdog; some releases have 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def init_distributed(world: World, failed: Exception | None = None) -> None:
     meeting = meet(world, failed) if world.size > 1 else Meeting(HashStore(), [socket.gethostname()])
     _meeting = meeting
     local_rank = world.device.index if on_gpu else world.local_rank  # by which DeepSpeed chooses the GPU
-    os.environ.update(RECORDED | os.environ)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED)
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:  # processes that share a CPU share its cores
         torch.set_num_threads(max(1, cores() // beside))
