@@ -6,8 +6,8 @@
 The first line saves made-up numbers in the recipe's shapes (masters, two moments, an EMA where the recipe has one), cut
 over the processes as ZeRO cuts them, and reads them back; the second reads what the first wrote, in its own layout.
 `--expert_parallel` cuts the experts first. Every number that is read is checked. `--copy` measures what steps wait for,
-the copy into host memory from which a thread writes, three times; all kinds of tensors are then one and the same, so
-that a machine with memory for four in place of six will do.
+the look for NaN and the copy into host memory from which a thread writes, three times; all kinds of tensors are then
+one and the same, so that a machine with memory for four in place of six will do.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from mdit.models import meta_model
 from mdit.models.moe import ExpertChoiceMoE
 from mdit.parallel.shard import WHOLE, Shard
 from mdit.train.saver import HostCopy
+from mdit.train.skipped import non_finite
 
 GIB = 2**30
 T = TypeVar("T")
@@ -129,6 +130,7 @@ def run(arguments: argparse.Namespace, world: World) -> None:
     if arguments.copy:
         copy = timed("memory for a copy", size, lambda: HostCopy(tensors), world)
         for _ in range(3):
+            timed("look for NaN", size, lambda: non_finite(tensors, fragments), world)
             filled = timed("copy", size, lambda: copy.fill(tensors), world)
         if not all(torch.equal(filled[kind][0], flat) for kind, (flat,) in tensors.items()):
             raise UserError("the copy is not what was copied")
