@@ -98,12 +98,13 @@ def not_written(run: TorturedRun, planned: PlannedFault, rng: random.Random, *, 
     start = run.start
     if not start.trains:
         return False
-    begun, due, before = start.reached, 3 * run.place.checkpoint_every, len(start.text(0))
+    due, before = 3 * run.place.checkpoint_every, len(start.text(0))
 
     def said() -> bool:
         return " not saved: " in start.text(0)[before:]
 
     with way(run):
+        begun = start.reached  # by now: to fill a disk takes some steps
         if planned.everyone:
             run.kill()
             run.must_refuse(str(run.run_dir))

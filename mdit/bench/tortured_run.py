@@ -221,9 +221,9 @@ class TorturedRun:
         self.best = next((step_in(path.name) or 0 for path in self.whole()), 0)
 
     def content(self) -> dict[str, object]:
-        """Size and checksum of every file of the checkpoints and snapshots."""
+        """Size and checksum of every file of the checkpoints and snapshots, but for what a killed save has left."""
         folders = (self.checkpoints, self.run_dir / SNAPSHOTS)
-        files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+        files = [file for folder in folders for file in folder.glob("[!.]*/**/*") if file.is_file()]
         return {os.fspath(file): measure(file) for file in files}
 
     def saved(self) -> int:
