@@ -59,6 +59,15 @@ def test_a_wrong_number_is_named(written):
     assert ended.returncode == 2 and "error: exp_avg/blocks.1.mlp.w1: not what was written" in ended.output
 
 
+def test_the_copy_alone_writes_nothing(written):
+    ended = run_forked(run_tool, [*written[0][:2], "--copy"])
+    assert ended.returncode == 0, ended.output
+    labels = [line.split(":")[0] for line in ended.output.splitlines() if " of host memory a process " in line]
+    assert labels == ["memory for a copy", *["look for NaN", "copy"] * 3]
+    ended = run_forked(run_tool, written[0][:2])
+    assert ended.returncode == 2 and "error: --dir: has to say where" in ended.output
+
+
 def test_experts_that_do_not_come_out_even(written):
     ended = run_forked(run_tool, [*written[0], "--expert_parallel", "3"], processes=2)
     assert ended.returncode == 2 and "--expert_parallel 3" in ended.output
