@@ -35,25 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
     world = world_from_env()
     configure_logging(world)
     from mdit.train.agreement import prepare_on_first, require_agreement, what_runs
-    from mdit.train.run import dry_run, finished, opened, resolve_run
-
-    def resolve():
-        return resolve_run(
-            args.recipe,
-            args.ds_config,
-            overrides=args.set,
-            run_dir=args.run_dir,
-            init_from=args.init_from,
-            with_moments=args.with_moments,
-            restart=args.restart,
-            world=world,
-        )
+    from mdit.train.run import dry_run, finished, opened, resolve_asked
 
     if args.dry_run:
         if world.is_rank_zero:
-            print(dry_run(resolve()))
+            print(dry_run(resolve_asked(args, world)))
         return
-    with joined(world, resolve) as run:
+    with joined(world, lambda: resolve_asked(args, world)) as run:
         require_agreement(world, what_runs(run))
         if finished(run):
             return

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     from mdit.dist import world_from_env
     from mdit.meeting import joined
     from mdit.stages import load_stages
-    from mdit.train.run import Run, resolve_run
+    from mdit.train.run import Run, resolve_asked
     from mdit.train.staged import StagedRun
 
     keep_on_local_disk()
@@ -51,16 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             root = args.run_dir or Path("runs") / recipe.name
             staged = StagedRun(recipe, args.ds_config, root, world, args.restart)
             return staged.resolve(recipe.stage(args.stage, args.plan))
-        return resolve_run(
-            args.recipe,
-            args.ds_config,
-            overrides=args.set,
-            run_dir=args.run_dir,
-            init_from=args.init_from,
-            with_moments=args.with_moments,
-            restart=args.restart,
-            world=world,
-        )
+        return resolve_asked(args, world)
 
     with joined(world):
         for finding in examine(world, resolve):

@@ -1,5 +1,6 @@
 """From the command line to a settled run: everything a user can get wrong is found here, before any step."""
 
+import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,20 @@ def resolve_run(
         weights = initial_weights(load_snapshot(init_from), config.model)  # a run that has begun goes on from itself
         moments = moments_beside(init_from, config) if with_moments else None
     return Run(config, execution, run_dir, world, weights, init_from, moments, restart)
+
+
+def resolve_asked(args: argparse.Namespace, world: World) -> Run:
+    """`resolve_run` of the arguments of launchers/train.py."""
+    return resolve_run(
+        args.recipe,
+        args.ds_config,
+        overrides=args.set,
+        run_dir=args.run_dir,
+        init_from=args.init_from,
+        with_moments=args.with_moments,
+        restart=args.restart,
+        world=world,
+    )
 
 
 def moments_beside(init_from: Path, config: TrainConfig) -> Path:
