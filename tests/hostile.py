@@ -57,7 +57,7 @@ def code(folder: Path) -> str:
 
 
 def go_through(module: str, table: str, root: Path) -> None:
-    """What became of each case of a module's table, in root/outcomes.json; runs in a process of its own."""
+    """Write what became of each case of a module's table to root/outcomes.json; runs in a process of its own."""
     cases: list[Case] = getattr(import_module(module), table)
     outside = root / "outside"
     outside.mkdir(parents=True)

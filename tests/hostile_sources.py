@@ -86,7 +86,7 @@ def tar_of_links(folder: Path) -> list[str]:
         for suffix, end in ((".jpg", ".png"), (".txt", ".txt")):
             link = {"type": kind, "linkname": target and target + end}
             entries.append((f"{number}{suffix}", b"", {**link, "devmajor": 1, "devminor": 5}))
-    for name in ("../outside/victim", "/tmp/victim"):
+    for name in ("../outside/victim", str(folder.parent / "outside" / "victim")):
         entries += [(f"{name}.png", PNG, {}), (f"{name}.txt", b"whole", {})]
     members(folder / "0.tar", entries)
     return read("webdataset", folder)
@@ -181,7 +181,7 @@ def links_in_circles(folder: Path) -> list[str]:
 
 
 def cache_of_the_hub(folder: Path) -> list[str]:
-    """How its client keeps what it downloads: links to files beside the snapshot, which go on working."""
+    """A download as the Hub's client keeps it: links to files beside the snapshot, which go on working."""
     blobs, snapshot = folder / "blobs", folder / "snapshots" / "0123"
     blobs.mkdir(), snapshot.mkdir(parents=True)
     captions(blobs, ["0.png"])

@@ -34,7 +34,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(cluster):
-    """What computes for long does so beside the tests that wait."""
+    """Threads, so that what computes for long does so beside the tests that wait."""
     with ThreadPoolExecutor() as threads:
         yield threads
 

@@ -109,7 +109,7 @@ def test_the_next_start_goes_on(recipe, tmp_path):
 
 @pytest.fixture
 def ends(monkeypatch):
-    """Where a watchdog of this process would have ended it."""
+    """Places at which a watchdog of this process would have ended it."""
     found = []
     monkeypatch.setattr(Watchdog, "_end_alone", lambda self: (found.append(place(self.main, 3)), self._left.set()))
     return found

@@ -162,5 +162,5 @@ def test_a_working_directory_that_is_gone_is_named(tmp_path):
 
 
 def test_every_launcher_is_a_command():
-    """What a wheel is started by."""
+    """A wheel has no other way to start one."""
     assert sorted(COMMANDS) == sorted(path.stem for path in (REPOSITORY / "launchers").glob("*.py"))
