@@ -73,9 +73,7 @@ class Checkpointer:
         """Save a checkpoint. Raises UserError where the state holds NaN or infinities."""
         tensors, numbers = self._checked_state(step)
         directory = self.directory.path / CHECKPOINTS
-        if (
-            self.run.world.is_rank_zero
-        ):  # before the next step, of which a report may tell, shows that one is on its way
+        if self.run.world.is_rank_zero:  # now: the next step may be reported before the thread has made it
             with suppress(OSError):
                 partial_name(directory / step_name(step)).mkdir(parents=True, exist_ok=True)
         write = partial(
