@@ -1,6 +1,8 @@
 """mdit/bench/run.py and timing.py: what is measured is training, from its first step on, and leaves nothing behind."""
 
+import itertools
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -66,14 +68,14 @@ def measured(world) -> dict:
     with BenchmarkRun(config, resolve(config, world.size), world) as run:
         found = {"figures": run.measure(warm_up=2, steps=3, seconds=0.0), "memory": run.memory()}
         found["parameters"] = sum(p.numel() for p in run.model.parameters())
-        seconds = 8 * found["figures"].milliseconds.step / 1e3
-        return found | {"longer": run.measure(warm_up=0, steps=1, seconds=seconds)}
+        with mock.patch("time.perf_counter", itertools.count(0.0).__next__):  # a second at every look
+            return found | {"longer": run.measure(warm_up=0, steps=1, seconds=100.0)}
 
 
 def test_figures_of_one_process_and_of_two():
     [alone] = run_in_processes(measured, 1)
     figures, ms = alone["figures"], alone["figures"].milliseconds
-    assert figures.steps == 3 and alone["longer"].steps >= 2
+    assert figures.steps == 3 and 2 <= alone["longer"].steps < 100
     assert ms.data + ms.forward + ms.backward + ms.optimizer == pytest.approx(ms.step, rel=1e-9)
     assert ms.communication is None and min(ms.forward, ms.backward, ms.optimizer) > 0
     assert figures.images_per_second == pytest.approx(8 / (ms.step / 1e3)) and figures.fastest_ms <= ms.step
@@ -102,6 +104,20 @@ def test_marks_divide_a_step(monkeypatch):
     steps = timer.time_steps(lambda: [timer.mark(phase) for phase in next(phases)], steps=2, seconds=-1.0)
     assert steps[0] == pytest.approx({"data": 1, "forward": 3 + 1, "backward": 6 + 8, "optimizer": 1})
     assert steps[1] == pytest.approx({"data": 1, "forward": 10, "backward": 0, "optimizer": 19})
+
+
+def test_as_many_steps_as_there_is_time_for(monkeypatch):
+    """At least two; a step takes a second."""
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    timer = PhaseTimer(torch.device("cpu"))
+
+    def step() -> None:
+        nonlocal now
+        timer.mark("data")
+        now += 1.0
+
+    assert [len(timer.time_steps(step, steps=2, seconds=seconds)) for seconds in (0.0, 2.9, 5.5)] == [2, 2, 5]
 
 
 def test_the_median_step_and_its_parts():
