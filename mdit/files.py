@@ -97,13 +97,13 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a text file; where the last one is torn (a kill, a full disk), behind its end."""
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line, or several, to a text file; where the last one is torn (a kill, a full disk), behind its end."""
     with in_the_name_of(path), path.open("a+b") as file:
         if size := file.tell():
             file.seek(size - 1)
         torn = bool(size) and file.read(1) != b"\n"
-        file.write(b"\n" * torn + line.encode() + b"\n")
+        file.write(b"\n" * torn + line + b"\n")
 
 
 def write_json(path: Path, values: Any) -> None:

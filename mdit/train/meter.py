@@ -134,7 +134,7 @@ class Meter:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with optional(self.path):
-            append_line(self.path, json.dumps({"step": step, **finite}, allow_nan=False))
+            append_line(self.path, json.dumps({"step": step, **finite}, allow_nan=False).encode())
         for name, value in finite.items():
             if value is not None:
                 self._on_board(lambda board: board.add_scalar(f"{group}/{name}", value, step))  # noqa: B023
@@ -197,8 +197,7 @@ def forget_after(path: Path, step: int) -> None:
             kept.append(line)
     if odd:
         aside = path.with_name(path.name + ".damaged")
-        with aside.open("ab") as file:
-            file.writelines(line + b"\n" for line in odd)
+        append_line(aside, b"\n".join(odd))
         logger.warning(f'{path}: {len(odd)} lines are not like {{"step": 1, ...}}: they are in {aside.name} now')
     text = b"".join(line + b"\n" for line in kept)
     if text != content:

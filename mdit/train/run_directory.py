@@ -124,7 +124,7 @@ class RunDirectory:
         write_json(path, description | self.run)
         start = {"time": now(), "host": socket.gethostname(), "pid": os.getpid(), "step": found.step if found else 0}
         start |= {key: value for key, value in description.items() if key != "recipe"}
-        append_line(self.path / STARTS, json.dumps(start))
+        append_line(self.path / STARTS, json.dumps(start).encode())
         sync(self.path / STARTS)
 
     def _initial_weights(self, before: dict[str, Any] | None, init_from: Path | None) -> dict[str, Any] | None:

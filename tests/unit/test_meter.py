@@ -59,6 +59,16 @@ def test_an_odd_line_is_set_aside_and_costs_no_other_line(tmp_path, odd, caplog)
     assert "2 lines" in caplog.text
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_costs_no_line_and_is_named(tmp_path):
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
+    path.write_bytes(content := good(1) + b"\n" + ODD[0] + b"\n")
+    aside.symlink_to("/dev/full")
+    with pytest.raises(OSError) as raised:
+        forget_after(path, 1)
+    assert raised.value.filename == str(aside) and path.read_bytes() == content
+
+
 GOOD = {good(step): step for step in range(10)}
 LINES = st.one_of(st.sampled_from([*GOOD]), st.binary(max_size=20), st.sampled_from(ODD[:-1]))
 
