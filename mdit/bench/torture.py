@@ -231,9 +231,9 @@ class TortureSession:
         head = ["kind", "faults", "restarts", "steps lost", "lost", "wrong"]
         rows = [[kind, *asdict(row).values()] for kind, row in self.tally.items()]
         total = [sum(column) for column in zip(*(asdict(row).values() for row in list(self.tally.values())[:-2]))]
-        names = ", ".join(str(layout) for layout in LAYOUTS if layout in self.layouts)
+        names = "; ".join(str(layout) for layout in LAYOUTS if layout in self.layouts)
         verdict = f"{len(self.findings)} lost or wrong" if self.failed else "nothing lost, nothing wrong"
-        lines = [table([head, *rows[:-2], ["all faults", *total], *rows[-2:]]), f"{self.rounds} rounds; {names}."]
+        lines = [table([head, *rows[:-2], ["all faults", *total], *rows[-2:]]), f"{self.rounds} rounds: {names}."]
         return "\n\n".join([*lines, *self.findings, f"Verdict: {verdict}."])
 
     def markdown(self, command: str) -> str:
