@@ -27,7 +27,7 @@ from torch.distributed import DistError
 
 import mdit
 from mdit.dist import World, enumerated
-from mdit.documents import parse_json
+from mdit.documents import parse_foreign_json, parse_json
 from mdit.meeting import Patience, own_store
 from mdit.train.run_directory import RunDirectory
 
@@ -42,13 +42,15 @@ STATES = {"T": "stopped", "t": "stopped", "D": "in a call that the kernel cannot
 @dataclass(frozen=True)
 class Place:
     """Place of a rank: host, process, the step that it has reached, the innermost function of mdit in which its main
-    thread is, or the worker that this waits for, and whether it waits there for other ranks."""
+    thread is, or the worker that this waits for, whether it waits there for other ranks, and the collective that it has
+    begun and that has not ended, as torch names it."""
 
     host: str
     pid: int
     step: int | None = None
     where: str = ""
     waits: bool = False
+    collective: str = ""
 
 
 class Watchdog(AbstractContextManager):
@@ -182,8 +184,13 @@ def describe_hang(places: Mapping[int, Place], silent: Mapping[int, Place | None
         waiting = {rank: p for rank, p in waiting.items() if rank not in busy}
     told += _told(busy, "is", "are")
     named = silent.keys() | busy.keys()
-    whom = f"for {'it' if len(named) == 1 else 'them'} in a collective," if named else "in the same collective,"
-    told += _told(waiting, f"waits {whom}", f"wait {whom}")
+    collectives = dict.fromkeys(p.collective for p in waiting.values())
+    whom = f"for {'it' if len(named) == 1 else 'them'} " if named else ""
+    which = "a" if named or len(collectives) > 1 else "the same"
+    for name in collectives:
+        there = {rank: p for rank, p in waiting.items() if p.collective == name}
+        doing = f"{whom}in {which} collective{f' ({name})' if name else ''},"
+        told += _told(there, f"waits {doing}", f"wait {doing}")
     return f"nothing has moved for {seconds:g} s: {'; '.join(told)}"
 
 
@@ -220,8 +227,10 @@ def place(main: int, step: int | None) -> Place:
         chain = _of_worker(frames, "mdit-reader") or _of_worker(frames, "mdit-read-ahead") or chain
     inner = next((f for f in chain if _own(f) and f.f_code.co_name.isidentifier()), chain[0] if chain else None)
     where = "" if inner is None else f"{_name(inner)}:{inner.f_lineno} ({inner.f_code.co_name})"
-    waits = any("/torch/distributed/" in f.f_code.co_filename for f in chain)
-    return Place(socket.gethostname(), os.getpid(), step, where, waits)
+    collective = unfinished_collective(flight_records())
+    # A GPU's collective does not keep the host: it waits where it wants a number, or in the backward pass.
+    waits = bool(collective) or any("/torch/distributed/" in f.f_code.co_filename for f in chain)
+    return Place(socket.gethostname(), os.getpid(), step, where, waits, collective)
 
 
 def _of_worker(frames: Mapping[int, FrameType], name: str) -> list[FrameType]:
@@ -280,6 +289,17 @@ def flight_records() -> dict[str, bytes]:
             with suppress(RuntimeError):
                 found[backend] = dump()
     return found
+
+
+def unfinished_collective(records: Mapping[str, bytes]) -> str:
+    """ "nccl:all_reduce", the last collective of a group where that has not ended; "" where all have, or none is known.
+    Only a group's last: parts of what is sent together stay in the record as if they had not ended."""
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    with suppress(ValueError):
+        for backend, record in records.items():
+            for entry in parse_foreign_json(record).get("entries", ()):
+                last[backend, str(entry.get("process_group"))] = entry
+    return next((entry.get("profiling_name", "") for entry in last.values() if not entry.get("retired", True)), "")
 
 
 def _to_json(found: Place) -> str:

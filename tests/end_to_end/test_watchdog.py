@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,10 @@ import torch
 
 from mdit.data.shards import LatentSet
 from mdit.dist import World
+from mdit.meeting import own_store
 from mdit.train import loop
-from mdit.train.watchdog import HUNG, Place, Watchdog, children_seconds, describe_hang, place
-from tests.training import attempt, launch, write_ds_json, write_recipe
+from mdit.train.watchdog import HUNG, Place, Watchdog, children_seconds, describe_hang, place, unfinished_collective
+from tests.training import attempt, launch, run_in_processes, write_ds_json, write_recipe
 
 SECONDS = 3
 STALLED = 4  # the step that is never taken
@@ -73,10 +75,10 @@ def stop_second(script: str, arguments: list[str]) -> None:
             stall_storage,
             2,
             r"rank 1 on \S+ is in mdit/data/prefetcher.py:\d+ \(read\) at step \d; rank 0 on \S+ waits for it in a "
-            r"collective, in mdit/\S+:\d+ \(\w+\) at step \d",
+            r"collective \(gloo:all_reduce\), in mdit/\S+:\d+ \(\w+\) at step \d",
         ),
         (stop_second, 2, r"rank 1 on \S+ does not answer \(process stopped\); rank 0 on \S+ waits for it in a "),
-        (stop_first, 2, r"rank 0 does not answer; rank 1 on \S+ waits for it in a collective, in mdit/"),
+        (stop_first, 2, r"rank 0 does not answer; rank 1 on \S+ waits for it in a collective \(gloo:\w+\), in mdit/"),
     ],
 )
 def test_what_hangs_is_named_in_time(recipe, tmp_path, fault, processes, wanted):
@@ -181,10 +183,45 @@ def test_the_ranks_that_are_waited_for_are_named():
         {0: collective, 1: collective, 2: late}, {}, 600
     )
     assert "ranks 0, 1 on a wait in the same collective, in" in describe_hang({0: collective, 1: collective}, {}, 600)
+    gathers, reduces = (replace(collective, collective=f"nccl:{name}") for name in ("all_gather", "all_reduce"))
+    assert (
+        "rank 0 on a waits in a collective (nccl:all_gather), in mdit/dist.py:5 (gather) at step 7; "
+        "ranks 1, 2 on a wait in a collective (nccl:all_reduce), in mdit/dist.py:5 (gather) at step 7"
+    ) in describe_hang({0: gathers, 1: reduces, 2: reduces}, {}, 600)
     elsewhere = {2: Place("d", 1), 3: Place("e", 1)}
     assert "ranks 2, 3 on d, e do not answer; rank 0 on a waits for them" in describe_hang(
         {0: collective}, elsewhere, 600
     )
+
+
+def begins_and_does_not_wait(world) -> list[Place]:
+    """Places of a rank before, in and after a collective whose end it does not wait for, as with a GPU's."""
+    store, found = own_store(), [place(threading.get_ident(), 3)]
+    if world.rank == 0:
+        begun = torch.distributed.all_reduce(torch.ones(3), async_op=True)
+        found.append(place(threading.get_ident(), 3))
+        store.set("looked", "")
+    else:
+        store.wait(["looked"])
+        begun = torch.distributed.all_reduce(torch.ones(3), async_op=True)
+    begun.wait()
+    until = time.monotonic() + 60
+    while (last := place(threading.get_ident(), 3)).waits and time.monotonic() < until:
+        pass  # torch writes the end down a moment later
+    return [*found, last]
+
+
+def test_who_has_begun_a_collective_waits_wherever_it_is():
+    first, second = run_in_processes(begins_and_does_not_wait, 2)
+    assert [(p.waits, p.collective) for p in first] == [(False, ""), (True, "gloo:all_reduce"), (False, "")]
+    assert [(p.waits, p.collective) for p in second] == [(False, "")] * 2
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"[" * 100_000, b'{"version": "3"}', b'{"entries": [{}, {"state": "started"}]}']
+)
+def test_a_record_of_another_torch_tells_nothing(record):
+    assert unfinished_collective({"nccl": record}) == ""
 
 
 def test_a_directory_that_takes_no_stacks_is_told(tmp_path):
