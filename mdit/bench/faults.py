@@ -19,6 +19,8 @@ from pathlib import Path
 
 from mdit.bench.torture_start import EPOCH, LIMIT, WATCHDOG
 from mdit.bench.tortured_run import KILLED, Lost, TorturedRun, Wrong
+from mdit.config import UserError
+from mdit.documents import brief
 from mdit.train.run_directory import CONFIG
 from mdit.train.watchdog import HUNG
 
@@ -134,16 +136,34 @@ def full(run: TorturedRun) -> Iterator[None]:
 
 
 @contextmanager
+def mounted(place: Path, *words: str | Path) -> Iterator[None]:
+    """What `mount words place` mounts. Raises UserError."""
+    mount(*words, place)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def mount(*words: str | Path) -> None:
+    try:
+        done = subprocess.run(["mount", *words], capture_output=True, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{words[-1]}: nothing can be mounted: {brief(error)}") from None
+    if done.returncode:
+        raise UserError(f"{words[-1]}: nothing can be mounted: {' '.join(done.stderr.split())}")
+
+
+@contextmanager
 def read_only(run: TorturedRun) -> Iterator[None]:
     """By a mount of the directory over itself, or by its modes, which do not hold root."""
-    place = str(run.run_dir)
     if os.geteuid() == 0:
-        subprocess.run(["mount", "--bind", place, place], check=True)
-        try:
-            subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
-            yield
-        finally:
-            subprocess.run(["umount", "--lazy", place], check=True)
+        aside = run.folder / "aside"  # where nobody writes: a mount that is written to cannot become read-only
+        aside.mkdir(exist_ok=True)
+        with mounted(aside, "--bind", run.run_dir):
+            mount("-o", "remount,bind,ro", aside)
+            with mounted(run.run_dir, "--bind", aside):
+                yield
         return
     folders = [run.run_dir, *(folder for folder in run.run_dir.iterdir() if folder.is_dir())]
     try:

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,14 +25,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mdit.bench.faults import CONDITIONS, FAULTS, KINDS, Condition, Fault, PlannedFault
+from mdit.bench.faults import CONDITIONS, FAULTS, KINDS, Condition, Fault, PlannedFault, mounted
 from mdit.bench.report import cpu_model, table
 from mdit.bench.side_by_side import terminate_as_interrupt
 from mdit.bench.torture_start import LAYOUTS, TortureLayout, Workplace
 from mdit.bench.tortured_run import KindTally, Lost, TorturedRun, Wrong
 from mdit.config import UserError
 from mdit.dist import cores
-from mdit.documents import brief, parse_json
+from mdit.documents import parse_json
 from mdit.provenance import commit
 from mdit.train.meter import step_of
 from mdit.train.run_directory import METRICS, SNAPSHOTS
@@ -41,7 +40,7 @@ from mdit.train.run_directory import METRICS, SNAPSHOTS
 FAULTS_OF_A_ROUND = 4
 OFTEN = ("kill", "kill")  # beside once each kind
 NAN, WEIGHTS = "nan_batch", "final weights"  # rows of the table that no fault draws: skipped steps, and rounds compared
-DISK = "64m"  # of a round whose disk is filled: some twenty times a checkpoint
+TMPFS = ("-t", "tmpfs", "-o", "size=64m", "tmpfs")  # the disk that is filled: some twenty times a checkpoint
 # In another layout sums are in another order. Losses are held to what tests/distributed/test_resume_layouts.py holds
 # them to. Weights of values up to 1 come out up to 7e-7 apart after 60 steps of Adam, in undisturbed runs too; a step
 # too many or too few moves them by 1e-3, the learning rate.
@@ -141,7 +140,7 @@ class TortureSession:
         with ExitStack() as held:
             run.disk.mkdir()
             if any(planned.kind == "full_disk" for planned in plan.faults):
-                held.enter_context(_mounted(run.disk))
+                held.enter_context(mounted(run.disk, *TMPFS))
             held.callback(lambda: run.current and run.current.kill())
             try:
                 for planned in plan.faults:
@@ -303,23 +302,10 @@ def can_mount() -> bool:
         return False
     with TemporaryDirectory() as folder:
         try:
-            with _mounted(Path(folder)):
+            with mounted(Path(folder), *TMPFS):
                 return True
         except UserError:
             return False
-
-
-@contextmanager
-def _mounted(folder: Path) -> Iterator[None]:
-    """A file system of DISK bytes in memory at `folder`. Raises UserError."""
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{folder}: no file system can be mounted: {brief(error)}") from None
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @contextmanager
