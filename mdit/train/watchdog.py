@@ -1,9 +1,9 @@
 """The watchdog: ends a run in which nothing moves any more, and says which rank waits for which.
 
-A rank moves while the Python stacks of its main thread, of those that read and save for it, or the work of its child
-processes (compilers) change. A run hangs when no rank has moved for `watchdog_s` seconds: what is slow on one rank, as
-a validation, a compilation or a full disk, moves there while the others wait. Ranks tell each other at the store where
-they met, by a connection of their own; one that is stopped or cut off falls silent.
+A rank moves while the Python stacks of its main thread, of those that read, save or go backward for it, or the work of
+its child processes (compilers) change. A run hangs when no rank has moved for `watchdog_s` seconds: what is slow on one
+rank, as a validation, a compilation or a full disk, moves there while the others wait. Ranks tell each other at the
+store where they met, by a connection of their own; one that is stopped or cut off falls silent.
 """
 
 import json
@@ -255,10 +255,16 @@ def _name(frame: FrameType) -> str:
 
 
 def stacks_of(main: int) -> list[list[tuple[CodeType, int]]]:
-    """Stacks of the main thread and its workers, to the instruction."""
-    frames = sys._current_frames()
-    watched = [t.ident or 0 for t in threading.enumerate() if t.ident == main or t.name.startswith(WORKERS)]
-    return [[(f.f_code, f.f_lasti) for f in _chain(frames.get(thread))] for thread in sorted(watched)]
+    """Stacks of the main thread and its workers, to the instruction. Threads that Python did not start count as such:
+    autograd has one for each GPU, in which the first backward pass is compiled too."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    watched = (*WORKERS, "Dummy-")
+    frames = sorted(sys._current_frames().items())
+    return [
+        [(f.f_code, f.f_lasti) for f in _chain(frame)]
+        for thread, frame in frames
+        if thread == main or names.get(thread, "Dummy-").startswith(watched)
+    ]
 
 
 def children_seconds() -> float:

@@ -1,5 +1,6 @@
 """The watchdog: whatever hangs is named in time, on every rank there are stacks, and what is only slow goes on."""
 
+import _thread
 import json
 import os
 import re
@@ -134,7 +135,7 @@ def test_a_wait_is_a_hang_and_leaving_ends_the_watch(tmp_path, ends):
 
 
 def test_what_is_slow_moves(tmp_path, ends):
-    """Computation in this thread, a worker that reads, a compiler."""
+    """Computation in this thread, a worker that reads, a thread that is not Python's own, a compiler."""
     with watched(tmp_path, 0.5):
         until, x = time.monotonic() + 1.2, torch.ones(64, 64)
         while time.monotonic() < until:
@@ -144,6 +145,10 @@ def test_what_is_slow_moves(tmp_path, ends):
         worker = threading.Thread(target=work, args=(1.2,), name="mdit-reader_0")
         worker.start()
         worker.join()
+    with watched(tmp_path, 0.5):
+        done = threading.Event()
+        _thread.start_new_thread(lambda: (work(1.2), done.set()), ())
+        done.wait()
     with watched(tmp_path, 0.5):
         subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 1.2: pass"], check=True)
     assert ends == []
