@@ -137,7 +137,7 @@ def full(run: TorturedRun) -> Iterator[None]:
 
 @contextmanager
 def mounted(place: Path, *words: str | Path) -> Iterator[None]:
-    """What `mount words place` mounts. Raises UserError."""
+    """Mount something at `place`, by these words of mount, and unmount it. Raises UserError."""
     mount(*words, place)
     try:
         yield
