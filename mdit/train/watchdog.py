@@ -13,14 +13,14 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import sleep
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from torch.distributed import DistError
@@ -37,6 +37,9 @@ WORKERS = ("mdit-saving", "mdit-read-ahead", "mdit-reader")  # threads that the 
 MODULES = Path(mdit.__file__).parent
 FAREWELL = 3.0  # seconds for all ranks to write down where they are
 STATES = {"T": "stopped", "t": "stopped", "D": "in a call that the kernel cannot interrupt", "Z": "dead", "": "gone"}
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Watchdog(AbstractContextManager):
         """Tell the others how long this rank has not moved, hear of them, and end with them."""
         with suppress(DistError):  # it ends with rank 0, or with torchrun
             store = own_store()
-            store.set(f"place/{self.world.rank}", _to_json(self._place()))
+            store.set(f"place/{self.world.rank}", _to_json(place(self.main, self.directory.step)))
             beats, pulses, first = 0, {}, b""
             while not self._left.wait(self.tick):
                 beats += 1
@@ -120,8 +123,8 @@ class Watchdog(AbstractContextManager):
     def _end_together(self, store: Any, time: str) -> None:
         """Rank 0 tells the line. It ends last: the others' main threads would take its end for the fault."""
         self._left.set()  # no watch any more
-        written = self._write_stacks(time)
-        store.set(f"hung/{self.world.rank}", _to_json(self._place()))
+        written, here = self._write_down(time)
+        store.set(f"hung/{self.world.rank}", _to_json(here))
         if self.world.is_rank_zero:
             patience, places, ranks = Patience(FAREWELL, says=False), {}, range(self.world.size)
             while len(places) < self.world.size and not patience.over("the others"):
@@ -132,9 +135,9 @@ class Watchdog(AbstractContextManager):
         os._exit(HUNG)
 
     def _end_alone(self) -> None:
-        written = self._write_stacks(datetime.now(UTC).strftime("%Y%m%dT%H%M%S"))
+        written, here = self._write_down(datetime.now(UTC).strftime("%Y%m%dT%H%M%S"))
         if self.world.local_rank == 0 or self.world.rank == 1:  # one or two of a host are enough
-            self._tell({self.world.rank: self._place()}, {0: None} if self.world.size > 1 else {}, written)
+            self._tell({self.world.rank: here}, {0: None} if self.world.size > 1 else {}, written)
         os._exit(HUNG)
 
     def _tell(self, places: Mapping[int, Place], silent: Mapping[int, Place | None], written: str) -> None:
@@ -142,27 +145,24 @@ class Watchdog(AbstractContextManager):
         sys.stderr.write(f"error: {self.directory.path}: {told}; {written}\n")
         sys.stderr.flush()
 
-    def _write_stacks(self, time: str) -> str:
-        """Write them, and say where. In a thread: what does not answer may be this very directory."""
+    def _write_down(self, time: str) -> tuple[str, Place]:
+        """Write all stacks and torch's records -> where they are, in words, and where this rank is."""
         path = self.directory.path / LOGS / f"hung_{time}_rank_{self.world.rank:05d}.txt"
-        content, recorded, done = all_stacks(), flight_records(), []
+        content, records = all_stacks(), within(FAREWELL / 3, flight_records) or {}
+        here = place(self.main, self.directory.step, records)
 
-        def write() -> None:
+        def write() -> bool:
             with suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(content, encoding="utf-8")
-                for backend, record in recorded.items():
+                for backend, record in records.items():
                     path.with_suffix(f".{backend}.json").write_bytes(record)
-                done.append(path)
+                return True
+            return False
 
-        writing = threading.Thread(target=write, name="watchdog-stacks", daemon=True)
-        writing.start()
-        writing.join(FAREWELL / 2)
         files = path.with_name(f"hung_{time}_rank_*.txt")
-        return f"stacks of all threads: {files}" if done else f"stacks cannot be written to {path.parent}"
-
-    def _place(self) -> Place:
-        return place(self.main, self.directory.step)
+        written = within(FAREWELL / 3, write)
+        return f"stacks of all threads: {files}" if written else f"stacks cannot be written to {path.parent}", here
 
 
 def describe_hang(places: Mapping[int, Place], silent: Mapping[int, Place | None], seconds: float) -> str:
@@ -216,8 +216,8 @@ def state_of(known: Place) -> str | None:
     return STATES.get(letter)
 
 
-def place(main: int, step: int | None) -> Place:
-    """Place of this rank, which has reached `step`."""
+def place(main: int, step: int | None, records: Mapping[str, bytes] | None = None) -> Place:
+    """Place of this rank, which has reached `step`; `records` are those of its collectives."""
     frames = sys._current_frames()
     chain = [*_chain(frames.get(main))]
     modules = {_name(f) for f in chain}
@@ -227,7 +227,7 @@ def place(main: int, step: int | None) -> Place:
         chain = _of_worker(frames, "mdit-reader") or _of_worker(frames, "mdit-read-ahead") or chain
     inner = next((f for f in chain if _own(f) and f.f_code.co_name.isidentifier()), chain[0] if chain else None)
     where = "" if inner is None else f"{_name(inner)}:{inner.f_lineno} ({inner.f_code.co_name})"
-    collective = unfinished_collective(flight_records())
+    collective = unfinished_collective(records or {})
     # A GPU's collective does not keep the host: it waits where it wants a number, or in the backward pass.
     waits = bool(collective) or any("/torch/distributed/" in f.f_code.co_filename for f in chain)
     return Place(socket.gethostname(), os.getpid(), step, where, waits, collective)
@@ -295,6 +295,16 @@ def flight_records() -> dict[str, bytes]:
             with suppress(RuntimeError):
                 found[backend] = dump()
     return found
+
+
+def within(seconds: float, function: Callable[[], T]) -> T | None:
+    """The result of `function`, called in a thread; None where it does not come in time: a storage or a GPU that
+    hangs may be what it asks."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(function()), name="watchdog-asks", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def unfinished_collective(records: Mapping[str, bytes]) -> str:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,16 @@ from mdit.data.shards import LatentSet
 from mdit.dist import World
 from mdit.meeting import own_store
 from mdit.train import loop
-from mdit.train.watchdog import HUNG, Place, Watchdog, children_seconds, describe_hang, place, unfinished_collective
+from mdit.train.watchdog import (
+    HUNG,
+    Place,
+    Watchdog,
+    children_seconds,
+    describe_hang,
+    flight_records,
+    place,
+    unfinished_collective,
+)
 from tests.training import attempt, launch, run_in_processes, write_ds_json, write_recipe
 
 SECONDS = 3
@@ -201,17 +211,17 @@ def test_the_ranks_that_are_waited_for_are_named():
 
 def begins_and_does_not_wait(world) -> list[Place]:
     """Places of a rank before, in and after a collective whose end it does not wait for, as with a GPU's."""
-    store, found = own_store(), [place(threading.get_ident(), 3)]
+    store, found = own_store(), [place(threading.get_ident(), 3, flight_records())]
     if world.rank == 0:
         begun = torch.distributed.all_reduce(torch.ones(3), async_op=True)
-        found.append(place(threading.get_ident(), 3))
+        found.append(place(threading.get_ident(), 3, flight_records()))
         store.set("looked", "")
     else:
         store.wait(["looked"])
         begun = torch.distributed.all_reduce(torch.ones(3), async_op=True)
     begun.wait()
     until = time.monotonic() + 60
-    while (last := place(threading.get_ident(), 3)).waits and time.monotonic() < until:
+    while (last := place(threading.get_ident(), 3, flight_records())).waits and time.monotonic() < until:
         pass  # torch writes the end down a moment later
     return [*found, last]
 
@@ -231,10 +241,20 @@ def test_a_record_of_another_torch_tells_nothing(record):
 
 def test_a_directory_that_takes_no_stacks_is_told(tmp_path):
     (tmp_path / "logs").write_text("in the way")
-    assert watched(tmp_path, 1.0)._write_stacks("now") == f"stacks cannot be written to {tmp_path / 'logs'}"
+    assert watched(tmp_path, 1.0)._write_down("now")[0] == f"stacks cannot be written to {tmp_path / 'logs'}"
     (tmp_path / "logs").unlink()
-    assert watched(tmp_path, 1.0)._write_stacks("now").endswith("logs/hung_now_rank_*.txt")
+    assert watched(tmp_path, 1.0)._write_down("now")[0].endswith("logs/hung_now_rank_*.txt")
     assert "test_a_directory_that_takes_no_stacks" in (tmp_path / "logs/hung_now_rank_00000.txt").read_text()
+
+
+def test_what_hangs_as_well_is_not_waited_for(tmp_path, monkeypatch):
+    """As a GPU that is asked how far its collectives are, or a storage that takes no stacks."""
+    monkeypatch.setattr("mdit.train.watchdog.FAREWELL", 0.3)
+    monkeypatch.setattr("mdit.train.watchdog.flight_records", lambda: time.sleep(1000))
+    told, here = watched(tmp_path, 1.0)._write_down("now")
+    assert told.endswith("logs/hung_now_rank_*.txt") and here.pid == os.getpid() and not here.waits
+    monkeypatch.setattr(Path, "write_text", lambda *args, **options: time.sleep(1000))
+    assert watched(tmp_path, 1.0)._write_down("then")[0] == f"stacks cannot be written to {tmp_path / 'logs'}"
 
 
 def test_children_count_as_far_as_they_live():
