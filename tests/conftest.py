@@ -51,7 +51,17 @@ QUICK = {  # the files of `make quick`: every room's fastest tests, under a minu
     "unit/test_validation.py",
 }
 
-hypothesis.settings.register_profile("mdit", deadline=None, derandomize=True, database=None, max_examples=50)
+# The checks that are off judge how fast and how lucky it was in making examples. It takes numbers from the modules that
+# are loaded: examples are fixed as far as these are.
+_CHECK = hypothesis.HealthCheck
+hypothesis.settings.register_profile(
+    "mdit",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=50,
+    suppress_health_check=[_CHECK.too_slow, _CHECK.filter_too_much, _CHECK.data_too_large, _CHECK.large_base_example],
+)
 hypothesis.settings.load_profile("mdit")
 
 
