@@ -37,8 +37,6 @@ WORKERS = ("mdit-saving", "mdit-read-ahead", "mdit-reader")  # threads that the 
 MODULES = Path(mdit.__file__).parent
 FAREWELL = 3.0  # seconds for all ranks to write down where they are
 STATES = {"T": "stopped", "t": "stopped", "D": "in a call that the kernel cannot interrupt", "Z": "dead", "": "gone"}
-
-
 T = TypeVar("T")
 
 
