@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+import torch.distributed.nn.functional  # keeps the group that is there as it is imported, with its threads: none here
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
 from mdit.dist import World, cores, enumerated, logger, number, on_all_ranks, set_rendezvous, shared, work_on

@@ -76,6 +76,8 @@ class Watchdog(AbstractContextManager):
 
     def __exit__(self, *error) -> None:
         self._left.set()
+        for thread in self._threads if self.seconds else ():
+            thread.join(FAREWELL)  # one that torch still holds as Python ends would abort the process
 
     def _watch(self) -> None:
         """Note when this rank moves. Ends it where it is alone, and where rank 0 has fallen silent."""

@@ -4,6 +4,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ from mdit.dist import World, configure_logging, tells, world_from_env
 from mdit.meeting import joined, open_store, while_others_wait
 from mdit.train.agreement import require_agreement
 from tests.processes import Ended, run_forked
-from tests.training import LAUNCHER, write_ds_json, write_recipe
+from tests.training import LAUNCHER, environment, write_ds_json, write_recipe
 
 HOST = socket.gethostname()
 KILLED = "killed or cut off without a word; what was saved before is there"
@@ -172,3 +173,17 @@ def test_a_rank_with_another_learning_rate_ends_the_run_before_anything_is_writt
     (error,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     assert ended.returncode == 2 and f"rank 1 on {HOST} has recipe.optim.lr = 0.5" in error
     assert "Traceback" not in ended.output and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of C++ are found in /proc")
+def test_gloos_threads_end_with_the_group():
+    """One that lets go of its last tensor while Python ends would abort the process."""
+    code = (
+        "import os, torch\nfrom mdit.dist import World\nfrom mdit.meeting import joined\n"
+        "with joined(World(0, 1, 0, torch.device('cpu'))):\n"
+        "    torch.distributed.all_reduce(torch.ones(1))\n"
+        "    import torch.distributed.nn.functional\n"
+        "print(*(open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert "python" in ended.stdout and "gloo" not in ended.stdout
