@@ -138,6 +138,7 @@ def test_a_wait_is_a_hang_and_leaving_ends_the_watch(tmp_path, ends):
     assert len(ends) == 1 and not ends[0].waits and ends[0].pid == os.getpid()
     with watched(tmp_path, 0.5):
         pass
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
     with watched(tmp_path, 0):
         threading.Event().wait(1)
     threading.Event().wait(1)
