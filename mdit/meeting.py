@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -29,6 +29,7 @@ PATIENCE = 300.0  # for processes that are still to come: nodes start, and read 
 FAREWELL = 5.0  # for the others to notice that one has ended
 COLLECTIVE = timedelta(minutes=30)
 RECORDED = "2000"  # collectives that torch's flight recorder remembers, for the watchdog; some releases have 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -201,18 +202,25 @@ def open_store(world: World, seconds: float) -> tuple[tuple[str, int], PrefixSto
             raise UserError(f"MASTER_PORT = {port}: cannot be opened {where}: {explain(error)}") from None
         options["master_listen_fd"] = listening.detach()
     reach(world, address, port, min(seconds, NOTICE) if keeps else seconds)
-    opened: list[Store] = []
 
-    def open_it() -> None:
+    def open_it() -> Store | None:
         with suppress(DistError):
-            opened.append(TCPStore(address, port, None, **options))
+            return TCPStore(address, port, None, **options)
+        return None
 
-    opening = threading.Thread(target=open_it, daemon=True)
-    opening.start()  # in a thread, as the constructor waits for ever where something else is listening
-    opening.join(seconds)
-    if not opened:
+    opened = within(seconds, open_it)  # it waits for ever where something else is listening
+    if opened is None:
         raise UserError(f"MASTER_ADDR = {address}, MASTER_PORT = {port}: what answers there is no process of this run")
-    return (address, port), PrefixStore(_prefix(), opened[0])
+    return (address, port), PrefixStore(_prefix(), opened)
+
+
+def within(seconds: float, function: Callable[[], T]) -> T | None:
+    """The result of `function`, called in a thread; None where it does not come in time."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(function()), name="within", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def _prefix() -> str:

@@ -13,14 +13,14 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import sleep
 from types import CodeType, FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 from torch.distributed import DistError
@@ -28,7 +28,7 @@ from torch.distributed import DistError
 import mdit
 from mdit.dist import World, enumerated
 from mdit.documents import parse_foreign_json, parse_json
-from mdit.meeting import Patience, own_store
+from mdit.meeting import Patience, own_store, within
 from mdit.train.run_directory import RunDirectory
 
 HUNG = 128 + int(signal.SIGALRM)  # exit code: as of a program that an alarm ended, which may be started again
@@ -37,7 +37,6 @@ WORKERS = ("mdit-saving", "mdit-read-ahead", "mdit-reader")  # threads that the 
 MODULES = Path(mdit.__file__).parent
 FAREWELL = 3.0  # seconds for all ranks to write down where they are
 STATES = {"T": "stopped", "t": "stopped", "D": "in a call that the kernel cannot interrupt", "Z": "dead", "": "gone"}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -295,16 +294,6 @@ def flight_records() -> dict[str, bytes]:
             with suppress(RuntimeError):
                 found[backend] = dump()
     return found
-
-
-def within(seconds: float, function: Callable[[], T]) -> T | None:
-    """The result of `function`, called in a thread; None where it does not come in time: a storage or a GPU that
-    hangs may be what it asks."""
-    found: list[T] = []
-    thread = threading.Thread(target=lambda: found.append(function()), name="watchdog-asks", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
 
 
 def unfinished_collective(records: Mapping[str, bytes]) -> str:
